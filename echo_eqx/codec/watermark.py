@@ -1,0 +1,285 @@
+"""The watermark path: it hears the decoded audio and adds a quiet signal that carries 16 bits.
+
+Everything here is causal. Each layer takes the state that the piece of audio before left behind and
+returns its own, so a long signal can pass in pieces; `init_state` is the silence before the start.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from echo_eqx.codec.convolution import Convolution, Downsample, Upsample
+from echo_eqx.config import WatermarkConfig
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+State = Any
+"""A layer's memory of the input before: arrays, in tuples."""
+
+
+def _with_past(past: Float[Array, "p c"], x: Float[Array, "t c"]) -> tuple[Array, Array]:
+    """Past and x joined, and what will be the past of the piece that follows."""
+    joined = jnp.concatenate([past, x])
+    return joined, joined[joined.shape[0] - past.shape[0] :]
+
+
+class CausalConvolution(eqx.Module):
+    """A convolution that pads only in front."""
+
+    conv: Convolution
+
+    @classmethod
+    def init(
+        cls, kernel: int, in_dim: int, out_dim: int, *, key: PRNGKeyArray
+    ) -> "CausalConvolution":
+        return cls(Convolution.init(kernel, in_dim, out_dim, key=key))
+
+    def init_state(self) -> State:
+        return jnp.zeros((self.conv.reach, self.conv.weight.shape[1]))
+
+    def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "t o"], State]:
+        joined, state = _with_past(state, x)
+        return self.conv.valid(joined), state
+
+
+class CausalDownsample(eqx.Module):
+    """Stride s and kernel 2s, padded by s in front."""
+
+    conv: Downsample
+
+    @classmethod
+    def init(
+        cls, stride: int, in_dim: int, out_dim: int, *, key: PRNGKeyArray
+    ) -> "CausalDownsample":
+        return cls(Downsample.init(stride, in_dim, out_dim, key=key))
+
+    def init_state(self) -> State:
+        return jnp.zeros((self.conv.stride, self.conv.weight.shape[1]))
+
+    def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "u o"], State]:
+        joined, state = _with_past(state, x)
+        return self.conv.valid(joined), state
+
+
+class CausalUpsample(eqx.Module):
+    """Transposed, stride s and kernel 2s, the last s samples cut."""
+
+    conv: Upsample
+
+    @classmethod
+    def init(cls, stride: int, in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> "CausalUpsample":
+        return cls(Upsample.init(stride, in_dim, out_dim, key=key))
+
+    def init_state(self) -> State:
+        return jnp.zeros((1, self.conv.weight.shape[1]))
+
+    def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "u o"], State]:
+        joined, state = _with_past(state, x)
+        return self.conv.overlapped(joined), state
+
+
+class ResidualUnit(eqx.Module):
+    """`x + conv1(elu(conv3(elu(x))))`, half as wide inside."""
+
+    conv1: CausalConvolution
+    conv2: CausalConvolution
+
+    @classmethod
+    def init(cls, dim: int, *, key: PRNGKeyArray) -> "ResidualUnit":
+        key1, key2 = jr.split(key)
+        return cls(
+            CausalConvolution.init(3, dim, dim // 2, key=key1),
+            CausalConvolution.init(1, dim // 2, dim, key=key2),
+        )
+
+    def init_state(self) -> State:
+        return self.conv1.init_state(), self.conv2.init_state()
+
+    def __call__(self, x: Float[Array, "t c"], state: State) -> tuple[Float[Array, "t c"], State]:
+        y, state1 = self.conv1(jax.nn.elu(x), state[0])
+        y, state2 = self.conv2(jax.nn.elu(y), state[1])
+        return x + y, (state1, state2)
+
+
+class LSTMLayer(eqx.Module):
+    """Gates in the order input, forget, cell, output."""
+
+    weight_in: Float[Array, "d 4*d"]
+    weight_hidden: Float[Array, "d 4*d"]
+    bias: Float[Array, " 4*d"]
+
+    @classmethod
+    def init(cls, dim: int, *, key: PRNGKeyArray) -> "LSTMLayer":
+        key_in, key_hidden = jr.split(key)
+        bound = dim**-0.5
+        return cls(
+            jr.uniform(key_in, (dim, 4 * dim), minval=-bound, maxval=bound),
+            jr.uniform(key_hidden, (dim, 4 * dim), minval=-bound, maxval=bound),
+            jnp.zeros(4 * dim),
+        )
+
+    def init_state(self) -> State:
+        zeros = jnp.zeros(self.weight_in.shape[0])
+        return zeros, zeros
+
+    def __call__(self, x: Float[Array, "t d"], state: State) -> tuple[Float[Array, "t d"], State]:
+        weight_hidden = self.weight_hidden.astype(x.dtype)
+        inputs = jnp.matmul(x, self.weight_in.astype(x.dtype), precision=_EXACT)
+        inputs = inputs + self.bias.astype(x.dtype)[None]
+
+        def step(state, gates):
+            hidden, cell = state
+            gates = gates + jnp.matmul(hidden, weight_hidden, precision=_EXACT)
+            i, f, g, o = jnp.split(gates, 4)
+            cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+            hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
+            return (hidden, cell), hidden
+
+        state, y = jax.lax.scan(step, state, inputs)
+        return y, state
+
+
+class SkipLSTM(eqx.Module):
+    """`x + lstm(x)` with stacked layers."""
+
+    layers: tuple[LSTMLayer, ...]
+
+    @classmethod
+    def init(cls, dim: int, num_layers: int, *, key: PRNGKeyArray) -> "SkipLSTM":
+        return cls(tuple(LSTMLayer.init(dim, key=key) for key in jr.split(key, num_layers)))
+
+    def init_state(self) -> State:
+        return tuple(layer.init_state() for layer in self.layers)
+
+    def __call__(self, x: Float[Array, "t d"], state: State) -> tuple[Float[Array, "t d"], State]:
+        y, states = x, []
+        for layer, layer_state in zip(self.layers, state, strict=True):
+            y, layer_state = layer(y, layer_state)
+            states.append(layer_state)
+        return x + y, tuple(states)
+
+
+class ListenerBlock(eqx.Module):
+    """Residual unit, ELU, downsampling that doubles the channels."""
+
+    unit: ResidualUnit
+    down: CausalDownsample
+
+    def init_state(self) -> State:
+        return self.unit.init_state(), self.down.init_state()
+
+    def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "u o"], State]:
+        x, state_unit = self.unit(x, state[0])
+        x, state_down = self.down(jax.nn.elu(x), state[1])
+        return x, (state_unit, state_down)
+
+
+class WriterBlock(eqx.Module):
+    """ELU, upsampling that halves the channels, residual unit."""
+
+    up: CausalUpsample
+    unit: ResidualUnit
+
+    def init_state(self) -> State:
+        return self.up.init_state(), self.unit.init_state()
+
+    def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "u o"], State]:
+        x, state_up = self.up(jax.nn.elu(x), state[0])
+        x, state_unit = self.unit(x, state[1])
+        return x, (state_up, state_unit)
+
+
+class Watermark(eqx.Module):
+    """(samples,) of audio and a message to (samples,) that are added to the audio."""
+
+    conv_in: CausalConvolution
+    listener: tuple[ListenerBlock, ...]
+    listener_lstm: SkipLSTM
+    to_bottleneck: CausalConvolution
+    message_embedding: Float[Array, "2*bits z"]
+    from_bottleneck: CausalConvolution
+    writer_lstm: SkipLSTM
+    writer: tuple[WriterBlock, ...]
+    conv_out: CausalConvolution
+    gain: float = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, config: WatermarkConfig, *, key: PRNGKeyArray) -> "Watermark":
+        keys = iter(jr.split(key, 7 + 4 * len(config.strides)))
+        lstm_dim, z_dim = config.lstm_dim, config.bottleneck_dim
+        dims = [config.dim * 2**i for i in range(len(config.strides))]
+
+        def listener_block(dim: int, stride: int) -> ListenerBlock:
+            return ListenerBlock(
+                ResidualUnit.init(dim, key=next(keys)),
+                CausalDownsample.init(stride, dim, 2 * dim, key=next(keys)),
+            )
+
+        def writer_block(dim: int, stride: int) -> WriterBlock:
+            return WriterBlock(
+                CausalUpsample.init(stride, 2 * dim, dim, key=next(keys)),
+                ResidualUnit.init(dim, key=next(keys)),
+            )
+
+        def blocks(block: Any, dims: list[int], strides: tuple[int, ...]) -> tuple:
+            return tuple(block(dim, stride) for dim, stride in zip(dims, strides, strict=True))
+
+        return cls(
+            conv_in=CausalConvolution.init(7, 1, config.dim, key=next(keys)),
+            listener=blocks(listener_block, dims, config.strides[::-1]),
+            listener_lstm=SkipLSTM.init(lstm_dim, config.num_lstm_layers, key=next(keys)),
+            to_bottleneck=CausalConvolution.init(7, lstm_dim, z_dim, key=next(keys)),
+            message_embedding=jr.normal(next(keys), (2 * config.num_bits, z_dim)),
+            from_bottleneck=CausalConvolution.init(7, z_dim, lstm_dim, key=next(keys)),
+            writer_lstm=SkipLSTM.init(lstm_dim, config.num_lstm_layers, key=next(keys)),
+            writer=blocks(writer_block, dims[::-1], config.strides),
+            conv_out=CausalConvolution.init(7, config.dim, 1, key=next(keys)),
+            gain=config.dim / z_dim,
+        )
+
+    @property
+    def num_bits(self) -> int:
+        return self.message_embedding.shape[0] // 2
+
+    def init_state(self) -> State:
+        parts = (
+            self.conv_in,
+            *self.listener,
+            self.listener_lstm,
+            self.to_bottleneck,
+            self.from_bottleneck,
+            self.writer_lstm,
+            *self.writer,
+            self.conv_out,
+        )
+        return tuple(part.init_state() for part in parts)
+
+    def __call__(
+        self, audio: Float[Array, " samples"], message: Int[Array, " bits"], state: State
+    ) -> tuple[Float[Array, " samples"], State]:
+        """The signal to add, and the state for the piece that follows."""
+        states, left = [], iter(state)
+
+        def run(layer: Any, x: Array) -> Array:
+            y, new_state = layer(x, next(left))
+            states.append(new_state)
+            return y
+
+        x = run(self.conv_in, audio[:, None])
+        for block in self.listener:
+            x = run(block, x)
+        x = jax.nn.elu(run(self.listener_lstm, x))
+        x = run(self.to_bottleneck, x)
+
+        rows = 2 * jnp.arange(self.num_bits) + message
+        x = x + jnp.sum(self.message_embedding[rows], axis=0).astype(x.dtype)[None]
+
+        x = run(self.writer_lstm, run(self.from_bottleneck, x))
+        for block in self.writer:
+            x = run(block, x)
+        x = run(self.conv_out, jax.nn.elu(x))
+        return self.gain * x[:, 0], tuple(states)

@@ -1,0 +1,95 @@
+"""Time conditioning: sinusoidal embedding, its MLP, and the low-rank adaptive norm of a sub-layer."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from echo_eqx.layers.linear import Linear
+from echo_eqx.layers.norm import rms_normalise
+
+MAX_PERIOD = 10_000.0
+
+
+def time_embedding(t: Float[Array, ""], dim: int) -> Float[Array, " {dim}"]:
+    """`cat(cos a, sin a)` with `a_i = 1000 t * exp(-ln(10000) i / (dim / 2))`, for t in [0, 1]."""
+    half = dim // 2
+    frequencies = 1000.0 * jnp.exp(-jnp.log(MAX_PERIOD) * jnp.arange(half) / half)
+    angles = t.astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+
+
+class Modulation(eqx.Module):
+    """Shift, scale and gate, a vector each, in float32."""
+
+    shift: Float[Array, " d"]
+    scale: Float[Array, " d"]
+    gate: Float[Array, " d"]
+
+
+class TimeConditioner(eqx.Module):
+    """Maps t to the global shift, scale and gate that all blocks share."""
+
+    dense0: Linear
+    dense1: Linear
+    dense2: Linear
+    embed_dim: int = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, embed_dim: int, model_dim: int, *, key: PRNGKeyArray) -> "TimeConditioner":
+        key0, key1, key2 = jr.split(key, 3)
+        return cls(
+            dense0=Linear.init(embed_dim, model_dim, key=key0),
+            dense1=Linear.init(model_dim, model_dim, key=key1),
+            dense2=Linear.init(model_dim, 3 * model_dim, key=key2),
+            embed_dim=embed_dim,
+        )
+
+    def __call__(self, t: Float[Array, ""]) -> Modulation:
+        c = self.dense1(jax.nn.silu(self.dense0(time_embedding(t, self.embed_dim))))
+        shift, scale, gate = jnp.split(self.dense2(jax.nn.silu(c)), 3)
+        return Modulation(shift, scale, gate)
+
+
+class LowRank(eqx.Module):
+    """`up(down(silu(v))) + v`."""
+
+    down: Linear
+    up: Linear
+
+    @classmethod
+    def init(cls, dim: int, rank: int, *, key: PRNGKeyArray) -> "LowRank":
+        down = Linear.init(dim, rank, key=key)
+        return cls(down, Linear.init(rank, dim, bias=True, zero=True, key=key))
+
+    def __call__(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        return self.up(self.down(jax.nn.silu(v))) + v
+
+
+class LowRankAdaLN(eqx.Module):
+    """A sub-layer's own shift, scale and gate, as low-rank changes to the global ones."""
+
+    shift: LowRank
+    scale: LowRank
+    gate: LowRank
+    eps: float = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, dim: int, rank: int, eps: float, *, key: PRNGKeyArray) -> "LowRankAdaLN":
+        key_shift, key_scale, key_gate = jr.split(key, 3)
+        return cls(
+            shift=LowRank.init(dim, rank, key=key_shift),
+            scale=LowRank.init(dim, rank, key=key_scale),
+            gate=LowRank.init(dim, rank, key=key_gate),
+            eps=eps,
+        )
+
+    def __call__(
+        self, x: Float[Array, "t d"], time: Modulation
+    ) -> tuple[Float[Array, "t d"], Float[Array, "1 d"]]:
+        """Returns the sub-layer's input `rms(x) * (1 + scale) + shift` and the gate `tanh(gate)`."""
+        scale, shift = self.scale(time.scale)[None], self.shift(time.shift)[None]
+        normed = rms_normalise(x, self.eps) * (1.0 + scale) + shift
+        gate = jnp.tanh(self.gate(time.gate))[None]
+        return normed.astype(x.dtype), gate.astype(x.dtype)

@@ -1,0 +1,47 @@
+"""Linear maps and embeddings that compute in the type of their input."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+INIT_STD = 0.02
+
+
+class Linear(eqx.Module):
+    """`x @ weight + bias`, the weight cast to the type of `x`.
+
+    Products are exact to the type: float32 inputs are never rounded to TF32 or bfloat16.
+    """
+
+    weight: Float[Array, "i o"]
+    bias: Float[Array, " o"] | None
+
+    @classmethod
+    def init(
+        cls, in_dim: int, out_dim: int, *, bias: bool = False, zero: bool = False, key: PRNGKeyArray
+    ) -> "Linear":
+        """Kernel from a normal of deviation 0.02 cut at two deviations, or zero; bias zero."""
+        shape = (in_dim, out_dim)
+        weight = jnp.zeros(shape) if zero else INIT_STD * jr.truncated_normal(key, -2.0, 2.0, shape)
+        return cls(weight, jnp.zeros(out_dim) if bias else None)
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        y = jnp.matmul(x, self.weight.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+        if self.bias is None:
+            return y
+        return y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)
+
+
+class Embedding(eqx.Module):
+    """A row per token."""
+
+    weight: Float[Array, "v d"]
+
+    @classmethod
+    def init(cls, vocab_size: int, dim: int, *, key: PRNGKeyArray) -> "Embedding":
+        return cls(INIT_STD * jr.truncated_normal(key, -2.0, 2.0, (vocab_size, dim)))
+
+    def __call__(self, ids: Int[Array, " s"]) -> Float[Array, "s d"]:
+        return jnp.take(self.weight, ids, axis=0, mode="clip")

@@ -1,0 +1,67 @@
+"""Scaled dot-product attention and the encoders' gated self-attention."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from echo_eqx.layers.linear import Linear
+from echo_eqx.layers.norm import RMSNorm
+from echo_eqx.layers.rotary import rotate
+
+
+def attend(
+    queries: Float[Array, "t h k"],
+    keys: Float[Array, "j h k"],
+    values: Float[Array, "j h k"],
+    mask: Bool[Array, "#t j"],
+) -> Float[Array, "t h k"]:
+    """`softmax(q k^T / sqrt(k)) v` for each head, the softmax in float32.
+
+    Where `mask` is false a key is not seen. A row that sees none gets the mean of all values.
+    """
+    exact = jax.lax.Precision.HIGHEST
+    logits = jnp.einsum(
+        "thk,jhk->htj", queries, keys, precision=exact, preferred_element_type=jnp.float32
+    )
+    logits = logits * queries.shape[-1] ** -0.5
+    logits = jnp.where(mask[None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum("htj,jhk->thk", weights, values, precision=exact)
+
+
+def split_heads(x: Float[Array, "t d"], num_heads: int) -> Float[Array, "t h k"]:
+    return x.reshape(x.shape[0], num_heads, -1)
+
+
+class SelfAttention(eqx.Module):
+    """Attention with normed queries and keys, full RoPE, and a sigmoid gate on the output."""
+
+    wq: Linear
+    wk: Linear
+    wv: Linear
+    wo: Linear
+    gate: Linear
+    q_norm: RMSNorm
+    k_norm: RMSNorm
+    num_heads: int = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, dim: int, num_heads: int, eps: float, *, key: PRNGKeyArray) -> "SelfAttention":
+        keys = jr.split(key, 5)
+        wq, wk, wv, wo, gate = (Linear.init(dim, dim, key=key) for key in keys)
+        q_norm, k_norm = (RMSNorm.init((num_heads, dim // num_heads), eps) for _ in range(2))
+        return cls(wq, wk, wv, wo, gate, q_norm, k_norm, num_heads)
+
+    def __call__(
+        self,
+        x: Float[Array, "t d"],
+        mask: Bool[Array, "#t t"],
+        angles: Float[Array, "t k/2"],
+    ) -> Float[Array, "t d"]:
+        queries = rotate(self.q_norm(split_heads(self.wq(x), self.num_heads)), angles)
+        keys = rotate(self.k_norm(split_heads(self.wk(x), self.num_heads)), angles)
+        values = split_heads(self.wv(x), self.num_heads)
+        out = attend(queries, keys, values, mask).reshape(x.shape)
+        return self.wo(jax.nn.sigmoid(self.gate(x)) * out)

@@ -1,0 +1,104 @@
+"""Transformer blocks and the scan that runs a stack of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from echo_eqx.config import DiTConfig, EncoderConfig
+from echo_eqx.layers.adaln import LowRankAdaLN, Modulation
+from echo_eqx.layers.mlp import SwiGLU
+from echo_eqx.layers.norm import RMSNorm
+from echo_eqx.model.attention import SelfAttention
+from echo_eqx.model.joint_attention import JointAttention, KeysValues
+
+
+class EncoderBlock(eqx.Module):
+    """Pre-norm self-attention, pre-norm SwiGLU."""
+
+    attention_norm: RMSNorm
+    attention: SelfAttention
+    mlp_norm: RMSNorm
+    mlp: SwiGLU
+
+    @classmethod
+    def init(cls, config: EncoderConfig, eps: float, *, key: PRNGKeyArray) -> "EncoderBlock":
+        key_attention, key_mlp = jr.split(key)
+        return cls(
+            attention_norm=RMSNorm.init(config.dim, eps),
+            attention=SelfAttention.init(config.dim, config.num_heads, eps, key=key_attention),
+            mlp_norm=RMSNorm.init(config.dim, eps),
+            mlp=SwiGLU.init(config.dim, config.mlp_dim, key=key_mlp),
+        )
+
+    def __call__(
+        self, x: Float[Array, "t d"], mask: Bool[Array, "#t t"], angles: Float[Array, "t k/2"]
+    ) -> Float[Array, "t d"]:
+        x = x + self.attention(self.attention_norm(x), mask, angles)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DecoderBlock(eqx.Module):
+    """Joint attention and SwiGLU, each normed, shifted, scaled and gated by the time."""
+
+    attention_adaln: LowRankAdaLN
+    attention: JointAttention
+    mlp_adaln: LowRankAdaLN
+    mlp: SwiGLU
+
+    @classmethod
+    def init(cls, config: DiTConfig, *, key: PRNGKeyArray) -> "DecoderBlock":
+        key_adaln0, key_attention, key_adaln1, key_mlp = jr.split(key, 4)
+        dim, rank, eps = config.model_dim, config.adaln_rank, config.norm_eps
+        return cls(
+            attention_adaln=LowRankAdaLN.init(dim, rank, eps, key=key_adaln0),
+            attention=JointAttention.init(
+                dim,
+                config.num_heads,
+                config.text.dim,
+                config.speaker.dim,
+                config.blockwise,
+                eps,
+                key=key_attention,
+            ),
+            mlp_adaln=LowRankAdaLN.init(dim, rank, eps, key=key_adaln1),
+            mlp=SwiGLU.init(dim, config.mlp_dim, key=key_mlp),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "t d"],
+        time: Modulation,
+        frame_mask: Bool[Array, " t"],
+        angles: Float[Array, "t k/2"],
+        others: list[tuple[KeysValues, Bool[Array, "?j"]]],
+    ) -> Float[Array, "t d"]:
+        normed, gate = self.attention_adaln(x, time)
+        x = x + gate * self.attention(normed, frame_mask, angles, others)
+        normed, gate = self.mlp_adaln(x, time)
+        return x + gate * self.mlp(normed)
+
+
+def stack_layers(init: Callable[[PRNGKeyArray], Any], num_layers: int, key: PRNGKeyArray) -> Any:
+    """`num_layers` modules as one, every leaf with a leading layer axis."""
+    return eqx.filter_vmap(init)(jr.split(key, num_layers))
+
+
+def scan_layers(
+    body: Callable[[Any, Array, Any], Array], x: Array, layers: Any, per_layer: Any = None
+) -> Array:
+    """`x = body(layer, x, per_layer[i])` through the stack, compiled once for all layers.
+
+    The body is checkpointed: a gradient keeps one activation a layer and computes the rest anew.
+    """
+    arrays, static = eqx.partition(layers, eqx.is_array)
+
+    @jax.checkpoint
+    def step(x, inputs):
+        layer, extra = inputs
+        return body(eqx.combine(layer, static), x, extra), None
+
+    return jax.lax.scan(step, x, (arrays, per_layer))[0]

@@ -1,0 +1,64 @@
+"""Text and reference encoders. Neither sees the noisy latents nor the time."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from echo_eqx.config import DiTConfig, EncoderConfig
+from echo_eqx.layers.linear import Embedding, Linear
+from echo_eqx.layers.rotary import rotary_angles
+from echo_eqx.model.blocks import EncoderBlock, scan_layers, stack_layers
+
+
+def init_blocks(config: EncoderConfig, eps: float, key: PRNGKeyArray) -> EncoderBlock:
+    return stack_layers(lambda key: EncoderBlock.init(config, eps, key=key), config.num_layers, key)
+
+
+class TextEncoder(eqx.Module):
+    """Byte embedding and bidirectional blocks."""
+
+    text_embedding: Embedding
+    blocks: EncoderBlock
+
+    @classmethod
+    def init(cls, config: DiTConfig, *, key: PRNGKeyArray) -> "TextEncoder":
+        key_embedding, key_blocks = jr.split(key)
+        return cls(
+            text_embedding=Embedding.init(config.vocab_size, config.text.dim, key=key_embedding),
+            blocks=init_blocks(config.text, config.norm_eps, key_blocks),
+        )
+
+    def __call__(
+        self, ids: Int[Array, " s"], mask: Bool[Array, " s"]
+    ) -> Float[Array, "s e"]:
+        x = self.text_embedding(ids)
+        angles = rotary_angles(len(ids), x.shape[1] // self.blocks.attention.num_heads)
+        return scan_layers(lambda block, x, _: block(x, mask[None], angles), x, self.blocks)
+
+
+class LatentEncoder(eqx.Module):
+    """Latents joined four by four and causal blocks, for the reference and for earlier latents."""
+
+    in_proj: Linear
+    blocks: EncoderBlock
+    patch_size: int = eqx.field(static=True)
+    proj_scale: float = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, config: DiTConfig, *, key: PRNGKeyArray) -> "LatentEncoder":
+        key_proj, key_blocks = jr.split(key)
+        patch_dim = config.latent_dim * config.patch_size
+        return cls(
+            in_proj=Linear.init(patch_dim, config.speaker.dim, bias=True, key=key_proj),
+            blocks=init_blocks(config.speaker, config.norm_eps, key_blocks),
+            patch_size=config.patch_size,
+            proj_scale=config.speaker_proj_scale,
+        )
+
+    def __call__(self, latents: Float[Array, "r c"]) -> Float[Array, "p e"]:
+        num_patches = latents.shape[0] // self.patch_size
+        x = self.in_proj(latents.reshape(num_patches, -1)) * self.proj_scale
+        angles = rotary_angles(num_patches, x.shape[1] // self.blocks.attention.num_heads)
+        causal = jnp.tril(jnp.ones((num_patches, num_patches), bool))
+        return scan_layers(lambda block, x, _: block(x, causal, angles), x, self.blocks)

@@ -1,0 +1,43 @@
+"""Names, counts and casts of a module's leaves. The path is the name: `blocks.mlp.w1.weight`."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Dotted names of the leaves of `tree`, in the order of `jax.tree.leaves`."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves of `tree` by name."""
+    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def num_parameters(tree: Any) -> int:
+    """Numbers in all leaves of `tree`; works on abstract leaves too."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def cast(tree: T, dtype: Any) -> T:
+    """`tree` with its matrices and kernels in `dtype`.
+
+    Norm weights, biases and the Snake's alpha stay in float32: they are small and are used in
+    float32 arithmetic.
+    """
+    dtype = jnp.dtype(dtype)
+
+    def leaf_dtype(name: str) -> Any:
+        is_matrix = name.endswith("weight") and not name.endswith("norm.weight")
+        return dtype if is_matrix else jnp.float32
+
+    leaves, treedef = jax.tree.flatten(tree)
+    names = leaf_names(tree)
+    return treedef.unflatten(
+        leaf.astype(leaf_dtype(name)) for name, leaf in zip(names, leaves, strict=True)
+    )

@@ -1,0 +1,181 @@
+"""The published `weights.pth` of DACVAE: names, sizes, and weight norm folded into the kernels."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.config import CodecConfig, WatermarkConfig, codec_config_from_json
+from echo_eqx.errors import EchoError
+from echo_eqx.trees import cast
+from echo_eqx.weights.fill import check_memory, fill
+from echo_eqx.weights.torch_file import read_torch_file, tensors
+
+Tensors = dict[str, np.ndarray]
+
+
+def load_dacvae_pth(path: Path, dtype: Any) -> DACVAE:
+    """Read the published file; sizes come from its metadata and shapes.
+
+    **Raises**: `EchoError` naming the file and the tensor that is missing, left over, of a wrong
+    shape or not finite.
+    """
+    content = read_torch_file(path)
+    source = tensors(content.get("state_dict"), path)
+    config = _config(content, source, path)
+    skeleton = jax.eval_shape(
+        lambda: cast(DACVAE.init(config, key=jax.random.key(0)), dtype)
+    )
+    check_memory(skeleton, str(path))
+
+    def read(leaf: str) -> tuple[np.ndarray, list[str]]:
+        names, assemble = _sources(leaf, config)
+        for name in names:
+            if name not in source:
+                raise EchoError(f"{path}: tensor {name} is missing")
+        try:
+            return assemble(*(source[name] for name in names)), names
+        except ValueError as error:
+            raise EchoError(f"{path}: {names[-1]} has a wrong shape ({error})") from None
+
+    return fill(skeleton, read, source, str(path))
+
+
+def _config(content: dict, source: Tensors, path: Path) -> CodecConfig:
+    metadata = content.get("metadata")
+    kwargs = metadata.get("kwargs") if isinstance(metadata, dict) else None
+    if not isinstance(kwargs, dict):
+        raise EchoError(f"{path} has no metadata with kwargs; wanted a published DACVAE file")
+    ours = {
+        "encoder_dim": "encoder_dim",
+        "encoder_rates": "encoder_rates",
+        "latent_dim": "hidden_dim",
+        "codebook_dim": "latent_dim",
+        "decoder_dim": "decoder_dim",
+        "decoder_rates": "decoder_rates",
+        "sample_rate": "sample_rate",
+    }
+    known = {name: kwargs[theirs] for theirs, name in ours.items() if theirs in kwargs}
+    try:
+        plain = codec_config_from_json(known)
+        return codec_config_from_json({**known, "watermark": _watermark(plain, source)})
+    except EchoError as error:
+        raise EchoError(f"{path}: {error}") from None
+
+
+def _watermark(config: CodecConfig, source: Tensors) -> dict[str, Any]:
+    """Sizes of the watermark path, which no metadata says."""
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if name not in source or source[name].ndim != rank:
+            raise EchoError(f"tensor {name} is missing or of a wrong rank")
+        return source[name].shape
+
+    wm = "decoder.wm_model."
+    lstm = re.escape(wm) + r"encoder_block\.post\.0\.lstm\.weight_ih_l\d+"
+    embedding = shape(wm + "msg_processor.msg_processor.weight", 2)
+    return {
+        "dim": shape(wm + "encoder_block.pre.3.weight", 3)[0],
+        "strides": [
+            shape(f"decoder.model.{i + 1}.block.3.weight", 3)[2] // 2
+            for i in range(len(config.decoder_rates))
+        ],
+        "bottleneck_dim": embedding[1],
+        "num_bits": embedding[0] // 2,
+        "num_lstm_layers": sum(bool(re.fullmatch(lstm, name)) for name in source),
+    }
+
+
+# --- Names --------------------------------------------------------------------------------------
+
+_UNIT = {"snake1": "block.0", "conv1": "block.1", "snake2": "block.2", "conv2": "block.3"}
+_DECODER_UNITS = ("4", "5", "8")
+_WATERMARK_UNIT = {"conv1.conv": "block.1", "conv2.conv": "block.3"}
+
+
+def _module_name(module: str, config: CodecConfig) -> str:
+    """The published name of one of our convolutions, Snakes or LSTM layers."""
+    wm = "decoder.wm_model."
+    num_encoder, num_decoder = len(config.encoder_rates), len(config.decoder_rates)
+    fixed = {
+        "encoder.conv_in": "encoder.block.0",
+        "encoder.snake_out": f"encoder.block.{num_encoder + 1}",
+        "encoder.conv_out": f"encoder.block.{num_encoder + 2}",
+        "bottleneck.in_proj": "quantizer.in_proj",
+        "bottleneck.out_proj": "quantizer.out_proj",
+        "decoder.conv_in": "decoder.model.0",
+        "decoder.snake_out": wm + "encoder_block.pre.0",
+        "decoder.conv_out": wm + "encoder_block.pre.1",
+        "watermark.conv_in.conv": wm + "encoder_block.pre.3",
+        "watermark.to_bottleneck.conv": wm + "encoder_block.post.2",
+        "watermark.from_bottleneck.conv": wm + "decoder_block.pre.0",
+        "watermark.conv_out.conv": wm + "decoder_block.post.1",
+    }
+    if module in fixed:
+        return fixed[module]
+    part, index, rest = re.fullmatch(
+        r"(encoder\.blocks|decoder\.blocks|watermark\.listener|watermark\.writer)\.(\d+)\.(.+)",
+        module,
+    ).groups()  # type: ignore[union-attr]
+    number = int(index)
+    if part == "encoder.blocks":
+        block = f"encoder.block.{number + 1}.block."
+        inner = {"snake": "3", "down": "4"}
+        units = ("0", "1", "2")
+    elif part == "decoder.blocks":
+        block = f"decoder.model.{number + 1}.block."
+        inner = {"snake": "0", "up": "1"}
+        units = _DECODER_UNITS
+    elif part == "watermark.listener":
+        block = f"decoder.model.{num_decoder - number}.block."
+        inner = {"down.conv": "11"} | {f"unit.{k}": f"7.{v}" for k, v in _WATERMARK_UNIT.items()}
+        units = ()
+    else:
+        block = f"decoder.model.{number + 1}.block."
+        inner = {"up.conv": "3"} | {f"unit.{k}": f"6.{v}" for k, v in _WATERMARK_UNIT.items()}
+        units = ()
+    if rest in inner:
+        return block + inner[rest]
+    unit, layer = re.fullmatch(r"units\.(\d)\.(\w+)", rest).groups()  # type: ignore[union-attr]
+    return f"{block}{units[int(unit)]}.{_UNIT[layer]}"
+
+
+def _sources(leaf: str, config: CodecConfig) -> tuple[list[str], Callable[..., np.ndarray]]:
+    """Tensors behind one of our leaves, and how they make it up."""
+    if leaf == "watermark.message_embedding":
+        return ["decoder.wm_model.msg_processor.msg_processor.weight"], np.asarray
+    if lstm := re.fullmatch(r"watermark\.(listener|writer)_lstm\.layers\.(\d+)\.(\w+)", leaf):
+        side, layer, field = lstm.groups()
+        place = {"listener": "encoder_block.post.0", "writer": "decoder_block.pre.1"}[side]
+        name = f"decoder.wm_model.{place}.lstm."
+        if field == "bias":
+            return [f"{name}bias_ih_l{layer}", f"{name}bias_hh_l{layer}"], np.add
+        kind = {"weight_in": "ih", "weight_hidden": "hh"}[field]
+        return [f"{name}weight_{kind}_l{layer}"], np.transpose
+    module, field = leaf.rsplit(".", 1)
+    name = _module_name(module, config)
+    if field == "alpha":
+        return [f"{name}.alpha"], lambda alpha: alpha.reshape(-1)
+    if field == "bias":
+        return [f"{name}.bias"], np.asarray
+    transposed = module.endswith((".up", ".up.conv"))
+    # (out, in, k), or (in, out, k) for transposed convolutions, to (k, in, out).
+    axes = (2, 0, 1) if transposed else (2, 1, 0)
+    if module.startswith("watermark."):
+        return [f"{name}.weight"], lambda weight: weight.transpose(axes)
+    return (
+        [f"{name}.weight_g", f"{name}.weight_v"],
+        lambda g, v: _fold_weight_norm(g, v).transpose(axes),
+    )
+
+
+def _fold_weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """`g * v / |v|`, the norm over all axes but the first (Salimans & Kingma, arXiv:1602.07868)."""
+    wide = v.astype(np.float64)
+    norm = np.sqrt(np.sum(wide**2, axis=tuple(range(1, v.ndim)), keepdims=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (g.astype(np.float64) * wide / norm).astype(np.float32)

@@ -1,0 +1,171 @@
+"""Checkpoints of the published Flax trainer: a pickle `{params, opt_state, step, samples_seen}`."""
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo_eqx.errors import EchoError
+from echo_eqx.weights.inert_pickle import NUMPY, Builder, Record, load, ordered_dict
+
+_MAX_LEAVES = 1_000_000
+_MAX_DEPTH = 64
+
+
+def _record(name: str) -> Builder:
+    return lambda args: Record(name, args)
+
+
+KNOWN: dict[str, Builder] = {
+    **NUMPY,
+    "collections.OrderedDict": ordered_dict,
+    **{
+        name: _record(name.rsplit(".", 1)[1])
+        for name in (
+            "flax.linen.spmd.LogicallyPartitioned",
+            "flax.core.meta.Partitioned",
+            "flax.core.frozen_dict.FrozenDict",
+            "optax._src.base.EmptyState",
+            "optax._src.transform.ScaleByAdamState",
+            "optax._src.transform.ScaleByScheduleState",
+            "optax._src.transform.TraceState",
+            "optax._src.wrappers.MaskedNode",
+            "optax._src.wrappers.MaskedState",
+            "optax.transforms._masking.MaskedNode",
+            "optax.transforms._masking.MaskedState",
+            "optax._src.wrappers.MultiStepsState",
+            "optax.transforms._accumulation.MultiStepsState",
+            "optax._src.wrappers.ApplyIfFiniteState",
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class FlaxCheckpoint:
+    """A training state by Flax names such as `TransformerBlock_0/attention/wq/Dense_0/kernel`."""
+
+    params: dict[str, np.ndarray]
+    mu: dict[str, np.ndarray] | None
+    """Adam's first moments, under the names of `params`; None without optimizer state."""
+    nu: dict[str, np.ndarray] | None
+    adam_count: int | None
+    """Updates that Adam has made."""
+    step: int
+    samples_seen: int
+
+
+def read_flax_checkpoint(path: Path) -> FlaxCheckpoint:
+    """Read a checkpoint without Flax, optax or running anything it names.
+
+    **Raises**: `EchoError` naming the file and what is wrong in it.
+    """
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            raise EchoError(f"{path} is empty; wanted a pickled checkpoint")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    tree = load(data, str(path), KNOWN)
+    if not isinstance(tree, dict) or "params" not in tree:
+        raise EchoError(f"{path} holds no 'params'; wanted a dict with params, opt_state, step")
+    params = _flatten(tree["params"], path)
+    if set(params) and all(name.startswith("params/") for name in params):
+        params = {name.removeprefix("params/"): array for name, array in params.items()}
+    adam = _find_adam(tree.get("opt_state"), path)
+    return FlaxCheckpoint(
+        params=params,
+        mu=adam and adam["mu"],
+        nu=adam and adam["nu"],
+        adam_count=adam and adam["count"],
+        step=_counter(tree, "step", path),
+        samples_seen=_counter(tree, "samples_seen", path),
+    )
+
+
+def _counter(tree: dict, name: str, path: Path) -> int:
+    value = _unwrap(tree.get(name, 0))
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, int):
+        raise EchoError(f"{path}: {name} is a {type(value).__name__}; wanted a number")
+    return value
+
+
+def _unwrap(value: Any) -> Any:
+    """The array behind an array record or a partitioning wrapper, or the dict of a FrozenDict."""
+    for _ in range(_MAX_DEPTH):
+        if not isinstance(value, Record):
+            return value
+        if value.name == "ndarray" and value.args:
+            return value.args[0]
+        state = _state_dict(value)
+        if value.name in ("LogicallyPartitioned", "Partitioned") and "value" in state:
+            value = state["value"]
+        elif value.name == "FrozenDict":
+            value = value.args[0] if value.args else state.get("_dict", {})
+        else:
+            return value
+    raise EchoError("records are nested without end")
+
+
+def _state_dict(record: Record) -> dict:
+    state = record.state
+    if isinstance(state, tuple) and len(state) == 2:  # (__dict__, slots)
+        state = {**(state[0] or {}), **(state[1] or {})}
+    return state if isinstance(state, dict) else {}
+
+
+def _flatten(tree: Any, path: Path) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {}
+    visits = 0
+
+    def visit(value: Any, name: str, depth: int) -> None:
+        nonlocal visits
+        visits += 1
+        if visits > _MAX_LEAVES or depth > _MAX_DEPTH:
+            raise EchoError(f"{path}: the tree of parameters is larger than any model's")
+        value = _unwrap(value)
+        if isinstance(value, dict):
+            for key, child in value.items():
+                visit(child, f"{name}/{key}" if name else str(key), depth + 1)
+        elif isinstance(value, np.ndarray):
+            out[name] = value
+        elif not (isinstance(value, Record) and value.name == "MaskedNode"):
+            raise EchoError(f"{path}: {name} is a {type(value).__name__}; wanted an array")
+
+    visit(tree, "", 0)
+    return out
+
+
+def _find_adam(opt_state: Any, path: Path) -> dict[str, Any] | None:
+    """The Adam state wherever optimizer chains have put it."""
+    visits = 0
+
+    def search(value: Any, depth: int) -> dict[str, Any] | None:
+        nonlocal visits
+        visits += 1
+        if visits > _MAX_LEAVES or depth > _MAX_DEPTH:
+            raise EchoError(f"{path}: the optimizer state is larger than any model's")
+        value = _unwrap(value)
+        if isinstance(value, Record):
+            if value.name == "ScaleByAdamState":
+                fields = dict(zip(("count", "mu", "nu"), value.args, strict=True))
+                return {
+                    "count": _counter(fields, "count", path),
+                    "mu": _flatten(fields["mu"], path),
+                    "nu": _flatten(fields["nu"], path),
+                }
+            children = value.args
+        elif isinstance(value, tuple | list):
+            children = value
+        elif isinstance(value, dict):
+            children = value.values()
+        else:
+            return None
+        for child in children:
+            if (found := search(child, depth + 1)) is not None:
+                return found
+        return None
+
+    return search(opt_state, 0)

@@ -1,0 +1,133 @@
+"""`load_dit` and `load_codec`: any file of weights that is known, told apart by its content."""
+
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.config import CodecConfig, DiTConfig
+from echo_eqx.errors import EchoError
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.trees import cast
+from echo_eqx.weights.dacvae import load_dacvae_pth
+from echo_eqx.weights.fill import check_memory, fill
+from echo_eqx.weights.flax import read_flax_checkpoint
+from echo_eqx.weights.hub import find_weights
+from echo_eqx.weights.names import (
+    Sources,
+    flax_config,
+    flax_sources,
+    pytorch_config,
+    pytorch_sources,
+)
+from echo_eqx.weights.own_format import SafetensorsFile, own_config, own_kind
+
+
+def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
+    """Load an EchoDiT.
+
+    **Arguments**: `source` a file, a folder or a Hub id `owner/name[@revision][:file]`, holding our
+    safetensors, a Flax checkpoint of the published trainer (pickle), or the community's PyTorch
+    safetensors; `dtype` of the matrices, and so of the computation.
+
+    **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
+    """
+    path = find_weights(source)
+    kind = _kind(path)
+    if kind == "safetensors":
+        file = SafetensorsFile(path)
+        if own_kind(file) == "dit":
+            return _load_own(file, dtype)
+        if own_kind(file) == "codec":
+            raise EchoError(f"{path} holds a codec; wanted an EchoDiT")
+        shapes = file.shapes()
+        config = _within(path, lambda: pytorch_config(shapes))
+        return _fill_dit(config, dtype, path, pytorch_sources, file.names, file)
+    if kind == "pickle":
+        params = read_flax_checkpoint(path).params
+        return dit_from_flax(params, path, dtype)
+    raise EchoError(f"{path} is a PyTorch file of a codec or another model; wanted an EchoDiT")
+
+
+def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
+    """Load a DACVAE.
+
+    **Arguments**: `source` a file, a folder or a Hub id `owner/name[@revision][:file]`, holding our
+    safetensors or the published `weights.pth`; `dtype` of the kernels.
+
+    **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
+    """
+    path = find_weights(source)
+    kind = _kind(path)
+    if kind == "torch":
+        return load_dacvae_pth(path, dtype)
+    if kind == "safetensors":
+        file = SafetensorsFile(path)
+        if own_kind(file) == "codec":
+            return _load_own(file, dtype)
+    raise EchoError(f"{path} holds no codec; wanted a DACVAE weights.pth or safetensors of ours")
+
+
+def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> EchoDiT:
+    """An EchoDiT from arrays under Flax names: weights, or moments of the same shapes."""
+    config = _within(path, lambda: flax_config(tensors))
+    return _fill_dit(config, dtype, path, flax_sources, tensors, tensors)
+
+
+def _kind(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(16)
+    if not head:
+        raise EchoError(f"{path} is empty; wanted a file of weights")
+    if zipfile.is_zipfile(path):
+        return "torch"
+    if head[0] == 0x80:
+        return "pickle"
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return "safetensors"
+    raise EchoError(f"{path} is no safetensors, pickle or PyTorch file (it begins {head[:8]!r})")
+
+
+def _within(path: Path, read: Callable[[], DiTConfig]) -> DiTConfig:
+    try:
+        return read()
+    except EchoError as error:
+        raise EchoError(f"{path}: {error}") from None
+
+
+def _load_own(file: SafetensorsFile, dtype: Any) -> Any:
+    config = own_config(file)
+    model = DACVAE if isinstance(config, CodecConfig) else EchoDiT
+    skeleton = jax.eval_shape(lambda: cast(model.init(config, key=jax.random.key(0)), dtype))
+    check_memory(skeleton, str(file.path))
+    return fill(skeleton, lambda leaf: (file[leaf], [leaf]), file.names, str(file.path))
+
+
+def _fill_dit(
+    config: DiTConfig,
+    dtype: Any,
+    path: Path,
+    sources: Callable[[str, DiTConfig], Sources],
+    names: Iterable[str],
+    arrays: Mapping[str, np.ndarray] | SafetensorsFile,
+) -> EchoDiT:
+    skeleton = jax.eval_shape(lambda: cast(EchoDiT.init(config, key=jax.random.key(0)), dtype))
+    check_memory(skeleton, str(path))
+    known = set(names)
+
+    def read(leaf: str) -> tuple[np.ndarray, list[str]]:
+        source = sources(leaf, config)
+        for name in source.names:
+            if name not in known:
+                raise EchoError(f"{path}: tensor {name} is missing")
+        try:
+            return source.assemble([arrays[name] for name in source.names]), source.names
+        except ValueError as error:
+            raise EchoError(f"{path}: {source.names[0]} has a wrong shape ({error})") from None
+
+    return fill(skeleton, read, known, str(path))

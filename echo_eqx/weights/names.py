@@ -1,0 +1,229 @@
+"""Names of EchoDiT's weights in other trainers and runtimes.
+
+Each table says, for one of our leaves, which tensors of a source make it up. Our kernels are
+(in, out), and all layers of a stack are one leaf with a leading layer axis.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
+from echo_eqx.errors import EchoError
+
+
+class Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The tensors that make up a leaf, and how."""
+
+    names: list[str]
+    assemble: Callable[[list[np.ndarray]], np.ndarray]
+
+
+def _only(arrays: list[np.ndarray]) -> np.ndarray:
+    (array,) = arrays
+    return array
+
+
+def _transposed(arrays: list[np.ndarray]) -> np.ndarray:
+    return _only(arrays).T
+
+
+def _stacked_transposed(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.stack([array.T for array in arrays])
+
+
+def _joined_columns(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays, axis=1)
+
+
+_STACK = re.compile(r"(?:^|\.)blocks\.")
+
+
+def _num_layers(leaf: str, config: DiTConfig) -> int:
+    if leaf.startswith("text_encoder."):
+        return config.text.num_layers
+    if leaf.startswith(("speaker_encoder.", "latent_encoder.")):
+        return config.speaker.num_layers
+    return config.num_layers
+
+
+def _is_matrix(leaf: str) -> bool:
+    return leaf.endswith(".weight") and not leaf.endswith(("norm.weight", "embedding.weight"))
+
+
+# --- PyTorch: Echo-TTS and its MLX and C++ ports ------------------------------------------------
+
+
+def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:
+    """Tensors of the community's PyTorch EchoDiT behind one of our leaves."""
+    name = re.sub(
+        r"time_conditioner\.dense(\d)", lambda m: f"cond_module.{2 * int(m[1])}", leaf
+    )
+    name = re.sub(r"_adaln\.(shift|scale|gate)\.(down|up)\.", r"_adaln.\1_\2.", name)
+    if not _STACK.search(name):
+        return Sources([name], _transposed if _is_matrix(leaf) else _only)
+    names = [
+        _STACK.sub(lambda m: f"{m[0]}{layer}.", name) for layer in range(_num_layers(leaf, config))
+    ]
+    return Sources(names, _stacked_transposed if _is_matrix(leaf) else np.stack)
+
+
+def pytorch_config(tensors: Mapping[str, Shaped]) -> DiTConfig:
+    """Sizes of a PyTorch EchoDiT, read from its shapes."""
+    shapes = _Shapes(tensors)
+
+    def encoder(prefix: str) -> EncoderConfig:
+        return EncoderConfig(
+            dim=shapes[f"{prefix}.blocks.0.attention_norm.weight"][0],
+            num_layers=shapes.count_layers(rf"{prefix}\.blocks\.(\d+)\."),
+            num_heads=shapes[f"{prefix}.blocks.0.attention.q_norm.weight"][0],
+            mlp_dim=shapes[f"{prefix}.blocks.0.mlp.w1.weight"][0],
+        )
+
+    latent_dim = shapes["in_proj.weight"][1]
+    return _with_limits(
+        DiTConfig(
+            model_dim=shapes["in_proj.weight"][0],
+            num_layers=shapes.count_layers(r"blocks\.(\d+)\."),
+            num_heads=shapes["blocks.0.attention.q_norm.weight"][0],
+            mlp_dim=shapes["blocks.0.mlp.w1.weight"][0],
+            text=encoder("text_encoder"),
+            speaker=encoder("speaker_encoder"),
+            latent_dim=latent_dim,
+            patch_size=shapes["speaker_encoder.in_proj.weight"][1] // latent_dim,
+            vocab_size=shapes["text_encoder.text_embedding.weight"][0],
+            time_embed_dim=shapes["cond_module.0.weight"][1],
+            adaln_rank=shapes["blocks.0.attention_adaln.shift_down.weight"][0],
+            speaker_proj_scale=1 / 6,  # that implementation divides the projection by 6
+            blockwise="latent_encoder.in_proj.weight" in tensors,
+        )
+    )
+
+
+def to_pytorch(
+    leaves: Mapping[str, np.ndarray], config: DiTConfig
+) -> dict[str, np.ndarray]:
+    """Our leaves under the names and in the layout of the PyTorch EchoDiT.
+
+    That implementation divides the reference projection by 6: the layer is multiplied by
+    `6 * config.speaker_proj_scale`, which is 1 for the models that came from there.
+    """
+    out = {}
+    for leaf, array in leaves.items():
+        sources = pytorch_sources(leaf, config)
+        if re.fullmatch(r"(speaker|latent)_encoder\.in_proj\.(weight|bias)", leaf):
+            array = (array * np.float32(6 * config.speaker_proj_scale)).astype(array.dtype)
+        layers = array if _STACK.search(leaf) else array[None]
+        for name, layer in zip(sources.names, layers, strict=True):
+            out[name] = layer.T if _is_matrix(leaf) else layer
+    return out
+
+
+# --- Flax: the published trainer ----------------------------------------------------------------
+
+_FLAX_STACKS = {
+    "text_encoder.blocks.": "text_encoder.TextTransformerBlock_",
+    "speaker_encoder.blocks.": "speaker_encoder.EncoderTransformerBlock_",
+    "blocks.": "TransformerBlock_",
+}
+_FLAX_GLOBALS = ("shift", "scale", "gate")
+
+
+def flax_sources(leaf: str, config: DiTConfig) -> Sources:
+    """Arrays of a Flax checkpoint behind one of our leaves."""
+    if leaf == "time_conditioner.dense2.weight":
+        names = [f"cond_dense_global_{kind}/kernel" for kind in _FLAX_GLOBALS]
+        return Sources(names, _joined_columns)
+    name = re.sub(r"time_conditioner\.dense", "cond_dense_", leaf)
+    name = re.sub(r"^out_norm\.", "norm.", name)
+    name = re.sub(r"attention_adaln", "attn_adaln", name)
+    name = re.sub(r"_adaln\.(\w+)\.down\.", r"_adaln.adaln_rank_\1.", name)
+    name = re.sub(r"_adaln\.(\w+)\.up\.", r"_adaln.\1.", name)
+    if leaf.startswith("blocks."):
+        name = re.sub(r"attention\.w([kv])\.", r"attention.w\1_self.", name)
+    name = re.sub(r"attention\.gate\.", "attention.wgate.", name)
+    name = re.sub(r"(attention\.w\w+)\.weight$", r"\1.Dense_0.weight", name)
+    if name.endswith("embedding.weight"):
+        name = name.removesuffix("weight") + "embedding"
+    elif _is_matrix(leaf):
+        name = name.removesuffix("weight") + "kernel"
+    for ours, theirs in _FLAX_STACKS.items():
+        if name.startswith(ours):
+            rest = name.removeprefix(ours)
+            names = [f"{theirs}{layer}.{rest}" for layer in range(_num_layers(leaf, config))]
+            return Sources([name.replace(".", "/") for name in names], np.stack)
+    return Sources([name.replace(".", "/")], _only)
+
+
+def flax_config(tensors: Mapping[str, Shaped]) -> DiTConfig:
+    """Sizes of a Flax EchoDiT, read from its shapes."""
+    shapes = _Shapes(tensors)
+
+    def encoder(stack: str) -> EncoderConfig:
+        return EncoderConfig(
+            dim=shapes[f"{stack}_0/attention_norm/weight"][0],
+            num_layers=shapes.count_layers(rf"{stack}_(\d+)/"),
+            num_heads=shapes[f"{stack}_0/attention/q_norm/weight"][0],
+            mlp_dim=shapes[f"{stack}_0/mlp/w1/kernel"][1],
+        )
+
+    latent_dim, model_dim = shapes["in_proj/kernel"]
+    return _with_limits(
+        DiTConfig(
+            model_dim=model_dim,
+            num_layers=shapes.count_layers(r"TransformerBlock_(\d+)/"),
+            num_heads=shapes["TransformerBlock_0/attention/q_norm/weight"][0],
+            mlp_dim=shapes["TransformerBlock_0/mlp/w1/kernel"][1],
+            text=encoder("text_encoder/TextTransformerBlock"),
+            speaker=encoder("speaker_encoder/EncoderTransformerBlock"),
+            latent_dim=latent_dim,
+            patch_size=shapes["speaker_encoder/in_proj/kernel"][0] // latent_dim,
+            vocab_size=shapes["text_encoder/text_embedding/embedding"][0],
+            time_embed_dim=shapes["cond_dense_0/kernel"][0],
+            adaln_rank=shapes["TransformerBlock_0/attn_adaln/adaln_rank_shift/kernel"][1],
+        )
+    )
+
+
+# --- Sizes --------------------------------------------------------------------------------------
+
+
+class _Shapes:
+    def __init__(self, tensors: Mapping[str, Shaped]):
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self.tensors:
+            raise EchoError(f"tensor {name} is missing; wanted an EchoDiT")
+        shape = self.tensors[name].shape
+        rank = 1 if "norm" in name and "q_norm" not in name else 2
+        if len(shape) != rank or 0 in shape:
+            raise EchoError(f"tensor {name} has shape {tuple(shape)}; wanted {rank} dimensions")
+        return tuple(shape)
+
+    def count_layers(self, pattern: str) -> int:
+        matches = (re.match(pattern, name) for name in self.tensors)
+        return 1 + max((int(match[1][:6]) for match in matches if match), default=-1)
+
+
+def _with_limits(config: DiTConfig) -> DiTConfig:
+    """Training lengths are in no shape: those of the preset of the same sizes, if there is one."""
+    for preset in DIT_PRESETS.values():
+        limits = {
+            name: getattr(preset, name)
+            for name in ("max_frames", "max_text_bytes", "max_speaker_frames")
+        }
+        # Block-wise parts can be cut off a model.
+        candidate = dataclasses.replace(config, **limits)
+        if candidate == dataclasses.replace(preset, blockwise=config.blockwise):
+            return candidate
+    return config

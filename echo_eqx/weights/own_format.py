@@ -1,0 +1,175 @@
+"""Our own safetensors: leaves by name, and metadata that says what the file is and its sizes."""
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.config import (
+    CodecConfig,
+    DiTConfig,
+    codec_config_from_json,
+    dit_config_from_json,
+    to_json,
+)
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.trees import named_leaves
+from echo_eqx.weights.names import to_pytorch
+
+FORMAT = "echo_eqx"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+def save(
+    model: EchoDiT | DACVAE,
+    path: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    layout: Literal["echo_eqx", "pytorch"] = "echo_eqx",
+) -> None:
+    """Write a model as safetensors; the file appears whole or not at all.
+
+    **Arguments**: `path` a file `*.safetensors`, or a folder, which gets `model.safetensors` and
+    `config.json`; `dtype` of the numbers on disk; `layout` "pytorch" writes an EchoDiT under the
+    names of the community's PyTorch model, for PyTorch, MLX and C++.
+
+    **Raises**: `EchoError` if the place cannot be written or a number does not fit `dtype`.
+    """
+    path = Path(path)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    leaves = {name: _to_disk(name, leaf, dtype) for name, leaf in named_leaves(model).items()}
+    if layout == "pytorch":
+        if not isinstance(model, EchoDiT):
+            raise UsageError("only an EchoDiT has a PyTorch layout; a codec has none")
+        leaves = to_pytorch(leaves, model.config)
+        metadata = {"format": "pt"}
+    else:
+        kind = "dit" if isinstance(model, EchoDiT) else "codec"
+        config = json.dumps(to_json(model.config))
+        metadata = {"format": FORMAT, "kind": kind, "config": config}
+    leaves = {name: np.asarray(array, order="C") for name, array in leaves.items()}
+
+    is_file = path.suffix == ".safetensors"
+    file = path if is_file else path / "model.safetensors"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(file, lambda temporary: save_file(leaves, temporary, metadata))
+        if not is_file:
+            text = json.dumps(metadata | {"config": to_json(model.config)}, indent=2) + "\n"
+            _write_whole(path / "config.json", lambda temporary: temporary.write_text(text))
+    except (OSError, SafetensorError) as error:
+        raise EchoError(f"{file} cannot be written: {error}") from None
+
+
+def _to_disk(name: str, leaf: jax.Array, dtype: str) -> np.ndarray:
+    array = np.asarray(leaf)
+    with np.errstate(over="ignore"):
+        out = array.astype(DTYPES[dtype])
+    if not np.isfinite(out.astype(np.float32)).all():
+        raise EchoError(f"{name} has values that {dtype} cannot hold")
+    return out
+
+
+def _write_whole(path: Path, write: Any) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class SafetensorsFile:
+    """An open safetensors file: metadata, shapes, and arrays read one by one.
+
+    **Raises**: `EchoError` naming the file if it is empty, truncated or of another kind.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._check_size()
+            self._file = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError, ValueError, struct.error) as error:
+            raise EchoError(f"{path} is no readable safetensors file: {error}") from None
+        self.metadata: Mapping[str, str] = self._file.metadata() or {}
+        self.names = list(self._file.keys())
+
+    def _check_size(self) -> None:
+        size = self.path.stat().st_size
+        if size < 8:
+            raise ValueError(f"it has {size} bytes")
+
+    def shapes(self) -> dict[str, "ShapeOf"]:
+        return {name: ShapeOf(tuple(self._file.get_slice(name).get_shape())) for name in self.names}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise EchoError(f"{self.path}: tensor {name} is missing")
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, TypeError, AttributeError) as error:
+            raise EchoError(f"{self.path}: tensor {name} cannot be read: {error}") from None
+
+
+class ShapeOf(tuple):
+    """A shape where an array is not needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self)
+
+    def __new__(cls, shape: tuple[int, ...]):
+        return super().__new__(cls, shape)
+
+
+def own_kind(file: SafetensorsFile) -> str | None:
+    """ "dit" or "codec" for a file of ours, None for another."""
+    if file.metadata.get("format") != FORMAT:
+        return None
+    kind = file.metadata.get("kind")
+    if kind not in ("dit", "codec"):
+        raise EchoError(f"{file.path} says it holds a {kind!r}; wanted 'dit' or 'codec'")
+    return kind
+
+
+def own_config(file: SafetensorsFile) -> DiTConfig | CodecConfig:
+    """The config that a file of ours carries."""
+    try:
+        data = json.loads(file.metadata["config"])
+        parse = dit_config_from_json if own_kind(file) == "dit" else codec_config_from_json
+        return parse(data)
+    except (KeyError, ValueError, AttributeError) as error:
+        raise EchoError(f"{file.path} carries no usable config: {error}") from None
+
+
+def array_dtype(name: str) -> Any:
+    """A dtype of parameters by name, for `load_dit` and `load_codec`."""
+    if name not in DTYPES:
+        raise UsageError(f"dtype is {name!r}; wanted one of {', '.join(DTYPES)}")
+    return jnp.dtype(DTYPES[name])

@@ -1,0 +1,119 @@
+"""PyTorch's zip files (`torch.save`), read without PyTorch."""
+
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from echo_eqx.errors import EchoError
+from echo_eqx.weights.inert_pickle import Builder, Global, Record, is_shape, load, ordered_dict
+
+_STORAGES = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+def _refuse(args: tuple) -> Any:
+    raise EchoError("a call of a storage class is refused")
+
+
+KNOWN: dict[str, Builder] = {
+    "collections.OrderedDict": ordered_dict,
+    "torch._utils._rebuild_tensor_v2": lambda args: Record("tensor", args),
+    "torch._utils._rebuild_parameter": lambda args: args[0],
+    **{f"torch.{name}": _refuse for name in _STORAGES},
+}
+
+
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """The pickled dict of a `torch.save` file, its tensors as NumPy arrays.
+
+    **Raises**: `EchoError` naming the file and what is wrong in it.
+    """
+    if not zipfile.is_zipfile(path):
+        raise EchoError(f"{path} is no PyTorch zip file; wanted one written by torch.save")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(archive, path)
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise EchoError(f"{path} is damaged or truncated: {error}") from None
+
+
+def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    if sum(entry.file_size for entry in entries.values()) > path.stat().st_size:
+        raise EchoError(f"{path}: its entries are larger than the file; they overlap")
+    for entry in entries.values():
+        # torch.save never compresses: a compressed entry could unpack to any size.
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise EchoError(f"{path}: entry {entry.filename!r} is compressed, which is refused")
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise EchoError(f"{path} has {len(pickles)} entries data.pkl; wanted one")
+    folder = pickles[0].removesuffix("data.pkl")
+    order = entries.get(folder + "byteorder")
+    if order is not None and archive.read(order).strip() != b"little":
+        raise EchoError(f"{path} is big-endian; wanted little-endian")
+
+    storages: dict[str, np.ndarray] = {}
+
+    def storage(persistent_id: Any) -> np.ndarray:
+        match persistent_id:
+            case ("storage", Global(name), str(key), _, int(count)):
+                dtype = _STORAGES[name.rsplit(".", 1)[1]]
+            case _:
+                raise EchoError("a persistent id is no storage")
+        if key not in storages:
+            entry = entries.get(f"{folder}data/{key}")
+            if entry is None:
+                raise EchoError(f"storage {key[:50]!r} is missing")
+            if entry.file_size != count * dtype.itemsize:
+                raise EchoError(
+                    f"storage {key} has {entry.file_size} bytes; "
+                    f"its header says {count} x {dtype.itemsize}"
+                )
+            storages[key] = np.frombuffer(archive.read(entry), dtype)
+        return storages[key]
+
+    value = load(archive.read(pickles[0]), str(path), KNOWN, storage)
+    if not isinstance(value, dict):
+        raise EchoError(f"{path} holds a {type(value).__name__}; wanted a dict of tensors")
+    return value
+
+
+def tensors(state_dict: Any, path: Path) -> dict[str, np.ndarray]:
+    """Arrays of a state dict by name."""
+    if not isinstance(state_dict, dict):
+        raise EchoError(f"{path} has no state_dict; wanted a dict of tensors")
+    out = {}
+    for name, value in state_dict.items():
+        if not (isinstance(value, Record) and value.name == "tensor"):
+            raise EchoError(f"{path}: {name} is no tensor")
+        out[name] = _tensor(value.args, f"{path}: {name}")
+    return out
+
+
+def _tensor(args: tuple, where: str) -> np.ndarray:
+    storage, offset, size, stride = args[:4]
+    if not (is_shape(size) and is_shape(stride) and is_shape((offset,))):
+        raise EchoError(f"{where}: offset, size or stride is no short tuple of sizes")
+    count = math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if count and (last >= len(storage) or count > len(storage)):
+        raise EchoError(
+            f"{where} of size {size} reaches beyond its storage of {len(storage)} numbers"
+        )
+    strides = tuple(step * storage.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)

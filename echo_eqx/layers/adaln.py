@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from echo_eqx.layers.linear import Linear
@@ -15,8 +16,8 @@ MAX_PERIOD = 10_000.0
 def time_embedding(t: Float[Array, ""], dim: int) -> Float[Array, " {dim}"]:
     """`cat(cos a, sin a)` with `a_i = 1000 t * exp(-ln(10000) i / (dim / 2))`, for t in [0, 1]."""
     half = dim // 2
-    frequencies = 1000.0 * jnp.exp(-jnp.log(MAX_PERIOD) * jnp.arange(half) / half)
-    angles = t.astype(jnp.float32) * frequencies
+    frequencies = 1000.0 * np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
+    angles = t.astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
 

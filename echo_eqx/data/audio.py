@@ -1,0 +1,123 @@
+"""Audio files: read to mono at a given rate, and written whole or not at all."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyloudnorm
+import soundfile as sf
+import soxr
+
+from echo_eqx.errors import EchoError
+
+READABLE = "wav, flac, ogg, opus or mp3"
+SILENT_PEAK = 1e-3
+CLIPPED_SHARE = 0.01
+MIN_SECONDS = 0.5
+
+
+def load_audio(path: str | Path, sample_rate: int, max_seconds: float | None = None) -> np.ndarray:
+    """(samples,) float32, mono, at `sample_rate`; at most the first `max_seconds`.
+
+    Channels are averaged; louder than full scale is brought down to it.
+
+    **Raises**: `EchoError` naming the file if it is missing, of no known kind, damaged, truncated,
+    without samples or with values that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EchoError(f"{path} does not exist; wanted a recording ({READABLE})")
+    if path.stat().st_size == 0:
+        raise EchoError(f"{path} is empty; wanted a recording ({READABLE})")
+    try:
+        with sf.SoundFile(path) as file:
+            rate, length, info = file.samplerate, file.frames, file.extra_info
+            wanted = length if max_seconds is None else min(length, int(max_seconds * rate))
+            audio = file.read(wanted, dtype="float32", always_2d=True)
+    except (sf.LibsndfileError, RuntimeError) as error:
+        reason = str(error).rstrip(".").replace(f"Error opening {str(path)!r}: ", "")
+        raise EchoError(f"{path} cannot be decoded ({reason}); wanted {READABLE}") from None
+    if len(audio) < wanted or _is_cut_off(path, info):
+        raise EchoError(f"{path} is truncated; wanted a whole recording")
+    if len(audio) == 0:
+        raise EchoError(f"{path} has a header but no samples; wanted a recording")
+    if not np.isfinite(audio).all():
+        raise EchoError(f"{path} has samples that are not finite")
+    audio = np.mean(audio, axis=1)
+    audio = audio / max(1.0, float(np.abs(audio).max()))
+    return soxr.resample(audio, rate, sample_rate).astype(np.float32)
+
+
+def _is_cut_off(path: Path, info: str) -> bool:
+    """Whether the file ends before its own header or stream says; the reader does not tell."""
+    if match := re.search(r"^data : (\d+) \(should be (\d+)\)", info, re.MULTILINE):
+        # A length of 0 or 2^32 - 1 is what a program writes that cannot seek back.
+        return int(match[1]) > int(match[2]) and int(match[1]) < 2**32 - 1
+    with path.open("rb") as file:
+        if file.read(4) != b"OggS":
+            return False
+        file.seek(max(0, path.stat().st_size - 65_536 - 282))
+        tail = file.read()
+    last_page = tail.rfind(b"OggS")
+    return not tail[last_page + 5] & 4  # the flag of a stream's last page
+
+
+def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
+    """Refuse a recording that cannot show a voice.
+
+    **Raises**: `EchoError` naming it if it is too short, silent or clipped.
+    """
+    seconds = len(audio) / sample_rate
+    if seconds < MIN_SECONDS:
+        raise EchoError(f"{name} has {seconds:.2f} s; wanted at least {MIN_SECONDS} s of speech")
+    peak = float(np.abs(audio).max())
+    if peak < SILENT_PEAK:
+        raise EchoError(f"{name} is silent (peak {peak:.1e} of full scale); wanted speech")
+    clipped = float(np.mean(np.abs(audio) >= 0.999 * max(peak, 0.9)))
+    if clipped > CLIPPED_SHARE:
+        raise EchoError(
+            f"{name} is clipped ({clipped:.0%} of its samples at full scale); wanted clean speech"
+        )
+
+
+def set_loudness(audio: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
+    """`audio` at an integrated loudness (ITU-R BS.1770), less if its peak would pass full scale."""
+    loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(audio)
+    if not np.isfinite(loudness):
+        return audio
+    gain = 10 ** ((lufs - loudness) / 20)
+    return (audio * min(gain, 1 / float(np.abs(audio).max()))).astype(np.float32)
+
+
+def save_audio(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:
+    """Write 16-bit wav or flac, by suffix. Audio above full scale is brought down to it.
+
+    **Raises**: `EchoError` if the place cannot be written.
+    """
+    path = Path(path)
+    audio = audio / max(1.0, float(np.abs(audio).max()))
+    kind = audio_kind(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                sf.write(file, audio, sample_rate, format=kind, subtype="PCM_16")
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except (OSError, sf.LibsndfileError) as error:
+        raise EchoError(f"{path} cannot be written: {error}") from None
+
+
+def audio_kind(path: Path) -> str:
+    """WAV or FLAC, from the suffix."""
+    kind = {".wav": "WAV", ".flac": "FLAC"}.get(path.suffix.lower())
+    if kind is None:
+        raise EchoError(f"output {path} ends in {path.suffix!r}; wanted .wav or .flac")
+    return kind

@@ -1,0 +1,396 @@
+"""Text to audio: reference, sampling, decoding, trimming, and joining of long texts."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.data.audio import check_reference, load_audio, set_loudness
+from echo_eqx.data.text import (
+    CHARACTERS_PER_SECOND,
+    check_text,
+    encode_text,
+    normalise_text,
+    split_text,
+)
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.flow.sampler import CANVAS_CLASS, Progress, SamplerSettings, sample
+from echo_eqx.model.dit import EchoDiT
+
+Speaker = str | Path | Float[np.ndarray | Array, "..."]
+"""A recording's path, a path `*.npy` or array (r, c) of latents, or audio (samples,) at the codec's
+rate."""
+
+MAX_SPEAKER_SECONDS = 120.0
+FLAT_FRAMES, FLAT_DEVIATION = 20, 0.05
+CROSSFADE_SECONDS = 0.05
+_TEXT_CLASSES = (64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A text to speak, and with which voice and seed."""
+
+    text: str
+    speaker: Float[np.ndarray, "r c"] | None = None
+    """Reference latents from `speaker_latents`."""
+    seed: int = 42
+
+
+def synthesize(
+    dit: EchoDiT,
+    codec: DACVAE,
+    text: str,
+    speaker: Speaker | None = None,
+    *,
+    duration: float = 15.0,
+    seed: int = 42,
+    settings: SamplerSettings | None = None,
+    message: Sequence[int] | np.ndarray | None = None,
+    trim: bool = True,
+    normalise: bool = True,
+    progress: Progress | None = None,
+) -> Float[np.ndarray, " samples"]:
+    """Speak `text`: (samples,) float32, mono, at `codec.config.sample_rate`.
+
+    **Arguments**: `speaker` the voice to take, a recording or its latents, None for any voice;
+    `duration` seconds of the canvas that a piece of text is spoken on, which the model fills with
+    speech and then silence; `message` bits to embed as a watermark, None for none; `trim` cuts the
+    silence at the end; `normalise` cleans the text as in training; `progress` is called after each
+    step. Text that does not fit is split at ends of sentences, spoken in one voice and joined.
+
+    **Raises**: `EchoError` naming what cannot be used.
+    """
+    latents = None if speaker is None else speaker_latents(dit, codec, speaker)
+    (audio,) = synthesize_all(
+        dit,
+        codec,
+        [Utterance(text, latents, seed)],
+        duration=duration,
+        settings=settings,
+        message=message,
+        trim=trim,
+        normalise=normalise,
+        progress=progress,
+    )
+    return audio
+
+
+def synthesize_all(
+    dit: EchoDiT,
+    codec: DACVAE,
+    utterances: Sequence[Utterance],
+    *,
+    duration: float = 15.0,
+    settings: SamplerSettings | None = None,
+    message: Sequence[int] | np.ndarray | None = None,
+    trim: bool = True,
+    normalise: bool = True,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[Float[np.ndarray, " samples"]]:
+    """`synthesize` for many utterances, sampled in batches of at most `batch_size` pieces."""
+    settings = settings or SamplerSettings()
+    settings.check()
+    check_pair(dit, codec)
+    num_frames = canvas_frames(dit, codec, duration)
+    pieces = [_pieces_of(utterance, dit, duration, normalise) for utterance in utterances]
+
+    # Without a reference the first piece of a text finds a voice, which the others then take.
+    first, second = [], []
+    for i, (utterance, parts) in enumerate(zip(utterances, pieces, strict=True)):
+        for j, ids in enumerate(parts):
+            row = _Row(i, j, ids, utterance.speaker, utterance.seed)
+            (second if utterance.speaker is None and j > 0 else first).append(row)
+    count = _Counter(progress, settings.steps, _num_batches([first, second], batch_size))
+    silence = silence_latent(codec)
+    spoken = _sample_rows(dit, first, num_frames, settings, batch_size, count)
+    for i, row in enumerate(second):
+        voice = spoken[row.utterance, 0]
+        end = speech_end(voice, silence) or len(voice)
+        voice = _whole_patches(voice[: min(end, dit.config.max_speaker_frames)], dit)
+        second[i] = _Row(row.utterance, row.piece, row.ids, voice, row.seed)
+    spoken |= _sample_rows(dit, second, num_frames, settings, batch_size, count)
+
+    audios = []
+    for i, parts in enumerate(pieces):
+        clips = []
+        for j in range(len(parts)):
+            latents = spoken[i, j]
+            clip = np.asarray(codec.decode(latents, None if message is None else _bits(message)))
+            end = (speech_end(latents, silence) if trim else 0) or len(latents)
+            clips.append((clip, end * codec.config.hop))
+        audios.append(_join(clips, int(CROSSFADE_SECONDS * codec.config.sample_rate)))
+    return audios
+
+
+# --- Checks -------------------------------------------------------------------------------------
+
+
+def check_pair(dit: EchoDiT, codec: DACVAE) -> None:
+    """Raises `EchoError` if the codec cannot decode what the model generates."""
+    if dit.config.latent_dim != codec.config.latent_dim:
+        raise EchoError(
+            f"the checkpoint generates latents of {dit.config.latent_dim} channels, the codec "
+            f"decodes {codec.config.latent_dim}; wanted two that belong together"
+        )
+
+
+def canvas_frames(dit: EchoDiT, codec: DACVAE, duration: float) -> int:
+    """Latent frames in `duration` seconds; `UsageError` if that is no canvas the model knows."""
+    longest = dit.config.max_frames / codec.config.frame_rate
+    if not 0 < duration <= longest + 1e-6:
+        raise UsageError(
+            f"duration is {duration} s; wanted more than 0 and at most the {longest:.2f} s the "
+            "model was trained with (longer texts are split and joined)"
+        )
+    return max(1, round(duration * codec.config.frame_rate))
+
+
+def _bits(message: Sequence[int] | np.ndarray) -> np.ndarray:
+    bits = np.asarray(message)
+    if not np.isin(bits, (0, 1)).all():
+        raise UsageError("the message has values other than 0 and 1")
+    return bits.astype(np.int32)
+
+
+# --- Reference ----------------------------------------------------------------------------------
+
+
+def speaker_latents(
+    dit: EchoDiT,
+    codec: DACVAE,
+    speaker: Speaker,
+    *,
+    max_seconds: float | None = None,
+    lufs: float | None = None,
+) -> Float[np.ndarray, "r c"]:
+    """Latents of a reference, as many whole patches as it has.
+
+    **Arguments**: `speaker` as in `synthesize`; `max_seconds` that are used of it, by default what
+    the model was trained with; `lufs` an integrated loudness to bring a recording to.
+
+    **Raises**: `EchoError` naming the recording if it is unreadable, too short, silent or clipped,
+    or latents of another width or with values that are not finite.
+    """
+    rate, hop = codec.config.sample_rate, codec.config.hop
+    if max_seconds is None:
+        max_seconds = dit.config.max_speaker_frames / codec.config.frame_rate
+    if not 0 < max_seconds <= max(
+        MAX_SPEAKER_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate
+    ):
+        raise UsageError(f"{max_seconds} s of reference; wanted up to {MAX_SPEAKER_SECONDS:.0f} s")
+    max_frames = int(max_seconds * codec.config.frame_rate + 1e-6)
+    name = str(speaker) if isinstance(speaker, str | Path) else "the reference"
+    if isinstance(speaker, str | Path):
+        speaker = (
+            _load_latents(Path(speaker))
+            if Path(speaker).suffix == ".npy"
+            else load_audio(speaker, rate, max_seconds)
+        )
+    array = np.asarray(speaker, np.float32)
+    if not np.isfinite(array).all():
+        raise EchoError(f"{name} has values that are not finite")
+    if array.ndim == 1:
+        check_reference(array, rate, name)
+        audio = array if lufs is None else set_loudness(array, rate, lufs)
+        latents = encode_padded(codec, audio[: max_frames * hop])
+    elif array.ndim == 2 and array.shape[1] == dit.config.latent_dim:
+        latents = array[:max_frames]
+    else:
+        raise EchoError(
+            f"{name} has shape {array.shape}; wanted audio (samples,) or latents "
+            f"(frames, {dit.config.latent_dim})"
+        )
+    if len(latents) < dit.config.patch_size:
+        raise EchoError(f"{name} has {len(latents)} frames; wanted {dit.config.patch_size} or more")
+    return _whole_patches(latents, dit)
+
+
+def encode_padded(codec: DACVAE, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
+    """Mean latents of the whole frames in `audio`, with silence behind it up to a few lengths."""
+    hop = codec.config.hop
+    frames = len(audio) // hop
+    samples = -(-max(frames, 1) // CANVAS_CLASS) * CANVAS_CLASS * hop
+    padded = np.zeros(samples, np.float32)
+    padded[: frames * hop] = audio[: frames * hop]
+    mean, _ = codec.encode(padded)
+    return np.asarray(mean[:frames], np.float32)
+
+
+def _load_latents(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise EchoError(f"{path} does not exist; wanted reference latents") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise EchoError(f"{path} is no readable array: {error}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        raise EchoError(f"{path} holds no latents; wanted floats of shape (frames, channels)")
+    return array
+
+
+def _whole_patches(latents: np.ndarray, dit: EchoDiT) -> np.ndarray:
+    patch = dit.config.patch_size
+    whole = latents[: len(latents) // patch * patch]
+    return whole if len(whole) else np.pad(latents, ((0, patch - len(latents)), (0, 0)))
+
+
+# --- Ends ---------------------------------------------------------------------------------------
+
+
+def silence_latent(codec: DACVAE) -> Float[np.ndarray, " c"]:
+    """The latent of digital silence, from the middle of a stretch of it."""
+    frames = 32
+    mean, _ = codec.encode(np.zeros(frames * codec.config.hop, np.float32))
+    return np.asarray(mean[frames // 2], np.float32)
+
+
+def speech_end(
+    latents: Float[np.ndarray, "t c"], silence: Float[np.ndarray, " c"]
+) -> int:
+    """Frame from which on every window of 20 frames deviates less than 0.05 from silence."""
+    deviation = np.mean(np.square(latents - silence[None]), axis=1)
+    padded = np.concatenate([deviation, np.zeros(FLAT_FRAMES)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, FLAT_FRAMES).mean(axis=1)
+    loud = np.flatnonzero(windows >= FLAT_DEVIATION**2)
+    return min(int(loud[-1]) + 1, len(latents)) if len(loud) else 0
+
+
+def _join(clips: list[tuple[np.ndarray, int]], fade: int) -> np.ndarray:
+    """Clips, each up to its end, one after the other.
+
+    The samples behind a clip's end fade out while the next clip fades in, so that nothing said is
+    lost; where there are none behind it, the fade runs out of silence.
+    """
+    total = sum(end for _, end in clips)
+    out = np.zeros(total + fade, np.float32)
+    ramp = np.linspace(0, 1, fade, endpoint=False, dtype=np.float32)
+    start = 0
+    for index, (clip, end) in enumerate(clips):
+        shaped = np.zeros(end + fade, np.float32)
+        available = min(len(clip), end + fade)
+        shaped[:available] = clip[:available]
+        if index < len(clips) - 1:
+            shaped[end:] *= 1 - ramp
+        if index > 0:
+            shaped[:fade] *= ramp[: len(shaped[:fade])]
+        out[start : start + len(shaped)] += shaped
+        start += end
+    return out[:total]
+
+
+# --- Rows of a batch ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    utterance: int
+    piece: int
+    ids: np.ndarray
+    speaker: np.ndarray | None
+    seed: int
+
+
+class _Counter:
+    """Adds the steps of all batches up for one progress bar."""
+
+    def __init__(self, progress: Progress | None, steps: int, batches: int):
+        self.progress, self.steps, self.batches, self.done = progress, steps, batches, 0
+
+    def next_batch(self) -> Progress | None:
+        base, self.done = self.done, self.done + self.steps
+        progress = self.progress
+        if progress is None:
+            return None
+        return lambda step, _: progress(base + step, self.steps * self.batches)
+
+
+def _pieces_of(
+    utterance: Utterance, dit: EchoDiT, duration: float, normalise: bool
+) -> list[np.ndarray]:
+    check_text(utterance.text)
+    text = normalise_text(utterance.text) if normalise else utterance.text
+    width = duration * CHARACTERS_PER_SECOND
+    pieces = split_text(text, dit.config.max_text_bytes - 1, width)
+    return [encode_text(piece) for piece in pieces]
+
+
+def _num_batches(rounds: list[list[_Row]], batch_size: int) -> int:
+    sizes = [defaultdict(int) for _ in rounds]
+    for rows, size in zip(rounds, sizes, strict=True):
+        for row in rows:
+            size[_row_class(row)] += 1
+    return sum(-(-count // batch_size) for size in sizes for count in size.values())
+
+
+def _row_class(row: _Row) -> tuple[int, int]:
+    """Padded lengths of text and reference. Rows of one class share a program."""
+    text = next((n for n in _TEXT_CLASSES if len(row.ids) <= n), -(-len(row.ids) // 256) * 256)
+    speaker = 0 if row.speaker is None else -(-len(row.speaker) // CANVAS_CLASS) * CANVAS_CLASS
+    return text, speaker
+
+
+def _batches(rows: list[_Row], batch_size: int) -> Iterator[tuple[tuple[int, int], list[_Row]]]:
+    classes = defaultdict(list)
+    for row in rows:
+        classes[_row_class(row)].append(row)
+    for lengths, members in sorted(classes.items(), key=lambda item: item[0]):
+        for start in range(0, len(members), batch_size):
+            yield lengths, members[start : start + batch_size]
+
+
+def _sample_rows(
+    dit: EchoDiT,
+    rows: list[_Row],
+    num_frames: int,
+    settings: SamplerSettings,
+    batch_size: int,
+    count: _Counter,
+) -> dict[tuple[int, int], np.ndarray]:
+    """Latents of every row, by utterance and piece."""
+    out = {}
+    for (text_length, speaker_length), members in _batches(rows, batch_size):
+        # Batches have a power of two of rows; the last one is filled up with its first row.
+        size = 1 << (len(members) - 1).bit_length()
+        filled = members + members[:1] * (size - len(members))
+        ids = _padded([row.ids for row in filled], text_length)
+        speakers = mask = None
+        if speaker_length:
+            references = [row.speaker for row in filled if row.speaker is not None]
+            speakers = jnp.asarray(_padded(references, speaker_length))
+            mask = jnp.asarray(_mask(references, speaker_length))
+        keys = [jr.fold_in(jr.key(row.seed), row.piece) for row in filled]
+        shape = num_frames, dit.config.latent_dim
+        noise = jax.vmap(lambda key: jr.normal(key, shape))(jnp.stack(keys))
+        latents = sample(
+            dit,
+            jnp.asarray(ids),
+            jnp.asarray(_mask([row.ids for row in filled], text_length)),
+            speakers,
+            mask,
+            settings=settings,
+            noise=noise,
+            progress=count.next_batch(),
+        )
+        for row, latent in zip(members, np.asarray(latents), strict=False):
+            out[row.utterance, row.piece] = latent
+    return out
+
+
+def _padded(arrays: list[np.ndarray], length: int) -> np.ndarray:
+    out = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return out
+
+
+def _mask(arrays: list[np.ndarray], length: int) -> np.ndarray:
+    return np.arange(length)[None] < np.array([[len(array)] for array in arrays])

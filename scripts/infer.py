@@ -1,0 +1,308 @@
+"""Speak a text, in the voice of a recording if one is given.
+
+    python scripts/infer.py --checkpoint MODEL --text "Hello." --output hello.wav
+    python scripts/infer.py --checkpoint MODEL --text "Hello." --speaker_ref voice.mp3
+
+MODEL and the codec are a file, a folder, or a Hub id owner/name[@revision][:file]. Text longer than
+the canvas is split at ends of sentences, spoken piece by piece in one voice, and joined.
+"""
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+import echo_eqx
+from echo_eqx.command import CompileClock, StepBar, note, on_terminal, run, use_compilation_cache
+from echo_eqx.data.audio import audio_kind, save_audio
+from echo_eqx.data.text import check_text
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.speech import canvas_frames, check_pair
+from echo_eqx.weights.hub import find_weights
+from echo_eqx.weights.own_format import array_dtype
+
+
+@dataclass(frozen=True)
+class Args:
+    checkpoint: str | None = None
+    """EchoDiT weights: our safetensors, a Flax pickle of the published trainer, or PyTorch
+    safetensors. A file, a folder, or a Hub id owner/name[@revision][:file]."""
+    text: str | None = None
+    """What to say, in UTF-8."""
+    text_file: Path | None = None
+    """Instead of --text: a file with one utterance a line, or JSONL (*.jsonl) with "text" and, if
+    wanted, "output", "speaker_ref" and "seed" a line. The models are loaded once."""
+    output: Path = Path("output.wav")
+    """Where to write, *.wav or *.flac. Several results are numbered: output_0001.wav ..."""
+    speaker_ref: Path | None = None
+    """The voice to take: a recording (wav, flac, ogg, opus, mp3) or reference latents (*.npy)."""
+    duration: float = 15.0
+    """Seconds of the canvas that each piece of text is spoken on. The model fills it with speech
+    and then silence; another canvas gives another reading."""
+    seed: int = 42
+    """Of the noise, and of the watermark's message."""
+    sampler: Annotated[echo_eqx.SamplerSettings, tyro.conf.arg(name="")] = field(
+        default_factory=echo_eqx.SamplerSettings
+    )
+    num_candidates: int = 1
+    """Readings of each utterance, with seeds that follow on --seed."""
+    batch_size: int = 8
+    """Pieces of text that are sampled at once."""
+    codec: str = "facebook/dacvae-watermarked"
+    """DACVAE weights: weights.pth or our safetensors. A file, a folder, or a Hub id."""
+    watermark: bool = True
+    """Embed an inaudible message that says the audio was generated."""
+    message: str | None = None
+    """The watermark's bits, such as 0110...; by default drawn from the seed."""
+    trim: bool = True
+    """Cut the silence that the model leaves behind the speech."""
+    normalize_text: bool = True
+    """Clean the text the way the community's models were trained: straight quotes, commas for
+    colons, a speaker tag [S1] in front."""
+    speaker_seconds: float | None = None
+    """Use so many seconds of the reference, up to 120. By default what the model was trained with."""
+    speaker_lufs: float | None = None
+    """Bring the reference to this integrated loudness first, such as -16."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the model: auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    json: bool = False
+    """Beside each result write a JSON file with all settings and the identity of the models."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result to make."""
+
+    text: str
+    output: Path
+    speaker_ref: Path | None
+    seed: int
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    started = time.perf_counter()
+    use_compilation_cache()
+    clock = CompileClock()
+    check_usage(args)
+    jobs = jobs_of(args)
+    check_writable(jobs)
+
+    dtype_name = args.dtype
+    if dtype_name == "auto":
+        dtype_name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    assert args.checkpoint is not None
+    checkpoint, codec_file = find_weights(args.checkpoint), find_weights(args.codec)
+    if on_terminal():
+        note(f"loading {checkpoint.name} and {codec_file.name}")
+    dit = echo_eqx.load_dit(checkpoint, dtype=array_dtype(dtype_name))
+    codec = echo_eqx.load_codec(codec_file)
+    check_pair(dit, codec)
+    canvas_frames(dit, codec, args.duration)
+    message = message_bits(args, codec)
+
+    speakers = {
+        path: echo_eqx.speaker_latents(
+            dit, codec, path, max_seconds=args.speaker_seconds, lufs=args.speaker_lufs
+        )
+        for path in dict.fromkeys(job.speaker_ref for job in jobs)
+        if path is not None
+    }
+    utterances = [
+        echo_eqx.Utterance(
+            job.text, None if job.speaker_ref is None else speakers[job.speaker_ref], job.seed
+        )
+        for job in jobs
+    ]
+    bar = StepBar("speaking")
+    audios = echo_eqx.synthesize_all(
+        dit,
+        codec,
+        utterances,
+        duration=args.duration,
+        settings=args.sampler,
+        message=message,
+        trim=args.trim,
+        normalise=args.normalize_text,
+        batch_size=args.batch_size,
+        progress=bar if on_terminal() else None,
+    )
+    bar.close()
+    rate = codec.config.sample_rate
+    for job, audio in zip(jobs, audios, strict=True):
+        save_audio(job.output, audio, rate)
+        if args.json:
+            settings = effective_settings(args, job, dtype_name, message)
+            settings["seconds"] = len(audio) / rate
+            settings["sample_rate"] = rate
+            settings["checkpoint"] = identity(checkpoint, args.checkpoint, dit)
+            settings["codec"] = identity(codec_file, args.codec, codec)
+            write_json(job.output.with_suffix(".json"), settings)
+        print(f"{job.output}: {len(audio) / rate:.2f} s")
+    if message is not None:
+        print(f"watermark message: {''.join(map(str, message))}")
+    wall = time.perf_counter() - started
+    seconds = sum(map(len, audios)) / rate
+    running = wall - clock.seconds
+    print(
+        f"{seconds:.2f} s of audio in {wall:.2f} s: compiling {clock.seconds:.2f} s, running "
+        f"{running:.2f} s, real-time factor {running / seconds:.2f}"
+    )
+
+
+def check_usage(args: Args) -> None:
+    """What can be refused before anything is loaded."""
+    if args.checkpoint is None:
+        raise UsageError("--checkpoint is missing; wanted a file, a folder or a Hub id of an EchoDiT")
+    if (args.text is None) == (args.text_file is None):
+        raise UsageError("wanted either --text or --text_file")
+    args.sampler.check()
+    positive = {"num_candidates": args.num_candidates, "batch_size": args.batch_size}
+    for name, value in positive.items():
+        if value < 1:
+            raise UsageError(f"{name} is {value}; wanted at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"seed is {args.seed}; wanted 0 to 2^32 - 1")
+    if args.message is not None and not args.watermark:
+        raise UsageError("--message needs --watermark")
+
+
+def jobs_of(args: Args) -> list[Job]:
+    """The results to make, in order."""
+    base = Job(args.text or "", args.output, args.speaker_ref, args.seed)
+    if args.text_file is None:
+        lines = [base]
+    else:
+        lines = read_text_file(args.text_file, base)
+    jobs = [
+        dataclasses.replace(
+            line,
+            seed=line.seed + candidate,
+            output=numbered(line.output, f"c{candidate + 1}" if args.num_candidates > 1 else ""),
+        )
+        for line in lines
+        for candidate in range(args.num_candidates)
+    ]
+    for job in jobs:
+        check_text(job.text)
+        audio_kind(job.output)
+    if len({job.output for job in jobs}) < len(jobs):
+        raise UsageError("two utterances would be written to the same file")
+    return jobs
+
+
+def read_text_file(path: Path, base: Job) -> list[Job]:
+    try:
+        content = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise EchoError(f"{path} does not exist; wanted a text file") from None
+    except UnicodeDecodeError as error:
+        raise EchoError(f"{path} is no UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise EchoError(f"{path} cannot be read: {error}") from None
+    lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise EchoError(f"{path} is empty; wanted one utterance a line")
+    jobs = []
+    for index, (n, line) in enumerate(lines, 1):
+        output = numbered(base.output, f"{index:04d}")
+        if path.suffix == ".jsonl":
+            jobs.append(job_from_json(line, f"{path} line {n}", base, output))
+        else:
+            jobs.append(dataclasses.replace(base, text=line, output=output))
+    return jobs
+
+
+def job_from_json(line: str, where: str, base: Job, output: Path) -> Job:
+    kinds = {"text": str, "output": str, "speaker_ref": str, "seed": int}
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise EchoError(f"{where} is no JSON: {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+        raise EchoError(f'{where} has no "text"; wanted an object with "text"')
+    for name, value in fields.items():
+        if name not in kinds or not isinstance(value, kinds[name]):
+            raise EchoError(f"{where}: {name} is {value!r}; wanted {', '.join(kinds)}")
+    speaker = fields.get("speaker_ref")
+    return Job(
+        text=fields["text"],
+        output=base.output.parent / fields["output"] if "output" in fields else output,
+        speaker_ref=base.speaker_ref if speaker is None else Path(speaker),
+        seed=fields.get("seed", base.seed),
+    )
+
+
+def numbered(path: Path, label: str) -> Path:
+    return path.with_stem(f"{path.stem}_{label}") if label else path
+
+
+def check_writable(jobs: list[Job]) -> None:
+    for folder in {job.output.parent for job in jobs}:
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise EchoError(f"output folder {folder} cannot be written: {error.strerror}") from None
+
+
+def message_bits(args: Args, codec: echo_eqx.DACVAE) -> list[int] | None:
+    if not args.watermark:
+        return None
+    if codec.watermark is None:
+        raise UsageError("the codec has no watermark path; use --no-watermark")
+    num_bits = codec.watermark.num_bits
+    if args.message is None:
+        return np.random.default_rng(args.seed).integers(0, 2, num_bits).tolist()
+    if len(args.message) != num_bits or set(args.message) - {"0", "1"}:
+        raise UsageError(f"message is {args.message!r}; wanted {num_bits} characters 0 or 1")
+    return [int(bit) for bit in args.message]
+
+
+def effective_settings(
+    args: Args, job: Job, dtype: str, message: list[int] | None
+) -> dict[str, Any]:
+    settings = dataclasses.asdict(args)
+    settings |= settings.pop("sampler")
+    for name in ("text_file", "checkpoint", "codec", "json", "num_candidates"):
+        settings.pop(name)
+    settings |= {"text": job.text, "output": str(job.output), "seed": job.seed, "dtype": dtype}
+    settings["speaker_ref"] = None if job.speaker_ref is None else str(job.speaker_ref)
+    settings["message"] = None if message is None else "".join(map(str, message))
+    settings["version"] = {"echo_eqx": echo_eqx.__version__, "jax": jax.__version__}
+    settings["device"] = jax.devices()[0].device_kind
+    return settings
+
+
+def identity(path: Path, source: str, model: echo_eqx.EchoDiT | echo_eqx.DACVAE) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "source": source,
+        "file": str(path.resolve()),
+        "sha256": digest,
+        "parameters": echo_eqx.num_parameters(model),
+        "config": dataclasses.asdict(model.config),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise EchoError(f"{path} cannot be written: {error}") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,14 +51,22 @@ class CompileClock:
     _EVENTS = ("jaxpr_to_mlir_module_duration", "backend_compile_duration", "jaxpr_trace_duration")
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._lock = threading.Lock()
+        self._spans: list[tuple[float, float]] = []
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, seconds: float, **_: object) -> None:
         if event.endswith(self._EVENTS):
-            with self._lock:
-                self.seconds += seconds
+            now = time.perf_counter()
+            self._spans.append((now - seconds, now))
+
+    @property
+    def seconds(self) -> float:
+        """Functions are traced within functions, so it is the union of all spans that counts."""
+        total = until = 0.0
+        for start, end in sorted(self._spans):
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return total
 
 
 class StepBar:

@@ -4,8 +4,6 @@ Strided and transposed kernels are twice their stride long, so both are one matr
 blocks of `stride` samples, which is faster than a strided convolution.
 """
 
-import math
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,8 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 
 def init_kernel(kernel: int, in_dim: int, out_dim: int, key: PRNGKeyArray) -> Array:
-    """Normal of variance 1 / fan-in."""
-    return jr.normal(key, (kernel, in_dim, out_dim)) / math.sqrt(kernel * in_dim)
+    """Normal of deviation 0.02, cut at two deviations, as in the published code."""
+    return 0.02 * jr.truncated_normal(key, -2.0, 2.0, (kernel, in_dim, out_dim))
 
 
 class Convolution(eqx.Module):
@@ -42,7 +40,7 @@ class Convolution(eqx.Module):
     def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "t o"]:
         return self.valid(jnp.pad(x, ((self.reach // 2, self.reach // 2), (0, 0))))
 
-    def valid(self, x: Float[Array, "t i"]) -> Float[Array, "t-reach o"]:
+    def valid(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         y = jax.lax.conv_general_dilated(
             x[None],
             self.weight.astype(x.dtype),
@@ -58,7 +56,7 @@ class Convolution(eqx.Module):
 class Downsample(eqx.Module):
     """Convolution with stride s and kernel 2s."""
 
-    weight: Float[Array, "2*s i o"]
+    weight: Float[Array, "w i o"]
     bias: Float[Array, " o"]
 
     @classmethod
@@ -69,12 +67,12 @@ class Downsample(eqx.Module):
     def stride(self) -> int:
         return self.weight.shape[0] // 2
 
-    def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "t/s o"]:
+    def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         """Pads (s + 1) // 2 in front and the rest of s behind; t is a multiple of s."""
         front = (self.stride + 1) // 2
         return self.valid(jnp.pad(x, ((front, self.stride - front), (0, 0))))
 
-    def valid(self, x: Float[Array, "t+s i"]) -> Float[Array, "t/s o"]:
+    def valid(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         weight = self.weight.astype(x.dtype)
         blocks = x.reshape(-1, self.stride * x.shape[1])
         first = weight[: self.stride].reshape(blocks.shape[1], -1)
@@ -87,25 +85,24 @@ class Downsample(eqx.Module):
 class Upsample(eqx.Module):
     """Transposed convolution with stride s and kernel 2s."""
 
-    weight: Float[Array, "2*s i o"]
+    weight: Float[Array, "w i o"]
     bias: Float[Array, " o"]
 
     @classmethod
     def init(cls, stride: int, in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> "Upsample":
-        weight = init_kernel(2 * stride, in_dim, out_dim, key) * math.sqrt(stride)
-        return cls(weight, jnp.zeros(out_dim))
+        return cls(init_kernel(2 * stride, in_dim, out_dim, key), jnp.zeros(out_dim))
 
     @property
     def stride(self) -> int:
         return self.weight.shape[0] // 2
 
-    def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "t*s o"]:
+    def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         """Cuts (s + 1) // 2 samples in front and the rest of s behind."""
         front = (self.stride + 1) // 2
         y = self.overlapped(jnp.pad(x, ((1, 1), (0, 0))))
         return y[front : front + x.shape[0] * self.stride]
 
-    def overlapped(self, x: Float[Array, "t+1 i"]) -> Float[Array, "t*s o"]:
+    def overlapped(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         """Block j of the output is the first half of x[j + 1] plus the second half of x[j]."""
         weight = self.weight.astype(x.dtype)
         first = jnp.einsum("ti,sio->tso", x[1:], weight[: self.stride], precision=_EXACT)

@@ -99,7 +99,7 @@ class DACVAE(eqx.Module):
                 raise EchoError(
                     f"the message has shape {message.shape}; wanted {self.watermark.num_bits} bits"
                 )
-            state = self.watermark.init_state()
+            state = _initial_state(self.watermark)
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
         hop, frames = self.config.hop, latents.shape[0]
         margin = _ceil_div(_decoder_reach(self.config), hop)
@@ -120,6 +120,11 @@ def _encode(codec: DACVAE, audio: Array) -> tuple[Array, Array]:
 @eqx.filter_jit
 def _decode(codec: DACVAE, latents: Array) -> Array:
     return codec.decoder(codec.bottleneck.out_proj(latents))
+
+
+@eqx.filter_jit
+def _initial_state(watermark: Watermark) -> State:
+    return watermark.init_state()
 
 
 @eqx.filter_jit

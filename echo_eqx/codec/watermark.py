@@ -108,9 +108,9 @@ class ResidualUnit(eqx.Module):
 class LSTMLayer(eqx.Module):
     """Gates in the order input, forget, cell, output."""
 
-    weight_in: Float[Array, "d 4*d"]
-    weight_hidden: Float[Array, "d 4*d"]
-    bias: Float[Array, " 4*d"]
+    weight_in: Float[Array, "d g"]
+    weight_hidden: Float[Array, "d g"]
+    bias: Float[Array, " g"]
 
     @classmethod
     def init(cls, dim: int, *, key: PRNGKeyArray) -> "LSTMLayer":
@@ -200,7 +200,7 @@ class Watermark(eqx.Module):
     listener: tuple[ListenerBlock, ...]
     listener_lstm: SkipLSTM
     to_bottleneck: CausalConvolution
-    message_embedding: Float[Array, "2*bits z"]
+    message_embedding: Float[Array, "rows z"]
     from_bottleneck: CausalConvolution
     writer_lstm: SkipLSTM
     writer: tuple[WriterBlock, ...]

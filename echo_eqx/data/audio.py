@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyloudnorm
 import soundfile as sf
 import soxr
 
@@ -84,6 +83,8 @@ def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
 
 def set_loudness(audio: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
     """`audio` at an integrated loudness (ITU-R BS.1770), less if its peak would pass full scale."""
+    import pyloudnorm  # takes a second to import, and few commands need it
+
     loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(audio)
     if not np.isfinite(loudness):
         return audio

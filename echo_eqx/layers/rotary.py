@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 THETA = 10_000.0
 
 
-def rotary_angles(length: int, head_dim: int, *, stride: int = 1) -> Float[Array, "t k/2"]:
+def rotary_angles(length: int, head_dim: int, *, stride: int = 1) -> Float[Array, "t a"]:
     """Angle of pair i at position p: `p * theta^(-2i / head_dim)`, for p = 0, stride, ...
 
     Computed in float64 and reduced to one turn, so that late positions are as exact as early ones.
@@ -17,7 +17,7 @@ def rotary_angles(length: int, head_dim: int, *, stride: int = 1) -> Float[Array
     return jnp.asarray(np.remainder(angles, 2 * np.pi), jnp.float32)
 
 
-def rotate(x: Float[Array, "t h k"], angles: Float[Array, "t k/2"]) -> Float[Array, "t h k"]:
+def rotate(x: Float[Array, "t h k"], angles: Float[Array, "t a"]) -> Float[Array, "t h k"]:
     """Turn each pair `(x[2i], x[2i + 1])` of every head by its angle."""
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
@@ -26,7 +26,7 @@ def rotate(x: Float[Array, "t h k"], angles: Float[Array, "t k/2"]) -> Float[Arr
 
 
 def rotate_half_of_heads(
-    x: Float[Array, "t h k"], angles: Float[Array, "t k/2"]
+    x: Float[Array, "t h k"], angles: Float[Array, "t a"]
 ) -> Float[Array, "t h k"]:
     """`rotate` for the first half of the heads; the others carry no position."""
     half = x.shape[1] // 2

@@ -58,7 +58,7 @@ class SelfAttention(eqx.Module):
         self,
         x: Float[Array, "t d"],
         mask: Bool[Array, "#t t"],
-        angles: Float[Array, "t k/2"],
+        angles: Float[Array, "t a"],
     ) -> Float[Array, "t d"]:
         queries = rotate(self.q_norm(split_heads(self.wq(x), self.num_heads)), angles)
         keys = rotate(self.k_norm(split_heads(self.wk(x), self.num_heads)), angles)

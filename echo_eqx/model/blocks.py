@@ -35,7 +35,7 @@ class EncoderBlock(eqx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "t d"], mask: Bool[Array, "#t t"], angles: Float[Array, "t k/2"]
+        self, x: Float[Array, "t d"], mask: Bool[Array, "#t t"], angles: Float[Array, "t a"]
     ) -> Float[Array, "t d"]:
         x = x + self.attention(self.attention_norm(x), mask, angles)
         return x + self.mlp(self.mlp_norm(x))
@@ -73,8 +73,8 @@ class DecoderBlock(eqx.Module):
         x: Float[Array, "t d"],
         time: Modulation,
         frame_mask: Bool[Array, " t"],
-        angles: Float[Array, "t k/2"],
-        others: list[tuple[KeysValues, Bool[Array, "?j"]]],
+        angles: Float[Array, "t a"],
+        others: list[tuple[KeysValues, Bool[Array, " _"]]],
     ) -> Float[Array, "t d"]:
         normed, gate = self.attention_adaln(x, time)
         x = x + gate * self.attention(normed, frame_mask, angles, others)

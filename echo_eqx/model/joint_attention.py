@@ -90,7 +90,7 @@ class JointAttention(eqx.Module):
         return self._project(self.wk_speaker, self.wv_speaker, state, mask)
 
     def latent_keys_values(
-        self, state: Float[Array, "p e"], angles: Float[Array, "p k/2"]
+        self, state: Float[Array, "p e"], angles: Float[Array, "p a"]
     ) -> KeysValues:
         assert self.wk_latent is not None and self.wv_latent is not None
         seen = jnp.ones(state.shape[0], bool)
@@ -109,8 +109,8 @@ class JointAttention(eqx.Module):
         self,
         x: Float[Array, "t d"],
         frame_mask: Bool[Array, " t"],
-        angles: Float[Array, "t k/2"],
-        others: list[tuple[KeysValues, Bool[Array, "?j"]]],
+        angles: Float[Array, "t a"],
+        others: list[tuple[KeysValues, Bool[Array, " _"]]],
     ) -> Float[Array, "t d"]:
         """`others` are the sources beside the frames of `x`, each with the mask of its keys."""
         queries = self.q_norm(split_heads(self.wq(x), self.num_heads))

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
 
@@ -40,7 +39,8 @@ def fill(
         if not np.isfinite(array.astype(np.float32, copy=False)).all():
             raise EchoError(f"{where}: {names[0]} has values that are not finite")
         unused.difference_update(names)
-        filled.append(jnp.array(array, leaf.dtype))
+        # A copy of its own, cast here: views of the file stay behind and nothing is compiled.
+        filled.append(jax.device_put(array.astype(leaf.dtype)))
     if unused:
         raise EchoError(
             f"{where}: tensor {min(unused)} belongs to no part of the model "

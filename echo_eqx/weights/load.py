@@ -75,7 +75,8 @@ def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
 
 def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> EchoDiT:
     """An EchoDiT from arrays under Flax names: weights, or moments of the same shapes."""
-    config = _within(path, lambda: flax_config(tensors))
+    shapes = {name: array.shape for name, array in tensors.items()}
+    config = _within(path, lambda: flax_config(shapes))
     return _fill_dit(config, dtype, path, flax_sources, tensors, tensors)
 
 

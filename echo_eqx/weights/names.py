@@ -7,7 +7,6 @@ Each table says, for one of our leaves, which tensors of a source make it up. Ou
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 
@@ -15,9 +14,7 @@ from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import EchoError
 
 
-class Shaped(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +74,9 @@ def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:
     return Sources(names, _stacked_transposed if _is_matrix(leaf) else np.stack)
 
 
-def pytorch_config(tensors: Mapping[str, Shaped]) -> DiTConfig:
+def pytorch_config(tensors: Shapes) -> DiTConfig:
     """Sizes of a PyTorch EchoDiT, read from its shapes."""
-    shapes = _Shapes(tensors)
+    shapes = _CheckedShapes(tensors)
 
     def encoder(prefix: str) -> EncoderConfig:
         return EncoderConfig(
@@ -164,9 +161,9 @@ def flax_sources(leaf: str, config: DiTConfig) -> Sources:
     return Sources([name.replace(".", "/")], _only)
 
 
-def flax_config(tensors: Mapping[str, Shaped]) -> DiTConfig:
+def flax_config(tensors: Shapes) -> DiTConfig:
     """Sizes of a Flax EchoDiT, read from its shapes."""
-    shapes = _Shapes(tensors)
+    shapes = _CheckedShapes(tensors)
 
     def encoder(stack: str) -> EncoderConfig:
         return EncoderConfig(
@@ -197,18 +194,18 @@ def flax_config(tensors: Mapping[str, Shaped]) -> DiTConfig:
 # --- Sizes --------------------------------------------------------------------------------------
 
 
-class _Shapes:
-    def __init__(self, tensors: Mapping[str, Shaped]):
+class _CheckedShapes:
+    def __init__(self, tensors: Shapes):
         self.tensors = tensors
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
             raise EchoError(f"tensor {name} is missing; wanted an EchoDiT")
-        shape = self.tensors[name].shape
+        shape = self.tensors[name]
         rank = 1 if "norm" in name and "q_norm" not in name else 2
         if len(shape) != rank or 0 in shape:
-            raise EchoError(f"tensor {name} has shape {tuple(shape)}; wanted {rank} dimensions")
-        return tuple(shape)
+            raise EchoError(f"tensor {name} has shape {shape}; wanted {rank} dimensions")
+        return shape
 
     def count_layers(self, pattern: str) -> int:
         matches = (re.match(pattern, name) for name in self.tensors)

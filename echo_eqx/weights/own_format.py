@@ -125,8 +125,8 @@ class SafetensorsFile:
         if size < 8:
             raise ValueError(f"it has {size} bytes")
 
-    def shapes(self) -> dict[str, "ShapeOf"]:
-        return {name: ShapeOf(tuple(self._file.get_slice(name).get_shape())) for name in self.names}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self.names}
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.names:
@@ -135,17 +135,6 @@ class SafetensorsFile:
             return self._file.get_tensor(name)
         except (SafetensorError, TypeError, AttributeError) as error:
             raise EchoError(f"{self.path}: tensor {name} cannot be read: {error}") from None
-
-
-class ShapeOf(tuple):
-    """A shape where an array is not needed."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self)
-
-    def __new__(cls, shape: tuple[int, ...]):
-        return super().__new__(cls, shape)
 
 
 def own_kind(file: SafetensorsFile) -> str | None:

@@ -1,0 +1,55 @@
+"""Shape checks on every call, strict promotion, and the golden vectors."""
+
+from jaxtyping import install_import_hook
+
+install_import_hook("echo_eqx", "beartype.beartype")
+
+import os  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import echo_eqx  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
+
+GOLDEN = Path(__file__).parent / "golden"
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def golden_dit() -> echo_eqx.EchoDiT:
+    return echo_eqx.load_dit(GOLDEN / "dit_tiny" / "weights_only.pkl")
+
+
+@pytest.fixture(scope="session")
+def dit_cases() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / "dit_tiny" / "cases.npz"))
+
+
+@pytest.fixture(scope="session")
+def golden_codec() -> echo_eqx.DACVAE:
+    return echo_eqx.load_codec(GOLDEN / "dacvae_tiny" / "weights.pth")
+
+
+@pytest.fixture(scope="session")
+def codec_cases() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / "dacvae_tiny" / "cases.npz"))
+
+
+@pytest.fixture(scope="session")
+def blockwise_dit() -> echo_eqx.EchoDiT:
+    return echo_eqx.load_dit(GOLDEN / "blockwise" / "weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def blockwise_cases() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / "blockwise" / "cases.npz"))
+
+
+def max_difference(a, b) -> float:
+    return float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))

@@ -1,0 +1,125 @@
+"""The codec: parity, any length, pieces."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import max_difference
+
+import echo_eqx
+from echo_eqx.codec import dacvae
+from echo_eqx.codec.residual import sine_squared
+from echo_eqx.config import CodecConfig
+
+HOP = 1920
+
+
+@pytest.mark.parametrize("case", [0, 1])
+@pytest.mark.parametrize("row", [0, 1])
+def test_moments_equal_golden(golden_codec, codec_cases, case, row):
+    mean, stdev = golden_codec.encode(codec_cases[f"audio_{case}"][row])
+    assert max_difference(mean, codec_cases[f"mean_{case}"][row]) < 1e-5
+    assert max_difference(stdev, codec_cases[f"stdev_{case}"][row]) < 1e-5
+
+
+@pytest.mark.parametrize("case, row", [(0, 0), (0, 1), (1, 0)])
+def test_audio_equals_golden(golden_codec, codec_cases, case, row):
+    latents, bits = (codec_cases[f"{name}_{case}"][row] for name in ("latents", "message"))
+    assert max_difference(golden_codec.decode(latents), codec_cases[f"clean_{case}"][row]) < 1e-5
+    marked = golden_codec.decode(latents, message=bits)
+    assert max_difference(marked, codec_cases[f"watermarked_{case}"][row]) < 1e-5
+
+
+def test_batches_by_vmap_equal_rows(golden_codec, codec_cases):
+    latents, bits = (jnp.asarray(codec_cases[f"{name}_0"]) for name in ("latents", "message"))
+    batch = jax.vmap(golden_codec.decode)(latents, bits)
+    assert max_difference(batch, codec_cases["watermarked_0"]) < 1e-5
+
+
+def test_another_message_is_another_signal(golden_codec, codec_cases):
+    latents, bits = codec_cases["latents_0"][0], codec_cases["message_0"][0]
+    assert max_difference(golden_codec.decode(latents, bits), golden_codec.decode(latents, 1 - bits)) > 1e-3
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 500, 960, 1919, 1920, 1921, 2 * HOP + 1, 5000])
+def test_any_length_is_mirrored_to_whole_frames(golden_codec, samples):
+    audio = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
+    mode = "reflect" if samples > 1 else "edge"
+    mirrored = np.pad(audio, (0, -samples % HOP), mode=mode)
+    mean, stdev = golden_codec.encode(audio)
+    assert mean.shape == stdev.shape == (-(-samples // HOP), 12)
+    assert np.isfinite(mean).all()
+    assert np.array_equal(mean, golden_codec.encode(mirrored)[0])
+
+
+# Around the length of one piece and of several: 256 frames, and 8 more on each side.
+@pytest.mark.parametrize("frames", [272, 273, 520])
+def test_pieces_joined_equal_one_go(golden_codec, frames):
+    rng = np.random.default_rng(frames)
+    latents = rng.standard_normal((frames, 12)).astype(np.float32)
+    bits = rng.integers(0, 2, 16).astype(np.int32)
+    whole = dacvae._decode(golden_codec, jnp.asarray(latents))
+    assert max_difference(golden_codec.decode(latents), whole) < 1e-5
+    watermark = golden_codec.watermark
+    marked, _ = dacvae._watermarked(watermark, whole, jnp.asarray(bits), watermark.init_state())
+    assert max_difference(golden_codec.decode(latents, bits), marked) < 1e-5
+
+    audio = np.asarray(whole)[: frames * HOP - 77]
+    padded = np.pad(audio, (0, 77), mode="reflect")
+    mean, stdev = dacvae._encode(golden_codec, jnp.asarray(padded))
+    pieces_mean, pieces_stdev = golden_codec.encode(audio)
+    assert max_difference(pieces_mean, mean) < 1e-5
+    assert max_difference(pieces_stdev, stdev) < 1e-5
+
+
+def test_all_long_signals_share_one_program(golden_codec):
+    golden_codec.decode(jnp.zeros((600, 12)))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **kwargs: compiled.append((event, kwargs.get("fun_name")))
+    )
+    golden_codec.decode(jnp.ones((1234, 12)))
+    assert not [name for event, name in compiled if "backend_compile" in event and "_decode" in str(name)]
+
+
+def test_rates_of_any_parity_keep_whole_frames():
+    config = CodecConfig(
+        encoder_dim=2,
+        encoder_rates=(4, 6, 5, 8),
+        hidden_dim=6,
+        latent_dim=5,
+        decoder_dim=16,
+        decoder_rates=(8, 5, 6, 4),
+        sample_rate=24_000,
+        watermark=None,
+    )
+    codec = echo_eqx.DACVAE.init(config, key=jr.key(0))
+    codec = jax.tree.map(lambda leaf: 5 * leaf if leaf.ndim == 3 else leaf, codec)
+    mean, _ = codec.encode(jr.normal(jr.key(1), (290 * 960,)))
+    assert mean.shape == (290, 5)
+    latents = jr.normal(jr.key(2), mean.shape)
+    audio = codec.decode(latents)
+    assert audio.shape == (290 * 960,) and jnp.std(audio) > 0.01
+    assert max_difference(audio, dacvae._decode(codec, latents)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 100), ()])
+def test_audio_of_another_shape_is_refused(golden_codec, shape):
+    with pytest.raises(Exception, match="shape"):
+        golden_codec.encode(np.zeros(shape, np.float32))
+
+
+def test_latents_of_another_width_are_refused(golden_codec):
+    with pytest.raises(echo_eqx.EchoError, match=r"\(7, 13\).*12"):
+        golden_codec.decode(np.zeros((7, 13), np.float32))
+    with pytest.raises(echo_eqx.EchoError, match="16 bits"):
+        golden_codec.decode(np.zeros((7, 12), np.float32), np.zeros(15, np.int32))
+
+
+def test_sine_squared_is_as_exact_as_sine():
+    z = np.linspace(-60, 60, 200_001, dtype=np.float32)
+    exact = np.sin(z.astype(np.float64)) ** 2
+    assert max_difference(sine_squared(jnp.asarray(z)), exact) < 2e-6
+    slope = jax.vmap(jax.grad(sine_squared))(jnp.asarray(z[::100]))
+    assert max_difference(slope, np.sin(2 * z[::100].astype(np.float64))) < 1e-4

@@ -1,0 +1,142 @@
+"""The velocity model: parity, masks, cached keys, sizes."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import max_difference
+
+import echo_eqx
+from echo_eqx.config import DIT_PRESETS
+
+CONDITIONS = ("text_ids", "text_mask", "speaker_latents", "speaker_mask")
+batched = eqx.filter_jit(lambda dit, *inputs: jax.vmap(dit.__call__)(*inputs))
+
+
+def inputs_of(cases):
+    return [jnp.asarray(cases[name]) for name in ("x", "t", *CONDITIONS)]
+
+
+@pytest.mark.parametrize("preset, count", [("1.3B", 1_303_763_072), ("840M", 840_536_960)])
+def test_presets_have_the_published_parameter_counts(preset, count):
+    init = lambda key: echo_eqx.EchoDiT.init(DIT_PRESETS[preset], key=key)  # noqa: E731
+    assert echo_eqx.num_parameters(eqx.filter_eval_shape(init, jr.key(0))) == count
+
+
+def test_velocity_equals_golden(golden_dit, dit_cases):
+    velocity = batched(golden_dit, *inputs_of(dit_cases))
+    assert velocity.dtype == jnp.float32
+    assert max_difference(velocity, dit_cases["velocity"]) < 1e-4
+
+
+def test_bfloat16_velocity_equals_golden_relatively(golden_dit, dit_cases):
+    velocity = batched(echo_eqx.cast(golden_dit, jnp.bfloat16), *inputs_of(dit_cases))
+    golden = dit_cases["velocity"]
+    assert velocity.dtype == jnp.float32
+    assert np.linalg.norm(velocity - golden) < 2e-2 * np.linalg.norm(golden)
+    assert max_difference(velocity, golden) < 2e-2 * np.abs(golden).max()
+
+
+def test_sixth_scale_and_narrow_latents_equal_pytorch(blockwise_dit, blockwise_cases):
+    assert blockwise_dit.config.speaker_proj_scale == pytest.approx(1 / 6)
+    assert blockwise_dit.config.latent_dim == 20
+    velocity = batched(blockwise_dit, *inputs_of(blockwise_cases))
+    assert max_difference(velocity, blockwise_cases["velocity"]) < 1e-4
+
+
+def test_velocity_behind_earlier_latents_equals_pytorch(blockwise_dit, blockwise_cases):
+    x, t, *conditions = inputs_of(blockwise_cases)
+    earlier = jnp.pad(jnp.asarray(blockwise_cases["continuation"]), ((0, 0), (0, 24), (0, 0)))
+
+    @jax.vmap
+    def velocity(x, t, earlier, *conditions):
+        return blockwise_dit.velocity(
+            x[:8],
+            t,
+            blockwise_dit.context(*conditions),
+            frame_mask=jnp.ones(8, bool),
+            speaker_scale=jnp.ones(3),
+            prefix=blockwise_dit.prefix(earlier, jnp.int32(8)),
+        )
+
+    golden = blockwise_cases["velocity_block"]
+    assert max_difference(velocity(x, t, earlier, *conditions), golden) < 1e-4
+
+
+@pytest.mark.parametrize("dropped", ["text", "speaker"])
+@pytest.mark.parametrize("content", [1e3, np.inf, np.nan])
+def test_a_masked_out_condition_changes_nothing_whatever_it_contains(
+    golden_dit, dit_cases, dropped, content
+):
+    cases = {name: jnp.asarray(value) for name, value in dit_cases.items()}
+    cases[f"{dropped}_mask"] = jnp.zeros_like(cases[f"{dropped}_mask"])
+    before = batched(golden_dit, *inputs_of(cases))
+    if dropped == "text":
+        cases["text_ids"] = (cases["text_ids"] + 77) % 256 if np.isfinite(content) else (
+            jnp.full_like(cases["text_ids"], -5)
+        )
+    else:
+        cases["speaker_latents"] = jnp.full_like(cases["speaker_latents"], content)
+    after = batched(golden_dit, *inputs_of(cases))
+    assert np.isfinite(before).all()
+    assert np.array_equal(before, after)
+
+
+def test_padding_behind_text_and_reference_changes_nothing(golden_dit, dit_cases):
+    x, t, ids, text_mask, speaker, speaker_mask = (value[:1] for value in inputs_of(dit_cases))
+    short = batched(golden_dit, x, t, ids[:, :23], text_mask[:, :23], speaker[:, :12],
+                    speaker_mask[:, :12])
+    text_mask = text_mask.at[:, 23:].set(False)
+    speaker_mask = speaker_mask.at[:, 12:].set(False)
+    speaker = speaker.at[:, 12:].set(jnp.nan)
+    padded = batched(golden_dit, x, t, ids, text_mask, speaker, speaker_mask)
+    assert max_difference(short, padded) < 1e-5
+
+
+def test_velocity_from_cached_keys_equals_uncached(golden_dit, dit_cases):
+    x, t, *conditions = inputs_of(dit_cases)
+
+    @jax.jit
+    @jax.vmap
+    def cached(x, t, *conditions):
+        mask, ones = jnp.ones(len(x), bool), jnp.ones(golden_dit.config.num_layers)
+        context = golden_dit.context(*conditions)
+        return golden_dit.velocity(x, t, context, frame_mask=mask, speaker_scale=ones)
+
+    uncached = batched(golden_dit, x, t, *conditions)
+    assert max_difference(cached(x, t, *conditions), uncached) < 1e-5
+
+
+def test_frames_behind_the_canvas_change_nothing(golden_dit, dit_cases):
+    x, t, *conditions = (value[0] for value in inputs_of(dit_cases))
+    context = golden_dit.context(*conditions)
+    ones = jnp.ones(golden_dit.config.num_layers)
+
+    def velocity(x, mask):
+        return golden_dit.velocity(x, t, context, frame_mask=mask, speaker_scale=ones)
+
+    short = velocity(x[:21], jnp.ones(21, bool))
+    padded = velocity(x.at[21:].set(jnp.nan), jnp.arange(len(x)) < 21)
+    assert max_difference(short, padded[:21]) < 1e-5
+
+
+def test_fresh_model_starts_at_zero_velocity():
+    config = DIT_PRESETS["tiny"]
+    dit = eqx.filter_jit(lambda key: echo_eqx.EchoDiT.init(config, key=key))(jr.key(0))
+    x = jr.normal(jr.key(1), (7, config.latent_dim))
+    ones = jnp.ones(8, bool)
+    velocity = dit(x, jnp.float32(0.3), jnp.arange(8), ones, jnp.tile(x[:4], (2, 1)), ones)
+    assert velocity.shape == x.shape and not velocity.any()
+
+
+def test_gradients_are_finite_when_everything_is_dropped(golden_dit, dit_cases):
+    x, t, ids, _, speaker, _ = (value[0] for value in inputs_of(dit_cases))
+    off = jnp.zeros(len(ids), bool), jnp.zeros(len(speaker), bool)
+
+    def loss(dit):
+        return jnp.mean(dit(x, t, ids, off[0], speaker, off[1]) ** 2)
+
+    gradients = eqx.filter_jit(eqx.filter_grad(loss))(golden_dit)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))

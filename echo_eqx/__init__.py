@@ -1,10 +1,10 @@
 """Echo: a flow-matching transformer that speaks, over DACVAE latents, in pure Equinox.
 
-    import echo_eqx
+import echo_eqx
 
-    dit = echo_eqx.load_dit("owner/name")
-    codec = echo_eqx.load_codec("facebook/dacvae-watermarked")
-    audio = echo_eqx.synthesize(dit, codec, "Hello.", speaker="voice.wav")
+dit = echo_eqx.load_dit("owner/name")
+codec = echo_eqx.load_codec("facebook/dacvae-watermarked")
+audio = echo_eqx.synthesize(dit, codec, "Hello.", speaker="voice.wav")
 """
 
 from importlib.metadata import version

@@ -192,25 +192,26 @@ def to_json(config: DiTConfig | CodecConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def dit_config_from_json(data: Mapping[str, Any]) -> DiTConfig:
+def dit_config_from_json(data: Any) -> DiTConfig:
     """Inverse of `to_json`; unknown, missing or wrongly typed fields raise `EchoError`."""
+    _expect_object(data, "the config")
     text = _build(EncoderConfig, data.get("text", {}), "text.")
     speaker = _build(EncoderConfig, data.get("speaker", {}), "speaker.")
     return _build(DiTConfig, {**data, "text": text, "speaker": speaker}, "")
 
 
-def codec_config_from_json(data: Mapping[str, Any]) -> CodecConfig:
+def codec_config_from_json(data: Any) -> CodecConfig:
     """Inverse of `to_json`; unknown, missing or wrongly typed fields raise `EchoError`."""
+    _expect_object(data, "the config")
     watermark = data.get("watermark")
     if watermark is not None:
         watermark = _build(WatermarkConfig, watermark, "watermark.")
     return _build(CodecConfig, {**data, "watermark": watermark}, "")
 
 
-def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
+def _build(cls: type, data: Any, where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    if not isinstance(data, Mapping):
-        raise EchoError(f"config field {where[:-1]} is {data!r}; wanted an object")
+    _expect_object(data, f"config field {where[:-1]}")
     if unknown := sorted(set(data) - set(fields)):
         raise EchoError(f"config has unknown field {where}{unknown[0]}")
     values = {}
@@ -235,6 +236,11 @@ def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
             raise EchoError(f"config field {where}{name} is {value!r}; wanted {field.type}")
         values[name] = value
     return cls(**values)
+
+
+def _expect_object(data: Any, name: str) -> None:
+    if not isinstance(data, Mapping):
+        raise EchoError(f"{name} is a {type(data).__name__}; wanted an object")
 
 
 def _is_size(value: Any) -> bool:

@@ -183,8 +183,10 @@ def speaker_latents(
     rate, hop = codec.config.sample_rate, codec.config.hop
     if max_seconds is None:
         max_seconds = dit.config.max_speaker_frames / codec.config.frame_rate
-    if not 0 < max_seconds <= max(
-        MAX_SPEAKER_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate
+    if (
+        not 0
+        < max_seconds
+        <= max(MAX_SPEAKER_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate)
     ):
         raise UsageError(f"{max_seconds} s of reference; wanted up to {MAX_SPEAKER_SECONDS:.0f} s")
     max_frames = int(max_seconds * codec.config.frame_rate + 1e-6)
@@ -227,7 +229,8 @@ def encode_padded(codec: DACVAE, audio: Float[np.ndarray, " samples"]) -> np.nda
 
 def _load_latents(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        # Mapped, so that a header that claims more than the file holds takes no memory.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise EchoError(f"{path} does not exist; wanted reference latents") from None
     except (OSError, ValueError, EOFError) as error:
@@ -253,9 +256,7 @@ def silence_latent(codec: DACVAE) -> Float[np.ndarray, " c"]:
     return np.asarray(mean[frames // 2], np.float32)
 
 
-def speech_end(
-    latents: Float[np.ndarray, "t c"], silence: Float[np.ndarray, " c"]
-) -> int:
+def speech_end(latents: Float[np.ndarray, "t c"], silence: Float[np.ndarray, " c"]) -> int:
     """Frame from which on every window of 20 frames deviates less than 0.05 from silence."""
     deviation = np.mean(np.square(latents - silence[None]), axis=1)
     padded = np.concatenate([deviation, np.zeros(FLAT_FRAMES)])

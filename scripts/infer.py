@@ -162,7 +162,9 @@ def main() -> None:
 def check_usage(args: Args) -> None:
     """What can be refused before anything is loaded."""
     if args.checkpoint is None:
-        raise UsageError("--checkpoint is missing; wanted a file, a folder or a Hub id of an EchoDiT")
+        raise UsageError(
+            "--checkpoint is missing; wanted a file, a folder or a Hub id of an EchoDiT"
+        )
     if (args.text is None) == (args.text_file is None):
         raise UsageError("wanted either --text or --text_file")
     args.sampler.check()

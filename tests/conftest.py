@@ -12,6 +12,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import echo_eqx  # noqa: E402
+from echo_eqx.trees import leaf_names  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -49,6 +50,20 @@ def blockwise_dit() -> echo_eqx.EchoDiT:
 @pytest.fixture(scope="session")
 def blockwise_cases() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "blockwise" / "cases.npz"))
+
+
+def random_model(kind, config, scale: float = 0.1, seed: int = 0):
+    """A model with every leaf random, made without compiling anything."""
+    rng = np.random.default_rng(seed)
+    skeleton = jax.eval_shape(lambda key: kind.init(config, key=key), jax.random.key(0))
+
+    def leaf(name: str, shape: tuple[int, ...]):
+        base = 1.0 if name.endswith(("norm.weight", "alpha")) else 0.0
+        return jax.device_put((base + scale * rng.standard_normal(shape)).astype(np.float32))
+
+    leaves, treedef = jax.tree.flatten(skeleton)
+    names = leaf_names(skeleton)
+    return treedef.unflatten(leaf(n, x.shape) for n, x in zip(names, leaves, strict=True))
 
 
 def max_difference(a, b) -> float:

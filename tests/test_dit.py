@@ -74,8 +74,10 @@ def test_a_masked_out_condition_changes_nothing_whatever_it_contains(
     cases[f"{dropped}_mask"] = jnp.zeros_like(cases[f"{dropped}_mask"])
     before = batched(golden_dit, *inputs_of(cases))
     if dropped == "text":
-        cases["text_ids"] = (cases["text_ids"] + 77) % 256 if np.isfinite(content) else (
-            jnp.full_like(cases["text_ids"], -5)
+        cases["text_ids"] = (
+            (cases["text_ids"] + 77) % 256
+            if np.isfinite(content)
+            else (jnp.full_like(cases["text_ids"], -5))
         )
     else:
         cases["speaker_latents"] = jnp.full_like(cases["speaker_latents"], content)
@@ -86,8 +88,9 @@ def test_a_masked_out_condition_changes_nothing_whatever_it_contains(
 
 def test_padding_behind_text_and_reference_changes_nothing(golden_dit, dit_cases):
     x, t, ids, text_mask, speaker, speaker_mask = (value[:1] for value in inputs_of(dit_cases))
-    short = batched(golden_dit, x, t, ids[:, :23], text_mask[:, :23], speaker[:, :12],
-                    speaker_mask[:, :12])
+    short = batched(
+        golden_dit, x, t, ids[:, :23], text_mask[:, :23], speaker[:, :12], speaker_mask[:, :12]
+    )
     text_mask = text_mask.at[:, 23:].set(False)
     speaker_mask = speaker_mask.at[:, 12:].set(False)
     speaker = speaker.at[:, 12:].set(jnp.nan)

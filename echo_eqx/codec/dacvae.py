@@ -7,7 +7,6 @@ with that much on both sides gives the same samples as the whole; the watermark 
 from collections.abc import Iterator
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np

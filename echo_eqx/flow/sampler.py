@@ -163,9 +163,7 @@ def sample(
     elif noise.shape == (batch, num_frames, latent_dim):
         noise = jnp.pad(noise, ((0, 0), (0, padded - num_frames), (0, 0)))
     else:
-        raise UsageError(
-            f"noise has shape {noise.shape}; wanted {(batch, num_frames, latent_dim)}"
-        )
+        raise UsageError(f"noise has shape {noise.shape}; wanted {(batch, num_frames, latent_dim)}")
     context = _context_of(dit, text_ids, text_mask, speaker_latents, speaker_mask)
     frame_mask = jnp.arange(padded) < num_frames
     branches = _branches(settings.guidance, speaker_latents is not None)

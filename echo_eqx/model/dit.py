@@ -122,9 +122,9 @@ class EchoDiT(eqx.Module):
         return Context(
             text=eqx.filter_vmap(lambda layer: layer.text_keys_values(text, text_mask))(attention),
             text_mask=text_mask,
-            speaker=eqx.filter_vmap(
-                lambda layer: layer.speaker_keys_values(speaker, speaker_mask)
-            )(attention),
+            speaker=eqx.filter_vmap(lambda layer: layer.speaker_keys_values(speaker, speaker_mask))(
+                attention
+            ),
             speaker_mask=speaker_mask,
         )
 

@@ -29,9 +29,7 @@ class TextEncoder(eqx.Module):
             blocks=init_blocks(config.text, config.norm_eps, key_blocks),
         )
 
-    def __call__(
-        self, ids: Int[Array, " s"], mask: Bool[Array, " s"]
-    ) -> Float[Array, "s e"]:
+    def __call__(self, ids: Int[Array, " s"], mask: Bool[Array, " s"]) -> Float[Array, "s e"]:
         x = self.text_embedding(ids)
         angles = rotary_angles(len(ids), x.shape[1] // self.blocks.attention.num_heads)
         return scan_layers(lambda block, x, _: block(x, mask[None], angles), x, self.blocks)

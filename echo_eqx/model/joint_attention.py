@@ -79,9 +79,7 @@ class JointAttention(eqx.Module):
             num_heads=num_heads,
         )
 
-    def text_keys_values(
-        self, state: Float[Array, "s e"], mask: Bool[Array, " s"]
-    ) -> KeysValues:
+    def text_keys_values(self, state: Float[Array, "s e"], mask: Bool[Array, " s"]) -> KeysValues:
         return self._project(self.wk_text, self.wv_text, state, mask)
 
     def speaker_keys_values(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.config import CodecConfig, WatermarkConfig, codec_config_from_json
+from echo_eqx.config import CodecConfig, codec_config_from_json
 from echo_eqx.errors import EchoError
 from echo_eqx.trees import cast
 from echo_eqx.weights.fill import check_memory, fill
@@ -27,9 +27,7 @@ def load_dacvae_pth(path: Path, dtype: Any) -> DACVAE:
     content = read_torch_file(path)
     source = tensors(content.get("state_dict"), path)
     config = _config(content, source, path)
-    skeleton = jax.eval_shape(
-        lambda: cast(DACVAE.init(config, key=jax.random.key(0)), dtype)
-    )
+    skeleton = jax.eval_shape(lambda: cast(DACVAE.init(config, key=jax.random.key(0)), dtype))
     check_memory(skeleton, str(path))
 
     def read(leaf: str) -> tuple[np.ndarray, list[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 from echo_eqx.errors import EchoError
 from echo_eqx.weights.inert_pickle import NUMPY, Builder, Record, load, ordered_dict
 
-_MAX_LEAVES = 1_000_000
+_MAX_LEAVES = 100_000
 _MAX_DEPTH = 64
 
 

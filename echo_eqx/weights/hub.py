@@ -34,7 +34,9 @@ def find_weights(source: str | Path) -> Path:
     match = _HUB_ID.fullmatch(str(source))
     looks_like_path = path.suffix in SUFFIXES and not (match and match["file"])
     if match is None or looks_like_path:
-        raise EchoError(f"{source} does not exist; wanted a file, a folder or owner/name on the Hub")
+        raise EchoError(
+            f"{source} does not exist; wanted a file, a folder or owner/name on the Hub"
+        )
     return _from_hub(match["repo"], match["revision"], match["file"])
 
 
@@ -46,7 +48,9 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
         except EntryNotFoundError:  # also: not in the cache while the Hub cannot be reached
             continue
         except Exception as error:
-            raise EchoError(f"{where} cannot be loaded from the Hub: {_first_line(error)}") from None
+            raise EchoError(
+                f"{where} cannot be loaded from the Hub: {_first_line(error)}"
+            ) from None
     if file:
         raise EchoError(f"{where} has no file {file}, on the Hub or in the cache")
     try:

@@ -311,9 +311,7 @@ def array_from_bytes(data: Buffer | str, dtype: np.dtype, shape: Any, fortran: A
     if not is_shape(shape):
         raise EchoError("the shape of an array is no short tuple of sizes")
     if math.prod(shape) * dtype.itemsize != len(data):
-        raise EchoError(
-            f"an array of shape {shape} and type {dtype} has {len(data)} bytes of data"
-        )
+        raise EchoError(f"an array of shape {shape} and type {dtype} has {len(data)} bytes of data")
     flat = np.frombuffer(data, dtype)
     return flat.reshape(shape, order="F" if fortran else "C")
 

@@ -85,11 +85,14 @@ def _kind(path: Path) -> str:
         head = file.read(16)
     if not head:
         raise EchoError(f"{path} is empty; wanted a file of weights")
+    # A safetensors file begins with the length of its header, which is JSON.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "safetensors"
     if zipfile.is_zipfile(path):
         return "torch"
     if head[0] == 0x80:
         return "pickle"
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
+    if path.suffix == ".safetensors":
         return "safetensors"
     raise EchoError(f"{path} is no safetensors, pickle or PyTorch file (it begins {head[:8]!r})")
 

@@ -13,7 +13,6 @@ import numpy as np
 from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import EchoError
 
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -62,9 +61,7 @@ def _is_matrix(leaf: str) -> bool:
 
 def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:
     """Tensors of the community's PyTorch EchoDiT behind one of our leaves."""
-    name = re.sub(
-        r"time_conditioner\.dense(\d)", lambda m: f"cond_module.{2 * int(m[1])}", leaf
-    )
+    name = re.sub(r"time_conditioner\.dense(\d)", lambda m: f"cond_module.{2 * int(m[1])}", leaf)
     name = re.sub(r"_adaln\.(shift|scale|gate)\.(down|up)\.", r"_adaln.\1_\2.", name)
     if not _STACK.search(name):
         return Sources([name], _transposed if _is_matrix(leaf) else _only)
@@ -106,9 +103,7 @@ def pytorch_config(tensors: Shapes) -> DiTConfig:
     )
 
 
-def to_pytorch(
-    leaves: Mapping[str, np.ndarray], config: DiTConfig
-) -> dict[str, np.ndarray]:
+def to_pytorch(leaves: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
     """Our leaves under the names and in the layout of the PyTorch EchoDiT.
 
     That implementation divides the reference projection by 6: the layer is multiplied by

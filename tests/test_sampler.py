@@ -1,0 +1,218 @@
+"""The sampler: parity, cached keys, guidance, and what must not compile anew."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import max_difference
+
+from echo_eqx import SamplerSettings, UsageError, sample, sample_blockwise
+from echo_eqx.flow.guidance import guidance_update, rescale_score
+
+CONDITIONS = ("text_ids", "text_mask", "speaker_latents", "speaker_mask")
+GOLDEN_SETTINGS = {
+    "independent": SamplerSettings(steps=8, start_t=0.999, noise_scale=0.9),
+    "rescaled": SamplerSettings(steps=8, noise_scale=0.9, rescale_k=1.2, rescale_sigma=3.0),
+    "joint": SamplerSettings(steps=8, guidance="joint", cfg_min_t=0.0),
+}
+
+
+@pytest.fixture
+def conditions(dit_cases):
+    return [jnp.asarray(dit_cases[name]) for name in CONDITIONS]
+
+
+@pytest.mark.parametrize("name", list(GOLDEN_SETTINGS))
+def test_samples_equal_golden(golden_dit, dit_cases, conditions, name):
+    noise = jnp.asarray(dit_cases["noise"])
+    latents = sample(golden_dit, *conditions, noise=noise, settings=GOLDEN_SETTINGS[name])
+    assert max_difference(latents, dit_cases[f"sample_{name}"]) < 1e-3
+
+
+def test_blocks_equal_pytorch(blockwise_dit, blockwise_cases):
+    cases = {name: jnp.asarray(value) for name, value in blockwise_cases.items()}
+    latents = sample_blockwise(
+        blockwise_dit,
+        *(cases[name] for name in CONDITIONS),
+        block_sizes=[8, 4, 12],
+        continuation=cases["continuation"],
+        noise=[cases[f"noise_{i}"] for i in range(3)],
+        settings=SamplerSettings(
+            steps=6, noise_scale=0.9, rescale_k=1.2, speaker_kv_scale=1.3, speaker_kv_layers=2
+        ),
+    )
+    assert max_difference(latents, cases["sample_blockwise"]) < 1e-3
+    assert np.array_equal(latents[:, :8], cases["continuation"])
+
+
+def plain_euler(dit, conditions, noise, settings):
+    """The equations, step by step, each branch a call of the model from text and reference."""
+    ids, text_mask, speaker, speaker_mask = conditions
+    call = jax.jit(jax.vmap(dit.__call__, in_axes=(0, None, 0, 0, 0, 0)))
+    times = np.linspace(1, 0, settings.steps + 1, dtype=np.float32)
+    x = noise * np.float32(settings.noise_scale)
+    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        v = cond = call(x, jnp.float32(t), *conditions)
+        if settings.cfg_min_t <= t <= settings.cfg_max_t:
+            no_text = call(x, jnp.float32(t), ids, text_mask & False, speaker, speaker_mask)
+            no_voice = call(x, jnp.float32(t), ids, text_mask, speaker, speaker_mask & False)
+            text_on = settings.guidance == "independent" or step % 2 == 0
+            voice_on = settings.guidance == "independent" or step % 2 == 1
+            for on, scale, dropped in (
+                (text_on, settings.cfg_scale, no_text),
+                (voice_on, settings.speaker_scale, no_voice),
+            ):
+                if on:
+                    difference = np.asarray(cond - dropped)
+                    unit = np.asarray(cond) / np.linalg.norm(cond, axis=(1, 2), keepdims=True)
+                    along = np.sum(difference * unit, axis=(1, 2), keepdims=True) * unit
+                    v = v + scale * (difference - (1 - settings.apg_eta) * along)
+        x = x + v * np.float32(t_next - t)
+    return x
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplerSettings(steps=5, cfg_min_t=0.3, cfg_max_t=0.9),
+        SamplerSettings(steps=5, guidance="alternating", cfg_min_t=0.1),
+        SamplerSettings(steps=5, apg_eta=0.25),
+    ],
+    ids=["independent", "alternating", "projected"],
+)
+def test_batched_cached_branches_equal_plain_calls(golden_dit, dit_cases, conditions, settings):
+    noise = jnp.asarray(dit_cases["noise"])
+    latents = sample(golden_dit, *conditions, noise=noise, settings=settings)
+    assert max_difference(latents, plain_euler(golden_dit, conditions, noise, settings)) < 1e-3
+
+
+def test_no_reference_equals_a_masked_one(golden_dit, dit_cases, conditions):
+    ids, text_mask, speaker, speaker_mask = conditions
+    noise = jnp.asarray(dit_cases["noise"])
+    settings = SamplerSettings(steps=4)
+    masked = sample(
+        golden_dit, ids, text_mask, speaker, speaker_mask & False, noise=noise, settings=settings
+    )
+    without = sample(golden_dit, ids, text_mask, noise=noise, settings=settings)
+    assert max_difference(masked, without) < 1e-5
+
+
+def test_a_progress_call_changes_no_bit(golden_dit, dit_cases, conditions):
+    noise, settings = jnp.asarray(dit_cases["noise"]), SamplerSettings(steps=5)
+    seen = []
+    shown = sample(
+        golden_dit,
+        *conditions,
+        noise=noise,
+        settings=settings,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(i, 5) for i in range(1, 6)]
+    assert np.array_equal(shown, sample(golden_dit, *conditions, noise=noise, settings=settings))
+
+
+def test_canvas_padding_changes_nothing(golden_dit, dit_cases, conditions):
+    # 30 frames run on a padded canvas of 128; the plain equations run on exactly 30.
+    settings = SamplerSettings(steps=3, apg_eta=0.5)
+    noise = jnp.asarray(dit_cases["noise"])
+    exact = plain_euler(golden_dit, conditions, noise, settings)
+    assert (
+        max_difference(sample(golden_dit, *conditions, noise=noise, settings=settings), exact)
+        < 1e-3
+    )
+
+
+def test_a_row_does_not_depend_on_its_batch(golden_dit, conditions):
+    settings, key = SamplerSettings(steps=3), jr.key(5)
+    batch = sample(golden_dit, *conditions, num_frames=20, settings=settings, key=key)
+    first = [value[:1] for value in conditions]
+    alone = sample(golden_dit, *first, num_frames=20, settings=settings, key=key)
+    assert max_difference(batch[:1], alone) < 1e-4
+
+
+def test_settings_seeds_and_steps_compile_nothing(golden_dit, conditions):
+    settings = SamplerSettings(steps=3)
+    sample(golden_dit, *conditions, num_frames=20, settings=settings, key=jr.key(0))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **kwargs: (
+            "backend_compile" in event and compiled.append(str(kwargs.get("fun_name")))
+        )
+    )
+    for change in (
+        {"steps": 5},
+        {"cfg_scale": 1.0, "speaker_scale": 0.0},
+        {"cfg_min_t": 0.0, "cfg_max_t": 0.8},
+        {"apg_eta": 0.1},
+        {"noise_scale": 0.8, "start_t": 0.95},
+        {"rescale_k": 1.2, "rescale_sigma": 2.0},
+        {"speaker_kv_scale": 1.4, "speaker_kv_min_t": 0.5, "speaker_kv_layers": 1},
+    ):
+        changed = dataclasses.replace(settings, **change)
+        sample(golden_dit, *conditions, num_frames=77, settings=changed, key=jr.key(1))
+    assert not [name for name in compiled if "_euler" in name or "_context" in name]
+
+
+def test_reference_scale_acts_only_early_and_in_the_first_layers(golden_dit, dit_cases, conditions):
+    noise = jnp.asarray(dit_cases["noise"])
+
+    def latents(**changes):
+        settings = SamplerSettings(steps=4, **changes)
+        return sample(golden_dit, *conditions, noise=noise, settings=settings)
+
+    plain = latents()
+    assert np.array_equal(plain, latents(speaker_kv_scale=1.4, speaker_kv_layers=0))
+    all_layers, one_layer = (
+        latents(speaker_kv_scale=1.4),
+        latents(speaker_kv_scale=1.4, speaker_kv_layers=1),
+    )
+    # Row 1 of the golden cases has no reference.
+    assert np.array_equal(plain[1], all_layers[1])
+    assert max_difference(plain[0], all_layers[0]) > 1e-4
+    assert max_difference(one_layer[0], all_layers[0]) > 1e-4
+    late = latents(speaker_kv_scale=1.4, speaker_kv_min_t=0.0)
+    assert max_difference(late[0], all_layers[0]) > 1e-4
+
+
+def test_projected_guidance_with_eta_0_is_orthogonal_and_with_eta_1_is_plain():
+    v, dropped = jr.normal(jr.key(0), (2, 3, 7, 5))
+    update = guidance_update(v, dropped, jnp.float32(2), jnp.float32(0))
+    assert max_difference(jnp.sum(update * v, axis=(1, 2)), 0) < 1e-4
+    plain = guidance_update(v, dropped, jnp.float32(2), jnp.float32(1))
+    assert np.array_equal(plain, 2 * (v - dropped))
+
+
+def test_rescaling_with_k_1_changes_no_bit():
+    v, x = jr.normal(jr.key(0), (2, 3, 7, 5))
+    one, sigma = jnp.float32(1), jnp.float32(3)
+    for t in (0.999, 0.5, 1.0):
+        assert np.array_equal(rescale_score(v, x, jnp.float32(t), one, sigma), v)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"steps": -3},
+        {"cfg_scale": -1.0},
+        {"cfg_scale": float("nan")},
+        {"start_t": 0.0},
+        {"noise_scale": float("inf")},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_named(change):
+    (name,) = change
+    with pytest.raises(UsageError, match=name):
+        dataclasses.replace(SamplerSettings(), **change).check()
+
+
+def test_blocks_need_a_blockwise_model_and_whole_patches(golden_dit, blockwise_dit, conditions):
+    with pytest.raises(UsageError, match="latent_encoder"):
+        sample_blockwise(golden_dit, *conditions, block_sizes=[8], key=jr.key(0))
+    ids, mask = conditions[:2]
+    with pytest.raises(UsageError, match="6 frames"):
+        sample_blockwise(blockwise_dit, ids, mask, block_sizes=[8, 6], key=jr.key(0))

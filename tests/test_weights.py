@@ -1,0 +1,437 @@
+"""Loading: what published files hold, and that every import is total."""
+
+import json
+import pickle
+import struct
+import sys
+import types
+from collections import OrderedDict, namedtuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import GOLDEN, max_difference, random_model
+from safetensors.numpy import load_file, save_file
+
+import echo_eqx
+from echo_eqx import EchoError
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig, EncoderConfig
+from echo_eqx.trees import leaf_names, named_leaves
+from echo_eqx.weights.flax import read_flax_checkpoint
+from echo_eqx.weights.load import dit_from_flax
+
+WEIGHTS_ONLY = GOLDEN / "dit_tiny" / "weights_only.pkl"
+FULL_STATE = GOLDEN / "dit_tiny" / "full_state.pkl"
+PYTORCH = GOLDEN / "blockwise" / "weights.safetensors"
+
+SMALL = DiTConfig(
+    model_dim=24,
+    num_layers=2,
+    num_heads=2,
+    mlp_dim=40,
+    text=EncoderConfig(16, 1, 2, 24),
+    speaker=EncoderConfig(12, 3, 3, 20),
+    latent_dim=10,
+    time_embed_dim=18,
+    adaln_rank=5,
+)
+
+
+def same(a, b) -> bool:
+    return leaf_names(a) == leaf_names(b) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+# --- Flax ---------------------------------------------------------------------------------------
+
+
+def test_full_state_has_weights_moments_and_counters(golden_dit, dit_cases):
+    expected = np.load(GOLDEN / "dit_tiny" / "full_state_expect.npz")
+    dit = echo_eqx.load_dit(FULL_STATE)
+    inputs = [
+        jnp.asarray(dit_cases[name])
+        for name in ("x", "t", "text_ids", "text_mask", "speaker_latents", "speaker_mask")
+    ]
+    assert max_difference(jax.vmap(dit.__call__)(*inputs), expected["velocity"]) < 1e-4
+
+    checkpoint = read_flax_checkpoint(FULL_STATE)
+    assert checkpoint.adam_count == expected["adam_count"]
+    assert (checkpoint.step, checkpoint.samples_seen) == (3, 768)
+    mu = dit_from_flax(checkpoint.mu, FULL_STATE, jnp.float32)
+    nu = dit_from_flax(checkpoint.nu, FULL_STATE, jnp.float32)
+    assert leaf_names(mu) == leaf_names(dit)
+    norm = np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(mu)))
+    assert norm == pytest.approx(expected["mu_norm"], rel=1e-6)
+    total = sum(np.sum(np.float64(leaf)) for leaf in jax.tree.leaves(nu))
+    assert total == pytest.approx(expected["nu_sum"], rel=1e-6)
+    assert np.array_equal(mu.out_proj.weight, expected["mu_out_proj"])
+    assert np.array_equal(nu.out_proj.weight, expected["nu_out_proj"])
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_pickles_of_any_protocol_and_precision_load(tmp_path, golden_dit, protocol, dtype):
+    checkpoint = read_flax_checkpoint(WEIGHTS_ONLY)
+    tree = nested({name: array.astype(dtype) for name, array in checkpoint.params.items()})
+    path = tmp_path / "model.pkl"
+    content = {"params": tree, "opt_state": None, "step": np.int64(7), "samples_seen": 3}
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    assert read_flax_checkpoint(path).step == 7
+    dit = echo_eqx.load_dit(path)
+    tolerance = {np.float16: 2e-3, ml_dtypes.bfloat16: 2e-2}.get(dtype, 0)
+    for name, leaf in named_leaves(golden_dit).items():
+        assert max_difference(named_leaves(dit)[name], leaf) <= tolerance * np.abs(leaf).max()
+
+
+def test_pickle_of_numpy_1_loads(tmp_path, golden_dit):
+    # NumPy 1 wrote the module numpy.core where NumPy 2 writes numpy._core.
+    data = WEIGHTS_ONLY.read_bytes()
+    checkpoint = pickle.loads(data)
+    old = pickle.dumps(checkpoint, protocol=2).replace(b"numpy._core", b"numpy.core")
+    assert b"numpy._core" not in old
+    path = tmp_path / "model.pkl"
+    path.write_bytes(old)
+    assert same(echo_eqx.load_dit(path), golden_dit)
+
+
+def test_wrappers_and_optimizer_chains_of_the_trainer_load(tmp_path, golden_dit, monkeypatch):
+    # Classes of the same names as Flax's and optax's, so that real pickles of them can be written.
+    def module(name, **attributes):
+        if "." in name:
+            module(name.rpartition(".")[0])
+        made = types.ModuleType(name)
+        for key, value in attributes.items():
+            value.__module__, value.__qualname__ = name, key
+            setattr(made, key, value)
+        monkeypatch.setitem(sys.modules, name, made)
+        return made
+
+    class Partitioned:
+        def __init__(self, value, names):
+            self.value, self.names, self.mesh = value, names, None
+
+    adam_state = namedtuple("ScaleByAdamState", ["count", "mu", "nu"])
+    masked_state = namedtuple("MaskedState", ["inner_state"])
+    empty = namedtuple("EmptyState", [])
+    module("flax.linen.spmd", LogicallyPartitioned=Partitioned)
+    module("optax._src.transform", ScaleByAdamState=adam_state)
+    module("optax._src.base", EmptyState=empty)
+    module("optax.transforms._masking", MaskedState=masked_state)
+
+    params = read_flax_checkpoint(WEIGHTS_ONLY).params
+    wrapped = {name: Partitioned(array, ("a", "b")) for name, array in params.items()}
+    halves = {name: Partitioned(array / 2, None) for name, array in params.items()}
+    adam = adam_state(np.asarray(9, np.int32), nested(halves), nested(wrapped))
+    opt_state = (empty(), (masked_state((adam, empty())), [empty()]))
+    content = {"params": nested(wrapped), "opt_state": opt_state, "step": 4, "samples_seen": 8}
+    path = tmp_path / "state.pkl"
+    path.write_bytes(pickle.dumps(OrderedDict(content)))
+
+    assert same(echo_eqx.load_dit(path), golden_dit)
+    checkpoint = read_flax_checkpoint(path)
+    assert checkpoint.adam_count == 9
+    assert all(np.array_equal(checkpoint.mu[name], array / 2) for name, array in params.items())
+
+
+def nested(flat):
+    tree = {}
+    for name, value in flat.items():
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p.pop("out_proj/bias"), "out_proj/bias is missing"),
+        (lambda p: p.update({"extra/kernel": np.ones(3)}), "extra/kernel belongs to no part"),
+        (lambda p: p.update({"norm/weight": np.ones(47)}), "norm/weight .* shape"),
+        (lambda p: p.update({"norm/weight": np.full(48, np.nan)}), "norm/weight .* not finite"),
+        (lambda p: p.pop("in_proj/kernel"), "in_proj/kernel is missing"),
+        (
+            lambda p: p.update({"TransformerBlock_1/mlp/w1/kernel": np.ones((48, 127))}),
+            "TransformerBlock_0/mlp/w1/kernel .*shape",
+        ),
+    ],
+)
+def test_flax_import_is_total(tmp_path, damage, message):
+    params = dict(read_flax_checkpoint(WEIGHTS_ONLY).params)
+    damage(params)
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"params": nested(params), "step": 0}))
+    with pytest.raises(EchoError, match=message):
+        echo_eqx.load_dit(path)
+
+
+# --- PyTorch ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 6])
+@pytest.mark.parametrize("latent_dim", [10, 80])
+def test_export_to_pytorch_names_computes_the_same(tmp_path, scale, latent_dim):
+    config = dataclasses_replace(SMALL, speaker_proj_scale=scale, latent_dim=latent_dim)
+    dit = random_model(echo_eqx.EchoDiT, config)
+    echo_eqx.save(dit, tmp_path / "pt.safetensors", layout="pytorch")
+    names = set(load_file(tmp_path / "pt.safetensors"))
+    assert {"cond_module.4.weight", "blocks.1.attention_adaln.shift_down.weight"} <= names
+    again = echo_eqx.load_dit(tmp_path / "pt.safetensors")
+    assert again.config == dataclasses_replace(config, speaker_proj_scale=1 / 6)
+    rng = np.random.default_rng(0)
+    x, speaker = (jnp.asarray(rng.standard_normal((8, latent_dim)), jnp.float32) for _ in "ab")
+    ones = jnp.ones(8, bool)
+    inputs = x, jnp.float32(0.4), jnp.arange(8), ones, speaker, ones
+    assert max_difference(dit(*inputs), again(*inputs)) < 1e-5
+
+
+def dataclasses_replace(config, **changes):
+    import dataclasses
+
+    return dataclasses.replace(config, **changes)
+
+
+def test_export_has_the_tensors_of_the_original(tmp_path):
+    original = load_file(PYTORCH)
+    echo_eqx.save(echo_eqx.load_dit(PYTORCH), tmp_path / "pt.safetensors", layout="pytorch")
+    exported = load_file(tmp_path / "pt.safetensors")
+    assert set(exported) == set(original)
+    assert all(np.array_equal(exported[name], original[name]) for name in original)
+
+
+def test_blockwise_parts_may_be_cut_off_but_only_whole(tmp_path):
+    tensors = load_file(PYTORCH)
+    for part in ("latent_encoder.", "latent_norm."):
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(part)}
+    save_file(tensors, tmp_path / "half.safetensors")
+    with pytest.raises(EchoError, match=r"w[kv]_latent.* belongs to no part"):
+        echo_eqx.load_dit(tmp_path / "half.safetensors")
+    tensors = {name: x for name, x in tensors.items() if "_latent" not in name}
+    save_file(tensors, tmp_path / "whole.safetensors")
+    assert not echo_eqx.load_dit(tmp_path / "whole.safetensors").config.blockwise
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda t: t.pop("cond_module.2.weight"), "cond_module.2.weight is missing"),
+        (lambda t: t.pop("blocks.1.mlp.w2.weight"), "blocks.1.mlp.w2.weight is missing"),
+        (lambda t: t.update({"lora": np.ones(2)}), "lora belongs to no part"),
+        (lambda t: t.update({"out_proj.bias": np.ones(21)}), "out_proj.bias .*shape"),
+        (lambda t: t.update({"out_proj.bias": np.full(20, np.inf)}), "out_proj.bias .*not finite"),
+    ],
+)
+def test_pytorch_import_is_total(tmp_path, damage, message):
+    tensors = load_file(PYTORCH)
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(EchoError, match=message):
+        echo_eqx.load_dit(tmp_path / "model.safetensors")
+
+
+def test_published_base_sizes_find_their_training_lengths():
+    from echo_eqx.weights.names import _with_limits
+
+    base = DIT_PRESETS["2.4B"]
+    read = dataclasses_replace(base, max_frames=768, max_speaker_frames=512)
+    assert _with_limits(read) == base
+    pruned = _with_limits(dataclasses_replace(read, blockwise=False))
+    assert pruned.max_frames == 640 and not pruned.blockwise
+
+
+# --- DACVAE -------------------------------------------------------------------------------------
+
+
+def test_all_317_tensors_of_the_codec_are_used(golden_codec):
+    from echo_eqx.weights.dacvae import _sources
+
+    names = [
+        name for leaf in leaf_names(golden_codec) for name in _sources(leaf, golden_codec.config)[0]
+    ]
+    assert len(names) == len(set(names)) == 317
+
+
+def test_published_codec_size():
+    # 107,671,171 in the published file: there weight norm keeps a length g per channel beside each
+    # kernel, and an LSTM has two biases.
+    config = CODEC_PRESETS["48khz"]
+    codec = jax.eval_shape(lambda key: echo_eqx.DACVAE.init(config, key=key), jax.random.key(0))
+    leaves = named_leaves(codec)
+    lengths = sum(
+        leaf.shape[1] if name.endswith(".up.weight") else leaf.shape[2]
+        for name, leaf in leaves.items()
+        if leaf.ndim == 3 and not name.startswith("watermark.")
+    )
+    biases = sum(leaf.size for name, leaf in leaves.items() if "lstm" in name and "bias" in name)
+    assert echo_eqx.num_parameters(codec) + lengths + biases == 107_671_171
+
+
+# --- Our own format -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_saved_models_load_as_they_were(tmp_path, golden_codec, dtype, folder):
+    dit = random_model(echo_eqx.EchoDiT, SMALL)
+    for model, load in ((dit, echo_eqx.load_dit), (golden_codec, echo_eqx.load_codec)):
+        path = tmp_path / "folder" if folder else tmp_path / "model.safetensors"
+        echo_eqx.save(model, path, dtype=dtype)
+        again = load(path)
+        assert again.config == model.config
+        rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), model)
+        assert same(again, rounded)
+
+
+def test_loaded_matrices_have_the_type_asked_for(tmp_path):
+    echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), tmp_path)
+    leaves = named_leaves(echo_eqx.load_dit(tmp_path, dtype=jnp.bfloat16))
+    assert leaves["blocks.mlp.w1.weight"].dtype == jnp.bfloat16
+    assert leaves["out_norm.weight"].dtype == jnp.float32
+
+
+def test_file_says_what_it_is_and_others_may_read_it(tmp_path):
+    echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), tmp_path / "a" / "b")
+    described = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert (described["format"], described["kind"]) == ("echo_eqx", "dit")
+    assert described["config"]["model_dim"] == 24
+    assert (tmp_path / "a" / "b" / "model.safetensors").stat().st_mode & 0o044
+
+
+def test_numbers_that_do_not_fit_are_refused_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "model.safetensors"
+    dit = random_model(echo_eqx.EchoDiT, SMALL)
+    echo_eqx.save(dit, path)
+    before = path.read_bytes()
+    huge = jax.tree.map(lambda leaf: leaf * 1e6, dit)
+    with pytest.raises(EchoError, match="float16 cannot hold"):
+        echo_eqx.save(huge, path, dtype="float16")
+    assert path.read_bytes() == before
+    assert [child.name for child in tmp_path.iterdir()] == [path.name]
+
+
+def test_unwritable_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EchoError, match="cannot be written"):
+        echo_eqx.save(
+            random_model(echo_eqx.EchoDiT, SMALL), tmp_path / "file" / "model.safetensors"
+        )
+
+
+def own_file(tmp_path, **metadata):
+    path = tmp_path / "model.safetensors"
+    echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), path)
+    tensors = load_file(path)
+    length = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    old = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
+    save_file(tensors, path, {**old, **metadata})
+    return path
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ({"kind": "poem"}, "'poem'"),
+        ({"config": "{"}, "no usable config"),
+        ({"config": "[]"}, "no usable config"),
+        ({"config": "{}"}, "config lacks field"),
+        ({"config": '{"model_dim": "x"}'}, "no usable config"),
+    ],
+)
+def test_bad_metadata_is_named(tmp_path, metadata, message):
+    with pytest.raises(EchoError, match=message):
+        echo_eqx.load_dit(own_file(tmp_path, **metadata))
+
+
+def test_config_fields_of_wrong_type_or_name_are_named(tmp_path):
+    config = json.loads(json.dumps(echo_eqx.config.to_json(SMALL)))
+    for change, message in (
+        ({"model_dim": -4}, "model_dim is -4"),
+        ({"model_dim": 2**40}, "model_dim"),
+        ({"blockwise": 1}, "blockwise is 1"),
+        ({"depth": 3}, "unknown field depth"),
+        ({"text": {"dim": 16}}, "lacks field text.num_layers"),
+        ({"num_heads": 5}, "5 heads"),
+    ):
+        path = own_file(tmp_path, config=json.dumps(config | change))
+        with pytest.raises(EchoError, match=message):
+            echo_eqx.load_dit(path)
+
+
+# --- Files that are something else --------------------------------------------------------------
+
+
+def test_models_of_the_wrong_kind_are_named(tmp_path, golden_codec):
+    echo_eqx.save(golden_codec, tmp_path / "codec")
+    echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), tmp_path / "dit")
+    with pytest.raises(EchoError, match="holds a codec; wanted an EchoDiT"):
+        echo_eqx.load_dit(tmp_path / "codec")
+    for path in (tmp_path / "dit", WEIGHTS_ONLY, PYTORCH):
+        with pytest.raises(EchoError, match="holds no codec"):
+            echo_eqx.load_codec(path)
+    with pytest.raises(EchoError, match="wanted an EchoDiT"):
+        echo_eqx.load_dit(GOLDEN / "dacvae_tiny" / "weights.pth")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pkl", "weights.pth"])
+@pytest.mark.parametrize("content", [b"", b"hello, world", b"\x00" * 4096, b"\x80\x04K"])
+@pytest.mark.parametrize("load", [echo_eqx.load_dit, echo_eqx.load_codec])
+def test_files_of_another_kind_are_named(tmp_path, name, content, load):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(EchoError, match=name):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "source", [WEIGHTS_ONLY, FULL_STATE, PYTORCH, GOLDEN / "dacvae_tiny" / "weights.pth"]
+)
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.99, 0.99999])
+def test_truncated_files_are_named(tmp_path, source, share):
+    data = source.read_bytes()
+    path = tmp_path / source.name
+    path.write_bytes(data[: int(len(data) * share)])
+    load = echo_eqx.load_codec if source.suffix == ".pth" else echo_eqx.load_dit
+    with pytest.raises(EchoError, match=source.name):
+        load(path)
+
+
+def test_missing_and_ambiguous_sources_are_named(tmp_path):
+    with pytest.raises(EchoError, match="does not exist"):
+        echo_eqx.load_dit(tmp_path / "none.safetensors")
+    with pytest.raises(EchoError, match="holds no weights"):
+        echo_eqx.load_dit(tmp_path)
+    for name in ("a.pkl", "b.pkl"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(EchoError, match=r"several.*a\.pkl, b\.pkl"):
+        echo_eqx.load_dit(tmp_path)
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path):
+    # A real file of the right size, most of it a hole: nothing of it needs to be there.
+    config = dataclasses_replace(DIT_PRESETS["1.3B"], num_layers=4000)
+    skeleton = jax.eval_shape(lambda key: echo_eqx.EchoDiT.init(config, key=key), jax.random.key(0))
+    header, offset = {}, 0
+    for name, leaf in named_leaves(skeleton).items():
+        header[name] = {
+            "dtype": "F32",
+            "shape": leaf.shape,
+            "data_offsets": [offset, offset + 4 * leaf.size],
+        }
+        offset += 4 * leaf.size
+    header["__metadata__"] = {
+        "format": "echo_eqx",
+        "kind": "dit",
+        "config": json.dumps(echo_eqx.config.to_json(config)),
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    with pytest.raises(EchoError, match=r"needs \d+\.\d GiB for its weights; .* free"):
+        echo_eqx.load_dit(path)

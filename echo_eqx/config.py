@@ -2,7 +2,8 @@
 
 Axis names, the same in every signature of the project:
 `b` batch, `t` latent frame (25 a second), `s` text byte, `r` reference frame, `p` reference patch,
-`h` head, `k` head width, `a` rotary pair, `d` model width, `e` encoder width, `n` layer, `c` channel.
+`h` head, `k` head width, `a` rotary pair, `d` model width, `e` encoder width, `n` layer,
+`c` channel.
 """
 
 import dataclasses

@@ -368,9 +368,7 @@ def _sample_rows(
             references = [row.speaker for row in filled if row.speaker is not None]
             speakers = jnp.asarray(_padded(references, speaker_length))
             mask = jnp.asarray(_mask(references, speaker_length))
-        keys = [jr.fold_in(jr.key(row.seed), row.piece) for row in filled]
-        shape = num_frames, dit.config.latent_dim
-        noise = jax.vmap(lambda key: jr.normal(key, shape))(jnp.stack(keys))
+        noise = _noise(filled, num_frames, dit.config.latent_dim)
         latents = sample(
             dit,
             jnp.asarray(ids),
@@ -384,6 +382,12 @@ def _sample_rows(
         for row, latent in zip(members, np.asarray(latents), strict=False):
             out[row.utterance, row.piece] = latent
     return out
+
+
+def _noise(rows: list[_Row], num_frames: int, latent_dim: int) -> Array:
+    """Unit normals for each row from its seed and its place in the text, whatever the batch."""
+    keys = jnp.stack([jr.fold_in(jr.key(row.seed), row.piece) for row in rows])
+    return jax.vmap(lambda key: jr.normal(key, (num_frames, latent_dim)))(keys)
 
 
 def _padded(arrays: list[np.ndarray], length: int) -> np.ndarray:

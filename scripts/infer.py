@@ -69,7 +69,7 @@ class Args:
     """Clean the text the way the community's models were trained: straight quotes, commas for
     colons, a speaker tag [S1] in front."""
     speaker_seconds: float | None = None
-    """Use so many seconds of the reference, up to 120. By default what the model was trained with."""
+    """Use so many seconds of the reference, up to 120. By default as many as in training."""
     speaker_lufs: float | None = None
     """Bring the reference to this integrated loudness first, such as -16."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

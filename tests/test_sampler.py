@@ -1,6 +1,7 @@
 """The sampler: parity, cached keys, guidance, and what must not compile anew."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def plain_euler(dit, conditions, noise, settings):
     call = jax.jit(jax.vmap(dit.__call__, in_axes=(0, None, 0, 0, 0, 0)))
     times = np.linspace(1, 0, settings.steps + 1, dtype=np.float32)
     x = noise * np.float32(settings.noise_scale)
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
         v = cond = call(x, jnp.float32(t), *conditions)
         if settings.cfg_min_t <= t <= settings.cfg_max_t:
             no_text = call(x, jnp.float32(t), ids, text_mask & False, speaker, speaker_mask)

@@ -1,5 +1,6 @@
 """Loading: what published files hold, and that every import is total."""
 
+import dataclasses
 import json
 import pickle
 import struct
@@ -24,6 +25,7 @@ from echo_eqx.weights.load import dit_from_flax
 
 WEIGHTS_ONLY = GOLDEN / "dit_tiny" / "weights_only.pkl"
 FULL_STATE = GOLDEN / "dit_tiny" / "full_state.pkl"
+PTH = GOLDEN / "dacvae_tiny" / "weights.pth"
 PYTORCH = GOLDEN / "blockwise" / "weights.safetensors"
 
 SMALL = DiTConfig(
@@ -176,24 +178,18 @@ def test_flax_import_is_total(tmp_path, damage, message):
 @pytest.mark.parametrize("scale", [1.0, 1 / 6])
 @pytest.mark.parametrize("latent_dim", [10, 80])
 def test_export_to_pytorch_names_computes_the_same(tmp_path, scale, latent_dim):
-    config = dataclasses_replace(SMALL, speaker_proj_scale=scale, latent_dim=latent_dim)
+    config = dataclasses.replace(SMALL, speaker_proj_scale=scale, latent_dim=latent_dim)
     dit = random_model(echo_eqx.EchoDiT, config)
     echo_eqx.save(dit, tmp_path / "pt.safetensors", layout="pytorch")
     names = set(load_file(tmp_path / "pt.safetensors"))
     assert {"cond_module.4.weight", "blocks.1.attention_adaln.shift_down.weight"} <= names
     again = echo_eqx.load_dit(tmp_path / "pt.safetensors")
-    assert again.config == dataclasses_replace(config, speaker_proj_scale=1 / 6)
+    assert again.config == dataclasses.replace(config, speaker_proj_scale=1 / 6)
     rng = np.random.default_rng(0)
     x, speaker = (jnp.asarray(rng.standard_normal((8, latent_dim)), jnp.float32) for _ in "ab")
     ones = jnp.ones(8, bool)
     inputs = x, jnp.float32(0.4), jnp.arange(8), ones, speaker, ones
     assert max_difference(dit(*inputs), again(*inputs)) < 1e-5
-
-
-def dataclasses_replace(config, **changes):
-    import dataclasses
-
-    return dataclasses.replace(config, **changes)
 
 
 def test_export_has_the_tensors_of_the_original(tmp_path):
@@ -238,9 +234,9 @@ def test_published_base_sizes_find_their_training_lengths():
     from echo_eqx.weights.names import _with_limits
 
     base = DIT_PRESETS["2.4B"]
-    read = dataclasses_replace(base, max_frames=768, max_speaker_frames=512)
+    read = dataclasses.replace(base, max_frames=768, max_speaker_frames=512)
     assert _with_limits(read) == base
-    pruned = _with_limits(dataclasses_replace(read, blockwise=False))
+    pruned = _with_limits(dataclasses.replace(read, blockwise=False))
     assert pruned.max_frames == 640 and not pruned.blockwise
 
 
@@ -374,7 +370,7 @@ def test_models_of_the_wrong_kind_are_named(tmp_path, golden_codec):
         with pytest.raises(EchoError, match="holds no codec"):
             echo_eqx.load_codec(path)
     with pytest.raises(EchoError, match="wanted an EchoDiT"):
-        echo_eqx.load_dit(GOLDEN / "dacvae_tiny" / "weights.pth")
+        echo_eqx.load_dit(PTH)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pkl", "weights.pth"])
@@ -388,7 +384,7 @@ def test_files_of_another_kind_are_named(tmp_path, name, content, load):
 
 
 @pytest.mark.parametrize(
-    "source", [WEIGHTS_ONLY, FULL_STATE, PYTORCH, GOLDEN / "dacvae_tiny" / "weights.pth"]
+    "source", [WEIGHTS_ONLY, FULL_STATE, PYTORCH, PTH]
 )
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.99, 0.99999])
 def test_truncated_files_are_named(tmp_path, source, share):
@@ -413,7 +409,7 @@ def test_missing_and_ambiguous_sources_are_named(tmp_path):
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path):
     # A real file of the right size, most of it a hole: nothing of it needs to be there.
-    config = dataclasses_replace(DIT_PRESETS["1.3B"], num_layers=4000)
+    config = dataclasses.replace(DIT_PRESETS["1.3B"], num_layers=4000)
     skeleton = jax.eval_shape(lambda key: echo_eqx.EchoDiT.init(config, key=key), jax.random.key(0))
     header, offset = {}, 0
     for name, leaf in named_leaves(skeleton).items():

@@ -4,13 +4,13 @@ Long signals pass in pieces. The main path reads a bounded stretch around every 
 with that much on both sides gives the same samples as the whole; the watermark hands its state on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from echo_eqx.codec.decoder import Decoder
 from echo_eqx.codec.encoder import Bottleneck, Encoder
@@ -74,11 +74,11 @@ class DACVAE(eqx.Module):
     def decode(
         self,
         latents: Float[Array | np.ndarray, "t c"],
-        message: Int[Array | np.ndarray, " bits"] | None = None,
+        message: Shaped[Array | np.ndarray, " bits"] | Sequence[int] | None = None,
     ) -> Float[Array, " samples"]:
         """Audio of `t * config.hop` samples at `config.sample_rate`, mono.
 
-        With a `message`, an array of `num_bits` zeros and ones, the watermark that carries it is
+        With a `message` of as many zeros and ones as the watermark has bits, the watermark that carries it is
         added; the sum is not clipped.
 
         **Raises**: `EchoError` on another shape, another number of bits, or if the codec has no
@@ -89,26 +89,34 @@ class DACVAE(eqx.Module):
                 f"latents have shape {latents.shape}; decode wants "
                 f"(frames, {self.config.latent_dim}), at least one frame (jax.vmap makes batches)"
             )
-        state: State = None
+        watermark = state = None
         if message is not None:
-            if self.watermark is None:
-                raise EchoError("the codec has no watermark path, so it can carry no message")
-            message = jnp.asarray(message)
-            if message.shape != (self.watermark.num_bits,):
-                raise EchoError(
-                    f"the message has shape {message.shape}; wanted {self.watermark.num_bits} bits"
-                )
-            state = _initial_state(self.watermark)
+            message = jnp.asarray(message).astype(jnp.int32)
+            watermark = self._watermark_for(message)
+            state = _initial_state(watermark)
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
         hop, frames = self.config.hop, latents.shape[0]
         margin = _ceil_div(_decoder_reach(self.config), hop)
         out = []
         for start, stop, crop in _pieces(frames, margin):
             audio = _decode(self, latents[start:stop])[crop.start * hop : crop.stop * hop]
-            if message is not None:
-                audio, state = _watermarked(self.watermark, audio, message, state)
+            if watermark is not None:
+                samples = audio.shape[0]
+                if frames > stop - start:  # the last of several pieces is filled up to their length
+                    audio = jnp.pad(audio, (0, PIECE_FRAMES * hop - samples))
+                audio, state = _watermarked(watermark, audio, message, state)
+                audio = audio[:samples]
             out.append(audio)
         return jnp.concatenate(out)
+
+    def _watermark_for(self, message: Array) -> Watermark:
+        if self.watermark is None:
+            raise EchoError("the codec has no watermark path, so it can carry no message")
+        if message.shape != (self.watermark.num_bits,):
+            raise EchoError(
+                f"the message has shape {message.shape}; wanted {self.watermark.num_bits} bits"
+            )
+        return self.watermark
 
 
 @eqx.filter_jit

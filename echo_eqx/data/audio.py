@@ -1,5 +1,6 @@
 """Audio files: read to mono at a given rate, and written whole or not at all."""
 
+import io
 import os
 import re
 import tempfile
@@ -59,8 +60,9 @@ def _is_cut_off(path: Path, info: str) -> bool:
             return False
         file.seek(max(0, path.stat().st_size - 65_536 - 282))
         tail = file.read()
-    last_page = tail.rfind(b"OggS")
-    return not tail[last_page + 5] & 4  # the flag of a stream's last page
+    page = tail[tail.rfind(b"OggS") :]
+    is_last = len(page) > 27 and page[5] & 4
+    return not is_last or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
@@ -99,12 +101,13 @@ def save_audio(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:
     """
     path = Path(path)
     audio = audio / max(1.0, float(np.abs(audio).max()))
-    kind = audio_kind(path)
+    encoded = io.BytesIO()
+    sf.write(encoded, audio, sample_rate, format=audio_kind(path), subtype="PCM_16")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                sf.write(file, audio, sample_rate, format=kind, subtype="PCM_16")
+                file.write(encoded.getbuffer())
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(name, 0o666 & ~umask)
@@ -112,7 +115,7 @@ def save_audio(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-    except (OSError, sf.LibsndfileError) as error:
+    except OSError as error:
         raise EchoError(f"{path} cannot be written: {error}") from None
 
 

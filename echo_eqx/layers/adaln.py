@@ -1,4 +1,4 @@
-"""Time conditioning: sinusoidal embedding, its MLP, and the low-rank adaptive norm of a sub-layer."""
+"""Time conditioning: sinusoidal embedding, its MLP, and each sub-layer's low-rank adaptive norm."""
 
 import equinox as eqx
 import jax
@@ -89,7 +89,7 @@ class LowRankAdaLN(eqx.Module):
     def __call__(
         self, x: Float[Array, "t d"], time: Modulation
     ) -> tuple[Float[Array, "t d"], Float[Array, "1 d"]]:
-        """Returns the sub-layer's input `rms(x) * (1 + scale) + shift` and the gate `tanh(gate)`."""
+        """The sub-layer's input `rms(x) * (1 + scale) + shift`, and the gate `tanh(gate)`."""
         scale, shift = self.scale(time.scale)[None], self.shift(time.shift)[None]
         normed = rms_normalise(x, self.eps) * (1.0 + scale) + shift
         gate = jnp.tanh(self.gate(time.gate))[None]

@@ -75,9 +75,9 @@ def read_flax_checkpoint(path: Path) -> FlaxCheckpoint:
     adam = _find_adam(tree.get("opt_state"), path)
     return FlaxCheckpoint(
         params=params,
-        mu=adam and adam["mu"],
-        nu=adam and adam["nu"],
-        adam_count=adam and adam["count"],
+        mu=adam["mu"] if adam else None,
+        nu=adam["nu"] if adam else None,
+        adam_count=adam["count"] if adam else None,
         step=_counter(tree, "step", path),
         samples_seen=_counter(tree, "samples_seen", path),
     )

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from echo_eqx.errors import EchoError
 
@@ -41,28 +42,42 @@ def find_weights(source: str | Path) -> Path:
 
 
 def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
+    """What is in the cache is used as it is, without asking the Hub; another revision is another
+    name. A repository is listed once, to find its file of weights."""
     where = f"{repo}@{revision}" if revision else repo
-    for name in [file] if file else USUAL_NAMES:
-        try:
-            return Path(hf_hub_download(repo, name, revision=revision))
-        except EntryNotFoundError:  # also: not in the cache while the Hub cannot be reached
-            continue
-        except Exception as error:
-            raise EchoError(
-                f"{where} cannot be loaded from the Hub: {_first_line(error)}"
-            ) from None
-    if file:
-        raise EchoError(f"{where} has no file {file}, on the Hub or in the cache")
+    advice = f"write {where}:FILE"
+    cached = _cached_snapshot(repo, revision or "main")
+    names = _files_below(cached)
+    if file in names:
+        return cached / file
+    if file is None and any(name.endswith(SUFFIXES) for name in names):
+        return cached / _choose(names, f"the cache of {where}", advice)
     try:
-        names = HfApi().list_repo_files(repo, revision=revision)
-        name = _choose(names, f"repository {where}", f"write {where}:FILE")
-        return Path(hf_hub_download(repo, name, revision=revision))
+        if file is None:
+            listed = HfApi().list_repo_files(repo, revision=revision)
+            file = _choose(listed, f"repository {where}", advice)
+        return Path(hf_hub_download(repo, file, revision=revision))
     except EchoError:
         raise
-    except Exception as error:  # the HTTP library's own errors change between versions
-        raise EchoError(
-            f"{where} is not in the cache and the Hub cannot be reached: {_first_line(error)}"
-        ) from None
+    except LocalEntryNotFoundError:
+        reason = "the Hub cannot be reached"
+    except EntryNotFoundError:
+        reason = f"it has no file {file}"
+    except Exception as error:  # the errors of the HTTP library below change between versions
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    raise EchoError(f"{where} is not in the cache and cannot be downloaded: {reason}")
+
+
+def _cached_snapshot(repo: str, revision: str) -> Path:
+    """Folder of a revision in the Hub's cache, whether it is there or not."""
+    root = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    reference = root / "refs" / revision
+    return root / "snapshots" / (reference.read_text() if reference.is_file() else revision)
+
+
+def _files_below(folder: Path) -> list[str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in files]
 
 
 def _choose(names: list[str], where: str, advice: str) -> str:
@@ -76,7 +91,3 @@ def _choose(names: list[str], where: str, advice: str) -> str:
         shown = ", ".join(candidates[:6])
         raise EchoError(f"{where} holds several files of weights ({shown}); {advice}")
     return candidates[0]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

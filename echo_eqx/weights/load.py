@@ -106,8 +106,13 @@ def _within(path: Path, read: Callable[[], DiTConfig]) -> DiTConfig:
 
 def _load_own(file: SafetensorsFile, dtype: Any) -> Any:
     config = own_config(file)
-    model = DACVAE if isinstance(config, CodecConfig) else EchoDiT
-    skeleton = jax.eval_shape(lambda: cast(model.init(config, key=jax.random.key(0)), dtype))
+
+    def init() -> EchoDiT | DACVAE:
+        if isinstance(config, CodecConfig):
+            return DACVAE.init(config, key=jax.random.key(0))
+        return EchoDiT.init(config, key=jax.random.key(0))
+
+    skeleton = jax.eval_shape(lambda: cast(init(), dtype))
     check_memory(skeleton, str(file.path))
     return fill(skeleton, lambda leaf: (file[leaf], [leaf]), file.names, str(file.path))
 

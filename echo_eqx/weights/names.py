@@ -65,9 +65,8 @@ def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:
     name = re.sub(r"_adaln\.(shift|scale|gate)\.(down|up)\.", r"_adaln.\1_\2.", name)
     if not _STACK.search(name):
         return Sources([name], _transposed if _is_matrix(leaf) else _only)
-    names = [
-        _STACK.sub(lambda m: f"{m[0]}{layer}.", name) for layer in range(_num_layers(leaf, config))
-    ]
+    layers = range(_num_layers(leaf, config))
+    names = [_STACK.sub(rf"\g<0>{layer}.", name) for layer in layers]
     return Sources(names, _stacked_transposed if _is_matrix(leaf) else np.stack)
 
 

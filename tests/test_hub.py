@@ -1,0 +1,171 @@
+"""Weights from a Hub: a real server on loopback that speaks as much of its protocol as is used."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+import echo_eqx
+
+COMMIT = "1234567890abcdef1234567890abcdef12345678"
+PKL = GOLDEN / "dit_tiny" / "weights_only.pkl"
+
+
+class Hub:
+    """Repositories in a folder; counts what is downloaded."""
+
+    def __init__(self, root: Path):
+        self.root, self.downloads = root, []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_HEAD(self):
+                self.answer(send_body=False)
+
+            def do_GET(self):
+                self.answer(send_body=True)
+
+            def answer(self, send_body: bool):
+                parts = self.path.partition("?")[0].strip("/").split("/")
+                if parts[:2] == ["api", "models"]:
+                    return self.listing("/".join(parts[2:4]), parts[4:])
+                repo, revision = "/".join(parts[:2]), parts[3]
+                file = hub.root / repo / revision / "/".join(parts[4:])
+                if not (hub.root / repo).is_dir():
+                    return self.fail("RepoNotFound")
+                if not (hub.root / repo / revision).is_dir():
+                    return self.fail("RevisionNotFound")
+                if not file.is_file():
+                    return self.fail("EntryNotFound")
+                data = file.read_bytes()
+                self.send_response(200)
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if send_body:
+                    hub.downloads.append(file.name)
+                    self.wfile.write(data)
+
+            def listing(self, repo: str, rest: list[str]):
+                revision = rest[1] if len(rest) > 1 else "main"
+                folder = hub.root / repo / revision
+                if not folder.is_dir():
+                    return self.fail("RepoNotFound")
+                files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+                if rest[:1] == ["tree"]:
+                    body = [
+                        {
+                            "type": "file",
+                            "path": str(path.relative_to(folder)),
+                            "size": path.stat().st_size,
+                            "oid": "0",
+                        }
+                        for path in files
+                    ]
+                else:
+                    names = [{"rfilename": str(path.relative_to(folder))} for path in files]
+                    body = {"id": repo, "sha": COMMIT, "siblings": names}
+                data = json.dumps(body).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def fail(self, code: str):
+                self.send_response(404)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def put(self, source: Path, repo: str, name: str, revision: str = "main") -> None:
+        target = self.root / repo / revision / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    hub = Hub(tmp_path / "hub")
+    yield hub
+    hub.stop()
+
+
+def load(hub: Hub, cache: Path, source: str, **environment: str) -> str:
+    """What `load_dit(source)` ends with in a fresh process that knows this Hub."""
+    script = """
+import sys, echo_eqx
+try:
+    print(echo_eqx.load_dit(sys.argv[1]).config.model_dim)
+except echo_eqx.EchoError as error:
+    print(error)
+"""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, source], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_downloaded_once_and_used_offline(hub, tmp_path, golden_dit):
+    echo_eqx.save(golden_dit, tmp_path / "model.safetensors")
+    hub.put(tmp_path / "model.safetensors", "owner/voice", "model.safetensors")
+    cache = tmp_path / "cache"
+    assert load(hub, cache, "owner/voice") == "48"
+    assert load(hub, cache, "owner/voice") == "48"
+    assert hub.downloads == ["model.safetensors"]
+    assert load(hub, cache, "owner/voice", HF_HUB_OFFLINE="1") == "48"
+    hub.stop()
+    assert load(hub, cache, "owner/voice") == "48"
+    offline = load(hub, cache, "other/voice", HF_HUB_OFFLINE="1")
+    assert "other/voice is not in the cache" in offline and len(offline.splitlines()) == 1
+
+
+def test_revisions_and_files_are_told_apart(hub, tmp_path, blockwise_dit):
+    echo_eqx.save(blockwise_dit, tmp_path / "b.safetensors")
+    hub.put(PKL, "owner/voice", "runs/step_9.pkl", revision="v2")
+    hub.put(tmp_path / "b.safetensors", "owner/voice", "model.safetensors")
+    hub.put(PKL, "owner/many", "a.pkl")
+    hub.put(PKL, "owner/many", "b.pkl")
+    cache = tmp_path / "cache"
+    assert load(hub, cache, "owner/voice") == "24"
+    assert load(hub, cache, "owner/voice@v2") == "48"
+    assert load(hub, cache, "owner/voice@v2:runs/step_9.pkl") == "48"
+    assert load(hub, cache, "owner/many:b.pkl") == "48"
+    message = load(hub, cache, "owner/many")
+    assert "several files of weights (a.pkl, b.pkl)" in message and ":FILE" in message
+    assert "it has no file c.pkl" in load(hub, cache, "owner/many:c.pkl")
+    assert "owner/voice@v3" in load(hub, cache, "owner/voice@v3")
+    for message in (load(hub, cache, "owner/none"), load(hub, cache, "owner/voice@v3")):
+        assert len(message.splitlines()) == 1

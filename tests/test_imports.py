@@ -1,0 +1,72 @@
+"""Imports go down, or sideways inside one room; nothing heavy comes along."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import echo_eqx
+
+PACKAGE = Path(echo_eqx.__file__).parent
+ROOMS = [
+    {"errors", "config", "trees"},
+    {"layers"},
+    {"model", "codec", "data"},
+    {"flow"},
+    {"weights", "speech"},
+    {"command"},
+    {"__init__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+ORDER_ON_THE_GROUND = ["errors", "config", "trees"]
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of this package that a file imports from."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("echo_eqx.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_imports_point_one_way(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for other in imported(path) - {room}:
+        if FLOOR[other] == FLOOR[room] == 0:
+            assert ORDER_ON_THE_GROUND.index(other) < ORDER_ON_THE_GROUND.index(room)
+        else:
+            assert FLOOR[other] < FLOOR[room], f"{path} imports from {other}"
+
+
+def test_every_package_has_a_floor():
+    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name[0] != "."}
+    assert rooms - {"__pycache__"} == set(FLOOR)
+
+
+def test_import_brings_no_other_framework_and_touches_no_device():
+    script = """
+import sys
+import echo_eqx
+heavy = {"torch", "tensorflow", "flax", "haiku", "orbax"} & set(sys.modules)
+from jax._src import xla_bridge
+print(sorted(heavy), xla_bridge.backends_are_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[] False", done.stdout + done.stderr
+
+
+def test_public_names_are_documented():
+    for name in echo_eqx.__all__:
+        value = getattr(echo_eqx, name)
+        if callable(value):
+            assert value.__doc__ and len(value.__doc__) > 20, name

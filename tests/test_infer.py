@@ -1,0 +1,239 @@
+"""The command, as a person runs it: real processes, real files."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import DATA, GOLDEN, random_model
+
+import echo_eqx
+from echo_eqx.config import CodecConfig, WatermarkConfig
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "infer.py"
+CHECKPOINT = GOLDEN / "dit_tiny" / "full_state.pkl"
+NARROW_CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a codec for the golden model, and a compilation cache for all runs."""
+    folder = tmp_path_factory.mktemp("infer")
+    watermark = WatermarkConfig(dim=2, bottleneck_dim=8)
+    config = CodecConfig(encoder_dim=2, hidden_dim=12, decoder_dim=32, watermark=watermark)
+    echo_eqx.save(random_model(echo_eqx.DACVAE, config, 0.12), folder / "codec")
+    return folder
+
+
+def infer(place: Path, *args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(place / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(place / "hub"),
+        "PYTHONIOENCODING": "utf-8",
+    }
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd or place,
+    )
+
+
+def models(place: Path) -> list[object]:
+    return ["--checkpoint", CHECKPOINT, "--codec", place / "codec"]
+
+
+def quick(place: Path) -> list[object]:
+    return [*models(place), "--steps", 2, "--duration", 2]
+
+
+def test_published_flags_speak_in_a_given_voice(place, tmp_path):
+    output = tmp_path / "out.wav"
+    command = [
+        *models(place),
+        "--text",
+        "Grüße aus Köln, 猫 and 🎉!",
+        "--output",
+        output,
+        "--speaker_ref",
+        DATA / "speech.mp3",
+        "--cfg_scale",
+        3.0,
+        "--steps",
+        2,
+        "--duration",
+        3.0,
+        "--seed",
+        42,
+    ]
+    done = infer(place, *command, "--json")
+    assert done.returncode == 0, done.stderr
+    audio, rate = sf.read(output)
+    assert rate == 48_000 and len(audio) == 3 * rate and np.abs(audio).max() > 1e-3
+    *_, last = done.stdout.strip().splitlines()
+    assert "3.00 s of audio in " in last
+    assert "compiling" in last and "running" in last and "real-time factor" in last
+    assert "watermark message: " in done.stdout
+    assert done.stderr == ""  # no bar and no notes where no terminal is
+
+    described = json.loads((tmp_path / "out.json").read_text())
+    assert described["cfg_scale"] == 3.0 and described["speaker_scale"] == 5.0
+    assert described["steps"] == 2 and described["seed"] == 42
+    assert described["checkpoint"]["config"]["model_dim"] == 48
+    assert len(described["codec"]["sha256"]) == 64
+    assert described["message"] in done.stdout
+
+    first = output.read_bytes()
+    again = infer(place, *command)
+    assert again.returncode == 0 and output.read_bytes() == first  # bit for bit
+    assert infer(place, *command[:-1], 43).returncode == 0 and output.read_bytes() != first
+
+
+def test_without_watermark_and_as_flac(place, tmp_path):
+    text = ["--text", "Hello.", "--output", tmp_path / "out.flac"]
+    done = infer(place, *quick(place), *text, "--no-watermark", "--no-trim")
+    assert done.returncode == 0 and "message" not in done.stdout
+    assert sf.info(tmp_path / "out.flac").format == "FLAC"
+    bits = "0110" * 4
+    done = infer(place, *quick(place), *text, "--message", bits)
+    assert f"watermark message: {bits}" in done.stdout
+
+
+def test_lines_of_a_text_file_and_candidates_are_numbered(place, tmp_path):
+    (tmp_path / "lines.txt").write_text("Hello.\n\nGood bye.\n")
+    output = ["--output", tmp_path / "out.wav", "--num_candidates", 2]
+    done = infer(place, *quick(place), "--text_file", tmp_path / "lines.txt", *output)
+    assert done.returncode == 0, done.stderr
+    names = [f"out_{line:04d}_c{candidate}.wav" for line in (1, 2) for candidate in (1, 2)]
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == names
+    assert len({(tmp_path / name).read_bytes() for name in names}) == 4
+
+
+def test_json_lines_choose_voice_name_and_seed(place, tmp_path):
+    lines = [
+        {"text": "Hello.", "output": "a.flac", "speaker_ref": str(DATA / "speech.opus")},
+        {"text": "Hello.", "seed": 7},
+    ]
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "lines.jsonl").write_text(text)
+    output = ["--output", tmp_path / "out.wav"]
+    done = infer(place, *quick(place), "--text_file", tmp_path / "lines.jsonl", *output)
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"lines.jsonl", "a.flac", "out_0002.wav"}
+
+
+def test_long_text_is_spoken_whole(place, tmp_path):
+    text = "One sentence stands here. Another one stands here. The last one stands here."
+    options = ["--text", text, "--output", tmp_path / "out.wav", "--no-trim"]
+    done = infer(place, *quick(place), *options)
+    assert done.returncode == 0, done.stderr
+    assert sf.info(tmp_path / "out.wav").duration == pytest.approx(6.0)
+
+
+def test_help_teaches(place):
+    done = infer(place, "--help")
+    assert done.returncode == 0
+    for word in ("--speaker-ref", "--cfg-scale", "--apg-eta", "owner/name", "voice.mp3"):
+        assert word in done.stdout
+
+
+# --- What cannot be used ------------------------------------------------------------------------
+
+
+def damaged(tmp_path: Path) -> dict[str, Path]:
+    files = {name: tmp_path / name for name in ("empty.pkl", "cut.pkl", "note.txt", "folder")}
+    files["empty.pkl"].touch()
+    files["cut.pkl"].write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    files["note.txt"].write_text("not weights")
+    files["folder"].mkdir()
+    return files
+
+
+CASES = {
+    "no checkpoint": (["--text", "Hi."], 2, "--checkpoint is missing"),
+    "no text": (["--checkpoint", CHECKPOINT], 2, "either --text or --text_file"),
+    "empty text": (["@", "--text", " "], 1, "the text is empty"),
+    "broken UTF-8": (["@", "--text", "a\udcff"], 1, "no UTF-8 at character 1"),
+    "negative steps": (["@", "--text", "Hi.", "--steps", -1], 2, "steps is -1"),
+    "steps of a word": (["@", "--text", "Hi.", "--steps", "many"], 2, "many"),
+    "unknown flag": (["@", "--text", "Hi.", "--stepz", 3], 2, "stepz"),
+    "bad guidance": (["@", "--text", "Hi.", "--guidance", "both"], 2, "both"),
+    "long canvas": (["@", "--text", "Hi.", "--duration", 60], 2, "duration is 60"),
+    "suffix": (["@", "--text", "Hi.", "--output", "out.mp3"], 1, "'.mp3'; wanted .wav or .flac"),
+    "unwritable": (["@", "--text", "Hi.", "--output", "/proc/out.wav"], 1, "/proc cannot be"),
+    "no folder": (["@", "--text", "Hi.", "--output", "none/out.wav"], 1, "none cannot be"),
+    "bad message": (["@", "--text", "Hi.", "--message", "01"], 2, "wanted 16 characters"),
+    "no such text file": (["@", "--text_file", "none.txt"], 1, "none.txt does not exist"),
+    "no candidates": (["@", "--text", "Hi.", "--num_candidates", 0], 2, "num_candidates is 0"),
+    "missing checkpoint": (["--checkpoint", "none.pkl", "--text", "Hi."], 1, "none.pkl does not"),
+    "empty checkpoint": (["--checkpoint", "{empty.pkl}", "--text", "Hi."], 1, "is empty"),
+    "cut checkpoint": (["--checkpoint", "{cut.pkl}", "--text", "Hi."], 1, "truncated"),
+    "a note": (["--checkpoint", "{note.txt}", "--text", "Hi."], 1, "is no safetensors"),
+    "empty folder": (["--checkpoint", "{folder}", "--text", "Hi."], 1, "holds no weights"),
+    "codec as model": (["--checkpoint", NARROW_CODEC, "--text", "Hi."], 1, "wanted an EchoDiT"),
+    "two widths": (["@", "--codec", NARROW_CODEC, "--text", "Hi."], 1, "codec decodes 12"),
+    "Hub offline": (["--checkpoint", "a/b", "--text", "Hi."], 1, "a/b"),
+    "missing voice": (["@", "--text", "Hi.", "--speaker_ref", "no.wav"], 1, "no.wav does not"),
+    "voice of text": (["@", "--text", "Hi.", "--speaker_ref", "{note.txt}"], 1, "decoded"),
+    "NaN setting": (["@", "--text", "Hi.", "--cfg_scale", "nan"], 2, "cfg_scale is nan"),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_bad_input_ends_in_one_sentence_and_a_code(place, tmp_path, name):
+    args, code, message = CASES[name]
+    files = damaged(tmp_path)
+    args = [models(place) if arg == "@" else [arg] for arg in args]
+    args = [arg for group in args for arg in group]
+    args = [str(files[arg[1:-1]]) if str(arg)[:1] == "{" else arg for arg in args]
+    if "--codec" not in map(str, args):
+        args += ["--codec", place / "codec"]
+    work = tmp_path / "work"
+    work.mkdir()
+    done = infer(place, *args, cwd=work)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if "--steps many" not in name and done.stderr.startswith("error"):
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(work.iterdir())
+
+
+def test_broken_lines_of_a_text_file_are_named(place, tmp_path):
+    for name, content, message in (
+        ("empty.txt", b"\n \n", "empty.txt is empty"),
+        ("latin.txt", b"Gr\xfc\xdfe", "latin.txt is no UTF-8 at byte 2"),
+        ("a.jsonl", b'{"text": "Hi."}\n{"text": ', "line 2 is no JSON"),
+        ("b.jsonl", b'{"txt": "Hi."}', 'line 1 has no "text"'),
+        ("c.jsonl", b'{"text": "Hi.", "speed": 2}', "speed is 2"),
+        ("d.jsonl", b'{"text": "a", "output": "x.wav"}\n{"text": "b", "output": "x.wav"}', "same"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        done = infer(place, *quick(place), "--text_file", tmp_path / name)
+        assert done.returncode in (1, 2) and message in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_terminal_sees_a_bar(place, tmp_path):
+    # `script` gives the command a terminal and writes down what it shows.
+    command = [sys.executable, SCRIPT, *quick(place), "--text", "Hello."]
+    command += ["--output", tmp_path / "out.wav"]
+    shown = tmp_path / "shown"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
+    done = subprocess.run(
+        ["script", "-qec", shlex.join(map(str, command)), shown],
+        env=environment,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, shown.read_text()
+    assert "speaking" in shown.read_text() and "2/2" in shown.read_text()

@@ -1,0 +1,222 @@
+"""Text to audio as a library: voices, lengths, ends, joining."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import DATA, GOLDEN, max_difference, random_model
+
+import echo_eqx
+from echo_eqx import EchoError, SamplerSettings, UsageError, Utterance
+from echo_eqx.config import CodecConfig, WatermarkConfig
+from echo_eqx.data.audio import load_audio
+from echo_eqx.speech import _join, silence_latent, speech_end
+
+QUICK = SamplerSettings(steps=2)
+HOP = 1920
+
+
+@pytest.fixture(scope="module")
+def codec():
+    """A codec whose latents are as wide as the golden model's."""
+    config = CodecConfig(
+        encoder_dim=2,
+        hidden_dim=12,
+        decoder_dim=32,
+        watermark=WatermarkConfig(dim=2, bottleneck_dim=8),
+    )
+    return random_model(echo_eqx.DACVAE, config, 0.12)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return echo_eqx.load_dit(GOLDEN / "dit_tiny" / "weights_only.pkl")
+
+
+def speak(dit, codec, text="Hello.", **kwargs):
+    return echo_eqx.synthesize(dit, codec, text, **{"duration": 1.0, "settings": QUICK, **kwargs})
+
+
+def test_audio_has_the_length_of_the_canvas_and_repeats_with_its_seed(dit, codec):
+    audio = speak(dit, codec, trim=False)
+    assert isinstance(audio, np.ndarray) and audio.dtype == np.float32
+    assert audio.shape == (25 * HOP,)
+    assert np.array_equal(audio, speak(dit, codec, trim=False))
+    assert not np.array_equal(audio, speak(dit, codec, trim=False, seed=43))
+
+
+@pytest.mark.parametrize("text", ["Grüß Gott, Köln!", "吾輩は猫である。", "Nice 🎉😀"])
+def test_texts_of_any_script_are_spoken(dit, codec, text):
+    assert np.isfinite(speak(dit, codec, text, duration=2.0)).all()
+
+
+def test_a_message_is_added_and_changes_little_else(dit, codec):
+    plain = speak(dit, codec)
+    marked = speak(dit, codec, message=[0, 1] * 8)
+    assert marked.shape == plain.shape and max_difference(plain, marked) > 0
+    with pytest.raises(EchoError, match="16 bits"):
+        speak(dit, codec, message=[0, 1])
+    with pytest.raises(UsageError, match="0 and 1"):
+        speak(dit, codec, message=[2] * 16)
+
+
+def test_recordings_audio_and_latents_give_the_same_voice(dit, codec, tmp_path):
+    path = DATA / "speech.wav"
+    latents = echo_eqx.speaker_latents(dit, codec, path)
+    assert latents.shape == (72, 128)  # 3 s are 75 frames, 18 whole patches
+    np.save(tmp_path / "voice.npy", latents)
+    audio = load_audio(path, 48_000)
+    expected = speak(dit, codec, speaker=path)
+    assert not np.array_equal(expected, speak(dit, codec))
+    for speaker in (str(path), latents, tmp_path / "voice.npy", audio, jnp.asarray(latents)):
+        assert np.array_equal(speak(dit, codec, speaker=speaker), expected)
+
+
+def test_padding_a_reference_changes_only_its_end(dit, codec):
+    audio = load_audio(DATA / "speech.wav", 48_000)[: 70 * HOP]
+    mean, _ = codec.encode(audio)
+    latents = echo_eqx.speaker_latents(dit, codec, audio)
+    assert latents.shape == (68, 128)
+    assert max_difference(latents[:60], mean[:60]) < 1e-5
+
+
+def test_only_the_start_of_a_long_reference_is_used(dit, codec):
+    audio = np.tile(load_audio(DATA / "speech.wav", 48_000), 10)
+    default = echo_eqx.speaker_latents(dit, codec, audio)
+    assert len(default) == dit.config.max_speaker_frames == 512
+    longer = echo_eqx.speaker_latents(dit, codec, audio, max_seconds=28.0)
+    assert len(longer) == 700 and max_difference(longer[:500], default[:500]) < 1e-5
+    with pytest.raises(UsageError, match="121"):
+        echo_eqx.speaker_latents(dit, codec, audio, max_seconds=121.0)
+
+
+@pytest.mark.parametrize(
+    "speaker, message",
+    [
+        (np.zeros(96_000, np.float32), "silent"),
+        (np.zeros(1000, np.float32), "wanted at least"),
+        (np.full(96_000, np.nan, np.float32), "not finite"),
+        (np.zeros((20, 12), np.float32), r"\(20, 12\)"),
+        (np.zeros((3, 128), np.float32), "3 frames"),
+        (np.zeros((2, 20, 128), np.float32), r"\(2, 20, 128\)"),
+        ("nowhere.wav", "nowhere.wav does not exist"),
+        ("nowhere.npy", "nowhere.npy does not exist"),
+    ],
+)
+def test_references_that_cannot_be_used_are_named(dit, codec, speaker, message):
+    with pytest.raises(EchoError, match=message):
+        speak(dit, codec, speaker=speaker)
+
+
+def test_models_that_do_not_belong_together_are_named(dit, golden_codec):
+    with pytest.raises(EchoError, match="128 channels, the codec decodes 12"):
+        speak(dit, golden_codec)
+
+
+@pytest.mark.parametrize("duration", [0.0, -1.0, 31.0, float("nan")])
+def test_canvases_the_model_does_not_know_are_named(dit, codec, duration):
+    with pytest.raises(UsageError, match=r"duration .* 30\.72 s"):
+        speak(dit, codec, duration=duration)
+
+
+# --- Ends ---------------------------------------------------------------------------------------
+
+
+def test_speech_ends_where_the_flat_tail_begins(codec):
+    silence = silence_latent(codec)
+    rng = np.random.default_rng(0)
+    for end in (1, 10, 60, 95, 100):
+        latents = np.tile(silence, (100, 1)) + 0.01 * rng.standard_normal((100, 128))
+        latents[:end] += rng.standard_normal((end, 128))
+        latents[20:45][: max(0, end - 50)] = silence  # a pause within is no end
+        assert speech_end(latents, silence) == end
+    assert speech_end(np.tile(silence, (100, 1)), silence) == 0
+
+
+def test_silence_is_the_same_everywhere_in_it(codec):
+    mean, _ = codec.encode(np.zeros(100 * HOP, np.float32))
+    assert max_difference(mean[20:80], silence_latent(codec)[None]) < 1e-5
+
+
+# --- Long texts ---------------------------------------------------------------------------------
+
+LONG = "This is the first sentence. Here is the second one. And a third one follows. "
+
+
+def test_long_texts_are_spoken_whole_in_pieces(dit, codec):
+    pieces = [
+        "This is the first sentence.",
+        "Here is the second one.",
+        "And a third one follows.",
+    ]
+    speaker = DATA / "speech.mp3"
+    options = {"duration": 2.0, "trim": False, "speaker": speaker}
+    audio = speak(dit, codec, LONG, **options)
+    assert len(audio) == 3 * 50 * HOP
+    # A piece is what its text alone gives with the same seed, but for the noise of its place.
+    first = speak(dit, codec, pieces[0], **options)
+    assert max_difference(audio[: 50 * HOP - 4800], first[: 50 * HOP - 4800]) < 1e-4
+
+
+def test_without_a_reference_all_pieces_take_the_voice_of_the_first(dit, codec, monkeypatch):
+    import echo_eqx.speech as speech
+
+    given = []
+    original = speech.sample
+
+    def listening(dit, ids, mask, speaker=None, speaker_mask=None, **kwargs):
+        out = original(dit, ids, mask, speaker, speaker_mask, **kwargs)
+        given.append((speaker, speaker_mask, np.asarray(out)))
+        return out
+
+    monkeypatch.setattr(speech, "sample", listening)
+    speak(dit, codec, LONG, duration=2.0)
+    (none, _, first), (voice, mask, _) = given
+    assert none is None and mask.sum() == 2 * 48  # two pieces, 50 frames in whole patches
+    assert np.array_equal(voice[0, :48], first[0, :48])
+    assert np.array_equal(voice[0], voice[1])
+
+
+def test_joined_clips_keep_every_sample_but_at_the_seams():
+    fade = 100
+    clips = [(np.full(1000, level, np.float32), 900) for level in (0.1, 0.2, 0.3)]
+    audio = _join(clips, fade)
+    assert len(audio) == 2700
+    for start, level in ((0, 0.1), (1000, 0.2), (1900, 0.3)):
+        assert np.allclose(audio[start : start + 800], level)
+    seam = audio[900:1000]
+    assert (np.diff(seam) >= -1e-7).all() and 0.1 <= seam.min() and seam.max() <= 0.2 + 1e-6
+    alone = _join([(np.arange(50, dtype=np.float32), 50)], fade)
+    assert np.array_equal(alone, np.arange(50))
+
+
+def test_batches_of_utterances_give_what_each_gives_alone(dit, codec):
+    voice = echo_eqx.speaker_latents(dit, codec, DATA / "speech.flac")
+    utterances = [
+        Utterance("Hello.", voice, 1),
+        Utterance("A somewhat longer sentence, " * 2, None, 2),
+        Utterance("Good bye.", voice, 3),
+        Utterance("Yes.", None, 4),
+    ]
+    options = {"duration": 3.0, "settings": QUICK}
+    calls = []
+    together = echo_eqx.synthesize_all(
+        dit, codec, utterances, **options, progress=lambda *step: calls.append(step)
+    )
+    assert calls[-1][0] == calls[-1][1] and len(calls) == calls[-1][1]
+    one_by_one = echo_eqx.synthesize_all(dit, codec, utterances, **options, batch_size=1)
+    for utterance, audio, single in zip(utterances, together, one_by_one, strict=True):
+        (alone,) = echo_eqx.synthesize_all(dit, codec, [utterance], **options)
+        assert max_difference(audio, alone) < 1e-3 and np.array_equal(alone, single)
+
+
+@pytest.mark.parametrize("text, message", [("", "empty"), ("a\0", "NUL"), ("\udc80", "UTF-8")])
+def test_text_that_cannot_be_spoken_is_named(dit, codec, text, message):
+    with pytest.raises(EchoError, match=message):
+        speak(dit, codec, text)
+
+
+def test_settings_are_checked_before_anything_runs(dit, codec):
+    with pytest.raises(UsageError, match="steps is -1"):
+        speak(dit, codec, settings=dataclasses.replace(QUICK, steps=-1))

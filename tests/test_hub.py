@@ -15,8 +15,11 @@ from conftest import GOLDEN
 
 import echo_eqx
 
-COMMIT = "1234567890abcdef1234567890abcdef12345678"
 PKL = GOLDEN / "dit_tiny" / "weights_only.pkl"
+
+
+def commit_of(revision: str) -> str:
+    return hashlib.sha1(revision.encode()).hexdigest()
 
 
 class Hub:
@@ -50,7 +53,7 @@ class Hub:
                     return self.fail("EntryNotFound")
                 data = file.read_bytes()
                 self.send_response(200)
-                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("X-Repo-Commit", commit_of(revision))
                 self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -76,7 +79,7 @@ class Hub:
                     ]
                 else:
                     names = [{"rfilename": str(path.relative_to(folder))} for path in files]
-                    body = {"id": repo, "sha": COMMIT, "siblings": names}
+                    body = {"id": repo, "sha": commit_of(revision), "siblings": names}
                 data = json.dumps(body).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -161,6 +164,7 @@ def test_revisions_and_files_are_told_apart(hub, tmp_path, blockwise_dit):
     cache = tmp_path / "cache"
     assert load(hub, cache, "owner/voice") == "24"
     assert load(hub, cache, "owner/voice@v2") == "48"
+    assert load(hub, cache, "owner/voice@v2", HF_HUB_OFFLINE="1") == "48"
     assert load(hub, cache, "owner/voice@v2:runs/step_9.pkl") == "48"
     assert load(hub, cache, "owner/many:b.pkl") == "48"
     message = load(hub, cache, "owner/many")

@@ -230,7 +230,7 @@ def test_a_terminal_sees_a_bar(place, tmp_path):
     shown = tmp_path / "shown"
     environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
     done = subprocess.run(
-        ["script", "-qec", shlex.join(map(str, command)), shown],
+        ["script", "-qec", f"stty cols 100 rows 30; {shlex.join(map(str, command))}", shown],
         env=environment,
         capture_output=True,
         stdin=subprocess.DEVNULL,

@@ -66,7 +66,7 @@ def test_every_piece_carries_the_tag_that_holds_there():
 
 
 def test_text_is_cleaned_as_in_training():
-    assert normalise_text("“Hi” — it’s…\nme: you; we") == "[S1] \"Hi\" , it's... me, you, we"
+    assert normalise_text("“Hi” — it’s…\nme: you; we") == '[S1] "Hi" , it\'s... me, you, we'
     for tagged in ("[S2] Hi.", "(laughs) Hi.", "S1 says hi."):
         assert normalise_text(tagged) == tagged
 

@@ -383,9 +383,7 @@ def test_files_of_another_kind_are_named(tmp_path, name, content, load):
         load(path)
 
 
-@pytest.mark.parametrize(
-    "source", [WEIGHTS_ONLY, FULL_STATE, PYTORCH, PTH]
-)
+@pytest.mark.parametrize("source", [WEIGHTS_ONLY, FULL_STATE, PYTORCH, PTH])
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.99, 0.99999])
 def test_truncated_files_are_named(tmp_path, source, share):
     data = source.read_bytes()

@@ -78,8 +78,8 @@ class DACVAE(eqx.Module):
     ) -> Float[Array, " samples"]:
         """Audio of `t * config.hop` samples at `config.sample_rate`, mono.
 
-        With a `message` of as many zeros and ones as the watermark has bits, the watermark that carries it is
-        added; the sum is not clipped.
+        With a `message` of as many zeros and ones as the watermark has bits, the watermark that
+        carries it is added; the sum is not clipped.
 
         **Raises**: `EchoError` on another shape, another number of bits, or if the codec has no
         watermark path.
@@ -89,22 +89,20 @@ class DACVAE(eqx.Module):
                 f"latents have shape {latents.shape}; decode wants "
                 f"(frames, {self.config.latent_dim}), at least one frame (jax.vmap makes batches)"
             )
-        watermark = state = None
-        if message is not None:
-            message = jnp.asarray(message).astype(jnp.int32)
-            watermark = self._watermark_for(message)
-            state = _initial_state(watermark)
+        bits = None if message is None else jnp.asarray(message).astype(jnp.int32)
+        watermark = None if bits is None else self._watermark_for(bits)
+        state = None if watermark is None else _initial_state(watermark)
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
         hop, frames = self.config.hop, latents.shape[0]
         margin = _ceil_div(_decoder_reach(self.config), hop)
         out = []
         for start, stop, crop in _pieces(frames, margin):
             audio = _decode(self, latents[start:stop])[crop.start * hop : crop.stop * hop]
-            if watermark is not None:
+            if watermark is not None and bits is not None:
                 samples = audio.shape[0]
                 if frames > stop - start:  # the last of several pieces is filled up to their length
                     audio = jnp.pad(audio, (0, PIECE_FRAMES * hop - samples))
-                audio, state = _watermarked(watermark, audio, message, state)
+                audio, state = _watermarked(watermark, audio, bits, state)
                 audio = audio[:samples]
             out.append(audio)
         return jnp.concatenate(out)

@@ -42,20 +42,18 @@ def find_weights(source: str | Path) -> Path:
 
 
 def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
-    """What is in the cache is used as it is, without asking the Hub; another revision is another
-    name. A repository is listed once, to find its file of weights."""
+    """What is in the cache is used as it is, without asking the Hub: other weights are another
+    revision. A repository is listed to find its file of weights, where that has no usual name."""
     where = f"{repo}@{revision}" if revision else repo
-    advice = f"write {where}:FILE"
     cached = _cached_snapshot(repo, revision or "main")
     names = _files_below(cached)
-    if file in names:
-        return cached / file
-    if file is None and any(name.endswith(SUFFIXES) for name in names):
-        return cached / _choose(names, f"the cache of {where}", advice)
+    for name in [file] if file else USUAL_NAMES:
+        if name in names:
+            return cached / name
     try:
         if file is None:
             listed = HfApi().list_repo_files(repo, revision=revision)
-            file = _choose(listed, f"repository {where}", advice)
+            file = _choose(listed, f"repository {where}", f"write {where}:FILE")
         return Path(hf_hub_download(repo, file, revision=revision))
     except EchoError:
         raise
@@ -65,6 +63,9 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
         reason = f"it has no file {file}"
     except Exception as error:  # the errors of the HTTP library below change between versions
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    candidates = [name for name in names if name.endswith(SUFFIXES)]
+    if file is None and len(candidates) == 1:
+        return cached / candidates[0]
     raise EchoError(f"{where} is not in the cache and cannot be downloaded: {reason}")
 
 

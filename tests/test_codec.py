@@ -109,7 +109,8 @@ def test_rates_of_any_parity_keep_whole_frames():
 
 @pytest.mark.parametrize("shape", [(0,), (2, 100), ()])
 def test_audio_of_another_shape_is_refused(golden_codec, shape):
-    with pytest.raises(Exception, match="shape"):
+    # With shape checks on, a wrong rank does not even get to the codec's own sentence.
+    with pytest.raises(Exception, match=r"audio has shape|parameter 'audio'"):
         golden_codec.encode(np.zeros(shape, np.float32))
 
 

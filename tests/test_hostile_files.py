@@ -6,7 +6,6 @@ import pickle
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -141,22 +140,13 @@ BOMBS = {
     "empty stack": b"\x80\x04\x87.",
     "no mark": b"\x80\x04K\x01t.",
     "get without put": b"\x80\x04h\x05.",
-    "deep lists": b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".",
+    "deep lists": b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".",
     "deep params": b"\x80\x04}X\x06\x00\x00\x00params"
-    + b"}X\x01\x00\x00\x00a" * 30_000
+    + b"}X\x01\x00\x00\x00a" * 100_000
     + b"}"
-    + b"s" * 30_000
+    + b"s" * 100_000
     + b"s.",
 }
-
-
-@pytest.mark.parametrize("name", list(BOMBS))
-def test_bombs_end_quickly_in_one_sentence(tmp_path, name):
-    started = time.monotonic()
-    with pytest.raises(EchoError, match=r"model\.pkl") as caught:
-        load_pickle(tmp_path, BOMBS[name])
-    assert time.monotonic() - started < 10
-    assert len(str(caught.value)) < 1000
 
 
 def array_pickle(shape: tuple, data: bytes) -> bytes:
@@ -269,10 +259,11 @@ def test_random_damage_never_leaves_the_reader_in_another_way(tmp_path):
             pass
 
 
-def test_reading_hostile_files_stays_within_memory(tmp_path):
+def test_bombs_end_in_one_sentence_within_time_and_memory(tmp_path):
     # In a process of its own with 1 GiB more than the imports take.
-    for index, data in enumerate([*BOMBS.values(), array_pickle((2**40,), b"\x00" * 4)]):
-        (tmp_path / f"{index}.pkl").write_bytes(data)
+    bombs = {**BOMBS, "absurd shape": array_pickle((2**40,), b"\x00" * 4)}
+    for name, data in bombs.items():
+        (tmp_path / f"{name}.pkl").write_bytes(data)
     script = f"""
 import resource
 from pathlib import Path
@@ -283,13 +274,17 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
 for path in sorted(Path({str(tmp_path)!r}).iterdir()):
     try:
         echo_eqx.load_dit(path)
-    except echo_eqx.EchoError:
-        continue
-    raise SystemExit(str(path))
-print("all refused")
+    except echo_eqx.EchoError as error:
+        print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "all refused", done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    sentences = done.stdout.splitlines()
+    assert len(sentences) == len(bombs)
+    for name, sentence in zip(sorted(bombs), sentences, strict=True):
+        assert f"{name}.pkl" in sentence and len(sentence) < 1000
 
 
 def test_nothing_in_the_package_unpickles():

@@ -1,5 +1,6 @@
 """Text to audio: reference, sampling, decoding, trimming, and joining of long texts."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ rate."""
 MAX_SPEAKER_SECONDS = 120.0
 FLAT_FRAMES, FLAT_DEVIATION = 20, 0.05
 CROSSFADE_SECONDS = 0.05
+_DECODED_BEHIND_END = 16
 _TEXT_CLASSES = (64, 128, 256, 512)
 
 
@@ -109,26 +111,30 @@ def synthesize_all(
         for j, ids in enumerate(parts):
             row = _Row(i, j, ids, utterance.speaker, utterance.seed)
             (second if utterance.speaker is None and j > 0 else first).append(row)
-    count = _Counter(progress, settings.steps, _num_batches([first, second], batch_size))
     silence = silence_latent(codec)
+    count = _Counter(progress, settings.steps, _num_batches([first, second], batch_size))
     spoken = _sample_rows(dit, first, num_frames, settings, batch_size, count)
     for i, row in enumerate(second):
         voice = spoken[row.utterance, 0]
         end = speech_end(voice, silence) or len(voice)
         voice = _whole_patches(voice[: min(end, dit.config.max_speaker_frames)], dit)
-        second[i] = _Row(row.utterance, row.piece, row.ids, voice, row.seed)
+        second[i] = dataclasses.replace(row, speaker=voice)
+    count.batches = _num_batches([first, second], batch_size)
     spoken |= _sample_rows(dit, second, num_frames, settings, batch_size, count)
 
-    audios = []
-    for i, parts in enumerate(pieces):
-        clips = []
-        for j in range(len(parts)):
-            latents = spoken[i, j]
-            clip = np.asarray(codec.decode(latents, None if message is None else _bits(message)))
-            end = (speech_end(latents, silence) if trim else 0) or len(latents)
-            clips.append((clip, end * codec.config.hop))
-        audios.append(_join(clips, int(CROSSFADE_SECONDS * codec.config.sample_rate)))
-    return audios
+    bits = None if message is None else _bits(message)
+
+    def clip_of(latents: np.ndarray) -> tuple[np.ndarray, int]:
+        end = (speech_end(latents, silence) if trim else 0) or len(latents)
+        # Silence far behind the end is not decoded, but few lengths ever are.
+        needed = -(-(end + _DECODED_BEHIND_END) // CANVAS_CLASS) * CANVAS_CLASS
+        return np.asarray(codec.decode(latents[:needed], bits)), end * codec.config.hop
+
+    fade = int(CROSSFADE_SECONDS * codec.config.sample_rate)
+    return [
+        _join([clip_of(spoken[i, j]) for j in range(len(parts))], fade)
+        for i, parts in enumerate(pieces)
+    ]
 
 
 # --- Checks -------------------------------------------------------------------------------------

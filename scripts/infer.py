@@ -110,13 +110,13 @@ def main() -> None:
     canvas_frames(dit, codec, args.duration)
     message = message_bits(args, codec)
 
-    speakers = {
-        path: echo_eqx.speaker_latents(
-            dit, codec, path, max_seconds=args.speaker_seconds, lufs=args.speaker_lufs
-        )
-        for path in dict.fromkeys(job.speaker_ref for job in jobs)
-        if path is not None
-    }
+    speakers = {}
+    for path in dict.fromkeys(job.speaker_ref for job in jobs):
+        if path is not None:
+            speakers[path] = echo_eqx.speaker_latents(
+                dit, codec, path, max_seconds=args.speaker_seconds, lufs=args.speaker_lufs
+            )
+            print(f"voice of {path}: {len(speakers[path]) / codec.config.frame_rate:.2f} s of it")
     utterances = [
         echo_eqx.Utterance(
             job.text, None if job.speaker_ref is None else speakers[job.speaker_ref], job.seed

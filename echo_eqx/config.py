@@ -7,6 +7,7 @@ Axis names, the same in every signature of the project:
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,8 +100,8 @@ class CodecConfig:
     watermark: WatermarkConfig | None = WatermarkConfig()
 
     def __post_init__(self):
-        hop = _product(self.encoder_rates)
-        if hop != _product(self.decoder_rates):
+        hop = math.prod(self.encoder_rates)
+        if hop != math.prod(self.decoder_rates):
             raise EchoError(
                 f"encoder_rates {self.encoder_rates} and decoder_rates {self.decoder_rates} "
                 "multiply to different hops"
@@ -109,28 +110,21 @@ class CodecConfig:
             raise EchoError(
                 f"decoder_dim {self.decoder_dim} cannot be halved {len(self.decoder_rates)} times"
             )
-        if self.watermark is not None and hop % _product(self.watermark.strides):
+        if self.watermark is not None and hop % math.prod(self.watermark.strides):
             raise EchoError(
                 f"hop {hop} is not a multiple of the watermark's "
-                f"{_product(self.watermark.strides)} samples"
+                f"{math.prod(self.watermark.strides)} samples"
             )
 
     @property
     def hop(self) -> int:
         """Samples in a latent frame."""
-        return _product(self.encoder_rates)
+        return math.prod(self.encoder_rates)
 
     @property
     def frame_rate(self) -> float:
         """Latent frames a second."""
         return self.sample_rate / self.hop
-
-
-def _product(rates: tuple[int, ...]) -> int:
-    out = 1
-    for rate in rates:
-        out *= rate
-    return out
 
 
 DIT_PRESETS: dict[str, DiTConfig] = {
@@ -214,7 +208,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     _expect_object(data, f"config field {where[:-1]}")
     if unknown := sorted(set(data) - set(fields)):
-        raise EchoError(f"config has unknown field {where}{unknown[0]}")
+        raise EchoError(f"config has unknown field {where}{unknown[0][:50]}")
     values = {}
     for name, field in fields.items():
         if name not in data:
@@ -224,17 +218,21 @@ def _build(cls: type, data: Any, where: str) -> Any:
         value = data[name]
         if field.type == tuple[int, ...]:
             value = tuple(value) if isinstance(value, list | tuple) else value
-            good = isinstance(value, tuple) and value and all(map(_is_size, value))
+            good = isinstance(value, tuple) and 0 < len(value) <= 16 and all(map(_is_size, value))
         elif field.type is int:
             good = _is_size(value)
         elif field.type is float:
-            good = isinstance(value, int | float) and not isinstance(value, bool)
+            good = isinstance(value, int | float) and math.isfinite(value)
         elif field.type is bool:
             good = isinstance(value, bool)
         else:
             good = True
         if not good:
-            raise EchoError(f"config field {where}{name} is {value!r}; wanted {field.type}")
+            # Only plain values are printed: others may come from a file that means harm.
+            plain = isinstance(value, bool | float | str)
+            plain = plain or (isinstance(value, int) and abs(value) < 2**64)
+            shown = repr(value)[:50] if plain else f"a {type(value).__name__}"
+            raise EchoError(f"config field {where}{name} is {shown}; wanted {field.type}")
         values[name] = value
     return cls(**values)
 
@@ -245,4 +243,4 @@ def _expect_object(data: Any, name: str) -> None:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**24

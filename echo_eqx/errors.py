@@ -1,7 +1,7 @@
 """The two errors a user can cause; scripts turn them into one line and an exit code."""
 
 
-class EchoError(ValueError):
+class EchoError(Exception):
     """Something given could not be used. The message names it, what came and what was wanted."""
 
     exit_code = 1

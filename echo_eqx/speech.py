@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.data.audio import check_reference, load_audio, set_loudness
+from echo_eqx.data.audio import check_reference, load_reference, set_loudness
 from echo_eqx.data.text import (
     CHARACTERS_PER_SECOND,
     check_text,
@@ -22,7 +22,13 @@ from echo_eqx.data.text import (
     split_text,
 )
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.flow.sampler import CANVAS_CLASS, Progress, SamplerSettings, sample
+from echo_eqx.flow.sampler import (
+    CANVAS_CLASS,
+    Progress,
+    SamplerSettings,
+    sample,
+    sample_blockwise,
+)
 from echo_eqx.model.dit import EchoDiT
 
 Speaker = str | Path | Float[np.ndarray | Array, "..."]
@@ -96,12 +102,19 @@ def synthesize_all(
     trim: bool = True,
     normalise: bool = True,
     batch_size: int = 8,
+    block_frames: int | None = None,
     progress: Progress | None = None,
 ) -> list[Float[np.ndarray, " samples"]]:
-    """`synthesize` for many utterances, sampled in batches of at most `batch_size` pieces."""
+    """`synthesize` for many utterances, sampled in batches of at most `batch_size` pieces.
+
+    With `block_frames`, block-wise models generate the canvas in blocks of so many frames.
+    """
     settings = settings or SamplerSettings()
     settings.check()
     check_pair(dit, codec)
+    for utterance in utterances:
+        if not 0 <= utterance.seed < 2**32:
+            raise UsageError(f"seed is {utterance.seed}; wanted 0 to 2^32 - 1")
     num_frames = canvas_frames(dit, codec, duration)
     pieces = [_pieces_of(utterance, dit, duration, normalise) for utterance in utterances]
 
@@ -112,23 +125,23 @@ def synthesize_all(
             row = _Row(i, j, ids, utterance.speaker, utterance.seed)
             (second if utterance.speaker is None and j > 0 else first).append(row)
     silence = silence_latent(codec)
-    count = _Counter(progress, settings.steps, _num_batches([first, second], batch_size))
-    spoken = _sample_rows(dit, first, num_frames, settings, batch_size, count)
+    blocks = _blocks(num_frames, block_frames, dit.config.patch_size)
+    steps = settings.steps * max(1, len(blocks))
+    count = _Counter(progress, steps, _num_batches([first, second], batch_size))
+    spoken = _sample_rows(dit, first, num_frames, blocks, settings, batch_size, count)
     for i, row in enumerate(second):
         voice = spoken[row.utterance, 0]
         end = speech_end(voice, silence) or len(voice)
         voice = _whole_patches(voice[: min(end, dit.config.max_speaker_frames)], dit)
         second[i] = dataclasses.replace(row, speaker=voice)
     count.batches = _num_batches([first, second], batch_size)
-    spoken |= _sample_rows(dit, second, num_frames, settings, batch_size, count)
-
-    bits = None if message is None else _bits(message)
+    spoken |= _sample_rows(dit, second, num_frames, blocks, settings, batch_size, count)
 
     def clip_of(latents: np.ndarray) -> tuple[np.ndarray, int]:
         end = (speech_end(latents, silence) if trim else 0) or len(latents)
         # Silence far behind the end is not decoded, but few lengths ever are.
         needed = -(-(end + _DECODED_BEHIND_END) // CANVAS_CLASS) * CANVAS_CLASS
-        return np.asarray(codec.decode(latents[:needed], bits)), end * codec.config.hop
+        return np.asarray(codec.decode(latents[:needed], message)), end * codec.config.hop
 
     fade = int(CROSSFADE_SECONDS * codec.config.sample_rate)
     return [
@@ -160,13 +173,6 @@ def canvas_frames(dit: EchoDiT, codec: DACVAE, duration: float) -> int:
     return max(1, round(duration * codec.config.frame_rate))
 
 
-def _bits(message: Sequence[int] | np.ndarray) -> np.ndarray:
-    bits = np.asarray(message)
-    if not np.isin(bits, (0, 1)).all():
-        raise UsageError("the message has values other than 0 and 1")
-    return bits.astype(np.int32)
-
-
 # --- Reference ----------------------------------------------------------------------------------
 
 
@@ -187,31 +193,31 @@ def speaker_latents(
     or latents of another width or with values that are not finite.
     """
     rate, hop = codec.config.sample_rate, codec.config.hop
-    if max_seconds is None:
-        max_seconds = dit.config.max_speaker_frames / codec.config.frame_rate
-    if (
-        not 0
-        < max_seconds
-        <= max(MAX_SPEAKER_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate)
-    ):
-        raise UsageError(f"{max_seconds} s of reference; wanted up to {MAX_SPEAKER_SECONDS:.0f} s")
+    trained = dit.config.max_speaker_frames / codec.config.frame_rate
+    max_seconds = trained if max_seconds is None else max_seconds
+    if lufs is not None and not -70 <= lufs <= 0:
+        raise UsageError(f"the reference's loudness is {lufs} LUFS; wanted -70 to 0")
+    longest = max(MAX_SPEAKER_SECONDS, trained)
+    if not 0 < max_seconds <= longest:
+        raise UsageError(f"{max_seconds} s of reference; wanted up to {longest:.0f} s")
     max_frames = int(max_seconds * codec.config.frame_rate + 1e-6)
     name = str(speaker) if isinstance(speaker, str | Path) else "the reference"
     if isinstance(speaker, str | Path):
         speaker = (
             _load_latents(Path(speaker))
             if Path(speaker).suffix == ".npy"
-            else load_audio(speaker, rate, max_seconds)
+            else load_reference(speaker, rate, max_seconds)
         )
-    array = np.asarray(speaker, np.float32)
+    limit = max_frames * (hop if speaker.ndim == 1 else 1)
+    array = np.asarray(speaker[:limit], np.float32)
     if not np.isfinite(array).all():
         raise EchoError(f"{name} has values that are not finite")
     if array.ndim == 1:
         check_reference(array, rate, name)
         audio = array if lufs is None else set_loudness(array, rate, lufs)
-        latents = encode_padded(codec, audio[: max_frames * hop])
+        latents = encode_padded(codec, audio)
     elif array.ndim == 2 and array.shape[1] == dit.config.latent_dim:
-        latents = array[:max_frames]
+        latents = array
     else:
         raise EchoError(
             f"{name} has shape {array.shape}; wanted audio (samples,) or latents "
@@ -239,8 +245,8 @@ def _load_latents(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise EchoError(f"{path} does not exist; wanted reference latents") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise EchoError(f"{path} is no readable array: {error}") from None
+    except Exception as error:  # a damaged header fails in many ways within NumPy
+        raise EchoError(f"{path} is no readable array ({type(error).__name__})") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         raise EchoError(f"{path} holds no latents; wanted floats of shape (frames, channels)")
     return array
@@ -330,12 +336,21 @@ def _pieces_of(
     return [encode_text(piece) for piece in pieces]
 
 
+def _blocks(num_frames: int, block_frames: int | None, patch_size: int) -> list[int]:
+    """Sizes of the blocks of a canvas, whole patches; none without `block_frames`."""
+    if block_frames is None:
+        return []
+    if block_frames < 1 or block_frames % patch_size or num_frames % patch_size:
+        raise UsageError(
+            f"blocks of {block_frames} frames on a canvas of {num_frames}; wanted multiples of "
+            f"{patch_size}"
+        )
+    whole, rest = divmod(num_frames, block_frames)
+    return [block_frames] * whole + [rest] * (rest > 0)
+
+
 def _num_batches(rounds: list[list[_Row]], batch_size: int) -> int:
-    sizes = [defaultdict(int) for _ in rounds]
-    for rows, size in zip(rounds, sizes, strict=True):
-        for row in rows:
-            size[_row_class(row)] += 1
-    return sum(-(-count // batch_size) for size in sizes for count in size.values())
+    return sum(1 for rows in rounds for _ in _batches(rows, batch_size))
 
 
 def _row_class(row: _Row) -> tuple[int, int]:
@@ -358,6 +373,7 @@ def _sample_rows(
     dit: EchoDiT,
     rows: list[_Row],
     num_frames: int,
+    blocks: list[int],
     settings: SamplerSettings,
     batch_size: int,
     count: _Counter,
@@ -374,18 +390,32 @@ def _sample_rows(
             references = [row.speaker for row in filled if row.speaker is not None]
             speakers = jnp.asarray(_padded(references, speaker_length))
             mask = jnp.asarray(_mask(references, speaker_length))
-        noise = _noise(filled, num_frames, dit.config.latent_dim)
-        latents = sample(
-            dit,
+        conditions = (
             jnp.asarray(ids),
             jnp.asarray(_mask([row.ids for row in filled], text_length)),
             speakers,
             mask,
-            settings=settings,
-            noise=noise,
-            progress=count.next_batch(),
         )
-        for row, latent in zip(members, np.asarray(latents), strict=False):
+        noise = _noise(filled, num_frames, dit.config.latent_dim)
+        progress = count.next_batch()
+        if blocks:
+            latents = sample_blockwise(
+                dit,
+                *conditions,
+                block_sizes=blocks,
+                noise=jnp.split(noise, np.cumsum(blocks)[:-1], axis=1),
+                settings=settings,
+                progress=progress,
+            )
+        else:
+            latents = sample(dit, *conditions, noise=noise, settings=settings, progress=progress)
+        latents = np.asarray(latents)
+        if not np.isfinite(latents).all():
+            raise EchoError(
+                "the sampler ended in values that are not finite; wanted gentler settings "
+                "(guidance scales, rescale_k, noise_scale) or other weights"
+            )
+        for row, latent in zip(members, latents, strict=False):
             out[row.utterance, row.piece] = latent
     return out
 

@@ -10,7 +10,6 @@ the canvas is split at ends of sentences, spoken piece by piece in one voice, an
 import dataclasses
 import hashlib
 import json
-import secrets
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from echo_eqx.command import CompileClock, StepBar, note, on_terminal, run, use_
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.text import check_text
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.files import write_whole
 from echo_eqx.speech import canvas_frames, check_pair
 from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.own_format import array_dtype
@@ -45,6 +45,8 @@ class Args:
     """Where to write, *.wav or *.flac. Several results are numbered: output_0001.wav ..."""
     speaker_ref: Path | None = None
     """The voice to take: a recording (wav, flac, ogg, opus, mp3) or reference latents (*.npy)."""
+    block_frames: int | None = None
+    """Block-wise models only: generate the canvas in blocks of so many frames."""
     duration: float = 15.0
     """Seconds of the canvas that each piece of text is spoken on. The model fills it with speech
     and then silence; another canvas gives another reading."""
@@ -134,6 +136,7 @@ def main() -> None:
         trim=args.trim,
         normalise=args.normalize_text,
         batch_size=args.batch_size,
+        block_frames=args.block_frames,
         progress=bar if on_terminal() else None,
     )
     bar.close()
@@ -146,6 +149,9 @@ def main() -> None:
             settings["sample_rate"] = rate
             settings["checkpoint"] = identity(checkpoint, args.checkpoint, dit)
             settings["codec"] = identity(codec_file, args.codec, codec)
+            settings["speaker_seconds"] = (
+                job.speaker_ref and len(speakers[job.speaker_ref]) / codec.config.frame_rate
+            )
             write_json(job.output.with_suffix(".json"), settings)
         print(f"{job.output}: {len(audio) / rate:.2f} s")
     if message is not None:
@@ -172,8 +178,6 @@ def check_usage(args: Args) -> None:
     for name, value in positive.items():
         if value < 1:
             raise UsageError(f"{name} is {value}; wanted at least 1")
-    if not 0 <= args.seed < 2**32:
-        raise UsageError(f"seed is {args.seed}; wanted 0 to 2^32 - 1")
     if args.message is not None and not args.watermark:
         raise UsageError("--message needs --watermark")
 
@@ -185,6 +189,8 @@ def jobs_of(args: Args) -> list[Job]:
         lines = [base]
     else:
         lines = read_text_file(args.text_file, base)
+    for line in lines:
+        audio_kind(line.output)
     jobs = [
         dataclasses.replace(
             line,
@@ -195,23 +201,24 @@ def jobs_of(args: Args) -> list[Job]:
         for candidate in range(args.num_candidates)
     ]
     for job in jobs:
+        if not 0 <= job.seed < 2**32:
+            raise UsageError(f"seed is {job.seed}; wanted 0 to 2^32 - 1")
         check_text(job.text)
-        audio_kind(job.output)
-    if len({job.output for job in jobs}) < len(jobs):
+    if len({job.output.with_suffix("") if args.json else job.output for job in jobs}) < len(jobs):
         raise UsageError("two utterances would be written to the same file")
     return jobs
 
 
 def read_text_file(path: Path, base: Job) -> list[Job]:
     try:
-        content = path.read_text("utf-8")
+        content = path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise EchoError(f"{path} does not exist; wanted a text file") from None
     except UnicodeDecodeError as error:
         raise EchoError(f"{path} is no UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise EchoError(f"{path} cannot be read: {error}") from None
-    lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise EchoError(f"{path} is empty; wanted one utterance a line")
     jobs = []
@@ -228,12 +235,12 @@ def job_from_json(line: str, where: str, base: Job, output: Path) -> Job:
     kinds = {"text": str, "output": str, "speaker_ref": str, "seed": int}
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EchoError(f"{where} is no JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise EchoError(f'{where} has no "text"; wanted an object with "text"')
     for name, value in fields.items():
-        if name not in kinds or not isinstance(value, kinds[name]):
+        if name not in kinds or type(value) is not kinds[name]:
             raise EchoError(f"{where}: {name} is {value!r}; wanted {', '.join(kinds)}")
     speaker = fields.get("speaker_ref")
     return Job(
@@ -249,12 +256,15 @@ def numbered(path: Path, label: str) -> Path:
 
 
 def check_writable(jobs: list[Job]) -> None:
-    for folder in {job.output.parent for job in jobs}:
+    for output in (job.output for job in jobs):
+        if output.is_dir():
+            raise EchoError(f"output {output} is a folder; wanted a file")
         try:
-            with tempfile.TemporaryFile(dir=folder):
+            with tempfile.NamedTemporaryFile(prefix=f".{output.name}.", dir=output.parent):
                 pass
-        except OSError as error:
-            raise EchoError(f"output folder {folder} cannot be written: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise EchoError(f"output {str(output)!r} cannot be written: {reason}") from None
 
 
 def message_bits(args: Args, codec: echo_eqx.DACVAE) -> list[int] | None:
@@ -278,6 +288,7 @@ def effective_settings(
     for name in ("text_file", "checkpoint", "codec", "json", "num_candidates"):
         settings.pop(name)
     settings |= {"text": job.text, "output": str(job.output), "seed": job.seed, "dtype": dtype}
+    settings["start_t"] = args.sampler.first_time
     settings["speaker_ref"] = None if job.speaker_ref is None else str(job.speaker_ref)
     settings["message"] = None if message is None else "".join(map(str, message))
     settings["version"] = {"echo_eqx": echo_eqx.__version__, "jax": jax.__version__}
@@ -298,10 +309,9 @@ def identity(path: Path, source: str, model: echo_eqx.EchoDiT | echo_eqx.DACVAE)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    text = json.dumps(content, indent=2) + "\n"
     try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(path)
+        write_whole(path, lambda temporary: temporary.write_text(text, "utf-8"))
     except OSError as error:
         raise EchoError(f"{path} cannot be written: {error}") from None
 

@@ -10,7 +10,13 @@ import soundfile as sf
 from conftest import DATA, max_difference
 
 from echo_eqx import EchoError
-from echo_eqx.data.audio import check_reference, load_audio, save_audio, set_loudness
+from echo_eqx.data.audio import (
+    check_reference,
+    load_audio,
+    load_reference,
+    save_audio,
+    set_loudness,
+)
 
 FORMATS = ["wav", "mp3", "flac", "opus", "ogg"]
 
@@ -98,6 +104,24 @@ def test_references_that_show_no_voice_are_named():
     ):
         with pytest.raises(EchoError, match=f"ref {message}|ref has {message}|ref is {message}"):
             check_reference(audio, rate, "ref")
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050, 44_100, 48_000])
+def test_clipping_is_seen_at_any_rate_and_through_lossy_codecs(tmp_path, rate):
+    voice = load_audio(DATA / "speech.wav", rate)
+    clipped = np.clip(voice * 12, -1, 1)
+    for name in ("clipped.wav", "clipped.mp3", "clipped.flac"):
+        sf.write(tmp_path / name, clipped, rate)
+        with pytest.raises(EchoError, match=rf"{name} is clipped"):
+            load_reference(tmp_path / name, 48_000, 20.0)
+    sf.write(tmp_path / "loud.wav", voice / np.abs(voice).max(), rate)
+    load_reference(tmp_path / "loud.wav", 48_000, 20.0)
+
+
+def test_audio_that_is_not_finite_is_not_written(tmp_path):
+    with pytest.raises(EchoError, match="not finite"):
+        save_audio(tmp_path / "out.wav", np.full(10, np.nan, np.float32), 48_000)
+    assert not list(tmp_path.iterdir())
 
 
 def test_loudness_meets_its_target_but_never_clips():

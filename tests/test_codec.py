@@ -121,6 +121,11 @@ def test_latents_of_another_width_are_refused(golden_codec):
         golden_codec.decode(np.zeros((7, 12), np.float32), np.zeros(15, np.int32))
 
 
+def test_messages_of_other_values_are_refused(golden_codec):
+    with pytest.raises(echo_eqx.EchoError, match="0 and 1"):
+        golden_codec.decode(np.zeros((7, 12), np.float32), np.full(16, 2))
+
+
 def test_sine_squared_is_as_exact_as_sine():
     z = np.linspace(-60, 60, 200_001, dtype=np.float32)
     exact = np.sin(z.astype(np.float64)) ** 2

@@ -111,6 +111,11 @@ def test_other_opcodes_are_refused(tmp_path, data):
         load_pickle(tmp_path, data)
 
 
+def text(string: str) -> bytes:
+    """Pickle code for a string."""
+    return b"X" + struct.pack("<I", len(string)) + string.encode()
+
+
 def bomb(levels: int, inner: bytes) -> bytes:
     """Pickle code for a tuple that holds one tuple twice, `levels` deep: 2^levels leaves."""
     return inner + b"".join(b"2\x86" for _ in range(levels))  # DUP, TUPLE2
@@ -146,6 +151,27 @@ BOMBS = {
     + b"}"
     + b"s" * 100_000
     + b"s.",
+}
+
+
+def copies() -> bytes:
+    """A pickle that holds a string of 1 MB once and has it encoded 10,000 times."""
+    held = text("a" * 10**6) + b"\x94"
+    call = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
+    return b"\x80\x04" + held + b"0](" + call * 10_000 + b"e."
+
+
+BOMBS |= {
+    "copies of a string": copies(),
+    "long names": b"\x80\x04}X\x06\x00\x00\x00params}X"
+    + struct.pack("<I", 10**6)
+    + b"a" * 10**6
+    + b"}ss.",
+    "keys that hash alike": b"\x80\x04}("
+    + b"".join(
+        b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"K\x01" for k in range(20_000)
+    )
+    + b"u.",
 }
 
 
@@ -226,6 +252,58 @@ def test_tensors_reaching_beyond_their_storage_are_refused(tmp_path):
 
     with pytest.raises(EchoError, match="beyond its storage"):
         echo_eqx.load_codec(rewritten(tmp_path, change))
+
+
+def test_nested_metadata_of_a_torch_file_ends_quickly(tmp_path):
+    data = (
+        b"\x80\x02}(X\x0a\x00\x00\x00state_dict}X\x08\x00\x00\x00metadata}X\x06\x00\x00\x00kwargs"
+    )
+    data += b"}X\x0b\x00\x00\x00encoder_dim" + bomb(60, b"K\x01") + b"ssu."
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/data.pkl", data)
+    with pytest.raises(EchoError, match="encoder_dim is a tuple"):
+        echo_eqx.load_codec(path)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        b"K\x00K\x01\x85",  # no stride
+        b"K\x00K\x01K\x02\x86K\x01\x85\x89",  # size and stride of different length
+        b"K\x00K\x00\x85\x8a\x0d" + (2**100).to_bytes(13, "little") + b"\x85\x89",
+        b"K\x00NN\x89",
+    ],
+)
+def test_damaged_tensor_records_are_named(tmp_path, args):
+    storage = (
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x01tQ"
+    )
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + args + b"tR"
+    data = b"\x80\x02}" + text("state_dict") + b"}" + text("w") + tensor + b"ss."
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/data.pkl", data)
+        archive.writestr("weights/data/0", bytes(4))
+    with pytest.raises(EchoError, match=r"weights\.pth: w"):
+        echo_eqx.load_codec(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{",
+        b"{[1]: 2}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-4, 128)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d, 128)}" % 2**70,
+        b"-" * 9000,
+    ],
+)
+def test_damaged_headers_of_latents_are_named(tmp_path, golden_dit, golden_codec, header):
+    path = tmp_path / "voice.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n")
+    with pytest.raises(EchoError, match=r"voice\.npy"):
+        speaker_latents(golden_dit, golden_codec, path)
 
 
 def test_reference_latents_with_pickled_objects_are_refused(tmp_path, golden_dit, golden_codec):

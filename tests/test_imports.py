@@ -11,7 +11,7 @@ import echo_eqx
 
 PACKAGE = Path(echo_eqx.__file__).parent
 ROOMS = [
-    {"errors", "config", "trees"},
+    {"errors", "files", "config", "trees"},
     {"layers"},
     {"model", "codec", "data"},
     {"flow"},
@@ -20,7 +20,7 @@ ROOMS = [
     {"__init__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
-ORDER_ON_THE_GROUND = ["errors", "config", "trees"]
+ORDER_ON_THE_GROUND = ["errors", "files", "config", "trees"]
 
 
 def imported(path: Path) -> set[str]:

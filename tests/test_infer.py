@@ -120,9 +120,9 @@ def test_lines_of_a_text_file_and_candidates_are_numbered(place, tmp_path):
 def test_json_lines_choose_voice_name_and_seed(place, tmp_path):
     lines = [
         {"text": "Hello.", "output": "a.flac", "speaker_ref": str(DATA / "speech.opus")},
-        {"text": "Hello.", "seed": 7},
+        {"text": "Hello.\u2028You.", "seed": 7},
     ]
-    text = "\n".join(map(json.dumps, lines))
+    text = "\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "lines.jsonl").write_text(text)
     output = ["--output", tmp_path / "out.wav"]
     done = infer(place, *quick(place), "--text_file", tmp_path / "lines.jsonl", *output)
@@ -151,6 +151,10 @@ def test_help_teaches(place):
 
 def damaged(tmp_path: Path) -> dict[str, Path]:
     files = {name: tmp_path / name for name in ("empty.pkl", "cut.pkl", "note.txt", "folder")}
+    files["folder.wav"] = tmp_path / "folder.wav"
+    files["folder.wav"].mkdir()
+    files["voice.raw"] = tmp_path / "voice.raw"
+    files["voice.raw"].write_bytes(bytes(1000))
     files["empty.pkl"].touch()
     files["cut.pkl"].write_bytes(CHECKPOINT.read_bytes()[:100_000])
     files["note.txt"].write_text("not weights")
@@ -169,8 +173,12 @@ CASES = {
     "bad guidance": (["@", "--text", "Hi.", "--guidance", "both"], 2, "both"),
     "long canvas": (["@", "--text", "Hi.", "--duration", 60], 2, "duration is 60"),
     "suffix": (["@", "--text", "Hi.", "--output", "out.mp3"], 1, "'.mp3'; wanted .wav or .flac"),
-    "unwritable": (["@", "--text", "Hi.", "--output", "/proc/out.wav"], 1, "/proc cannot be"),
-    "no folder": (["@", "--text", "Hi.", "--output", "none/out.wav"], 1, "none cannot be"),
+    "unwritable": (
+        ["@", "--text", "Hi.", "--output", "/proc/out.wav"],
+        1,
+        "out.wav' cannot be",
+    ),
+    "no folder": (["@", "--text", "Hi.", "--output", "none/out.wav"], 1, "out.wav' cannot be"),
     "bad message": (["@", "--text", "Hi.", "--message", "01"], 2, "wanted 16 characters"),
     "no such text file": (["@", "--text_file", "none.txt"], 1, "none.txt does not exist"),
     "no candidates": (["@", "--text", "Hi.", "--num_candidates", 0], 2, "num_candidates is 0"),
@@ -184,6 +192,18 @@ CASES = {
     "Hub offline": (["--checkpoint", "a/b", "--text", "Hi."], 1, "a/b"),
     "missing voice": (["@", "--text", "Hi.", "--speaker_ref", "no.wav"], 1, "no.wav does not"),
     "voice of text": (["@", "--text", "Hi.", "--speaker_ref", "{note.txt}"], 1, "decoded"),
+    "loudness of NaN": (
+        ["@", "--text", "Hi.", "--speaker_ref", DATA / "speech.wav", "--speaker_lufs", "nan"],
+        2,
+        "loudness is nan",
+    ),
+    "a folder as output": (["@", "--text", "Hi.", "--output", "{folder.wav}"], 1, "is a folder"),
+    "no name as output": (["@", "--text", "Hi.", "--output", ".", "--num_candidates", 2], 1, "''"),
+    "a long name": (["@", "--text", "Hi.", "--output", "a" * 300 + ".wav"], 1, "cannot be written"),
+    "no such user": (["--checkpoint", "~nosuchuser/x", "--text", "Hi."], 1, "no usable path"),
+    "raw voice": (["@", "--text", "Hi.", "--speaker_ref", "{voice.raw}"], 1, "decoded"),
+    "seed": (["@", "--text", "Hi.", "--seed", 2**32], 2, "seed is 4294967296"),
+    "blocks": (["@", "--text", "Hi.", "--duration", 4, "--block_frames", 20], 2, "latent_encoder"),
     "NaN setting": (["@", "--text", "Hi.", "--cfg_scale", "nan"], 2, "cfg_scale is nan"),
 }
 
@@ -215,6 +235,9 @@ def test_broken_lines_of_a_text_file_are_named(place, tmp_path):
         ("a.jsonl", b'{"text": "Hi."}\n{"text": ', "line 2 is no JSON"),
         ("b.jsonl", b'{"txt": "Hi."}', 'line 1 has no "text"'),
         ("c.jsonl", b'{"text": "Hi.", "speed": 2}', "speed is 2"),
+        ("e.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+        ("f.jsonl", b'{"text": "Hi.", "output": "a\\u0000.wav"}', "cannot be written"),
+        ("g.jsonl", b'{"text": "Hi.", "seed": true}', "seed is True"),
         ("d.jsonl", b'{"text": "a", "output": "x.wav"}\n{"text": "b", "output": "x.wav"}', "same"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_a_message_is_added_and_changes_little_else(dit, codec):
     assert marked.shape == plain.shape and max_difference(plain, marked) > 0
     with pytest.raises(EchoError, match="16 bits"):
         speak(dit, codec, message=[0, 1])
-    with pytest.raises(UsageError, match="0 and 1"):
+    with pytest.raises(EchoError, match="0 and 1"):
         speak(dit, codec, message=[2] * 16)
 
 
@@ -215,6 +216,40 @@ def test_batches_of_utterances_give_what_each_gives_alone(dit, codec):
 def test_text_that_cannot_be_spoken_is_named(dit, codec, text, message):
     with pytest.raises(EchoError, match=message):
         speak(dit, codec, text)
+
+
+def test_a_result_that_is_not_finite_is_named(dit, codec):
+    wild = eqx.tree_at(lambda dit: dit.out_proj.bias, dit, jnp.full(128, 3e38))
+    with pytest.raises(EchoError, match="not finite; wanted gentler settings"):
+        speak(wild, codec)
+
+
+def test_blockwise_models_speak_block_by_block(blockwise_dit):
+    config = CodecConfig(
+        encoder_dim=2, hidden_dim=12, latent_dim=20, decoder_dim=32, watermark=None
+    )
+    codec = random_model(echo_eqx.DACVAE, config, 0.12)
+    options = {"duration": 1.12, "settings": QUICK, "trim": False, "block_frames": 12}
+    calls = []
+    (audio,) = echo_eqx.synthesize_all(
+        blockwise_dit,
+        codec,
+        [Utterance("Hello.")],
+        **options,
+        progress=lambda *call: calls.append(call),
+    )
+    assert len(audio) == 28 * HOP  # blocks of 12, 12 and 4 frames
+    assert calls == [(step, 6) for step in range(1, 7)]
+    with pytest.raises(UsageError, match="multiples of 4"):
+        echo_eqx.synthesize_all(
+            blockwise_dit, codec, [Utterance("Hello.")], **options | {"block_frames": 10}
+        )
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_out_of_range_are_named(dit, codec, seed):
+    with pytest.raises(UsageError, match=f"seed is {seed}"):
+        speak(dit, codec, seed=seed)
 
 
 def test_settings_are_checked_before_anything_runs(dit, codec):

@@ -7,6 +7,7 @@ import pytest
 
 from echo_eqx import EchoError
 from echo_eqx.data.text import (
+    _UNBROKEN,
     check_text,
     encode_text,
     normalise_text,
@@ -31,14 +32,14 @@ def squeezed(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", list(TEXTS))
-@pytest.mark.parametrize("max_bytes, max_width", [(767, 210.0), (60, 1e9), (9999, 28.0), (4, 2.0)])
+@pytest.mark.parametrize("max_bytes, max_width", [(767, 210.0), (60, 1e9), (9999, 28.0), (30, 2.0)])
 def test_pieces_fit_and_join_to_the_text(name, max_bytes, max_width):
     pieces = split_text(TEXTS[name], max_bytes, max_width)
     assert squeezed("".join(pieces)) == squeezed(TEXTS[name])
     for piece in pieces:
         assert piece == piece.strip() and piece
         assert len(piece.encode()) <= max_bytes
-        assert speaking_width(piece) <= max_width or len(piece) == 1
+        assert speaking_width(piece) <= max_width or _UNBROKEN.fullmatch(piece)
 
 
 def test_sentences_stay_whole_where_they_fit():
@@ -63,6 +64,13 @@ def test_every_piece_carries_the_tag_that_holds_there():
         "[S2] Three three three.",
         "[S2] Four four four four.",
     ]
+
+
+def test_a_tag_is_never_cut():
+    text = "日本語日本語日本語[S2]日本語です"
+    pieces = split_text(text, 700, 19.0)
+    assert "[S2]" in "".join(pieces)
+    assert all(piece.count("[") == piece.count("[S2]") for piece in pieces)
 
 
 def test_text_is_cleaned_as_in_training():

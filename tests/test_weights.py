@@ -8,6 +8,7 @@ import sys
 import types
 from collections import OrderedDict, namedtuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -88,6 +89,21 @@ def test_pickles_of_any_protocol_and_precision_load(tmp_path, golden_dit, protoc
         assert max_difference(named_leaves(dit)[name], leaf) <= tolerance * np.abs(leaf).max()
 
 
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_of_any_memory_layout_load(tmp_path, golden_dit, protocol):
+    params = dict(read_flax_checkpoint(WEIGHTS_ONLY).params)
+    name = "out_proj/kernel"
+    params[name] = np.asfortranarray(params[name])
+    other = "in_proj/kernel"
+    params[other] = np.ascontiguousarray(params[other].T).T
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"params": nested(params), "step": 0}, protocol=protocol))
+    assert same(echo_eqx.load_dit(path), golden_dit)
+    wide = np.arange(24.0).reshape(2, 3, 4).transpose(0, 2, 1)
+    path.write_bytes(pickle.dumps({"params": {"wide": wide}, "step": 0}, protocol=protocol))
+    assert np.array_equal(read_flax_checkpoint(path).params["wide"], wide)
+
+
 def test_pickle_of_numpy_1_loads(tmp_path, golden_dit):
     # NumPy 1 wrote the module numpy.core where NumPy 2 writes numpy._core.
     data = WEIGHTS_ONLY.read_bytes()
@@ -161,6 +177,11 @@ def nested(flat):
             lambda p: p.update({"TransformerBlock_1/mlp/w1/kernel": np.ones((48, 127))}),
             "TransformerBlock_0/mlp/w1/kernel .*shape",
         ),
+        (
+            lambda p: p.update({"TransformerBlock_1/mlp/w1/kernel": np.full((48, 128), np.inf)}),
+            "TransformerBlock_1/mlp/w1/kernel has values that are not finite",
+        ),
+        (lambda p: p.update({"norm/weight": np.ones(48, int)}), "norm/weight has type int64"),
     ],
 )
 def test_flax_import_is_total(tmp_path, damage, message):
@@ -247,7 +268,9 @@ def test_all_317_tensors_of_the_codec_are_used(golden_codec):
     from echo_eqx.weights.dacvae import _sources
 
     names = [
-        name for leaf in leaf_names(golden_codec) for name in _sources(leaf, golden_codec.config)[0]
+        name
+        for leaf in leaf_names(golden_codec)
+        for name in _sources(leaf, golden_codec.config).names
     ]
     assert len(names) == len(set(names)) == 317
 
@@ -310,6 +333,15 @@ def test_numbers_that_do_not_fit_are_refused_and_the_old_file_stays(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_number_that_the_export_scales_out_of_range_is_refused(tmp_path):
+    config = dataclasses.replace(SMALL, speaker_proj_scale=1.0)
+    dit = random_model(echo_eqx.EchoDiT, config)
+    weight = dit.speaker_encoder.in_proj.weight.at[0, 0].set(20_000.0)
+    dit = eqx.tree_at(lambda dit: dit.speaker_encoder.in_proj.weight, dit, weight)
+    with pytest.raises(EchoError, match=r"speaker_encoder\.in_proj\.weight .*float16"):
+        echo_eqx.save(dit, tmp_path / "m.safetensors", dtype="float16", layout="pytorch")
+
+
 def test_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EchoError, match="cannot be written"):
@@ -335,6 +367,7 @@ def own_file(tmp_path, **metadata):
         ({"config": "{"}, "no usable config"),
         ({"config": "[]"}, "no usable config"),
         ({"config": "{}"}, "config lacks field"),
+        ({"config": "[" * 100_000}, "no usable config"),
         ({"config": '{"model_dim": "x"}'}, "no usable config"),
     ],
 )
@@ -349,6 +382,7 @@ def test_config_fields_of_wrong_type_or_name_are_named(tmp_path):
         ({"model_dim": -4}, "model_dim is -4"),
         ({"model_dim": 2**40}, "model_dim"),
         ({"blockwise": 1}, "blockwise is 1"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
         ({"depth": 3}, "unknown field depth"),
         ({"text": {"dim": 16}}, "lacks field text.num_layers"),
         ({"num_heads": 5}, "5 heads"),

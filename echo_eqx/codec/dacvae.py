@@ -5,11 +5,13 @@ with that much on both sides gives the same samples as the whole; the watermark 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from echo_eqx.codec.decoder import Decoder
@@ -60,9 +62,8 @@ class DACVAE(eqx.Module):
                 "(jax.vmap makes batches)"
             )
         hop = self.config.hop
-        padding = -audio.shape[0] % hop
         audio = jnp.asarray(audio, self.encoder.conv_in.weight.dtype)
-        audio = jnp.pad(audio, (0, padding), mode="reflect" if audio.shape[0] > 1 else "edge")
+        audio = jnp.concatenate([audio, audio[_mirrored(audio.shape[0], -audio.shape[0] % hop)]])
         margin = _ceil_div(_encoder_reach(self.config), hop)
         means, deviations = [], []
         for start, stop, crop in _pieces(audio.shape[0] // hop, margin):
@@ -89,8 +90,8 @@ class DACVAE(eqx.Module):
                 f"latents have shape {latents.shape}; decode wants "
                 f"(frames, {self.config.latent_dim}), at least one frame (jax.vmap makes batches)"
             )
+        watermark = None if message is None else self._watermark_for(message)
         bits = None if message is None else jnp.asarray(message).astype(jnp.int32)
-        watermark = None if bits is None else self._watermark_for(bits)
         state = None if watermark is None else _initial_state(watermark)
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
         hop, frames = self.config.hop, latents.shape[0]
@@ -107,13 +108,15 @@ class DACVAE(eqx.Module):
             out.append(audio)
         return jnp.concatenate(out)
 
-    def _watermark_for(self, message: Array) -> Watermark:
+    def _watermark_for(self, message: Any) -> Watermark:
         if self.watermark is None:
             raise EchoError("the codec has no watermark path, so it can carry no message")
-        if message.shape != (self.watermark.num_bits,):
+        if np.shape(message) != (self.watermark.num_bits,):
             raise EchoError(
-                f"the message has shape {message.shape}; wanted {self.watermark.num_bits} bits"
+                f"the message has shape {np.shape(message)}; wanted {self.watermark.num_bits} bits"
             )
+        if not isinstance(message, Tracer) and not np.isin(message, (0, 1)).all():
+            raise EchoError("the message has values other than 0 and 1")
         return self.watermark
 
 
@@ -152,6 +155,13 @@ def _pieces(frames: int, margin: int) -> Iterator[tuple[int, int, slice]]:
         last = min(first + PIECE_FRAMES, frames)
         start = min(max(first - margin, 0), frames - length)
         yield start, start + length, slice(first - start, last - start)
+
+
+def _mirrored(samples: int, padding: int) -> np.ndarray:
+    """Where to find the samples behind the end: back and forth, the ends not repeated."""
+    period = max(2 * samples - 2, 1)
+    place = np.arange(samples, samples + padding) % period
+    return np.minimum(place, period - place) if samples > 1 else np.zeros(padding, int)
 
 
 # Samples that the main path reads on each side of a frame: 3 dilations of a kernel of 7 in every

@@ -1,9 +1,7 @@
 """Audio files: read to mono at a given rate, and written whole or not at all."""
 
 import io
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import soundfile as sf
 import soxr
 
 from echo_eqx.errors import EchoError
+from echo_eqx.files import write_whole
 
 READABLE = "wav, flac, ogg, opus or mp3"
 SILENT_PEAK = 1e-3
@@ -26,17 +25,36 @@ def load_audio(path: str | Path, sample_rate: int, max_seconds: float | None = N
     **Raises**: `EchoError` naming the file if it is missing, of no known kind, damaged, truncated,
     without samples or with values that are not finite.
     """
-    path = Path(path)
-    if not path.is_file():
+    return _mono(*_read(Path(path), max_seconds), sample_rate)
+
+
+def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np.ndarray:
+    """`load_audio` for a recording of a voice.
+
+    **Raises**: `EchoError` also if it is too short, silent or clipped.
+    """
+    audio, rate = _read(Path(path), max_seconds)
+    # As decoded: resampling smooths the edges of what is clipped.
+    check_reference(audio, rate, str(path))
+    return _mono(audio, rate, sample_rate)
+
+
+def _read(path: Path, max_seconds: float | None) -> tuple[np.ndarray, int]:
+    """Samples (n, channels) as decoded, and their rate."""
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{str(path)[:200]!r} is no usable path: {error}") from None
+    if size is None:
         raise EchoError(f"{path} does not exist; wanted a recording ({READABLE})")
-    if path.stat().st_size == 0:
+    if size == 0:
         raise EchoError(f"{path} is empty; wanted a recording ({READABLE})")
     try:
         with sf.SoundFile(path) as file:
             rate, length, info = file.samplerate, file.frames, file.extra_info
             wanted = length if max_seconds is None else min(length, int(max_seconds * rate))
             audio = file.read(wanted, dtype="float32", always_2d=True)
-    except (sf.LibsndfileError, RuntimeError) as error:
+    except (sf.LibsndfileError, OSError, RuntimeError, TypeError) as error:
         reason = str(error).rstrip(".").replace(f"Error opening {str(path)!r}: ", "")
         raise EchoError(f"{path} cannot be decoded ({reason}); wanted {READABLE}") from None
     if len(audio) < wanted or _is_cut_off(path, info):
@@ -45,6 +63,10 @@ def load_audio(path: str | Path, sample_rate: int, max_seconds: float | None = N
         raise EchoError(f"{path} has a header but no samples; wanted a recording")
     if not np.isfinite(audio).all():
         raise EchoError(f"{path} has samples that are not finite")
+    return audio, rate
+
+
+def _mono(audio: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     audio = np.mean(audio, axis=1)
     audio = audio / max(1.0, float(np.abs(audio).max()))
     return soxr.resample(audio, rate, sample_rate).astype(np.float32)
@@ -66,7 +88,7 @@ def _is_cut_off(path: Path, info: str) -> bool:
 
 
 def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
-    """Refuse a recording that cannot show a voice.
+    """Refuse a recording, (samples,) or (samples, channels), that cannot show a voice.
 
     **Raises**: `EchoError` naming it if it is too short, silent or clipped.
     """
@@ -76,7 +98,8 @@ def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
     peak = float(np.abs(audio).max())
     if peak < SILENT_PEAK:
         raise EchoError(f"{name} is silent (peak {peak:.1e} of full scale); wanted speech")
-    clipped = float(np.mean(np.abs(audio) >= 0.999 * max(peak, 0.9)))
+    # A lossy decoder rings around the level at which sound was cut: not only the peak counts.
+    clipped = float(np.mean(np.abs(audio) >= 0.98 * min(max(peak, 0.9), 1.0)))
     if clipped > CLIPPED_SHARE:
         raise EchoError(
             f"{name} is clipped ({clipped:.0%} of its samples at full scale); wanted clean speech"
@@ -100,21 +123,13 @@ def save_audio(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:
     **Raises**: `EchoError` if the place cannot be written.
     """
     path = Path(path)
-    audio = audio / max(1.0, float(np.abs(audio).max()))
+    audio = audio / max(1.0, float(np.abs(audio).max(initial=0.0)))
+    if not np.isfinite(audio).all():
+        raise EchoError(f"the audio for {path} has values that are not finite")
     encoded = io.BytesIO()
     sf.write(encoded, audio, sample_rate, format=audio_kind(path), subtype="PCM_16")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(encoded.getbuffer())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, lambda temporary: temporary.write_bytes(encoded.getbuffer()))
     except OSError as error:
         raise EchoError(f"{path} cannot be written: {error}") from None
 

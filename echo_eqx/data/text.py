@@ -26,6 +26,10 @@ _REPLACED = str.maketrans(
     }
 )
 _TAG = re.compile(r"\[S\d+\]\s*")
+# What is never cut: a tag, or a character with the marks and joined signs that follow it.
+_UNBROKEN = re.compile(
+    r"\[S\d+\]\s*|.(?:[\u0300-\u036f\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]|\u200d.)*", re.DOTALL
+)
 _DEFAULT_TAG = "[S1] "
 
 
@@ -112,7 +116,7 @@ def _split(text: str, max_bytes: int, max_width: float, level: int = 0) -> list[
         starts = [0, *ends]
         parts = [text[a:b] for a, b in zip(starts, [*ends, len(text)], strict=True)]
     else:
-        parts = list(text)
+        parts = _UNBROKEN.findall(text)
     packed = [""]
     for part in parts:
         if fits(packed[-1] + part):

@@ -60,6 +60,13 @@ class SamplerSettings:
     speaker_kv_layers: int | None = None
     """... in the first so many layers; all by default."""
 
+    @property
+    def first_time(self) -> float:
+        """`start_t`, or what stands for None."""
+        if self.start_t is not None:
+            return self.start_t
+        return 1.0 if self.rescale_k == 1 else 0.999
+
     def check(self) -> None:
         """Raises `UsageError` naming the first setting that is out of its range."""
         ranges: dict[str, tuple[float, float]] = {
@@ -106,9 +113,7 @@ class _Knobs(eqx.Module):
     @classmethod
     def of(cls, settings: SamplerSettings, num_layers: int) -> "_Knobs":
         settings.check()
-        start_t, layers = settings.start_t, settings.speaker_kv_layers
-        if start_t is None:
-            start_t = 1.0 if settings.rescale_k == 1 else 0.999
+        layers = settings.speaker_kv_layers
         return cls(
             steps=jnp.int32(settings.steps),
             cfg_scale=jnp.float32(settings.cfg_scale),
@@ -116,7 +121,7 @@ class _Knobs(eqx.Module):
             cfg_min_t=jnp.float32(settings.cfg_min_t),
             cfg_max_t=jnp.float32(settings.cfg_max_t),
             apg_eta=jnp.float32(settings.apg_eta),
-            start_t=jnp.float32(start_t),
+            start_t=jnp.float32(settings.first_time),
             rescale_k=jnp.float32(settings.rescale_k),
             rescale_sigma=jnp.float32(settings.rescale_sigma),
             speaker_kv_scale=jnp.float32(settings.speaker_kv_scale),
@@ -243,9 +248,11 @@ def _offset(progress: Progress, done: int, total: int) -> Progress:
 
 def _branches(guidance: Guidance, has_speaker: bool) -> tuple[str, ...]:
     """What each guidance branch drops. A reference that is not there needs no branch."""
-    if guidance == "independent":
-        return ("text", "speaker") if has_speaker else ("text",)
-    return ("both",) if guidance == "joint" else ("text or speaker",)
+    if guidance == "joint":
+        return ("both",)
+    if not has_speaker:
+        return ("text",)
+    return ("text", "speaker") if guidance == "independent" else ("text or speaker",)
 
 
 def _context_of(dit, text_ids, text_mask, speaker_latents, speaker_mask) -> Context:

@@ -1,7 +1,6 @@
 """The published `weights.pth` of DACVAE: names, sizes, and weight norm folded into the kernels."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig, codec_config_from_json
 from echo_eqx.errors import EchoError
 from echo_eqx.trees import cast
-from echo_eqx.weights.fill import check_memory, fill
+from echo_eqx.weights.fill import Sources, check_memory, fill, only
 from echo_eqx.weights.torch_file import read_torch_file, tensors
 
 Tensors = dict[str, np.ndarray]
@@ -29,18 +28,7 @@ def load_dacvae_pth(path: Path, dtype: Any) -> DACVAE:
     config = _config(content, source, path)
     skeleton = jax.eval_shape(lambda: cast(DACVAE.init(config, key=jax.random.key(0)), dtype))
     check_memory(skeleton, str(path))
-
-    def read(leaf: str) -> tuple[np.ndarray, list[str]]:
-        names, assemble = _sources(leaf, config)
-        for name in names:
-            if name not in source:
-                raise EchoError(f"{path}: tensor {name} is missing")
-        try:
-            return assemble(*(source[name] for name in names)), names
-        except ValueError as error:
-            raise EchoError(f"{path}: {names[-1]} has a wrong shape ({error})") from None
-
-    return fill(skeleton, read, source, str(path))
+    return fill(skeleton, lambda leaf: _sources(leaf, config), source, source, str(path))
 
 
 def _config(content: dict, source: Tensors, path: Path) -> CodecConfig:
@@ -142,38 +130,42 @@ def _module_name(module: str, config: CodecConfig) -> str:
     return f"{block}{units[int(unit)]}.{_UNIT[layer]}"
 
 
-def _sources(leaf: str, config: CodecConfig) -> tuple[list[str], Callable[..., np.ndarray]]:
+def _sources(leaf: str, config: CodecConfig) -> Sources:
     """Tensors behind one of our leaves, and how they make it up."""
     if leaf == "watermark.message_embedding":
-        return ["decoder.wm_model.msg_processor.msg_processor.weight"], np.asarray
+        return Sources(["decoder.wm_model.msg_processor.msg_processor.weight"], only)
     if lstm := re.fullmatch(r"watermark\.(listener|writer)_lstm\.layers\.(\d+)\.(\w+)", leaf):
         side, layer, field = lstm.groups()
         place = {"listener": "encoder_block.post.0", "writer": "decoder_block.pre.1"}[side]
         name = f"decoder.wm_model.{place}.lstm."
         if field == "bias":
-            return [f"{name}bias_ih_l{layer}", f"{name}bias_hh_l{layer}"], np.add
+            return Sources([f"{name}bias_ih_l{layer}", f"{name}bias_hh_l{layer}"], _sum)
         kind = {"weight_in": "ih", "weight_hidden": "hh"}[field]
-        return [f"{name}weight_{kind}_l{layer}"], np.transpose
+        return Sources([f"{name}weight_{kind}_l{layer}"], lambda arrays: only(arrays).T)
     module, field = leaf.rsplit(".", 1)
     name = _module_name(module, config)
     if field == "alpha":
-        return [f"{name}.alpha"], lambda alpha: alpha.reshape(-1)
+        return Sources([f"{name}.alpha"], lambda arrays: only(arrays)[0, :, 0])
     if field == "bias":
-        return [f"{name}.bias"], np.asarray
-    transposed = module.endswith((".up", ".up.conv"))
+        return Sources([f"{name}.bias"], only)
     # (out, in, k), or (in, out, k) for transposed convolutions, to (k, in, out).
-    axes = (2, 0, 1) if transposed else (2, 1, 0)
+    axes = (2, 0, 1) if module.endswith((".up", ".up.conv")) else (2, 1, 0)
     if module.startswith("watermark."):
-        return [f"{name}.weight"], lambda weight: weight.transpose(axes)
-    return (
-        [f"{name}.weight_g", f"{name}.weight_v"],
-        lambda g, v: _fold_weight_norm(g, v).transpose(axes),
-    )
+        return Sources([f"{name}.weight"], lambda arrays: only(arrays).transpose(axes))
+    names = [f"{name}.weight_g", f"{name}.weight_v"]
+    return Sources(names, lambda arrays: _fold_weight_norm(*arrays).transpose(axes))
+
+
+def _sum(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.sum(np.stack(arrays), axis=0)
 
 
 def _fold_weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
     """`g * v / |v|`, the norm over all axes but the first (Salimans & Kingma, arXiv:1602.07868)."""
+    if g.shape != (v.shape[0], 1, 1):
+        raise ValueError("a length per channel was wanted")
     wide = v.astype(np.float64)
-    norm = np.sqrt(np.sum(wide**2, axis=tuple(range(1, v.ndim)), keepdims=True))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (g.astype(np.float64) * wide / norm).astype(np.float32)
+    norm = np.sqrt(np.sum(wide**2, axis=(1, 2), keepdims=True))
+    if not norm.all():
+        raise ValueError("a channel of length zero has no direction")
+    return (g.astype(np.float64) * wide / norm).astype(np.float32)

@@ -1,9 +1,11 @@
 """Filling an abstract model with arrays: every leaf once, every source tensor once, all finite."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
+import ml_dtypes
 import numpy as np
 import psutil
 
@@ -11,34 +13,60 @@ from echo_eqx.errors import EchoError
 from echo_eqx.trees import leaf_names
 
 T = TypeVar("T")
+FLOATS = {np.dtype(kind) for kind in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)}
+
+
+@runtime_checkable
+class Arrays(Protocol):
+    """Tensors by name, read when they are asked for."""
+
+    def __getitem__(self, name: str, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The tensors that make up a leaf, and how."""
+
+    names: list[str]
+    assemble: Callable[[list[np.ndarray]], np.ndarray]
+
+
+def only(arrays: list[np.ndarray]) -> np.ndarray:
+    (array,) = arrays
+    return array
 
 
 def fill(
     skeleton: T,
-    read: Callable[[str], tuple[np.ndarray, list[str]]],
-    source_names: Iterable[str],
+    sources: Callable[[str], Sources],
+    arrays: Arrays,
+    names: Iterable[str],
     where: str,
 ) -> T:
     """`skeleton`, a module of `ShapeDtypeStruct`s, with each leaf read and cast to its type.
 
-    **Arguments**: `read` gives, for a leaf's name, its array and the source tensors it came from;
-    `source_names` are all tensors of the source; `where` names the source in errors.
+    **Arguments**: `sources` says, for a leaf's name, which tensors it is made of; `arrays` holds
+    the tensors and `names` lists them all; `where` names the source in errors.
 
-    **Raises**: `EchoError` naming the tensor that is missing, left over, of another shape or not
-    finite.
+    **Raises**: `EchoError` naming the tensor that is missing, left over, of another shape, of no
+    floating type or not finite.
     """
     abstract, treedef = jax.tree.flatten(skeleton)
-    unused = set(source_names)
+    known = set(names)
+    unused = set(known)
     filled = []
-    for name, leaf in zip(leaf_names(skeleton), abstract, strict=True):
-        array, names = read(name)
+    for leaf_name, leaf in zip(leaf_names(skeleton), abstract, strict=True):
+        source = sources(leaf_name)
+        tensors = [_checked(name, known, arrays, where) for name in source.names]
+        shapes = " and ".join(sorted({str(tensor.shape) for tensor in tensors}))
+        wrong = f"{where}: {source.names[0]} has the shape {shapes}"
+        try:
+            array = source.assemble(tensors)
+        except (ValueError, IndexError) as error:
+            raise EchoError(f"{wrong}, which does not fit: {error}") from None
         if array.shape != leaf.shape:
-            raise EchoError(
-                f"{where}: {names[0]} gives {name} the shape {array.shape}; wanted {leaf.shape}"
-            )
-        if not np.isfinite(array.astype(np.float32, copy=False)).all():
-            raise EchoError(f"{where}: {names[0]} has values that are not finite")
-        unused.difference_update(names)
+            raise EchoError(f"{wrong}; as {leaf_name} it gives {array.shape}, wanted {leaf.shape}")
+        unused.difference_update(source.names)
         # A copy of its own, cast here: views of the file stay behind and nothing is compiled.
         filled.append(jax.device_put(array.astype(leaf.dtype)))
     if unused:
@@ -47,6 +75,17 @@ def fill(
             f"({len(unused)} left over)"
         )
     return treedef.unflatten(filled)
+
+
+def _checked(name: str, known: set[str], arrays: Arrays, where: str) -> np.ndarray:
+    if name not in known:
+        raise EchoError(f"{where}: tensor {name} is missing")
+    array = arrays[name]
+    if array.dtype not in FLOATS:
+        raise EchoError(f"{where}: {name} has type {array.dtype}; wanted floating numbers")
+    if not np.isfinite(array.astype(np.float32, copy=False)).all():
+        raise EchoError(f"{where}: {name} has values that are not finite")
+    return array
 
 
 def check_memory(skeleton: Any, where: str) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from echo_eqx.errors import EchoError
-from echo_eqx.weights.inert_pickle import NUMPY, Builder, Record, load, ordered_dict
+from echo_eqx.weights.inert_pickle import NUMPY, PARSE_ERRORS, Builder, Record, load, ordered_dict
 
 _MAX_LEAVES = 100_000
 _MAX_DEPTH = 64
+_MAX_LETTERS = 10_000_000
 
 
 def _record(name: str) -> Builder:
@@ -67,6 +68,13 @@ def read_flax_checkpoint(path: Path) -> FlaxCheckpoint:
             raise EchoError(f"{path} is empty; wanted a pickled checkpoint")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     tree = load(data, str(path), KNOWN)
+    try:
+        return _checkpoint(tree, path)
+    except PARSE_ERRORS as error:
+        raise EchoError(f"{path}: the checkpoint is damaged ({type(error).__name__})") from None
+
+
+def _checkpoint(tree: Any, path: Path) -> FlaxCheckpoint:
     if not isinstance(tree, dict) or "params" not in tree:
         raise EchoError(f"{path} holds no 'params'; wanted a dict with params, opt_state, step")
     params = _flatten(tree["params"], path)
@@ -118,12 +126,13 @@ def _state_dict(record: Record) -> dict:
 
 def _flatten(tree: Any, path: Path) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
-    visits = 0
+    visits = letters = 0
 
     def visit(value: Any, name: str, depth: int) -> None:
-        nonlocal visits
+        nonlocal visits, letters
         visits += 1
-        if visits > _MAX_LEAVES or depth > _MAX_DEPTH:
+        letters += len(name)
+        if visits > _MAX_LEAVES or depth > _MAX_DEPTH or letters > _MAX_LETTERS:
             raise EchoError(f"{path}: the tree of parameters is larger than any model's")
         value = _unwrap(value)
         if isinstance(value, dict):

@@ -26,10 +26,14 @@ def find_weights(source: str | Path) -> Path:
 
     **Raises**: `EchoError` if there is none, or several to choose from.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EchoError(f"{str(source)[:200]!r} is no usable path: {error}") from None
+    if is_file:
         return path
-    if path.is_dir():
+    if is_folder:
         names = [child.name for child in sorted(path.iterdir()) if child.is_file()]
         return path / _choose(names, f"folder {path}", "give the path of one")
     match = _HUB_ID.fullmatch(str(source))

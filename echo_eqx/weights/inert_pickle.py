@@ -39,15 +39,24 @@ class Global:
     name: str
 
 
+PARSE_ERRORS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What Python raises where a file is not what it should be."""
+
 Builder = Callable[[tuple], Any]
 """What a known class or function does with its arguments."""
 
 
-class _Mark:
-    pass
-
-
-_MARK = _Mark()
+_MARK = object()
+_MAX_KEY = 256
 _OPS = {ord(op.code): op for op in pickletools.opcodes}
 _LENGTH_FORMATS = {
     pickletools.TAKEN_FROM_ARGUMENT1: "<B",
@@ -75,7 +84,7 @@ def load(
         return _Machine(memoryview(data), known, persistent).run()
     except EchoError as error:
         raise EchoError(f"{name}: {error}") from None
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
+    except PARSE_ERRORS as error:
         raise EchoError(
             f"{name}: the pickle is damaged or truncated ({type(error).__name__}: {error})"
         ) from None
@@ -87,6 +96,7 @@ class _Machine:
         self.known = known
         self.persistent = persistent
         self.stack: list[Any] = []
+        self.copied = 0
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
@@ -211,7 +221,13 @@ class _Machine:
                 stack.append(self._global(module, name))
             case "REDUCE" | "NEWOBJ":
                 args, target = _expect(stack.pop(), tuple), _expect(stack.pop(), Global)
-                stack.append(self.known[target.name](args))
+                value = self.known[target.name](args)
+                if isinstance(value, bytes):
+                    # A file may hold a string once and have it encoded a million times.
+                    self.copied += len(value)
+                    if self.copied > len(self.data):
+                        raise EchoError("its arrays are larger than the file")
+                stack.append(value)
             case "BUILD":
                 state = stack.pop()
                 stack[-1] = self._build(stack[-1], state)
@@ -266,8 +282,8 @@ class _Machine:
 def _checked_key(key: Any) -> Any:
     # A tuple that holds one tuple twice, forty levels deep, is small but takes years to hash or
     # print. So nothing else is a key, and error messages print no value of unknown type.
-    if not isinstance(key, str | int | float | None):
-        raise EchoError(f"a dict key of type {type(key).__name__} is refused")
+    if not isinstance(key, str) or len(key) > _MAX_KEY:
+        raise EchoError("a dict key that is no short string is refused")
     return key
 
 
@@ -304,10 +320,10 @@ def is_shape(value: Any) -> bool:
     )
 
 
-def array_from_bytes(data: Buffer | str, dtype: np.dtype, shape: Any, fortran: Any) -> np.ndarray:
+def array_from_bytes(data: Any, dtype: np.dtype, shape: Any, fortran: Any) -> np.ndarray:
     """An array over `data`, whose length has to be what shape and type say."""
-    if isinstance(data, str):  # protocol 2 writes bytes as text
-        data = data.encode("latin-1")
+    if not isinstance(data, bytes | memoryview):
+        raise EchoError("an array has no bytes")
     if not is_shape(shape):
         raise EchoError("the shape of an array is no short tuple of sizes")
     if math.prod(shape) * dtype.itemsize != len(data):
@@ -325,8 +341,12 @@ def _dtype(args: tuple) -> Record:
 
 
 def _frombuffer(args: tuple) -> Record:
-    data, dtype, shape, order = args
+    data, dtype, shape, order, *axes = args
     array = array_from_bytes(data, dtype_of(dtype), shape, order == "F")
+    if axes:  # NumPy 2 writes an array of another memory layout as the layout and its axes
+        if not is_shape(axes[0]):
+            raise EchoError("the axes of an array are no short tuple")
+        array = array.transpose(axes[0])
     return Record("ndarray", (array,))
 
 
@@ -343,9 +363,10 @@ def _encode(args: tuple) -> bytes:
 
 
 def ordered_dict(args: tuple) -> dict:
-    """`collections.OrderedDict()`, empty or from a list of pairs."""
-    pairs = args[0] if args else []
-    return {_checked_key(key): value for key, value in _expect(pairs, list)}
+    """`collections.OrderedDict()`, which is pickled empty and filled then."""
+    if args:
+        raise EchoError("an OrderedDict of something is refused")
+    return {}
 
 
 def _only_global(name: str) -> Builder:

@@ -15,11 +15,10 @@ from echo_eqx.errors import EchoError
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import cast
 from echo_eqx.weights.dacvae import load_dacvae_pth
-from echo_eqx.weights.fill import check_memory, fill
+from echo_eqx.weights.fill import Sources, check_memory, fill, only
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.names import (
-    Sources,
     flax_config,
     flax_sources,
     pytorch_config,
@@ -81,8 +80,11 @@ def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> 
 
 
 def _kind(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(16)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise EchoError(f"{path} cannot be read: {error.strerror}") from None
     if not head:
         raise EchoError(f"{path} is empty; wanted a file of weights")
     # A safetensors file begins with the length of its header, which is JSON.
@@ -114,7 +116,7 @@ def _load_own(file: SafetensorsFile, dtype: Any) -> Any:
 
     skeleton = jax.eval_shape(lambda: cast(init(), dtype))
     check_memory(skeleton, str(file.path))
-    return fill(skeleton, lambda leaf: (file[leaf], [leaf]), file.names, str(file.path))
+    return fill(skeleton, lambda leaf: Sources([leaf], only), file, file.names, str(file.path))
 
 
 def _fill_dit(
@@ -127,16 +129,4 @@ def _fill_dit(
 ) -> EchoDiT:
     skeleton = jax.eval_shape(lambda: cast(EchoDiT.init(config, key=jax.random.key(0)), dtype))
     check_memory(skeleton, str(path))
-    known = set(names)
-
-    def read(leaf: str) -> tuple[np.ndarray, list[str]]:
-        source = sources(leaf, config)
-        for name in source.names:
-            if name not in known:
-                raise EchoError(f"{path}: tensor {name} is missing")
-        try:
-            return source.assemble([arrays[name] for name in source.names]), source.names
-        except ValueError as error:
-            raise EchoError(f"{path}: {source.names[0]} has a wrong shape ({error})") from None
-
-    return fill(skeleton, read, known, str(path))
+    return fill(skeleton, lambda leaf: sources(leaf, config), arrays, names, str(path))

@@ -6,31 +6,19 @@ Each table says, for one of our leaves, which tensors of a source make it up. Ou
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import EchoError
+from echo_eqx.weights.fill import Sources, only
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sources:
-    """The tensors that make up a leaf, and how."""
-
-    names: list[str]
-    assemble: Callable[[list[np.ndarray]], np.ndarray]
-
-
-def _only(arrays: list[np.ndarray]) -> np.ndarray:
-    (array,) = arrays
-    return array
-
-
 def _transposed(arrays: list[np.ndarray]) -> np.ndarray:
-    return _only(arrays).T
+    return only(arrays).T
 
 
 def _stacked_transposed(arrays: list[np.ndarray]) -> np.ndarray:
@@ -64,7 +52,7 @@ def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:
     name = re.sub(r"time_conditioner\.dense(\d)", lambda m: f"cond_module.{2 * int(m[1])}", leaf)
     name = re.sub(r"_adaln\.(shift|scale|gate)\.(down|up)\.", r"_adaln.\1_\2.", name)
     if not _STACK.search(name):
-        return Sources([name], _transposed if _is_matrix(leaf) else _only)
+        return Sources([name], _transposed if _is_matrix(leaf) else only)
     layers = range(_num_layers(leaf, config))
     names = [_STACK.sub(rf"\g<0>{layer}.", name) for layer in layers]
     return Sources(names, _stacked_transposed if _is_matrix(leaf) else np.stack)
@@ -112,7 +100,7 @@ def to_pytorch(leaves: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str,
     for leaf, array in leaves.items():
         sources = pytorch_sources(leaf, config)
         if re.fullmatch(r"(speaker|latent)_encoder\.in_proj\.(weight|bias)", leaf):
-            array = (array * np.float32(6 * config.speaker_proj_scale)).astype(array.dtype)
+            array = array * np.float32(6 * config.speaker_proj_scale)
         layers = array if _STACK.search(leaf) else array[None]
         for name, layer in zip(sources.names, layers, strict=True):
             out[name] = layer.T if _is_matrix(leaf) else layer
@@ -152,7 +140,7 @@ def flax_sources(leaf: str, config: DiTConfig) -> Sources:
             rest = name.removeprefix(ours)
             names = [f"{theirs}{layer}.{rest}" for layer in range(_num_layers(leaf, config))]
             return Sources([name.replace(".", "/") for name in names], np.stack)
-    return Sources([name.replace(".", "/")], _only)
+    return Sources([name.replace(".", "/")], only)
 
 
 def flax_config(tensors: Shapes) -> DiTConfig:

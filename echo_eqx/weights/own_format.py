@@ -1,14 +1,11 @@
 """Our own safetensors: leaves by name, and metadata that says what the file is and its sizes."""
 
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -24,6 +21,7 @@ from echo_eqx.config import (
     to_json,
 )
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.files import write_whole
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.names import to_pytorch
@@ -54,7 +52,7 @@ def save(
     path = Path(path)
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
-    leaves = {name: _to_disk(name, leaf, dtype) for name, leaf in named_leaves(model).items()}
+    leaves = {name: np.asarray(leaf, np.float32) for name, leaf in named_leaves(model).items()}
     if layout == "pytorch":
         if not isinstance(model, EchoDiT):
             raise UsageError("only an EchoDiT has a PyTorch layout; a codec has none")
@@ -64,44 +62,27 @@ def save(
         kind = "dit" if isinstance(model, EchoDiT) else "codec"
         config = json.dumps(to_json(model.config))
         metadata = {"format": FORMAT, "kind": kind, "config": config}
-    leaves = {name: np.asarray(array, order="C") for name, array in leaves.items()}
+    leaves = {name: _to_disk(name, array, dtype) for name, array in leaves.items()}
 
     is_file = path.suffix == ".safetensors"
     file = path if is_file else path / "model.safetensors"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, lambda temporary: save_file(leaves, temporary, metadata))
+        write_whole(file, lambda temporary: save_file(leaves, temporary, metadata))
         if not is_file:
             text = json.dumps(metadata | {"config": to_json(model.config)}, indent=2) + "\n"
-            _write_whole(path / "config.json", lambda temporary: temporary.write_text(text))
+            write_whole(path / "config.json", lambda temporary: temporary.write_text(text))
     except (OSError, SafetensorError) as error:
         raise EchoError(f"{file} cannot be written: {error}") from None
 
 
-def _to_disk(name: str, leaf: jax.Array, dtype: str) -> np.ndarray:
-    array = np.asarray(leaf)
+def _to_disk(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        out = array.astype(DTYPES[dtype])
+        # The format takes an array's memory as it lies: it has to lie in order.
+        out = array.astype(DTYPES[dtype], order="C")
     if not np.isfinite(out.astype(np.float32)).all():
         raise EchoError(f"{name} has values that {dtype} cannot hold")
     return out
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class SafetensorsFile:
@@ -153,7 +134,7 @@ def own_config(file: SafetensorsFile) -> DiTConfig | CodecConfig:
         data = json.loads(file.metadata["config"])
         parse = dit_config_from_json if own_kind(file) == "dit" else codec_config_from_json
         return parse(data)
-    except (KeyError, ValueError, AttributeError) as error:
+    except (EchoError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise EchoError(f"{file.path} carries no usable config: {error}") from None
 
 

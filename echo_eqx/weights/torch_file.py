@@ -9,7 +9,15 @@ import ml_dtypes
 import numpy as np
 
 from echo_eqx.errors import EchoError
-from echo_eqx.weights.inert_pickle import Builder, Global, Record, is_shape, load, ordered_dict
+from echo_eqx.weights.inert_pickle import (
+    PARSE_ERRORS,
+    Builder,
+    Global,
+    Record,
+    is_shape,
+    load,
+    ordered_dict,
+)
 
 _STORAGES = {
     "FloatStorage": np.dtype("<f4"),
@@ -47,7 +55,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             return _read(archive, path)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, *PARSE_ERRORS) as error:
         raise EchoError(f"{path} is damaged or truncated: {error}") from None
 
 
@@ -101,7 +109,10 @@ def tensors(state_dict: Any, path: Path) -> dict[str, np.ndarray]:
     for name, value in state_dict.items():
         if not (isinstance(value, Record) and value.name == "tensor"):
             raise EchoError(f"{path}: {name} is no tensor")
-        out[name] = _tensor(value.args, f"{path}: {name}")
+        try:
+            out[name] = _tensor(value.args, f"{path}: {name}")
+        except PARSE_ERRORS as error:
+            raise EchoError(f"{path}: {name} is damaged ({type(error).__name__})") from None
     return out
 
 

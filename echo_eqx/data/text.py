@@ -26,6 +26,7 @@ _REPLACED = str.maketrans(
     }
 )
 _TAG = re.compile(r"\[S\d+\]\s*")
+_TAGS_AT_END = re.compile(r"(\[S\d+\]\s*)+$")
 # What is never cut: a tag, or a character with the marks and joined signs that follow it.
 _UNBROKEN = re.compile(
     r"\[S\d+\]\s*|.(?:[\u0300-\u036f\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]|\u200d.)*", re.DOTALL
@@ -97,7 +98,8 @@ def split_text(text: str, max_bytes: int, max_width: float) -> list[str]:
         if not piece:
             continue
         tagged = piece if _TAG.match(piece) else holds + piece
-        if _TAG.sub("", tagged).strip():
+        tagged = _TAGS_AT_END.sub("", tagged).strip()
+        if tagged:
             pieces.append(tagged)
         if found := _TAG.findall(piece):
             holds = found[-1].strip() + " "

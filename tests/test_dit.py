@@ -86,6 +86,12 @@ def test_a_masked_out_condition_changes_nothing_whatever_it_contains(
     assert np.array_equal(before, after)
 
 
+def test_numpy_arrays_and_a_plain_time_are_taken(golden_dit, dit_cases):
+    row = [dit_cases[name][0] for name in ("x", *CONDITIONS)]
+    velocity = golden_dit(row[0], float(dit_cases["t"][0]), *row[1:])
+    assert max_difference(velocity, dit_cases["velocity"][0]) < 1e-4
+
+
 def test_padding_behind_text_and_reference_changes_nothing(golden_dit, dit_cases):
     x, t, ids, text_mask, speaker, speaker_mask = (value[:1] for value in inputs_of(dit_cases))
     short = batched(

@@ -4,9 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+
+
+@pytest.mark.full
+def test_ten_minutes_pass_through_the_codec(golden_codec):
+    audio = 0.1 * np.random.default_rng(0).standard_normal(600 * 48_000).astype(np.float32)
+    mean, _ = golden_codec.encode(audio)
+    assert mean.shape == (15_000, 12) and np.isfinite(mean).all()
+    again = golden_codec.decode(mean, np.ones(16, np.int32))
+    assert again.shape == audio.shape and np.isfinite(again).all()
 
 
 @pytest.mark.full

@@ -215,5 +215,8 @@ def test_blocks_need_a_blockwise_model_and_whole_patches(golden_dit, blockwise_d
     with pytest.raises(UsageError, match="latent_encoder"):
         sample_blockwise(golden_dit, *conditions, block_sizes=[8], key=jr.key(0))
     ids, mask = conditions[:2]
+    with pytest.raises(UsageError, match="shapes"):
+        noise = [jnp.zeros((3, 8, 21))]
+        sample_blockwise(blockwise_dit, ids, mask, block_sizes=[8], noise=noise)
     with pytest.raises(UsageError, match="6 frames"):
         sample_blockwise(blockwise_dit, ids, mask, block_sizes=[8, 6], key=jr.key(0))

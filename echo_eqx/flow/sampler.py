@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from echo_eqx.errors import UsageError
@@ -132,14 +133,14 @@ class _Knobs(eqx.Module):
 
 def sample(
     dit: EchoDiT,
-    text_ids: Int[Array, "b s"],
-    text_mask: Bool[Array, "b s"],
-    speaker_latents: Float[Array, "b r c"] | None = None,
-    speaker_mask: Bool[Array, "b r"] | None = None,
+    text_ids: Int[Array | np.ndarray, "b s"],
+    text_mask: Bool[Array | np.ndarray, "b s"],
+    speaker_latents: Float[Array | np.ndarray, "b r c"] | None = None,
+    speaker_mask: Bool[Array | np.ndarray, "b r"] | None = None,
     *,
     num_frames: int | None = None,
     settings: SamplerSettings | None = None,
-    noise: Float[Array, "b t c"] | None = None,
+    noise: Float[Array | np.ndarray, "b t c"] | None = None,
     progress: Progress | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "b t c"]:
@@ -158,7 +159,7 @@ def sample(
     if (noise is None) == (key is None):
         raise UsageError("sample wants either key or noise")
     if num_frames is None:
-        num_frames = dit.config.max_frames if noise is None else noise.shape[1]
+        num_frames = dit.config.max_frames if noise is None else int(np.shape(noise)[1])
     if num_frames < 1:
         raise UsageError(f"num_frames is {num_frames}; wanted at least 1")
     padded = -(-num_frames // CANVAS_CLASS) * CANVAS_CLASS
@@ -179,15 +180,15 @@ def sample(
 
 def sample_blockwise(
     dit: EchoDiT,
-    text_ids: Int[Array, "b s"],
-    text_mask: Bool[Array, "b s"],
-    speaker_latents: Float[Array, "b r c"] | None = None,
-    speaker_mask: Bool[Array, "b r"] | None = None,
+    text_ids: Int[Array | np.ndarray, "b s"],
+    text_mask: Bool[Array | np.ndarray, "b s"],
+    speaker_latents: Float[Array | np.ndarray, "b r c"] | None = None,
+    speaker_mask: Bool[Array | np.ndarray, "b r"] | None = None,
     *,
     block_sizes: Sequence[int],
-    continuation: Float[Array, "b f c"] | None = None,
+    continuation: Float[Array | np.ndarray, "b f c"] | None = None,
     settings: SamplerSettings | None = None,
-    noise: Sequence[Float[Array, "b _ c"]] | None = None,
+    noise: Sequence[Float[Array | np.ndarray, "b _ c"]] | None = None,
     progress: Progress | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "b t c"]:
@@ -214,6 +215,15 @@ def sample_blockwise(
             )
     if not block_sizes or (noise is None) == (key is None):
         raise UsageError("sample_blockwise wants block_sizes, and either key or noise")
+    given = [] if noise is None else [np.shape(block) for block in noise]
+    if continuation is not None:
+        given.append(np.shape(continuation))
+    sizes = ([] if noise is None else [*block_sizes]) + ([done] if done else [])
+    if given != [(batch, size, latent_dim) for size in sizes]:
+        raise UsageError(
+            f"noise and continuation have shapes {given}; wanted ({batch}, frames, {latent_dim}) "
+            f"with {sizes} frames"
+        )
     context = _context_of(dit, text_ids, text_mask, speaker_latents, speaker_mask)
     branches = _branches(settings.guidance, speaker_latents is not None)
     latents = jnp.zeros((batch, done + sum(block_sizes), latent_dim))

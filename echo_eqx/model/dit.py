@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from echo_eqx.config import DiTConfig
@@ -85,28 +86,29 @@ class EchoDiT(eqx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "t {self.config.latent_dim}"],
-        t: Float[Array, ""],
-        text_ids: Int[Array, " s"],
-        text_mask: Bool[Array, " s"],
-        speaker_latents: Float[Array, "r {self.config.latent_dim}"],
-        speaker_mask: Bool[Array, " r"],
+        x: Float[Array | np.ndarray, "t {self.config.latent_dim}"],
+        t: Float[Array | np.ndarray, ""] | float,
+        text_ids: Int[Array | np.ndarray, " s"],
+        text_mask: Bool[Array | np.ndarray, " s"],
+        speaker_latents: Float[Array | np.ndarray, "r {self.config.latent_dim}"],
+        speaker_mask: Bool[Array | np.ndarray, " r"],
     ) -> Float[Array, "t {self.config.latent_dim}"]:
         """Velocity at `x` and time `t` (0 = data, 1 = noise), float32, for one example.
 
         `text_ids` are UTF-8 bytes behind a leading 0; where a mask is false the text or reference
         is not seen. `r` is a multiple of the config's `patch_size`.
         """
-        text, text_mask = self._text_state(text_ids, text_mask)
-        speaker, speaker_mask = self._speaker_state(speaker_latents, speaker_mask)
+        noisy, time, latents = (jnp.asarray(a, jnp.float32) for a in (x, t, speaker_latents))
+        text, text_seen = self._text_state(jnp.asarray(text_ids), jnp.asarray(text_mask))
+        speaker, speaker_seen = self._speaker_state(latents, jnp.asarray(speaker_mask))
 
         def sources(block: DecoderBlock, _):
             return [
-                (block.attention.text_keys_values(text, text_mask), text_mask),
-                (block.attention.speaker_keys_values(speaker, speaker_mask), speaker_mask),
+                (block.attention.text_keys_values(text, text_seen), text_seen),
+                (block.attention.speaker_keys_values(speaker, speaker_seen), speaker_seen),
             ]
 
-        return self._decode(x, t, sources, None, jnp.ones(x.shape[0], bool), None)
+        return self._decode(noisy, time, sources, None, jnp.ones(x.shape[0], bool), None)
 
     def context(
         self,

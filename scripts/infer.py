@@ -257,9 +257,9 @@ def numbered(path: Path, label: str) -> Path:
 
 def check_writable(jobs: list[Job]) -> None:
     for output in (job.output for job in jobs):
-        if output.is_dir():
-            raise EchoError(f"output {output} is a folder; wanted a file")
         try:
+            if output.is_dir():
+                raise EchoError(f"output {output} is a folder; wanted a file")
             with tempfile.NamedTemporaryFile(prefix=f".{output.name}.", dir=output.parent):
                 pass
         except (OSError, ValueError) as error:

@@ -119,45 +119,47 @@ def main() -> None:
                 dit, codec, path, max_seconds=args.speaker_seconds, lufs=args.speaker_lufs
             )
             print(f"voice of {path}: {len(speakers[path]) / codec.config.frame_rate:.2f} s of it")
-    utterances = [
-        echo_eqx.Utterance(
-            job.text, None if job.speaker_ref is None else speakers[job.speaker_ref], job.seed
+    identities = {}
+    if args.json:
+        identities["checkpoint"] = identity(checkpoint, args.checkpoint, dit)
+        identities["codec"] = identity(codec_file, args.codec, codec)
+    rate, seconds = codec.config.sample_rate, 0.0
+    for start in range(0, len(jobs), args.batch_size):  # what is spoken is also written
+        batch = jobs[start : start + args.batch_size]
+        bar = StepBar(f"speaking {start + len(batch)}/{len(jobs)}")
+        audios = echo_eqx.synthesize_all(
+            dit,
+            codec,
+            [
+                echo_eqx.Utterance(
+                    job.text, job.speaker_ref and speakers[job.speaker_ref], job.seed
+                )
+                for job in batch
+            ],
+            duration=args.duration,
+            settings=args.sampler,
+            message=message,
+            trim=args.trim,
+            normalise=args.normalize_text,
+            batch_size=args.batch_size,
+            block_frames=args.block_frames,
+            progress=bar if on_terminal() else None,
         )
-        for job in jobs
-    ]
-    bar = StepBar("speaking")
-    audios = echo_eqx.synthesize_all(
-        dit,
-        codec,
-        utterances,
-        duration=args.duration,
-        settings=args.sampler,
-        message=message,
-        trim=args.trim,
-        normalise=args.normalize_text,
-        batch_size=args.batch_size,
-        block_frames=args.block_frames,
-        progress=bar if on_terminal() else None,
-    )
-    bar.close()
-    rate = codec.config.sample_rate
-    for job, audio in zip(jobs, audios, strict=True):
-        save_audio(job.output, audio, rate)
-        if args.json:
-            settings = effective_settings(args, job, dtype_name, message)
-            settings["seconds"] = len(audio) / rate
-            settings["sample_rate"] = rate
-            settings["checkpoint"] = identity(checkpoint, args.checkpoint, dit)
-            settings["codec"] = identity(codec_file, args.codec, codec)
-            settings["speaker_seconds"] = (
-                job.speaker_ref and len(speakers[job.speaker_ref]) / codec.config.frame_rate
-            )
-            write_json(job.output.with_suffix(".json"), settings)
-        print(f"{job.output}: {len(audio) / rate:.2f} s")
+        bar.close()
+        for job, audio in zip(batch, audios, strict=True):
+            save_audio(job.output, audio, rate)
+            if args.json:
+                settings = effective_settings(args, job, dtype_name, message) | identities
+                settings |= {"seconds": len(audio) / rate, "sample_rate": rate}
+                if job.speaker_ref is not None:
+                    frames = len(speakers[job.speaker_ref])
+                    settings["speaker_seconds"] = frames / codec.config.frame_rate
+                write_json(job.output.with_suffix(".json"), settings)
+            print(f"{job.output}: {len(audio) / rate:.2f} s")
+            seconds += len(audio) / rate
     if message is not None:
         print(f"watermark message: {''.join(map(str, message))}")
     wall = time.perf_counter() - started
-    seconds = sum(map(len, audios)) / rate
     running = wall - clock.seconds
     print(
         f"{seconds:.2f} s of audio in {wall:.2f} s: compiling {clock.seconds:.2f} s, running "

@@ -112,13 +112,14 @@ def main() -> None:
     canvas_frames(dit, codec, args.duration)
     message = message_bits(args, codec)
 
-    speakers = {}
+    speakers: dict[Path | None, np.ndarray | None] = {None: None}
     for path in dict.fromkeys(job.speaker_ref for job in jobs):
         if path is not None:
-            speakers[path] = echo_eqx.speaker_latents(
+            latents = echo_eqx.speaker_latents(
                 dit, codec, path, max_seconds=args.speaker_seconds, lufs=args.speaker_lufs
             )
-            print(f"voice of {path}: {len(speakers[path]) / codec.config.frame_rate:.2f} s of it")
+            speakers[path] = latents
+            print(f"voice of {path}: {len(latents) / codec.config.frame_rate:.2f} s of it")
     identities = {}
     if args.json:
         identities["checkpoint"] = identity(checkpoint, args.checkpoint, dit)
@@ -130,12 +131,7 @@ def main() -> None:
         audios = echo_eqx.synthesize_all(
             dit,
             codec,
-            [
-                echo_eqx.Utterance(
-                    job.text, job.speaker_ref and speakers[job.speaker_ref], job.seed
-                )
-                for job in batch
-            ],
+            [echo_eqx.Utterance(job.text, speakers[job.speaker_ref], job.seed) for job in batch],
             duration=args.duration,
             settings=args.sampler,
             message=message,
@@ -151,9 +147,8 @@ def main() -> None:
             if args.json:
                 settings = effective_settings(args, job, dtype_name, message) | identities
                 settings |= {"seconds": len(audio) / rate, "sample_rate": rate}
-                if job.speaker_ref is not None:
-                    frames = len(speakers[job.speaker_ref])
-                    settings["speaker_seconds"] = frames / codec.config.frame_rate
+                if (voice := speakers[job.speaker_ref]) is not None:
+                    settings["speaker_seconds"] = len(voice) / codec.config.frame_rate
                 write_json(job.output.with_suffix(".json"), settings)
             print(f"{job.output}: {len(audio) / rate:.2f} s")
             seconds += len(audio) / rate

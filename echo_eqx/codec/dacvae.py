@@ -22,7 +22,7 @@ from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError
 
 PIECE_FRAMES = 256
-"""Frames that come out of one piece: 10 s, about 1.5 GiB of activations at full size."""
+"""Frames that come out of one piece: 10 s of audio at 25 frames a second."""
 
 
 class DACVAE(eqx.Module):

@@ -27,6 +27,7 @@ from echo_eqx.data.text import check_text
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import write_whole
 from echo_eqx.speech import canvas_frames, check_pair
+from echo_eqx.weights.checkpoint import MANIFEST
 from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.own_format import array_dtype
 
@@ -294,7 +295,8 @@ def effective_settings(
 
 
 def identity(path: Path, source: str, model: echo_eqx.EchoDiT | echo_eqx.DACVAE) -> dict[str, Any]:
-    with path.open("rb") as file:
+    # The manifest of a training checkpoint lists the checksums of all its parts.
+    with (path / MANIFEST if path.is_dir() else path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "source": source,

@@ -7,6 +7,9 @@ install_import_hook("echo_eqx", "beartype.beartype")
 import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+# Devices to lay meshes over; what does not ask for them runs on the first.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -13,10 +13,11 @@ PACKAGE = Path(echo_eqx.__file__).parent
 ROOMS = [
     {"errors", "files", "config", "trees"},
     {"layers"},
-    {"model", "codec", "data"},
+    {"model", "codec", "data", "sharding"},
     {"flow"},
     {"weights", "speech"},
     {"command"},
+    {"train"},
     {"__init__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

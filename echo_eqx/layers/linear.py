@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from echo_eqx.layers.split import sum_over_tensor
+
 INIT_STD = 0.02
 
 
@@ -27,8 +29,13 @@ class Linear(eqx.Module):
         weight = jnp.zeros(shape) if zero else INIT_STD * jr.truncated_normal(key, -2.0, 2.0, shape)
         return cls(weight, jnp.zeros(out_dim) if bias else None)
 
-    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+    def __call__(
+        self, x: Float[Array, "*n i"], *, split_rows: bool = False
+    ) -> Float[Array, "*n o"]:
+        """`split_rows`: in a model split over `tensor`, `x` and the rows of `weight` are parts."""
         y = jnp.matmul(x, self.weight.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+        if split_rows:
+            y = sum_over_tensor(y)
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from echo_eqx.layers.split import in_first_half
+
 THETA = 10_000.0
 
 
@@ -29,5 +31,5 @@ def rotate_half_of_heads(
     x: Float[Array, "t h k"], angles: Float[Array, "t a"]
 ) -> Float[Array, "t h k"]:
     """`rotate` for the first half of the heads; the others carry no position."""
-    half = x.shape[1] // 2
-    return jnp.concatenate([rotate(x[:, :half], angles), x[:, half:]], axis=1)
+    turns = in_first_half(x.shape[1])
+    return jnp.where(turns[None, :, None], rotate(x, angles), x)

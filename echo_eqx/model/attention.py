@@ -31,8 +31,8 @@ def attend(
     return jnp.einsum("htj,jhk->thk", weights, values, precision=exact)
 
 
-def split_heads(x: Float[Array, "t d"], num_heads: int) -> Float[Array, "t h k"]:
-    return x.reshape(x.shape[0], num_heads, -1)
+def split_heads(x: Float[Array, "t d"], head_dim: int) -> Float[Array, "t h {head_dim}"]:
+    return x.reshape(x.shape[0], -1, head_dim)
 
 
 class SelfAttention(eqx.Module):
@@ -45,14 +45,17 @@ class SelfAttention(eqx.Module):
     gate: Linear
     q_norm: RMSNorm
     k_norm: RMSNorm
-    num_heads: int = eqx.field(static=True)
 
     @classmethod
     def init(cls, dim: int, num_heads: int, eps: float, *, key: PRNGKeyArray) -> "SelfAttention":
         keys = jr.split(key, 5)
         wq, wk, wv, wo, gate = (Linear.init(dim, dim, key=key) for key in keys)
         q_norm, k_norm = (RMSNorm.init((num_heads, dim // num_heads), eps) for _ in range(2))
-        return cls(wq, wk, wv, wo, gate, q_norm, k_norm, num_heads)
+        return cls(wq, wk, wv, wo, gate, q_norm, k_norm)
+
+    @property
+    def head_dim(self) -> int:
+        return self.q_norm.weight.shape[-1]
 
     def __call__(
         self,
@@ -60,8 +63,8 @@ class SelfAttention(eqx.Module):
         mask: Bool[Array, "#t t"],
         angles: Float[Array, "t a"],
     ) -> Float[Array, "t d"]:
-        queries = rotate(self.q_norm(split_heads(self.wq(x), self.num_heads)), angles)
-        keys = rotate(self.k_norm(split_heads(self.wk(x), self.num_heads)), angles)
-        values = split_heads(self.wv(x), self.num_heads)
-        out = attend(queries, keys, values, mask).reshape(x.shape)
-        return self.wo(jax.nn.sigmoid(self.gate(x)) * out)
+        queries = rotate(self.q_norm(split_heads(self.wq(x), self.head_dim)), angles)
+        keys = rotate(self.k_norm(split_heads(self.wk(x), self.head_dim)), angles)
+        values = split_heads(self.wv(x), self.head_dim)
+        out = attend(queries, keys, values, mask).reshape(len(x), -1)
+        return self.wo(jax.nn.sigmoid(self.gate(x)) * out, split_rows=True)

@@ -12,6 +12,7 @@ from echo_eqx.config import DiTConfig, EncoderConfig
 from echo_eqx.layers.adaln import LowRankAdaLN, Modulation
 from echo_eqx.layers.mlp import SwiGLU
 from echo_eqx.layers.norm import RMSNorm
+from echo_eqx.layers.split import whole
 from echo_eqx.model.attention import SelfAttention
 from echo_eqx.model.joint_attention import JointAttention, KeysValues
 
@@ -93,12 +94,13 @@ def scan_layers(
     """`x = body(layer, x, per_layer[i])` through the stack, compiled once for all layers.
 
     The body is checkpointed: a gradient keeps one activation a layer and computes the rest anew.
+    Slices of parameters are gathered in it, so that one layer at a time is whole.
     """
     arrays, static = eqx.partition(layers, eqx.is_array)
 
     @jax.checkpoint
     def step(x, inputs):
         layer, extra = inputs
-        return body(eqx.combine(layer, static), x, extra), None
+        return body(whole(eqx.combine(layer, static)), x, extra), None
 
     return jax.lax.scan(step, x, (arrays, per_layer))[0]

@@ -203,4 +203,4 @@ class EchoDiT(eqx.Module):
 
     @property
     def _head_dim(self) -> int:
-        return self.config.model_dim // self.config.num_heads
+        return self.blocks.attention.head_dim

@@ -31,7 +31,7 @@ class TextEncoder(eqx.Module):
 
     def __call__(self, ids: Int[Array, " s"], mask: Bool[Array, " s"]) -> Float[Array, "s e"]:
         x = self.text_embedding(ids)
-        angles = rotary_angles(len(ids), x.shape[1] // self.blocks.attention.num_heads)
+        angles = rotary_angles(len(ids), self.blocks.attention.head_dim)
         return scan_layers(lambda block, x, _: block(x, mask[None], angles), x, self.blocks)
 
 
@@ -57,6 +57,6 @@ class LatentEncoder(eqx.Module):
     def __call__(self, latents: Float[Array, "r c"]) -> Float[Array, "p e"]:
         num_patches = latents.shape[0] // self.patch_size
         x = self.in_proj(latents.reshape(num_patches, -1)) * self.proj_scale
-        angles = rotary_angles(num_patches, x.shape[1] // self.blocks.attention.num_heads)
+        angles = rotary_angles(num_patches, self.blocks.attention.head_dim)
         causal = jnp.tril(jnp.ones((num_patches, num_patches), bool))
         return scan_layers(lambda block, x, _: block(x, causal, angles), x, self.blocks)

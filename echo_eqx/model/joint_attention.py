@@ -43,7 +43,6 @@ class JointAttention(eqx.Module):
     gate: Linear
     q_norm: RMSNorm
     k_norm: RMSNorm
-    num_heads: int = eqx.field(static=True)
 
     @classmethod
     def init(
@@ -76,8 +75,11 @@ class JointAttention(eqx.Module):
             wv_latent=linear(speaker_dim) if blockwise else None,
             q_norm=RMSNorm.init((num_heads, dim // num_heads), eps),
             k_norm=RMSNorm.init((num_heads, dim // num_heads), eps),
-            num_heads=num_heads,
         )
+
+    @property
+    def head_dim(self) -> int:
+        return self.q_norm.weight.shape[-1]
 
     def text_keys_values(self, state: Float[Array, "s e"], mask: Bool[Array, " s"]) -> KeysValues:
         return self._project(self.wk_text, self.wv_text, state, mask)
@@ -98,8 +100,8 @@ class JointAttention(eqx.Module):
     def _project(
         self, wk: Linear, wv: Linear, state: Float[Array, "j e"], mask: Bool[Array, " j"]
     ) -> KeysValues:
-        keys = self.k_norm(split_heads(wk(state), self.num_heads))
-        values = split_heads(wv(state), self.num_heads)
+        keys = self.k_norm(split_heads(wk(state), self.head_dim))
+        values = split_heads(wv(state), self.head_dim)
         # An unseen key has weight zero, but zero times NaN is NaN: its value is cleared too.
         return KeysValues(keys, jnp.where(mask[:, None, None], values, 0))
 
@@ -111,14 +113,14 @@ class JointAttention(eqx.Module):
         others: list[tuple[KeysValues, Bool[Array, " _"]]],
     ) -> Float[Array, "t d"]:
         """`others` are the sources beside the frames of `x`, each with the mask of its keys."""
-        queries = self.q_norm(split_heads(self.wq(x), self.num_heads))
-        keys = self.k_norm(split_heads(self.wk(x), self.num_heads))
-        values = split_heads(self.wv(x), self.num_heads)
+        queries = self.q_norm(split_heads(self.wq(x), self.head_dim))
+        keys = self.k_norm(split_heads(self.wk(x), self.head_dim))
+        values = split_heads(self.wv(x), self.head_dim)
         queries = rotate_half_of_heads(queries, angles)
         keys = rotate_half_of_heads(keys, angles)
 
         keys = jnp.concatenate([keys, *(source.keys for source, _ in others)])
         values = jnp.concatenate([values, *(source.values for source, _ in others)])
         mask = jnp.concatenate([frame_mask, *(seen for _, seen in others)])
-        out = attend(queries, keys, values, mask[None]).reshape(x.shape)
-        return self.wo(jax.nn.sigmoid(self.gate(x)) * out)
+        out = attend(queries, keys, values, mask[None]).reshape(len(x), -1)
+        return self.wo(jax.nn.sigmoid(self.gate(x)) * out, split_rows=True)

@@ -1,6 +1,7 @@
 """Finding the one file behind a source: a path, or `owner/name[@revision][:file]` on the Hub."""
 
 import re
+import warnings
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
@@ -8,6 +9,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from echo_eqx.errors import EchoError
+from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, newest_intact
 
 SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt")
 USUAL_NAMES = ("model.safetensors", "pytorch_model.safetensors", "weights.pth")
@@ -22,7 +24,8 @@ _HUB_ID = re.compile(
 def find_weights(source: str | Path) -> Path:
     """The file of weights behind `source`, downloaded once if it is on the Hub.
 
-    A folder or repository is searched for the usual names, then for its only file of weights.
+    A folder or repository is searched for the usual names, then for its only file of weights. Of a
+    run folder of the trainer it is the newest intact checkpoint, which is a folder.
 
     **Raises**: `EchoError` if there is none, or several to choose from.
     """
@@ -33,6 +36,12 @@ def find_weights(source: str | Path) -> Path:
         raise EchoError(f"{str(source)[:200]!r} is no usable path: {error}") from None
     if is_file:
         return path
+    if is_folder and (path / MANIFEST).is_file():
+        if problem := TrainingCheckpoint(path).damage():
+            raise EchoError(f"checkpoint {path} is damaged ({problem})")
+        return path
+    if is_folder and (newest := newest_intact(path / FOLDER, warnings.warn)) is not None:
+        return newest.path
     if is_folder:
         names = [child.name for child in sorted(path.iterdir()) if child.is_file()]
         return path / _choose(names, f"folder {path}", "give the path of one")

@@ -14,8 +14,9 @@ from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import cast
+from echo_eqx.weights.checkpoint import TrainingCheckpoint
 from echo_eqx.weights.dacvae import load_dacvae_pth
-from echo_eqx.weights.fill import Sources, check_memory, fill, only
+from echo_eqx.weights.fill import Arrays, Sources, check_memory, fill, only
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.names import (
@@ -32,11 +33,16 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
 
     **Arguments**: `source` a file, a folder or a Hub id `owner/name[@revision][:file]`, holding our
     safetensors, a Flax checkpoint of the published trainer (pickle), or the community's PyTorch
-    safetensors; `dtype` of the matrices, and so of the computation.
+    safetensors; or a training checkpoint, or a run folder, of which the newest is taken, with the
+    moving average where one was kept; `dtype` of the matrices, and so of the computation.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
     path = find_weights(source)
+    if path.is_dir():
+        checkpoint = TrainingCheckpoint(path)
+        arrays = checkpoint.model_arrays()
+        return _fill_own(checkpoint.config, dtype, path, arrays.names, arrays)
     kind = _kind(path)
     if kind == "safetensors":
         file = SafetensorsFile(path)
@@ -107,16 +113,20 @@ def _within(path: Path, read: Callable[[], DiTConfig]) -> DiTConfig:
 
 
 def _load_own(file: SafetensorsFile, dtype: Any) -> Any:
-    config = own_config(file)
+    return _fill_own(own_config(file), dtype, file.path, file.names, file)
 
+
+def _fill_own(
+    config: DiTConfig | CodecConfig, dtype: Any, path: Path, names: Iterable[str], arrays: Arrays
+) -> Any:
     def init() -> EchoDiT | DACVAE:
         if isinstance(config, CodecConfig):
             return DACVAE.init(config, key=jax.random.key(0))
         return EchoDiT.init(config, key=jax.random.key(0))
 
     skeleton = jax.eval_shape(lambda: cast(init(), dtype))
-    check_memory(skeleton, str(file.path))
-    return fill(skeleton, lambda leaf: Sources([leaf], only), file, file.names, str(file.path))
+    check_memory(skeleton, str(path))
+    return fill(skeleton, lambda leaf: Sources([leaf], only), arrays, names, str(path))
 
 
 def _fill_dit(

@@ -117,6 +117,14 @@ class SafetensorsFile:
         except (SafetensorError, TypeError, AttributeError) as error:
             raise EchoError(f"{self.path}: tensor {name} cannot be read: {error}") from None
 
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor; nothing else of it is read."""
+        try:
+            # A scalar has no slices.
+            return self._file.get_slice(name)[index if index else ()]
+        except (SafetensorError, TypeError, AttributeError, IndexError) as error:
+            raise EchoError(f"{self.path}: tensor {name} cannot be read: {error}") from None
+
 
 def own_kind(file: SafetensorsFile) -> str | None:
     """ "dit" or "codec" for a file of ours, None for another."""

@@ -1,0 +1,167 @@
+"""Which tar shards a source stands for: a folder, a glob, one file, or a dataset on the Hub."""
+
+import glob
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from echo_eqx.errors import EchoError
+from echo_eqx.files import write_whole
+
+_HUB = "hf://"
+_HUB_SOURCE = re.compile(
+    r"hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?(?:/(?P<folder>.+?))?/?"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file, here (`path`) or on the Hub (`url`)."""
+
+    name: str
+    """Path below the folder or in the repository."""
+    size: int
+    """Bytes."""
+    path: Path | None = None
+    url: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The shards of a source, sorted by name."""
+
+    source: str
+    revision: str | None
+    """Commit on the Hub, None for files of this machine."""
+    shards: tuple[Shard, ...]
+
+    def digest(self) -> str:
+        """SHA-256 over names, sizes and revision; where the folder is mounted does not matter."""
+        facts = [self.revision, [[shard.name, shard.size] for shard in self.shards]]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def list_shards(source: str, cache: Path) -> Listing:
+    """All *.tar behind `source`: below a folder, matched by a glob, one file, or
+    `hf://datasets/owner/name[@revision][/folder]`.
+
+    A revision on the Hub is resolved to its commit once. That listing is kept in the folder
+    `cache`, and taken from there where the Hub is out of reach.
+
+    **Raises**: `EchoError` if there are none, or the Hub is out of reach and nothing is kept.
+    """
+    if source.startswith(_HUB):
+        return _list_hub(source, cache)
+    try:
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EchoError(f"{source[:200]!r} is no usable path: {error}") from None
+    if is_file:
+        if path.suffix != ".tar":
+            raise EchoError(f"{path} is no *.tar; wanted a shard, a folder, a glob or {_HUB}...")
+        return _local(source, path.parent, [path.name])
+    if is_folder:
+        names = glob.glob("**/*.tar", root_dir=path, recursive=True)
+        return _local(source, path, names)
+    if not glob.has_magic(source):
+        raise EchoError(f"{source} does not exist; wanted a folder, a glob, a *.tar or {_HUB}...")
+    fixed = list(path.parts[:-1])
+    while any(glob.has_magic(part) for part in fixed):
+        fixed.pop()
+    folder = Path(*fixed)
+    names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
+    return _local(source, folder, [name for name in names if name.endswith(".tar")])
+
+
+def _local(source: str, folder: Path, names: list[str]) -> Listing:
+    paths = [(name, folder / name) for name in sorted(names)]
+    try:
+        shards = [
+            Shard(name, path.stat().st_size, path=path.absolute())
+            for name, path in paths
+            if path.is_file()
+        ]
+    except OSError as error:
+        raise EchoError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if not shards:
+        raise EchoError(f"{source} holds no *.tar; wanted at least one shard")
+    return Listing(source, None, tuple(shards))
+
+
+def _list_hub(source: str, cache: Path) -> Listing:
+    match = _HUB_SOURCE.fullmatch(source)
+    if match is None:
+        raise EchoError(f"{source} is no {_HUB}datasets/owner/name[@revision][/folder]")
+    repo, revision, folder = match["repo"], match["revision"], match["folder"]
+    kept = cache / f"listing-{hashlib.sha256(source.encode()).hexdigest()[:24]}.json"
+    known = _read_listing(kept, source, repo)
+    if known is not None and revision and _COMMIT.fullmatch(revision):
+        return known
+    try:
+        commit, files = _ask_hub(repo, revision, folder)
+    except EchoError:
+        raise
+    except OfflineModeIsEnabled:
+        reason = "HF_HUB_OFFLINE is set"
+    except Exception as error:  # the errors of the HTTP library below change between versions
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+        if 400 <= status < 500 and status != 429:
+            raise EchoError(f"{source} cannot be listed: {reason}") from None
+    else:
+        if not files:
+            raise EchoError(f"{source} holds no *.tar; wanted at least one shard")
+        facts = {"source": source, "commit": commit, "files": files}
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, lambda path: path.write_text(json.dumps(facts)))
+        except OSError as error:
+            raise EchoError(f"{kept} cannot be written: {error}") from None
+        return _listing(source, repo, commit, files)
+    if known is not None:
+        return known
+    raise EchoError(f"{source} is not in {cache} and the Hub cannot be reached: {reason}")
+
+
+def _ask_hub(repo: str, revision: str | None, folder: str | None) -> tuple[str, list[Any]]:
+    """The commit, and [path, size, SHA-256 or None] of each *.tar in it."""
+    api = HfApi()
+    commit = api.dataset_info(repo, revision=revision, timeout=30.0).sha
+    if commit is None or not _COMMIT.fullmatch(commit):
+        raise EchoError(f"the Hub names commit {commit!r} for dataset {repo}; wanted 40 hex digits")
+    tree = api.list_repo_tree(repo, folder, recursive=True, revision=commit, repo_type="dataset")
+    files = []
+    for file in tree:
+        size = getattr(file, "size", None)  # folders have none
+        if file.path.endswith(".tar") and size is not None:
+            lfs = getattr(file, "lfs", None)
+            files.append([file.path, size, lfs.sha256 if lfs else None])
+    return commit, sorted(files)
+
+
+def _read_listing(kept: Path, source: str, repo: str) -> Listing | None:
+    try:
+        facts = json.loads(kept.read_text())
+        if facts["source"] == source:
+            return _listing(source, repo, facts["commit"], facts["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _listing(source: str, repo: str, commit: str, files: list[Any]) -> Listing:
+    shards = []
+    for name, size, sha256 in files:
+        url = hf_hub_url(repo, name, repo_type="dataset", revision=commit)
+        shards.append(Shard(name, size, url=url, sha256=sha256))
+    return Listing(source, commit, tuple(shards))

@@ -1,0 +1,218 @@
+"""Several processes as one run: start, agreement, and what happens when one of them is gone.
+
+A process that dies leaves the others in a collective that never ends. So each keeps a connection to
+process 0 on which both say that they live; the end of it, or silence, ends the run everywhere with
+one sentence and `EXIT_PEER_LOST`.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from echo_eqx.errors import EchoError, UsageError
+
+EXIT_PEER_LOST = 75
+"""Another process is gone, and the same command can be started again (EX_TEMPFAIL)."""
+EXIT_PREEMPTED = 76
+"""Asked to stop by SIGTERM; the state is saved."""
+
+_BEAT, _SILENCE = 1.0, 20.0
+"""Seconds between signs of life, and without one until a process counts as gone."""
+
+
+def start_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> None:
+    """Join the processes of a run, before anything else of JAX is used.
+
+    With `coordinator` HOST:PORT the three must be given. Without, the processes of a TPU pod or of
+    a SLURM job find each other, and anything else is a single process.
+
+    **Raises**: `UsageError` for flags that do not fit; `EchoError` if not all come in `timeout` s.
+    """
+    explicit = (coordinator, num_processes, process_id)
+    if coordinator is not None:
+        if num_processes is None or process_id is None:
+            raise UsageError("--coordinator needs --num_processes and --process_id")
+        if not 0 <= process_id < num_processes:
+            raise UsageError(f"process_id is {process_id}; wanted 0 to {num_processes - 1}")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise UsageError(f"coordinator is {coordinator!r}; wanted HOST:PORT")
+        # By default the coordinator would listen on every interface.
+        start = lambda: jax.distributed.initialize(  # noqa: E731
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=coordinator,
+            initialization_timeout=timeout,
+        )
+    elif any(value is not None for value in explicit):
+        raise UsageError("--num_processes and --process_id need --coordinator HOST:PORT")
+    elif _in_a_cluster():
+        start = lambda: jax.distributed.initialize(initialization_timeout=timeout)  # noqa: E731
+    else:
+        return
+    try:
+        start()
+    except (RuntimeError, ValueError) as error:
+        raise EchoError(
+            f"the processes of this run did not come together: {str(error).splitlines()[0][:200]}"
+        ) from None
+
+
+def _in_a_cluster() -> bool:
+    """On a TPU pod's worker, or in a SLURM job of several tasks."""
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if len(workers) > 1 or int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        return True
+    has_tpu = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    return has_tpu and "cpu" not in os.environ.get("JAX_PLATFORMS", "")
+
+
+def check_agreement(facts: Mapping[str, str]) -> str:
+    """Every process has the same `facts`, such as the code's digest by "code".
+
+    Returns a mark that is the same in all processes and new with each start of a run.
+
+    **Raises**: `EchoError` naming the host that differs, and in what.
+    """
+    mark = os.urandom(8)
+    names = sorted(facts)
+    digests = [hashlib.sha256(facts[name].encode()).digest() for name in names]
+    host = socket.gethostname().encode()[:64].ljust(64, b"\0")
+    row = np.frombuffer(mark + host + b"".join(digests), np.uint8)
+    rows = np.atleast_2d(multihost_utils.process_allgather(row))
+    for i, name in enumerate(names):
+        seen = [bytes(r[72 + 32 * i :][:32]) for r in rows]
+        usual = Counter(seen).most_common(1)[0][0]
+        for process, digest in enumerate(seen):
+            if digest != usual:
+                other = bytes(rows[process][8:72]).rstrip(b"\0").decode(errors="replace")
+                raise EchoError(
+                    f"host {other} (process {process}) differs from the rest in: {name}"
+                )
+    return bytes(rows[0][:8]).hex()
+
+
+def code_digest() -> str:
+    """SHA-256 over the package's source files."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class PeerWatch:
+    """Ends this process when another process of the run is gone. Idle in a single process."""
+
+    def __init__(self, coordinator: str | None) -> None:
+        self._closing = threading.Event()
+        self._peers: dict[int, socket.socket] = {}
+        if jax.process_count() == 1:
+            return
+        if jax.process_index() == 0:
+            host = coordinator.rpartition(":")[0] if coordinator else _own_address()
+            with socket.create_server((host, 0)) as server:
+                server.settimeout(60)
+                _broadcast(json.dumps(server.getsockname()[:2]))
+                for _ in range(jax.process_count() - 1):
+                    peer, _ = server.accept()
+                    (process,) = struct.unpack("i", peer.recv(4, socket.MSG_WAITALL))
+                    self._peers[process] = peer
+        else:
+            address = json.loads(_broadcast(""))
+            peer = socket.create_connection(tuple(address), timeout=60)
+            peer.sendall(struct.pack("i", jax.process_index()))
+            self._peers[0] = peer
+        for process, peer in self._peers.items():
+            peer.settimeout(_SILENCE)
+            threading.Thread(target=self._listen, args=(process, peer), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def close(self) -> None:
+        """The run is over: others may leave. Call it when all have reached the same point."""
+        self._closing.set()
+        for peer in self._peers.values():
+            _send(peer, b"bye\n")
+
+    def wait_for_news(self) -> None:
+        """After a collective has failed: if a process is gone, this does not return."""
+        if self._peers:
+            time.sleep(5)
+
+    def _beat(self) -> None:
+        while not self._closing.wait(_BEAT):
+            for peer in self._peers.values():
+                _send(peer, b"\n")
+
+    def _listen(self, process: int, peer: socket.socket) -> None:
+        lines = peer.makefile("rb")
+        reason = f"process {process} is gone"
+        while True:
+            try:
+                line = lines.readline()
+            except TimeoutError:
+                reason = f"process {process} gave no sign of life for {_SILENCE:.0f} s"
+                break
+            except OSError:
+                break
+            if line == b"bye\n":
+                return
+            if not line:
+                break
+            if line != b"\n":
+                reason = line.decode().strip()
+                break
+        if not self._closing.is_set():
+            self._end(reason)
+
+    def _end(self, reason: str) -> NoReturn:
+        for peer in self._peers.values():
+            _send(peer, f"{reason}\n".encode())
+        print(
+            f"error: {reason}; the run stops here and goes on from its last checkpoint when all "
+            "processes are started again",
+            file=sys.stderr,
+            flush=True,
+        )
+        # The main thread may hang in a collective, and a plain exit would wait for the others.
+        os._exit(EXIT_PEER_LOST)
+
+
+def _send(peer: socket.socket, data: bytes) -> None:
+    try:
+        peer.sendall(data)
+    except OSError:
+        pass  # the listener of this peer sees it too
+
+
+def _own_address() -> str:
+    """Where other hosts reach this one; loopback if it has no other name."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def _broadcast(text: str) -> str:
+    """The text of process 0, in every process."""
+    data = np.zeros(256, np.uint8)
+    encoded = text.encode()
+    data[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))).rstrip(b"\0").decode()

@@ -1,0 +1,64 @@
+"""The mesh of devices, by its three axes: `data`, `fsdp`, `tensor`."""
+
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from echo_eqx.errors import UsageError
+from echo_eqx.layers.split import DATA, FSDP, TENSOR
+
+AXES = (DATA, FSDP, TENSOR)
+BATCH_SPEC = PartitionSpec((DATA, FSDP))
+"""A batch is split over `data` and `fsdp`, and repeated over `tensor`."""
+
+
+def mesh_shape(text: str, num_devices: int) -> dict[str, int]:
+    """Sizes by axis from text such as `data=1,fsdp=8,tensor=1`; an axis left out is 1.
+
+    Empty text lays all devices along `fsdp`.
+
+    **Raises**: `UsageError` for an unknown axis, or sizes that do not multiply to `num_devices`.
+    """
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    if not text.strip():
+        return {**sizes, FSDP: num_devices}
+    seen = set()
+    for part in text.split(","):
+        name, _, value = (word.strip() for word in part.partition("="))
+        good = name in AXES and name not in seen and value.isascii() and value.isdigit()
+        if not good or not 0 < int(value[:9]) < 2**20:
+            raise UsageError(f"mesh is {text!r}; wanted sizes such as data=1,fsdp=8,tensor=1")
+        seen.add(name)
+        sizes[name] = int(value)
+    if math.prod(sizes.values()) != num_devices:
+        product = " x ".join(str(size) for size in sizes.values())
+        raise UsageError(
+            f"mesh {text} has {product} = {math.prod(sizes.values())} devices; "
+            f"there are {num_devices}"
+        )
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+    """A mesh over all devices of all processes."""
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=auto)
+
+
+def check_batch(batch_size: int, accumulate: int, sizes: dict[str, int]) -> None:
+    """Every device along `data` and `fsdp` takes the same number of samples in every part."""
+    ways = sizes[DATA] * sizes[FSDP]
+    if accumulate < 1 or batch_size < 1 or batch_size % (ways * accumulate):
+        raise UsageError(
+            f"batch_size {batch_size} does not divide over data x fsdp = {ways} devices "
+            f"in {accumulate} accumulated part{'s' * (accumulate != 1)}"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

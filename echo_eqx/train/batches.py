@@ -1,0 +1,76 @@
+"""From a host's rows of the stream to global batches on the mesh."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from echo_eqx.data import stream
+from echo_eqx.errors import UsageError
+from echo_eqx.flow.noising import Batch
+from echo_eqx.sharding.mesh import batch_sharding
+
+
+def owned_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Rows of a global batch that devices of this process work on, in order."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = {row for index in indices if index for row in range(*index[0].indices(batch_size))}
+    return np.array(sorted(rows))
+
+
+def owned_lanes(mesh: Mesh, batch_size: int, num_lanes: int) -> Sequence[int]:
+    """Lanes that this process reads.
+
+    **Raises**: `UsageError` if a lane's rows would lie on two hosts.
+    """
+    per_lane = batch_size // num_lanes
+    rows = owned_rows(mesh, batch_size)
+    lanes = sorted(set((rows // per_lane).tolist()))
+    if len(rows) != len(lanes) * per_lane:
+        raise UsageError(
+            f"{num_lanes} lanes do not divide over {jax.process_count()} hosts; wanted a multiple "
+            "by --lanes, which takes at least as many shards"
+        )
+    return lanes
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A batch on the mesh, with the names of this host's rows and the cursor behind it."""
+
+    batch: Batch
+    keys: list[str]
+    cursor: dict[str, list[int]]
+
+
+class Feeder:
+    """Batches of a stream, put on the mesh, and how long the loop has waited for them."""
+
+    def __init__(self, source: stream.Stream, mesh: Mesh, batch_size: int):
+        self._source = source
+        self._sharding = batch_sharding(mesh)
+        self._rows = owned_rows(mesh, batch_size)
+        self._batch_size = batch_size
+        self.waited = 0.0
+
+    def next(self) -> Placed:
+        started = time.perf_counter()
+        step = next(self._source)
+        self.waited += time.perf_counter() - started
+        return Placed(Batch(**self._place(step.batch)), step.keys, step.cursor)
+
+    def _place(self, batch: stream.Batch) -> dict[str, jax.Array]:
+        def place(local: np.ndarray) -> jax.Array:
+            def rows(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(self._batch_size)
+                first = int(np.searchsorted(self._rows, start))
+                return local[first : first + stop - start]
+
+            shape = (self._batch_size, *local.shape[1:])
+            return jax.make_array_from_callback(shape, self._sharding, rows)
+
+        return {name: place(array) for name, array in batch._asdict().items()}

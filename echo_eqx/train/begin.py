@@ -1,0 +1,138 @@
+"""Where a run begins: fresh, from given weights, from a published state, or where it stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from echo_eqx.command import note
+from echo_eqx.config import DiTConfig
+from echo_eqx.errors import EchoError
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.sharding.specs import state_shardings
+from echo_eqx.train.checkpoint import put_on_mesh, restore_state
+from echo_eqx.train.config import TrainConfig
+from echo_eqx.train.state import TrainState, fresh_state, init_state, sharded_abstract_state
+from echo_eqx.weights.checkpoint import FOLDER, TrainingCheckpoint, find_checkpoints
+from echo_eqx.weights.flax import FlaxCheckpoint, read_flax_checkpoint
+from echo_eqx.weights.load import dit_from_flax, load_dit
+
+
+def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
+    """The newest checkpoint of a run without damage; each process checks its share of the pieces.
+
+    **Raises**: `EchoError` if there are checkpoints and all are damaged.
+    """
+    found = find_checkpoints(run_dir / FOLDER)
+    for _, path in found:
+        checkpoint, problem = None, None
+        try:
+            checkpoint = TrainingCheckpoint(path)
+            problem = checkpoint.damage(jax.process_index(), jax.process_count())
+        except EchoError as error:
+            problem = str(error)
+        if problem is not None:
+            note(f"checkpoint {path} is damaged ({problem}); trying the one before")
+        intact = np.array(problem is None)
+        if np.all(multihost_utils.process_allgather(intact)) and checkpoint is not None:
+            return checkpoint
+    if found:
+        raise EchoError(
+            f"no checkpoint in {run_dir / FOLDER} is intact, of {len(found)}; "
+            "move them away to begin anew"
+        )
+    return None
+
+
+def check_same_model(checkpoint: TrainingCheckpoint, config: DiTConfig, seed: int) -> None:
+    """**Raises**: `EchoError` if the run in the folder is another one."""
+    path = checkpoint.path
+    for name, there in vars(checkpoint.config).items():
+        if (here := getattr(config, name)) != there:
+            raise EchoError(
+                f"checkpoint {path} is of another architecture: its {name} is {there}; "
+                f"this run's is {here}"
+            )
+    if checkpoint.manifest.get("seed") != seed:
+        raise EchoError(
+            f"checkpoint {path} was trained with seed {checkpoint.manifest.get('seed')}; "
+            f"this run's is {seed}"
+        )
+
+
+def begin(
+    config: TrainConfig, checkpoint: TrainingCheckpoint | None, mesh: Mesh
+) -> tuple[TrainState, int, dict[str, Any] | None]:
+    """State, samples seen, and cursor in the data (None for its beginning)."""
+    dit_config = config.dit_config()
+    abstract = sharded_abstract_state(dit_config, config.optimizer, mesh)
+    if checkpoint is not None:
+        state = restore_state(checkpoint, abstract)
+        return state, checkpoint.samples_seen, checkpoint.manifest["cursor"]
+    if config.resume_from is not None:
+        published = read_flax_checkpoint(config.resume_from)
+        return _from_published(published, config, abstract), published.samples_seen, None
+    if config.init_from is not None:
+        model = _on_host(lambda: load_dit(str(config.init_from)))
+        _check_sizes(model.config, dit_config, str(config.init_from))
+        return _fresh_from(model, config, abstract), 0, None
+    return init_state(dit_config, config.optimizer, mesh, config.seed), 0, None
+
+
+def _fresh_from(model: EchoDiT, config: TrainConfig, abstract: TrainState) -> TrainState:
+    model = _place(model, abstract.model)
+    shardings = state_shardings(abstract, jax.tree.leaves(abstract)[0].sharding.mesh)
+    return jax.jit(lambda m: fresh_state(m, config.optimizer), out_shardings=shardings)(model)
+
+
+def _from_published(
+    published: FlaxCheckpoint, config: TrainConfig, abstract: TrainState
+) -> TrainState:
+    path = config.resume_from
+    assert path is not None
+    if published.mu is None or published.nu is None:
+        raise EchoError(f"{path} holds no optimizer state; wanted --init_from for weights alone")
+    trees = []
+    for tensors in (published.params, published.mu, published.nu):
+        tree = _on_host(lambda tensors=tensors: dit_from_flax(tensors, path, jnp.float32))
+        _check_sizes(tree.config, config.dit_config(), str(path))
+        trees.append(_place(tree, abstract.model))
+    model, mu, nu = trees
+
+    def counter(value: int | None, like: Any) -> jax.Array:
+        return put_on_mesh(np.array(value or 0, np.int32), like.sharding)
+
+    return TrainState(
+        step=counter(published.step, abstract.step),
+        skipped=counter(0, abstract.skipped),
+        model=model,
+        adam=optax.ScaleByAdamState(counter(published.adam_count, abstract.step), mu, nu),
+        ema=jax.tree.map(jnp.copy, model) if abstract.ema is not None else None,
+    )
+
+
+def _on_host(load: Any) -> Any:
+    """Weights of other formats are read whole, so they stay off the accelerator."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return load()
+
+
+def _place(model: EchoDiT, abstract: EchoDiT) -> EchoDiT:
+    def place(leaf: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+        return put_on_mesh(np.asarray(leaf, np.float32), target.sharding)
+
+    leaves, treedef = jax.tree.flatten(abstract)
+    return treedef.unflatten(map(place, jax.tree.leaves(model), leaves))
+
+
+def _check_sizes(found: DiTConfig, wanted: DiTConfig, source: str) -> None:
+    """Lengths of training may differ; they are in no shape."""
+    for name, there in vars(found).items():
+        here = getattr(wanted, name)
+        if not name.startswith("max_") and here != there:
+            raise EchoError(f"{source} has {name} {there}; this run's model has {here}")

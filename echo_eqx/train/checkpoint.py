@@ -1,0 +1,266 @@
+"""Writing training checkpoints in the background, keeping some, and going on from one.
+
+Every process writes the pieces it owns, then a list of them; process 0 waits for all the lists and
+writes the manifest, by which the checkpoint comes into being. What a process that was killed left
+behind has another run's mark in its name and is never taken for a piece of this one.
+"""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding
+
+from echo_eqx.errors import EchoError
+from echo_eqx.files import write_whole
+from echo_eqx.train.state import TrainState
+from echo_eqx.trees import leaf_names, named_leaves
+from echo_eqx.weights.checkpoint import (
+    FOLDER,
+    KIND,
+    MANIFEST,
+    VERSION,
+    Box,
+    TrainingCheckpoint,
+    find_checkpoints,
+    piece_name,
+    step_folder,
+)
+from echo_eqx.weights.own_format import FORMAT
+from echo_eqx.weights.stream_file import Tensor, write_safetensors
+
+_PATIENCE = 1800.0
+"""Seconds that process 0 waits for the others' pieces."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `last`, and those at multiples of `every` steps."""
+
+    last: int = 3
+    every: int = 0
+
+    def drops(self, steps: list[int]) -> list[int]:
+        newest = sorted(steps)[-max(self.last, 1) :]
+        return [s for s in steps if s not in newest and not (self.every and s % self.every == 0)]
+
+
+class CheckpointWriter:
+    """Saves states of one run from one process.
+
+    `mark` is the same in all processes and differs from that of any earlier start of the run.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        mark: str,
+        process: int,
+        num_processes: int,
+        retention: Retention,
+        export: bool,
+    ):
+        self._folder = run_dir / FOLDER
+        self._mark = mark
+        self._process, self._num_processes = process, num_processes
+        self._retention, self._export = retention, export
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: TrainState, manifest: dict[str, Any], cursor: dict[str, Any]) -> None:
+        """Copy `state` to the host and write it in the background.
+
+        Waits for the write before, if it still goes on. `manifest` is what the checkpoint says of
+        itself beside its tensors, the same in all processes; `cursor` is this process's.
+
+        **Raises**: `EchoError` if the disk has no room, or the write before has failed.
+        """
+        self.wait()
+        self._check_room(state)
+        shapes = {
+            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+            for name, leaf in named_leaves(state).items()
+        }
+        pieces = _copy_to_host(state)
+        folder = self._folder / step_folder(manifest["step"])
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, pieces, shapes, manifest, cursor), daemon=True
+        )
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raise what went wrong in the background, if anything has."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Until the last save is on disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def _check_room(self, state: TrainState) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if self._export:
+            needed += sum(2 * leaf.size for leaf in jax.tree.leaves(state.model))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if needed + 2**20 > free:
+            raise EchoError(
+                f"a checkpoint takes {needed / 2**30:.2f} GiB and {self._folder} has "
+                f"{free / 2**30:.2f} GiB free; the checkpoints before are untouched"
+            )
+
+    def _write(self, folder: Path, pieces, shapes, manifest, cursor) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            listed = self._write_pieces(folder, pieces)
+            del pieces
+            _write_json(self._list(folder, self._process), {"pieces": listed, "cursor": cursor})
+            if self._process == 0:
+                self._complete(folder, shapes, manifest)
+                if self._export:
+                    export_weights(TrainingCheckpoint(folder), folder.with_suffix(".safetensors"))
+                self._prune()
+        except OSError as error:
+            what = error.strerror or type(error).__name__
+            self._error = EchoError(
+                f"checkpoint {folder} cannot be written: {what}; the ones before are untouched"
+            )
+        except BaseException as error:  # it is raised where the loop runs
+            self._error = error
+
+    def _write_pieces(self, folder: Path, pieces: list[tuple[str, Box, np.ndarray]]) -> list[dict]:
+        file = folder / f"{self._mark}-{self._process:05d}.safetensors"
+        tensors = [
+            Tensor(piece_name(name, box), array.dtype, array.shape, lambda array=array: [array])
+            for name, box, array in pieces
+        ]
+        crcs: dict[str, int] = {}
+        metadata = {"format": FORMAT, "kind": "pieces"}
+        write_whole(file, lambda path: crcs.update(write_safetensors(path, tensors, metadata)))
+        return [
+            {"tensor": name, "box": box, "file": file.name, "crc32": crcs[piece_name(name, box)]}
+            for name, box, _ in pieces
+        ]
+
+    def _list(self, folder: Path, process: int) -> Path:
+        return folder / f"{self._mark}-{process:05d}.json"
+
+    def _complete(self, folder: Path, shapes: dict, manifest: dict) -> None:
+        """Wait for all lists, then write the manifest."""
+        tensors = {name: {**entry, "pieces": []} for name, entry in shapes.items()}
+        cursors: dict[str, Any] = {}
+        deadline = time.monotonic() + _PATIENCE
+        for process in range(self._num_processes):
+            path = self._list(folder, process)
+            while not path.is_file():
+                if time.monotonic() > deadline:
+                    raise EchoError(f"{path} did not appear; do all hosts share {self._folder}?")
+                time.sleep(0.02)
+            listed = json.loads(path.read_bytes())
+            cursors |= listed["cursor"]
+            for piece in listed["pieces"]:
+                tensors[piece.pop("tensor")]["pieces"].append(piece)
+        whole = {"format": FORMAT, "kind": KIND, "version": VERSION, **manifest}
+        _write_json(folder / MANIFEST, {**whole, "cursor": cursors, "tensors": tensors})
+
+    def _prune(self) -> None:
+        found = dict(find_checkpoints(self._folder))
+        for step in self._retention.drops(list(found)):
+            remove_checkpoint(found[step])
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint and its export; from the first moment on it is none."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a killed run left half-written. Only before anyone writes."""
+    complete = {path for _, path in find_checkpoints(run_dir / FOLDER)}
+    for path in (run_dir / FOLDER).glob("step_*"):
+        if path.is_dir() and path not in complete:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in (run_dir / FOLDER).glob(".step_*.safetensors.*"):
+        path.unlink(missing_ok=True)
+
+
+def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
+    """Write the weights to speak with in bfloat16, as a file that `load_dit` reads.
+
+    One layer at a time is in memory.
+    """
+    arrays = checkpoint.model_arrays()
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+    def parts(name: str, shape: tuple[int, ...]) -> Callable[[], Any]:
+        rest = (slice(None),) * (len(shape) - 1)
+        return lambda: (arrays.part(name, (slice(i, i + 1), *rest)) for i in range(shape[0]))
+
+    shapes = {name: arrays.shape(name) for name in arrays.names}
+    tensors = [Tensor(name, bfloat16, shape, parts(name, shape)) for name, shape in shapes.items()]
+    config = json.dumps(checkpoint.manifest["model"])
+    metadata = {"format": FORMAT, "kind": "dit", "config": config, "step": str(checkpoint.step)}
+    write_whole(file, lambda path: write_safetensors(path, tensors, metadata))
+
+
+def restore_state(checkpoint: TrainingCheckpoint, abstract: TrainState) -> TrainState:
+    """The state in `checkpoint`, each device reading only its slices.
+
+    `abstract` has shapes and shardings; the mesh may differ from the one that was saved. A moving
+    average that the run before did not keep begins at the weights.
+    """
+
+    def source(name: str) -> str:
+        if name.startswith("ema.") and name not in checkpoint.tensors:
+            return "model." + name.removeprefix("ema.")
+        return name
+
+    def restore(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        tensor = checkpoint.tensors.get(source(name))
+        if tensor is None or tensor.shape != leaf.shape or tensor.dtype != leaf.dtype:
+            found = "is missing" if tensor is None else f"has the shape {tensor.shape}"
+            raise EchoError(f"{checkpoint.path}: {name} {found}; wanted {leaf.shape}")
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: checkpoint.read(source(name), index)
+        )
+
+    leaves, treedef = jax.tree.flatten(abstract)
+    restored = map(restore, leaf_names(abstract), leaves)
+    return treedef.unflatten(restored)
+
+
+def put_on_mesh(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host's array as a global one, of which each device takes its slice."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _copy_to_host(state: TrainState) -> list[tuple[str, Box, np.ndarray]]:
+    """The pieces of `state` that this process owns: of equal copies one process has the first."""
+    owned = []
+    for name, leaf in named_leaves(state).items():
+        for shard in leaf.addressable_shards:
+            if shard.replica_id == 0:
+                shard.data.copy_to_host_async()
+                index = zip(shard.index, leaf.shape, strict=True)
+                owned.append((name, tuple(s.indices(size)[:2] for s, size in index), shard.data))
+    # A copy: the device's memory is given to the next step.
+    return [(name, box, np.array(data)) for name, box, data in owned]
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(data, indent=1) + "\n"))

@@ -1,0 +1,130 @@
+"""What a run reports: kept on the device until a look at it, then written line by line."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from echo_eqx.command import note
+from echo_eqx.data.stream import Stream
+from echo_eqx.errors import EchoError
+from echo_eqx.train.flops import peak_flops
+from echo_eqx.train.run_folder import MetricsFile
+from echo_eqx.train.step import StepMetrics
+
+FRAMES_PER_HOUR = 25 * 3600
+"""Of latents, at 25 a second."""
+
+
+class MetricsLog:
+    """Collects what steps report. Only `flush` waits for the device.
+
+    Every process counts; process 0 writes.
+    """
+
+    def __init__(
+        self,
+        file: MetricsFile | None,
+        nonfinite_log: Path,
+        *,
+        step_flops: int,
+        batch_size: int,
+        max_nonfinite: int,
+        samples_seen: int,
+        tensorboard: Any = None,
+    ):
+        self._file, self._nonfinite_log = file, nonfinite_log
+        self._step_flops, self._batch_size = step_flops, batch_size
+        self._max_nonfinite = max_nonfinite
+        self._tensorboard = tensorboard
+        self.samples_seen = samples_seen
+        self._pending: list[tuple[int, StepMetrics, list[str]]] = []
+        self._extra: dict[str, Any] = {}
+        self._nonfinite_in_a_row = 0
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    def add(self, step: int, metrics: StepMetrics, keys: list[str]) -> None:
+        self._pending.append((step, metrics, keys))
+        self.samples_seen += self._batch_size
+
+    def attach(self, values: dict[str, Any]) -> None:
+        """Values for the line of the last step."""
+        self._extra |= values
+
+    def flush(self, waited: float, stream: Stream) -> dict[str, Any]:
+        """Fetch what is pending, write a line for each step, and return the last one.
+
+        `waited` is how long the loop has waited for data, in all.
+
+        **Raises**: `EchoError` after too many steps in a row that were not finite.
+        """
+        fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
+        lines = [
+            {
+                "step": step,
+                "loss": float(metrics.loss),
+                "gradient_norm": float(metrics.gradient_norm),
+                "parameter_norm": float(metrics.parameter_norm),
+                "learning_rate": float(metrics.learning_rate),
+                "updated": bool(metrics.updated),
+            }
+            for (step, _, _), metrics in zip(self._pending, fetched, strict=True)
+        ]
+        frames = sum(int(metrics.frames) for metrics in fetched)
+        lines[-1] |= self._speed(len(lines), frames, waited)
+        lines[-1] |= {
+            "samples_seen": self.samples_seen,
+            "skipped_updates": int(fetched[-1].skipped),
+            "broken_records": sum(stream.broken.values()),
+            **self._extra,
+        }
+        if self._file is not None:
+            self._file.write(lines)
+        if self._tensorboard is not None:
+            for line in lines:
+                for name, value in line.items():
+                    if isinstance(value, int | float):
+                        self._tensorboard.add_scalar(name, value, line["step"])
+        self._watch_nonfinite(lines)
+        self._pending, self._extra = [], {}
+        return lines[-1]
+
+    def restart_clock(self, waited: float) -> None:
+        """Leave what happened since the last flush out of the speed."""
+        self._started, self._waited = time.perf_counter(), waited
+
+    def _speed(self, steps: int, frames: int, waited: float) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._started
+        device = jax.local_devices()[0]
+        memory = device.memory_stats() or {}
+        peak = peak_flops(device.device_kind)
+        rate = self._step_flops * steps / seconds / jax.device_count()
+        values = {
+            "time": time.time(),
+            "step_seconds": seconds / steps,
+            "data_wait": min(1.0, (waited - self._waited) / seconds),
+            "samples_per_second": steps * self._batch_size / seconds,
+            "audio_hours_per_second": frames / FRAMES_PER_HOUR / seconds,
+            "flops_per_device": rate,
+            "mfu": rate / peak if peak else None,
+            "device_memory_bytes": memory.get("peak_bytes_in_use"),
+        }
+        self.restart_clock(waited)
+        return values
+
+    def _watch_nonfinite(self, lines: list[dict[str, Any]]) -> None:
+        for line, (step, _, keys) in zip(lines, self._pending, strict=True):
+            if line["updated"]:
+                self._nonfinite_in_a_row = 0
+                continue
+            self._nonfinite_in_a_row += 1
+            note(f"step {step}: loss or gradient is not finite; the update is skipped")
+            with self._nonfinite_log.open("a") as file:
+                file.write(json.dumps({"step": step, "keys": keys}) + "\n")
+            if self._nonfinite_in_a_row >= self._max_nonfinite:
+                raise EchoError(
+                    f"{self._nonfinite_in_a_row} steps in a row had a loss or gradient that is not "
+                    f"finite, up to step {step}; their samples are in {self._nonfinite_log}"
+                )

@@ -1,0 +1,138 @@
+"""The folder of a run: its lock, what it says of itself, and its metrics."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from echo_eqx.errors import EchoError
+from echo_eqx.files import write_whole
+from echo_eqx.train.config import TrainConfig, to_json
+
+_README = """\
+# A training run of echo_eqx
+
+- `config.json`: all settings; `python scripts/train.py --config` takes this file or this folder
+- `environment.json`: command, versions, git revision and devices of each start
+- `metrics.jsonl`: a line for each step; at some also speed and evaluation
+- `checkpoints/step_N/`: weights, moments and position in the data, to go on from
+- `checkpoints/step_N.safetensors`: weights in bfloat16, for `scripts/infer.py`
+- `samples/step_N/`: texts spoken by the model, beside their references
+- `broken-P.jsonl`: records that process P could not read
+- `nonfinite-P.jsonl`: samples in process P's part of batches whose update was skipped
+
+`echo_eqx.load_dit` takes this folder, a checkpoint, or an export.
+"""
+
+
+class RunFolder:
+    """`path`, made if need be. Process 0 holds its lock for as long as it lives.
+
+    **Raises**: `EchoError` if it cannot be written, or another live process trains in it.
+    """
+
+    def __init__(self, path: Path, writes: bool):
+        self.path = path
+        if not writes:
+            return
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("a+")
+        except OSError as error:
+            raise EchoError(f"{path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise EchoError(f"{path} is in use by {self._lock.read().strip()}") from None
+        except OSError:
+            pass  # a file system without locks
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def describe(self, config: TrainConfig) -> None:
+        """Write what a person needs to understand the run."""
+        write_whole(
+            self.path / "config.json",
+            lambda file: file.write_text(json.dumps(to_json(config), indent=2) + "\n"),
+        )
+        starts = self.path / "environment.json"
+        history = [*_read_list(starts), _environment()]
+        write_whole(starts, lambda file: file.write_text(json.dumps(history, indent=2) + "\n"))
+        write_whole(self.path / "README.md", lambda file: file.write_text(_README))
+
+
+class MetricsFile:
+    """`metrics.jsonl`, a JSON object for each step; on resuming, later lines are cut off."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        end = _end_of_step(path, step)
+        with path.open("ab") as file:
+            file.truncate(end)
+        self._file = path.open("a")
+
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+
+
+def _end_of_step(path: Path, step: int) -> int:
+    """Bytes of the whole lines up to `step`."""
+    end = 0
+    if not path.is_file():
+        return end
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            end += len(line)
+    return end
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "equinox", "optax", "numpy", "safetensors", "huggingface_hub")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "git": _git_revision(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _read_list(path: Path) -> list[Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []

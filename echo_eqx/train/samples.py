@@ -1,0 +1,71 @@
+"""A few texts spoken by the model in training, beside their references."""
+
+from pathlib import Path
+
+import jax
+import jax.random as jr
+import numpy as np
+from jax.sharding import Mesh
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.data.audio import save_audio
+from echo_eqx.data.stream import Batch
+from echo_eqx.errors import EchoError
+from echo_eqx.flow.sampler import SamplerSettings, sample
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.sharding.mesh import replicated
+from echo_eqx.trees import cast
+from echo_eqx.weights.load import load_codec
+
+
+class Samples:
+    """Speaks the rows of `batch` with the same noise every time. Process 0 decodes and writes."""
+
+    def __init__(
+        self, run_dir: Path, batch: Batch, codec: str, mesh: Mesh, dtype: str, writes: bool
+    ):
+        self._folder = run_dir / "samples"
+        self._batch = batch
+        self._codec: DACVAE | None = load_codec(codec) if writes else None
+        width = batch.latents.shape[-1]
+        if self._codec is not None and self._codec.config.latent_dim != width:
+            raise EchoError(
+                f"codec {codec} has {self._codec.config.latent_dim} channels; the data has {width}"
+            )
+
+        def speak(model: EchoDiT, text_ids, text_mask, speaker_latents, speaker_mask):
+            return sample(
+                cast(model, dtype),
+                text_ids,
+                text_mask,
+                speaker_latents,
+                speaker_mask,
+                settings=SamplerSettings(),
+                key=jr.key(0),
+            )
+
+        # All processes hold parts of the model, so all take part.
+        self._speak = jax.jit(speak, out_shardings=replicated(mesh))
+
+    def speak(self, model: EchoDiT, step: int) -> None:
+        rows = self._batch
+        latents = self._speak(
+            model, rows.text_ids, rows.text_mask, rows.speaker_latents, rows.speaker_mask
+        )
+        if self._codec is None:
+            return
+        folder = self._folder / f"step_{step:09d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, latent in enumerate(np.asarray(latents.addressable_data(0))):
+            text = bytes(rows.text_ids[i][rows.text_mask[i]][1:].astype(np.uint8))
+            (folder / f"{i}.txt").write_text(text.decode(errors="replace") + "\n")
+            self._save(folder / f"{i}.wav", latent)
+            if rows.speaker_mask[i].any():
+                self._save(folder / f"{i}.ref.wav", rows.speaker_latents[i][rows.speaker_mask[i]])
+
+    def _save(self, path: Path, latents: np.ndarray) -> None:
+        assert self._codec is not None
+        if not np.isfinite(latents).all():  # a model at its beginning may run away
+            return
+        audio = np.asarray(self._codec.decode(latents))
+        save_audio(path, audio, self._codec.config.sample_rate)

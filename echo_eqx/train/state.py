@@ -1,0 +1,65 @@
+"""The state of a training run: everything that a step changes."""
+
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from echo_eqx.config import DiTConfig
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.sharding.specs import state_shardings
+from echo_eqx.train.config import OptimizerConfig
+from echo_eqx.train.optimizer import adam
+
+
+class TrainState(eqx.Module):
+    """Master weights, Adam's moments and the average, all float32, and counters.
+
+    `step` counts batches that have been used up; `adam.count` counts updates, which is less where
+    an update was skipped because its loss or gradient was not finite.
+    """
+
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    """Updates skipped since the beginning."""
+    model: EchoDiT
+    adam: optax.ScaleByAdamState
+    ema: EchoDiT | None
+
+
+def fresh_state(model: EchoDiT, config: OptimizerConfig) -> TrainState:
+    """The state before the first step from `model`."""
+    zero = jnp.zeros((), jnp.int32)
+    ema = jax.tree.map(jnp.copy, model) if config.ema > 0 else None
+    moments: Any = adam(config).init(cast(Any, model))
+    return TrainState(zero, zero, model, moments, ema)
+
+
+def abstract_state(config: DiTConfig, optimizer: OptimizerConfig) -> TrainState:
+    """Shapes of a state, nothing allocated."""
+    return jax.eval_shape(lambda: fresh_state(EchoDiT.init(config, key=jr.key(0)), optimizer))
+
+
+def sharded_abstract_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Shapes of a state, and where each array lies."""
+    state = abstract_state(config, optimizer)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(state, mesh),
+    )
+
+
+def init_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainState:
+    """A fresh state; each device makes its own slices, and no array is ever whole."""
+    shardings = state_shardings(abstract_state(config, optimizer), mesh)
+
+    def init(key):
+        return fresh_state(EchoDiT.init(config, key=key), optimizer)
+
+    return jax.jit(init, out_shardings=shardings)(jr.key(seed))

@@ -1,0 +1,180 @@
+"""One training step over a mesh: loss, gradients, update."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from echo_eqx.config import DiTConfig
+from echo_eqx.flow.noising import Batch, draw, frame_weight, squared_errors
+from echo_eqx.layers.split import DATA, FSDP
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.sharding.mesh import BATCH_SPEC, batch_sharding, replicated
+from echo_eqx.sharding.specs import as_slices, axes_not_split, parameter_specs, state_shardings
+from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
+from echo_eqx.train.optimizer import adamw_update, global_norm, learning_rate, moved_average
+from echo_eqx.train.state import TrainState
+from echo_eqx.trees import cast
+
+
+class StepMetrics(eqx.Module):
+    """What a step reports; it stays on the device until someone asks."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    """Before clipping."""
+    parameter_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    updated: Bool[Array, ""]
+    """False where loss or gradient was not finite and nothing changed."""
+    skipped: Int[Array, ""]
+    """Updates skipped since the beginning."""
+    frames: Int[Array, ""]
+    """Frames of recordings in the batch."""
+
+
+def loss_and_gradients(
+    model: EchoDiT,
+    batch: Batch,
+    key: PRNGKeyArray,
+    mesh: Mesh,
+    objective: ObjectiveConfig,
+    accumulate: int = 1,
+) -> tuple[Float[Array, ""], EchoDiT]:
+    """Loss of a global batch and its gradient, which lies on the mesh as the parameters do.
+
+    Each device works on its rows of the batch. The parameters of a layer are gathered over `fsdp`
+    when the layer runs, in the type of the computation, forwards and again backwards; the gradients
+    go back as reduce-scatters. Over `data` they are summed once, at the end, in float32.
+    """
+    specs = parameter_specs(model)
+    batch_size, frames, channels = batch.latents.shape
+
+    def on_device(model: EchoDiT, batch: Batch, key: PRNGKeyArray):
+        rows = batch.latents.shape[0]
+        index = jax.lax.axis_index((DATA, FSDP)) * rows + jnp.arange(rows)
+        weight = frame_weight(batch, objective.loss_frames == "valid")
+        total = jax.lax.psum(jnp.sum(weight), (DATA, FSDP))
+
+        def loss(model: EchoDiT, part: tuple[Batch, Array, Array]) -> Float[Array, ""]:
+            batch, index, weight = part
+            draws = draw(
+                key,
+                index,
+                batch_size,
+                (frames, channels),
+                text_dropout=objective.text_dropout,
+                speaker_dropout=objective.speaker_dropout,
+            )
+            model = as_slices(cast(model, objective.dtype))
+            return jnp.sum(squared_errors(model, batch, draws) * weight) / total
+
+        # Gradients of parameters that are repeated over an axis are kept apart until the end.
+        model = jax.tree.map(lambda leaf, spec: _varying(leaf, axes_not_split(spec)), model, specs)
+        parts = (batch, index, weight)
+        if accumulate == 1:
+            value, gradients = jax.value_and_grad(loss)(model, parts)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), parts)
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(model, part)), None
+
+            zeros = (_varying(jnp.zeros(()), (DATA, FSDP)), jax.tree.map(jnp.zeros_like, model))
+            (value, gradients), _ = jax.lax.scan(add, zeros, parts)
+        gradients = jax.tree.map(
+            lambda leaf, spec: jax.lax.psum(leaf, axes_not_split(spec)), gradients, specs
+        )
+        return jax.lax.psum(value, (DATA, FSDP)), gradients
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs, BATCH_SPEC, P()),
+        out_specs=(P(), specs),
+    )(model, batch, key)
+
+
+def _varying(x: Array, axes: tuple[str, ...]) -> Array:
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def make_train_step(
+    mesh: Mesh,
+    state: TrainState,
+    objective: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    num_steps: int,
+) -> jax.stages.Wrapped:
+    """The jitted step `(state, batch, key) -> (state, metrics)`; the old state is donated.
+
+    `state` may be abstract: only its shapes are used. `key` is the run's, the same for all steps.
+    """
+
+    def step(state: TrainState, batch: Batch, key: PRNGKeyArray):
+        key = jr.fold_in(key, state.step)
+        loss, gradients = loss_and_gradients(
+            state.model, batch, key, mesh, objective, optimizer.accumulate
+        )
+        norm = global_norm(gradients)
+        rate = learning_rate(optimizer, num_steps, state.step)
+        model, adam = adamw_update(optimizer, rate, state.model, gradients, norm, state.adam)
+        ema = None
+        if state.ema is not None:
+            ema = moved_average(state.ema, model, optimizer.ema, state.step)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        model, adam, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (model, adam, ema),
+            (state.model, state.adam, state.ema),
+        )
+        new = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + ~finite,
+            model=model,
+            adam=adam,
+            ema=ema,
+        )
+        metrics = StepMetrics(
+            loss=loss,
+            gradient_norm=norm,
+            parameter_norm=global_norm(model),
+            learning_rate=rate,
+            updated=finite,
+            skipped=new.skipped,
+            frames=jnp.sum(batch.frame_mask, dtype=jnp.int32),
+        )
+        return new, metrics
+
+    shardings = state_shardings(state, mesh)
+    everywhere = replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh), everywhere),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+
+
+def abstract_batch(mesh: Mesh, batch_size: int, config: DiTConfig) -> Batch:
+    """Shapes of a global batch for a model of `config`, and where its rows lie."""
+    t, s, r = config.max_frames, config.max_text_bytes, config.max_speaker_frames
+
+    def batch() -> Batch:
+        return Batch(
+            latents=jnp.zeros((batch_size, t, config.latent_dim)),
+            frame_mask=jnp.zeros((batch_size, t), bool),
+            text_ids=jnp.zeros((batch_size, s), jnp.int32),
+            text_mask=jnp.zeros((batch_size, s), bool),
+            speaker_latents=jnp.zeros((batch_size, r, config.latent_dim)),
+            speaker_mask=jnp.zeros((batch_size, r), bool),
+        )
+
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(batch),
+    )

@@ -1,0 +1,269 @@
+"""Shards from a server that misbehaves, into a folder that must not grow."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from shards import DataServer, sha256
+
+from echo_eqx.data import fetch
+from echo_eqx.data.fetch import ShardCache
+from echo_eqx.data.shards import Shard
+from echo_eqx.errors import EchoError, UsageError
+
+SIZE = 200_000
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(fetch, "BACKOFF", 0.01)
+    server = DataServer(tmp_path / "hub")
+    yield server
+    server.stop()
+
+
+def put(server: DataServer, name: str = "a.tar", size: int = SIZE, known: bool = True) -> Shard:
+    path = server.root / "owner/voices" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(np.random.default_rng(len(name)).bytes(size))
+    url = f"{server.url}/datasets/owner/voices/resolve/{server.commit}/{name}"
+    return Shard(name, size, url=url, sha256=sha256(path) if known else None)
+
+
+def contents(cache: ShardCache, shard: Shard) -> bytes:
+    held = cache.open(shard)
+    try:
+        return os.pread(held, shard.size + 1, 0)
+    finally:
+        os.close(held)
+
+
+def original(server: DataServer, shard: Shard) -> bytes:
+    return (server.root / "owner/voices" / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("faults", "ranges"),
+    [
+        ([], [0]),
+        (["503", "500", "429:0"], [0, 0, 0, 0]),
+        (["ends:70000"], [0, 70000]),
+        (["short:70000", "ends:30000"], [0, 70000, 100000]),
+        (["short:70000", "503"], [0, 70000, 70000]),
+        (["short:70000", "norange"], [0, 70000]),
+        (["short:70000", "wrongrange"], [0, 70000]),
+        (["short:70000", "short:0", "norange"], [0, 70000, 70000]),
+        (["stall:70000"], [0, 70000]),
+        (["corrupt"], [0, 0]),
+        (["longer"], [0, 0]),
+        (["short:70000", "corrupt", "ends:5"], [0, 70000, 0, 5]),
+        # Each brings something new, so they may be more than the limit.
+        ([f"ends:{10_000}"] * 12, [10_000 * n for n in range(13)]),
+    ],
+)
+def test_a_download_goes_on_where_it_broke(server, tmp_path, monkeypatch, faults, ranges):
+    monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
+    shard = put(server)
+    server.faults = list(faults)
+    cache = ShardCache(tmp_path / "cache", SIZE)
+    assert contents(cache, shard) == original(server, shard)
+    asked = [int(wanted[6:-1] or 0) for _, wanted in server.requests]
+    assert asked == ranges and not server.faults
+    assert contents(cache, shard) == original(server, shard)
+    assert len(server.requests) == len(ranges)
+
+
+def test_a_connection_that_is_reset_loses_nothing_that_came(server, tmp_path):
+    shard = put(server)
+    server.faults = ["reset:70000"]
+    cache = ShardCache(tmp_path / "cache", SIZE)
+    assert contents(cache, shard) == original(server, shard)
+    assert server.requests == [("a.tar", ""), ("a.tar", "bytes=70000-")]
+
+
+def test_the_wish_of_a_server_to_wait_is_heeded_and_capped(server, tmp_path, monkeypatch):
+    shard = put(server)
+    server.faults = ["429:1"]
+    began = time.monotonic()
+    contents(ShardCache(tmp_path / "a", SIZE), shard)
+    assert 1.0 <= time.monotonic() - began < 5.0
+    monkeypatch.setattr(fetch, "MAX_RETRY_AFTER", 0.1)
+    server.faults = ["429:86400"]
+    contents(ShardCache(tmp_path / "b", SIZE), shard)
+
+
+@pytest.mark.parametrize(
+    ("faults", "requests", "message"),
+    [
+        (["404"], 1, "the server answers 404"),
+        (["401"], 1, "401: wanted a token"),
+        (["403"], 1, "403: wanted a token with access"),
+        (["503"] * 9, 8, "0 of 200000 bytes after 8 attempts: the server answers 503"),
+        (["short:9"] + ["short:0"] * 9, 8, "stays at 9 of 200000 bytes after 8 attempts"),
+        # Nothing new comes of starting over, however much of it.
+        (["norange:70000"] * 20, 8, "stays at 70000 of 200000 bytes after 8 attempts"),
+        (["corrupt"] * 3, 3, "fetched 3 times and has SHA-256"),
+        (["longer"] * 3, 3, "fetched 3 times and has more than 200000 bytes"),
+    ],
+)
+def test_what_does_not_pass_is_one_sentence(server, tmp_path, faults, requests, message):
+    shard = put(server)
+    server.faults = list(faults)
+    for ahead in (False, True):
+        server.faults, server.requests = list(faults), []
+        cache = ShardCache(tmp_path / str(ahead), SIZE)
+        if ahead:
+            cache.request(shard)
+        with pytest.raises(EchoError) as caught:
+            cache.open(shard)
+        assert message in str(caught.value) and "a.tar" in str(caught.value)
+        assert "\n" not in str(caught.value) and len(server.requests) == requests
+        cache.close()
+
+
+def test_a_size_that_is_not_the_listed_one_is_refused(server, tmp_path):
+    shard = put(server, known=False)
+    other = Shard(shard.name, SIZE + 1, url=shard.url)
+    with pytest.raises(EchoError, match="has 200000 bytes; wanted 200001"):
+        ShardCache(tmp_path / "cache", 2 * SIZE).open(other)
+    assert len(server.requests) == 3
+
+
+def test_offline_what_is_there_works(server, tmp_path, monkeypatch):
+    here, elsewhere = put(server, "a.tar"), put(server, "bb.tar")
+    contents(ShardCache(tmp_path / "cache", SIZE), here)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cache = ShardCache(tmp_path / "cache", 2 * SIZE)
+    assert contents(cache, here) == original(server, here)
+    with pytest.raises(EchoError, match=r"bb.tar is not in .* and HF_HUB_OFFLINE is set"):
+        cache.open(elsewhere)
+
+
+def test_the_bound_holds_and_nothing_held_is_dropped(server, tmp_path):
+    shards = [put(server, "x" * n + ".tar", SIZE + 1000 * n) for n in range(1, 9)]
+    folder, bound = tmp_path / "cache", 3 * (SIZE + 8000)
+    largest, done = 0, threading.Event()
+
+    def watch():
+        nonlocal largest
+        while not done.is_set():
+            used = 0
+            for path in folder.glob("*.*"):
+                try:
+                    used += path.stat().st_size
+                except FileNotFoundError:
+                    continue
+            largest = max(largest, used)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    cache = ShardCache(folder, bound)
+    faults = ["short:50000", "", "ends:70000", ""]
+    held = cache.open(shards[0])
+    try:
+        for position in [*range(1, 8), *range(1, 8)]:
+            server.faults += faults
+            cache.request(shards[1 + position % 7])
+            assert contents(cache, shards[position]) == original(server, shards[position])
+        assert os.fstat(held).st_nlink == 1
+    finally:
+        os.close(held)
+        cache.close()
+        done.set()
+        watcher.join()
+    assert SIZE < largest <= bound
+    with pytest.raises(UsageError, match=r"take 3000000000 bytes .* --cache_gb of at least 3"):
+        cache.check_fits(3 * 10**9)
+    ShardCache(folder, SIZE)  # a smaller bound holds from the start
+    assert not list(folder.glob("*.*"))
+
+
+def test_room_that_others_hold_is_waited_for_and_then_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "ROOM_WAIT", 1.0)
+    one, two = put(server, "a.tar"), put(server, "bb.tar")
+    first, second = (ShardCache(tmp_path / "cache", SIZE) for _ in range(2))
+    held = first.open(one)
+    threading.Timer(0.4, os.close, [held]).start()
+    assert contents(second, two) == original(server, two)
+    held = first.open(one)
+    with pytest.raises(UsageError, match=r"bb.tar could not be had .* --cache_gb"):
+        second.open(two)
+    os.close(held)
+
+
+def test_closing_ends_a_download_and_keeps_what_came(server, tmp_path):
+    shard = put(server)
+    server.slow = 0.1
+    cache = ShardCache(tmp_path / "cache", SIZE)
+    cache.request(shard)
+    threading.Timer(0.5, cache.close).start()
+    with pytest.raises(EchoError, match="closed"):
+        cache.open(shard)
+    server.slow = 0.0
+    assert contents(ShardCache(tmp_path / "cache", SIZE), shard) == original(server, shard)
+    assert server.requests[1][1] > "bytes=1"
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from echo_eqx.data.fetch import ShardCache
+from echo_eqx.data.shards import Shard
+url, size, sha256, folder = sys.argv[1:]
+held = ShardCache(Path(folder), int(size)).open(Shard("a.tar", int(size), url=url, sha256=sha256))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def start_child(shard: Shard, folder: Path) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    command = [sys.executable, "-c", CHILD, str(shard.url), str(SIZE), str(shard.sha256)]
+    return subprocess.Popen([*command, str(folder)], env=environment, stdout=subprocess.PIPE)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_processes_share_downloads_and_a_killed_one_is_continued(server, tmp_path):
+    shard, folder = put(server), tmp_path / "cache"
+    server.slow = 0.2
+
+    def downloaded() -> int:
+        return sum(path.stat().st_size for path in folder.glob("*.part"))
+
+    child = start_child(shard, folder)
+    try:
+        wait_for(lambda: downloaded() > 50_000)
+        threading.Timer(0.3, child.send_signal, [signal.SIGKILL]).start()
+        # It waits while the other fetches, and goes on from there once that is gone.
+        cache = ShardCache(folder, SIZE)
+        assert contents(cache, shard) == original(server, shard)
+    finally:
+        child.kill()
+        child.wait()
+    assert len(server.requests) == 2
+    assert 50_000 < int(server.requests[1][1][6:-1]) < SIZE
+
+    other, server.slow = put(server, "bb.tar"), 0.0
+    child = start_child(shard, folder)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"held\n"
+        assert not cache._make_room(SIZE, demanded=True), "dropped what another process holds"
+    finally:
+        child.kill()
+        child.wait()
+    assert contents(cache, other) == original(server, other)
+    assert len(server.requests) == 3

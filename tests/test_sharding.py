@@ -1,0 +1,165 @@
+"""Split over devices, a model has the same loss and gradients, and takes its share of memory."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import random_model
+
+from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
+from echo_eqx.errors import UsageError
+from echo_eqx.flow.noising import Batch
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.sharding.mesh import batch_sharding, check_batch, mesh_shape
+from echo_eqx.sharding.specs import check_mesh, parameter_spec, state_shardings
+from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
+from echo_eqx.train.state import abstract_state
+from echo_eqx.train.step import loss_and_gradients
+from echo_eqx.trees import leaf_names
+
+CONFIG = DiTConfig(
+    model_dim=32,
+    num_layers=2,
+    num_heads=4,
+    mlp_dim=48,
+    text=EncoderConfig(16, 1, 4, 24),
+    speaker=EncoderConfig(24, 2, 4, 40),
+    latent_dim=8,
+    time_embed_dim=12,
+    adaln_rank=8,
+)
+AUTO = (jax.sharding.AxisType.Auto,) * 3
+
+
+def mesh_of(shape):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=AUTO, devices=devices)
+
+
+def make_batch(rows: int = 16) -> Batch:
+    rng = np.random.default_rng(0)
+
+    def mask(length, step=1):
+        return jnp.asarray(np.arange(length) < step * rng.integers(0, length // step, (rows, 1)))
+
+    return Batch(
+        jnp.asarray(rng.standard_normal((rows, 14, 8)), jnp.float32),
+        mask(14),
+        jnp.asarray(rng.integers(0, 256, (rows, 11)), jnp.int32),
+        mask(11),
+        jnp.asarray(rng.standard_normal((rows, 12, 8)), jnp.float32),
+        mask(12, step=4),
+    )
+
+
+def gradients_on(shape, accumulate=1, loss_frames="all"):
+    mesh = mesh_of(shape)
+    objective = ObjectiveConfig(dtype="float32", loss_frames=loss_frames)
+    model = random_model(EchoDiT, CONFIG)
+    model = jax.device_put(model, state_shardings(model, mesh))
+    batch = jax.device_put(make_batch(), batch_sharding(mesh))
+    run = jax.jit(lambda m, b, k: loss_and_gradients(m, b, k, mesh, objective, accumulate))
+    loss, gradients = run(model, batch, jr.key(1))
+    return float(loss), jax.tree.map(np.asarray, gradients)
+
+
+@pytest.fixture(scope="module")
+def unsharded():
+    return gradients_on((1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "shape, accumulate",
+    [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((1, 1, 4), 1), ((2, 1, 2), 4)],
+)
+def test_loss_and_every_gradient_equal_the_unsharded(unsharded, shape, accumulate):
+    loss, gradients = gradients_on(shape, accumulate)
+    expected_loss, expected = unsharded
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    names = leaf_names(expected)
+    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(gradients), strict=True)
+    for name, (a, b) in zip(names, pairs, strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
+        assert np.abs(a).max() > 0, f"{name} has no gradient, so nothing was compared"
+
+
+def test_loss_over_valid_frames_is_a_mean_over_the_global_batch():
+    one, _ = gradients_on((1, 1, 1), loss_frames="valid")
+    split, _ = gradients_on((2, 2, 1), accumulate=2, loss_frames="valid")
+    assert split == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("preset", DIT_PRESETS)
+def test_one_rule_for_each_parameter(preset):
+    state = abstract_state(DIT_PRESETS[preset], OptimizerConfig(ema=0.5))
+    for name in leaf_names(state.model):
+        parameter_spec(name)
+    shardings = state_shardings(state, mesh_of((2, 2, 2)))
+    assert shardings.adam.mu.blocks.mlp.w1.weight == shardings.model.blocks.mlp.w1.weight
+    assert shardings.ema.blocks.mlp.w1.weight == shardings.model.blocks.mlp.w1.weight
+    assert "tensor" in shardings.model.blocks.mlp.w1.weight.spec
+
+
+def test_meshes_that_do_not_fit_are_refused():
+    assert mesh_shape("", 8) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert mesh_shape("data=2, tensor=4", 8) == {"data": 2, "fsdp": 1, "tensor": 4}
+    for text in ("fsdp=4", "fsdp=8,fsdp=1", "rows=8", "fsdp=0,data=8", "fsdp=-8", "fsdp", "8"):
+        with pytest.raises(UsageError, match=r"wanted|there are 8"):
+            mesh_shape(text, 8)
+    with pytest.raises(UsageError, match="batch_size 12 does not divide over data x fsdp = 8"):
+        check_batch(12, 1, {"data": 4, "fsdp": 2, "tensor": 1})
+    with pytest.raises(UsageError, match="in 4 accumulated parts"):
+        check_batch(16, 4, {"data": 4, "fsdp": 2, "tensor": 1})
+    model = jax.eval_shape(lambda key: EchoDiT.init(DIT_PRESETS["1.3B"], key=key), jr.key(0))
+    check_mesh(model, {"data": 1, "fsdp": 32, "tensor": 4})
+    with pytest.raises(UsageError, match=r"the 8 heads of \S+ do not split over tensor=3"):
+        check_mesh(model, {"data": 1, "fsdp": 1, "tensor": 3})
+    with pytest.raises(UsageError, match="do not split over fsdp=7"):
+        check_mesh(model, {"data": 1, "fsdp": 7, "tensor": 1})
+
+
+_FULL_SIZE = """
+import re, sys
+import jax
+from echo_eqx.sharding.mesh import make_mesh, mesh_shape
+from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
+from echo_eqx.train.state import sharded_abstract_state
+from echo_eqx.train.step import abstract_batch, make_train_step
+from echo_eqx.config import DIT_PRESETS
+config, text = DIT_PRESETS["1.3B"], sys.argv[1]
+mesh = make_mesh(mesh_shape(text, 32))
+state = sharded_abstract_state(config, OptimizerConfig(), mesh)
+batch = abstract_batch(mesh, 32, config)
+step = make_train_step(mesh, state, ObjectiveConfig(dtype="bfloat16"), OptimizerConfig(), 1000)
+lowered = step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
+gathers = re.findall(r"stablehlo.all_gather.*-> tensor<[\\dx]*(\\w+)>", lowered.as_text())
+scatters = lowered.as_text().count("stablehlo.reduce_scatter")
+print(sorted(set(gathers)), len(gathers), scatters)
+rows = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(batch)) // mesh.size
+rows *= mesh.shape["tensor"]
+print(lowered.compile().memory_analysis().argument_size_in_bytes - rows)
+"""
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8,tensor=4"])
+def test_full_size_takes_its_share_of_each_device_and_gathers_in_bfloat16(mesh):
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_SIZE, mesh],
+        capture_output=True,
+        text=True,
+        env={
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=32",
+            "JAX_PLATFORMS": "cpu",
+            "PATH": "",
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    gathers, size = done.stdout.strip().splitlines()
+    types, count, scatters = gathers.rsplit(" ", 2)
+    assert types == "['bf16']" and int(count) > 30 and int(scatters) > 30
+    share = 1_303_763_072 * 12 / 32
+    assert share <= int(size) < 1.1 * share

@@ -10,6 +10,7 @@ says that another process of the run is gone. Everything the run writes is in --
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -32,13 +33,15 @@ def main() -> None:
     watch = PeerWatch(config.coordinator)
     try:
         code = train(config, watch)
-    except (EchoError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        if not isinstance(error, EchoError):
+        if isinstance(error, EchoError):
+            print(f"error: process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+        else:
             watch.wait_for_news()
+            traceback.print_exc()
         # A plain exit would wait for the other processes, and they for this one.
-        print(f"error: process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code if isinstance(error, EchoError) else 1)
     raise SystemExit(code)
 

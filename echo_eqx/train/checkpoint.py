@@ -97,6 +97,10 @@ class CheckpointWriter:
         )
         self._thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def poll(self) -> None:
         """Raise what went wrong in the background, if anything has."""
         if self._error is not None:

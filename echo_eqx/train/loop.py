@@ -96,7 +96,7 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
     )
     eval_batches, samples = _held_out(config, held_out or data, mesh)
     run_evaluation = make_evaluate(mesh, config.objective)
-    key = jax.device_put(jr.key(config.seed + 1), replicated(mesh))
+    key = jax.jit(lambda: jr.key(config.seed + 1), out_shardings=replicated(mesh))()
     stop = _StopSignal()
     line = _ProgressLine(config.num_steps, step, first)
 

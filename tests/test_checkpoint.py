@@ -1,0 +1,298 @@
+"""Checkpoints: whole or not at all, damage is found, any mesh can go on from them."""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_model
+
+import echo_eqx
+from echo_eqx.config import DiTConfig, EncoderConfig, to_json
+from echo_eqx.errors import EchoError
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.sharding.mesh import make_mesh
+from echo_eqx.sharding.specs import state_shardings
+from echo_eqx.train.begin import newest_restorable
+from echo_eqx.train.checkpoint import CheckpointWriter, Retention, remove_leftovers, restore_state
+from echo_eqx.train.config import OptimizerConfig
+from echo_eqx.train.state import TrainState, fresh_state, sharded_abstract_state
+from echo_eqx.trees import named_leaves
+from echo_eqx.weights.checkpoint import TrainingCheckpoint, find_checkpoints
+
+CONFIG = DiTConfig(
+    model_dim=32,
+    num_layers=2,
+    num_heads=4,
+    mlp_dim=48,
+    text=EncoderConfig(16, 1, 4, 24),
+    speaker=EncoderConfig(24, 2, 4, 40),
+    latent_dim=8,
+    time_embed_dim=12,
+    adaln_rank=8,
+)
+AVERAGED = OptimizerConfig(ema=0.9)
+MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4)]
+
+
+def mesh_of(shape):
+    return make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+
+
+def make_state(shape=(1, 8, 1), seed: int = 0, optimizer=AVERAGED) -> TrainState:
+    model = random_model(EchoDiT, CONFIG, seed=seed)
+    state = fresh_state(model, optimizer)
+    # Every tensor is different from every other.
+    numbers = iter(range(1, 1000))
+    state = jax.tree.map(lambda x: x + jnp.asarray(next(numbers), x.dtype), state)
+    return jax.device_put(state, state_shardings(state, mesh_of(shape)))
+
+
+def writer_in(folder: Path, mark: str = "a", retention=None, export=True) -> CheckpointWriter:
+    return CheckpointWriter(
+        folder,
+        mark=mark,
+        process=0,
+        num_processes=1,
+        retention=retention or Retention(last=10),
+        export=export,
+    )
+
+
+def save(folder: Path, step: int, state: TrainState, **options) -> Path:
+    writer = writer_in(folder, **options)
+    manifest = {"step": step, "samples_seen": 8 * step, "model": to_json(CONFIG), "seed": 0}
+    writer.save(state, manifest, {"0": [0, 1, step]})
+    writer.wait()
+    return folder / "checkpoints" / f"step_{step:09d}"
+
+
+def assert_same(a: TrainState, b: TrainState) -> None:
+    ours, theirs = named_leaves(a), named_leaves(b)
+    assert list(ours) == list(theirs)
+    for name, leaf in ours.items():
+        assert np.asarray(leaf).tobytes() == np.asarray(theirs[name]).tobytes(), name
+
+
+@pytest.mark.parametrize("there", MESHES)
+@pytest.mark.parametrize("here", MESHES[:2])
+def test_a_state_is_the_same_on_any_mesh(tmp_path, here, there):
+    state = make_state(here)
+    save(tmp_path, 3, state)
+    checkpoint = newest_restorable(tmp_path)
+    abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of(there))
+    restored = restore_state(checkpoint, abstract)
+    assert_same(state, restored)
+    assert restored.model.blocks.mlp.w1.weight.sharding.mesh.shape["data"] == there[0]
+    assert checkpoint.manifest["cursor"] == {"0": [0, 1, 3]}
+    assert (checkpoint.step, checkpoint.samples_seen) == (3, 24)
+
+
+def test_each_device_reads_only_its_slices(tmp_path, monkeypatch):
+    save(tmp_path, 1, make_state((1, 8, 1)))
+    checkpoint = TrainingCheckpoint(tmp_path / "checkpoints" / "step_000000001")
+    read = []
+    original = TrainingCheckpoint.read
+    monkeypatch.setattr(
+        TrainingCheckpoint,
+        "read",
+        lambda self, name, index=None: (
+            read.append(original(self, name, index).nbytes) or original(self, name, index)
+        ),
+    )
+    abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
+    restore_state(checkpoint, abstract)
+    largest = max(leaf.size * 4 for leaf in jax.tree.leaves(abstract.model))
+    assert max(read) <= largest / 8
+
+
+def test_an_average_that_was_not_kept_begins_at_the_weights(tmp_path):
+    state = make_state(optimizer=OptimizerConfig())
+    save(tmp_path, 1, state)
+    abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
+    restored = restore_state(newest_restorable(tmp_path), abstract)
+    assert_same(state.model, restored.ema)
+
+
+def test_load_dit_reads_checkpoint_export_and_run_folder(tmp_path):
+    state = make_state()
+    folder = save(tmp_path, 2, state)
+    for source in (folder, tmp_path):
+        model = echo_eqx.load_dit(source)
+        assert model.config == CONFIG
+        assert_same(model, state.ema)  # what was averaged is what speaks
+    exported = echo_eqx.load_dit(folder.with_suffix(".safetensors"))
+    expected = np.asarray(state.ema.in_proj.weight).astype(jnp.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(exported.in_proj.weight, expected)
+    stacked = np.asarray(state.ema.blocks.mlp.w1.weight).astype(jnp.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(exported.blocks.mlp.w1.weight, stacked)
+
+
+def truncate(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+
+
+def lose_a_file(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).unlink()
+
+
+def break_the_manifest(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def lose_a_piece(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tensors"]["model.in_proj.weight"]["pieces"].pop()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def lead_outside(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tensors"]["model.in_proj.weight"]["pieces"][0]["file"] = "../../x.safetensors"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+DAMAGES = [truncate, flip_a_bit, lose_a_file, break_the_manifest, lose_a_piece, lead_outside]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, capsys):
+    state = make_state()
+    save(tmp_path, 1, state)
+    damage(save(tmp_path, 2, make_state(seed=1)))
+    checkpoint = newest_restorable(tmp_path)
+    assert checkpoint.step == 1
+    said = capsys.readouterr().err
+    assert "step_000000002 is damaged" in said and len(said.splitlines()) == 1
+    abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
+    assert_same(state, restore_state(checkpoint, abstract))
+    with pytest.warns(UserWarning, match="step_000000002 is damaged"):
+        assert_same(echo_eqx.load_dit(tmp_path), state.ema)
+
+
+def test_when_all_are_damaged_nothing_begins_anew(tmp_path):
+    flip_a_bit(save(tmp_path, 1, make_state()))
+    with pytest.raises(EchoError, match=r"no checkpoint in .* is intact, of 1"):
+        newest_restorable(tmp_path)
+
+
+def test_the_last_and_every_kth_stay(tmp_path):
+    state = make_state()
+    for step in range(1, 8):
+        save(tmp_path, step, state, retention=Retention(last=2, every=3))
+    kept = [step for step, _ in find_checkpoints(tmp_path / "checkpoints")]
+    assert kept == [7, 6, 3]
+    exports = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.safetensors"))
+    assert exports == [f"step_{step:09d}.safetensors" for step in (3, 6, 7)]
+
+
+CHANGES = ("replace", "fsync", "mkdir", "unlink", "rmdir", "chmod", "rename")
+"""Calls by which a write becomes seen on disk."""
+
+
+def stop_dead_at(monkeypatch, count: int) -> threading.Event:
+    """The thread that makes the n-th change stops there for ever, as one that is killed does."""
+    reached, here = threading.Event(), threading.current_thread()
+
+    def counted(original):
+        def call(*args, **kwargs):
+            nonlocal count
+            if threading.current_thread() is not here:
+                count -= 1
+                if count == 0:
+                    reached.set()
+                    threading.Event().wait()
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in CHANGES:
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return reached
+
+
+def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_path, monkeypatch):
+    states = {step: make_state(seed=step) for step in (1, 2)}
+    abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
+    manifest = {"step": 2, "samples_seen": 16, "model": to_json(CONFIG), "seed": 0}
+    steps = []
+    for count in range(1, 100):
+        folder = tmp_path / str(count)
+        save(folder, 1, states[1])
+        with monkeypatch.context() as patch:
+            reached = stop_dead_at(patch, count)
+            writer = writer_in(folder, retention=Retention(last=1))
+            writer.save(states[2], manifest, {"0": [0, 0, 0]})
+            while not reached.wait(0.01) and writer.is_writing:
+                pass
+        checkpoint = newest_restorable(folder)
+        assert_same(restore_state(checkpoint, abstract), states[checkpoint.step])
+        remove_leftovers(folder)
+        left = {path for path in (folder / "checkpoints").iterdir() if path.is_dir()}
+        assert left == {path for _, path in find_checkpoints(folder / "checkpoints")}
+        steps.append(checkpoint.step)
+        if not reached.is_set():
+            break
+    # Before the manifest the old one is there, from then on the new one.
+    assert steps == sorted(steps) and 6 <= steps.count(1) <= len(steps) - 3
+
+
+def test_pieces_of_a_killed_start_are_not_taken_for_this_ones(tmp_path):
+    stale = make_state(seed=1)
+    folder = save(tmp_path, 5, stale, mark="dead")
+    (folder / "manifest.json").unlink()
+    state = make_state(seed=2)
+    save(tmp_path, 5, state, mark="live")
+    restored = restore_state(
+        newest_restorable(tmp_path), sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
+    )
+    assert_same(restored, state)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_no_room_is_said_before_writing_and_costs_nothing(small_disk):
+    state = make_state()
+    save(small_disk, 1, state)
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**20))
+    with pytest.raises(EchoError, match=r"takes 0\.00 GiB and \S+ has 0\.00 GiB free"):
+        save(small_disk, 2, state)
+    assert newest_restorable(small_disk).step == 1
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_older_ones(small_disk, monkeypatch):
+    state = make_state()
+    save(small_disk, 1, state)
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**17))
+    monkeypatch.setattr(CheckpointWriter, "_check_room", lambda self, state: None)
+    with pytest.raises(EchoError, match="No space left on device; the ones before are untouched"):
+        save(small_disk, 2, state)
+    assert newest_restorable(small_disk).step == 1
+    remove_leftovers(small_disk)
+    assert [p.name for p in (small_disk / "checkpoints").iterdir() if p.is_dir()] == [
+        "step_000000001"
+    ]

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, damage is found, any mesh can go on from them."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_model
+from conftest import GOLDEN, random_model
 
 import echo_eqx
-from echo_eqx.config import DiTConfig, EncoderConfig, to_json
+from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig, to_json
 from echo_eqx.errors import EchoError
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import make_mesh
 from echo_eqx.sharding.specs import state_shardings
-from echo_eqx.train.begin import newest_restorable
+from echo_eqx.train.begin import begin, newest_restorable
 from echo_eqx.train.checkpoint import CheckpointWriter, Retention, remove_leftovers, restore_state
-from echo_eqx.train.config import OptimizerConfig
+from echo_eqx.train.config import OptimizerConfig, TrainConfig
 from echo_eqx.train.state import TrainState, fresh_state, sharded_abstract_state
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.checkpoint import TrainingCheckpoint, find_checkpoints
@@ -262,6 +263,22 @@ def test_pieces_of_a_killed_start_are_not_taken_for_this_ones(tmp_path):
         newest_restorable(tmp_path), sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
     )
     assert_same(restored, state)
+
+
+def test_a_published_state_is_gone_on_from(monkeypatch, golden_dit, dit_cases):
+    path = GOLDEN / "dit_tiny" / "full_state.pkl"
+    expected = np.load(GOLDEN / "dit_tiny" / "full_state_expect.npz")
+    monkeypatch.setitem(DIT_PRESETS, "golden", golden_dit.config)
+    config = TrainConfig(model="golden", resume_from=path, optimizer=AVERAGED)
+    state, samples_seen, cursor = begin(config, None, mesh_of((2, 2, 2)))
+    assert (int(state.step), int(state.adam.count), samples_seen, cursor) == (3, 3, 768, None)
+    assert state.adam.mu.out_proj.weight.sharding == state.model.out_proj.weight.sharding
+    mu = np.asarray(state.adam.mu.out_proj.weight)
+    np.testing.assert_array_equal(mu, expected["mu_out_proj"])
+    assert_same(state.model, state.ema)
+    with pytest.raises(EchoError, match="holds no optimizer state; wanted --init_from"):
+        weights = GOLDEN / "dit_tiny" / "weights_only.pkl"
+        begin(dataclasses.replace(config, resume_from=weights), None, mesh_of((2, 2, 2)))
 
 
 @pytest.fixture

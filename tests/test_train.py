@@ -1,0 +1,266 @@
+"""Training runs in real processes: resumed, killed, preempted, spread over several."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from shards import make_dataset, write_shard
+
+import echo_eqx
+
+TRAIN = Path(__file__).parent.parent / "scripts" / "train.py"
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with shards, and a cache of compiled programs that all runs share."""
+    folder = tmp_path_factory.mktemp("train")
+    make_dataset(folder / "data", shards=8, per_shard=8, latent_dim=128, frames=(3, 40))
+    np.save(folder / "data" / "silence.npy", np.full((20, 128), 0.25, np.float16))
+    return folder
+
+
+def start(home: Path, run: str, *flags: str, devices: int = 1, **environment) -> subprocess.Popen:
+    command = [sys.executable, str(TRAIN), "--model", "tiny", "--data", str(home / "data")]
+    lengths = ["--frames", "24", "--text_bytes", "32", "--ref_frames", "16", "--batch_size", "8"]
+    where = ["--run_dir", str(home / run), "--cache_dir", str(home / "shards")]
+    steps = ["--num_steps", str(STEPS), "--checkpoint_every", "3"]
+    flags_of_xla = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [*command, *lengths, *where, *steps, "--learning_rate", "3e-4", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{flags_of_xla} --xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": str(home / "xla"),
+            **environment,
+        },
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0, timeout: float = 300) -> str:
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"code {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+    return out + err
+
+
+def lines_of(home: Path, run: str) -> list[dict]:
+    return [json.loads(line) for line in (home / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(home: Path, run: str) -> dict[int, float]:
+    lines = lines_of(home, run)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "each step once"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        if process.poll() is not None:
+            pytest.fail(f"ended with {process.returncode}: {process.communicate()[1][-3000:]}")
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(home):
+    finish(start(home, "whole"))
+    return losses_of(home, "whole")
+
+
+def test_a_run_leaves_what_explains_it(home, uninterrupted):
+    folder = home / "whole"
+    first, last = lines_of(home, "whole")[0], lines_of(home, "whole")[-1]
+    assert first["learning_rate"] == pytest.approx(3e-4) and last["samples_seen"] == STEPS * 8
+    assert 0 <= last["data_wait"] <= 1 and last["audio_hours_per_second"] > 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"] == "tiny" and config["frames"] == 24
+    assert json.loads((folder / "environment.json").read_text())[0]["packages"]["jax"]
+    assert echo_eqx.load_dit(folder).config.max_frames == 24
+    assert len(list((folder / "checkpoints").glob("step_*/manifest.json"))) == 3
+
+
+def test_killed_and_started_again_the_losses_are_the_same_bits(home, uninterrupted):
+    checkpoints = home / "killed" / "checkpoints"
+    moments = [
+        lambda: list(checkpoints.glob("step_000000003/.*")),  # pieces are being written
+        lambda: (checkpoints / "step_000000006").is_dir(),
+        lambda: (checkpoints / "step_000000009.safetensors").is_file(),
+    ]
+    for moment in moments:
+        process = start(home, "killed")
+        wait_for(moment, process)
+        process.kill()
+        process.communicate()
+    finish(start(home, "killed"))
+    assert losses_of(home, "killed") == uninterrupted
+
+
+def test_sigterm_saves_and_leaves_with_its_own_code(home, uninterrupted):
+    process = start(home, "stopped", "--log_every", "1", "--checkpoint_every", "100")
+    wait_for((home / "stopped" / "metrics.jsonl").is_file, process)
+    wait_for(lambda: len(lines_of(home, "stopped")) >= 2, process)
+    process.terminate()
+    said = finish(process, code=76)
+    step = int(re.search(r"step (\d+) is saved", said)[1])
+    assert 2 <= step < STEPS
+    finish(start(home, "stopped"))
+    assert losses_of(home, "stopped") == uninterrupted
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_two(home: Path, run: str, *flags: str) -> list[subprocess.Popen]:
+    together = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", "2"]
+    mesh = ["--mesh", "data=2,fsdp=2,tensor=2"]
+    return [
+        start(home, run, *flags, *mesh, *together, "--process_id", str(i), devices=4)
+        for i in range(2)
+    ]
+
+
+def assert_close(losses: dict[int, float], expected: dict[int, float]) -> None:
+    assert losses.keys() == expected.keys()
+    for step, loss in losses.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), step
+
+
+def test_one_process_with_eight_devices_trains_the_same(home, uninterrupted):
+    finish(start(home, "eight", "--mesh", "data=2,fsdp=2,tensor=2", devices=8))
+    assert_close(losses_of(home, "eight"), uninterrupted)
+
+
+def test_two_processes_stop_together_and_go_on_where_eight_devices_were(home, uninterrupted):
+    # Half of the way in one process, then in two until SIGTERM, then in one on another mesh.
+    one = start(home, "spread", "--mesh", "fsdp=8", "--log_every", "1", devices=8)
+    wait_for((home / "spread" / "checkpoints" / "step_000000003").is_dir, one)
+    one.terminate()
+    finish(one, code=76)
+    at = len(lines_of(home, "spread"))
+    both = start_two(home, "spread", "--log_every", "1")
+    wait_for(lambda: len(lines_of(home, "spread")) > at, both[0])
+    both[1].terminate()
+    said = [finish(process, code=76) for process in both]
+    step = int(re.search(r"step (\d+) is saved", said[0])[1])
+    assert at < step < STEPS
+    finish(start(home, "spread", "--mesh", "tensor=4", devices=4))
+    assert_close(losses_of(home, "spread"), uninterrupted)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_dies_the_others_say_so_and_stop(home, victim):
+    run = f"widowed{victim}"
+    both = start_two(home, run, "--num_steps", "100000", "--log_every", "1")
+    try:
+        wait_for((home / run / "metrics.jsonl").is_file, both[0])
+        wait_for(lambda: len(lines_of(home, run)) >= 2, both[0])
+        both[victim].kill()
+        died = time.monotonic()
+        said = finish(both[1 - victim], code=75, timeout=30)
+        assert f"process {victim} is gone" in said
+        assert time.monotonic() - died < 30
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def test_hosts_that_differ_are_named(home):
+    port = f"127.0.0.1:{free_port()}"
+    together = ["--mesh", "fsdp=8", "--coordinator", port, "--num_processes", "2"]
+    both = [
+        start(home, "differ", *together, "--process_id", "0", devices=4),
+        start(home, "differ", *together, "--process_id", "1", "--clip", "2.0", devices=4),
+    ]
+    said = "".join(out for process in both for out in process.communicate(timeout=120))
+    assert re.search(r"host \S+ \(process [01]\) differs from the rest in: settings", said)
+    assert all(process.returncode != 0 for process in both)
+
+
+def test_a_run_folder_in_use_is_refused(home, uninterrupted):
+    first = start(home, "busy", "--num_steps", "100000")
+    wait_for((home / "busy" / "config.json").is_file, first)
+    said = finish(start(home, "busy"), code=1)
+    assert re.search(rf"error: \S+busy is in use by process {first.pid} on \S+\n", said)
+    first.kill()
+    first.communicate()
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(home):
+    flags = ["--learning_rate", "1e30", "--max_nonfinite", "3", "--log_every", "2"]
+    said = finish(start(home, "wild", *flags), code=1)
+    assert "3 steps in a row had a loss or gradient that is not finite" in said
+    lines = lines_of(home, "wild")
+    assert [line["updated"] for line in lines][-3:] == [False] * 3
+    assert lines[-3]["parameter_norm"] == lines[-1]["parameter_norm"]
+    noted = [json.loads(x) for x in (home / "wild" / "nonfinite-0.jsonl").read_text().splitlines()]
+    assert [note["step"] for note in noted] == [x["step"] for x in lines if not x["updated"]]
+    assert len(noted[0]["keys"]) == 8 and ".tar:" in noted[0]["keys"][0]
+
+
+def test_too_many_broken_records_stop_the_run(home):
+    broken = home / "broken"
+    shutil.copytree(home / "data", broken)
+    samples = [(f"x{i}", {"npy": b"no array", "json": b'{"text": "a"}'}) for i in range(4)]
+    write_shard(broken / "00009.tar", samples)
+    flags = ["--data", str(broken), "--num_steps", "100000"]
+    said = finish(start(home, "stumbling", *flags), code=1)
+    assert "error: " in said and "broken" in said
+    logged = (home / "stumbling" / "broken-0.jsonl").read_text().splitlines()
+    assert {json.loads(line)["shard"] for line in logged} == {"00009.tar"}
+
+
+def test_held_out_loss_and_samples(home, tmp_path):
+    codec = GOLDEN / "dacvae_tiny" / "weights.pth"
+    # The tiny codec has another latent width than the data: that is said before training.
+    flags = ["--sample_every", "6", "--codec", str(codec), "--sample_count", "2"]
+    assert "has 12 channels; the data has 128" in finish(start(home, "mute", *flags), code=1)
+
+    make_dataset(tmp_path / "data", shards=2, per_shard=8, latent_dim=12, reference=(8, 20))
+    flags += ["--data", str(tmp_path / "data"), "--eval_data", str(tmp_path / "data")]
+    flags += [
+        "--silence",
+        "zeros",
+        "--latent_dim",
+        "12",
+        "--eval_every",
+        "6",
+        "--eval_batches",
+        "2",
+    ]
+    finish(start(home, "heard", *flags, "--ema", "0.9"))
+    lines = lines_of(home, "heard")
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [6, 12]
+    assert len(evaluated[0]["eval_loss_by_time"]) == 4
+    samples = home / "heard" / "samples" / "step_000000012"
+    names = sorted(path.name for path in samples.iterdir())
+    assert names == ["0.ref.wav", "0.txt", "0.wav", "1.ref.wav", "1.txt", "1.wav"]
+    assert (samples / "0.txt").read_text().startswith("This is record")
+
+
+def test_resume_from_a_published_state_and_init_from_weights(home):
+    """The tiny preset has other sizes than the golden model, which is said."""
+    published = GOLDEN / "dit_tiny" / "full_state.pkl"
+    said = finish(start(home, "other", "--resume_from", str(published)), code=1)
+    assert re.search(r"full_state.pkl has model_dim 48; this run's model has 192", said)
+    finish(start(home, "heir", "--init_from", str(home / "whole"), "--num_steps", "1"))
+    assert lines_of(home, "heir")[0]["samples_seen"] == 8

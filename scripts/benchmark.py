@@ -3,16 +3,25 @@
     python scripts/benchmark.py codec            # 5 s of audio through the 48 kHz codec
     python scripts/benchmark.py dit              # one velocity evaluation of the 1.3B model
     python scripts/benchmark.py cache            # a sampling step with and without cached keys
+    python scripts/benchmark.py step             # trace and compile the 1.3B training step
+    python scripts/benchmark.py stream           # records a second, beside a plain tarfile loop
+    python scripts/benchmark.py save             # how long a checkpoint holds up the loop
 
 Weights are random: they cost the same.
 """
 
+import io
+import json
+import os
 import resource
 import statistics
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import equinox as eqx
@@ -24,7 +33,15 @@ import tyro
 
 import echo_eqx
 from echo_eqx.command import run
-from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, to_json
+from echo_eqx.data import stream as data_stream
+from echo_eqx.data.fetch import ShardCache
+from echo_eqx.data.shards import list_shards
+from echo_eqx.sharding.mesh import make_mesh, mesh_shape
+from echo_eqx.train.checkpoint import CheckpointWriter, Retention
+from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
+from echo_eqx.train.state import abstract_state, sharded_abstract_state
+from echo_eqx.train.step import abstract_batch, make_train_step
 from echo_eqx.weights.own_format import array_dtype
 
 Dtype = Literal["float32", "bfloat16"]
@@ -63,11 +80,43 @@ class Cache:
     runs: int = 9
 
 
+@dataclass(frozen=True)
+class Step:
+    """Trace and compile the training step from shapes alone; no weights are made."""
+
+    preset: Literal["1.3B", "840M", "tiny"] = "1.3B"
+    batch_size: int = 8
+    devices: int = 1
+    """Virtual devices, all along fsdp."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Finished batches from local shards of random latents at the published lengths."""
+
+    shards: int = 8
+    records: int = 256
+    """In each shard."""
+    batch_size: int = 64
+    runs: int = 5
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint of a training state: what the loop waits for, and what is done behind it."""
+
+    preset: Literal["1.3B", "840M", "tiny"] = "tiny"
+    runs: int = 5
+
+
 def main() -> None:
     command = tyro.cli(
         Annotated[Codec, tyro.conf.subcommand("codec")]
         | Annotated[DiT, tyro.conf.subcommand("dit")]
-        | Annotated[Cache, tyro.conf.subcommand("cache")],
+        | Annotated[Cache, tyro.conf.subcommand("cache")]
+        | Annotated[Step, tyro.conf.subcommand("step")]
+        | Annotated[Stream, tyro.conf.subcommand("stream")]
+        | Annotated[Save, tyro.conf.subcommand("save")],
         description=__doc__,
     )
     match command:
@@ -77,6 +126,12 @@ def main() -> None:
             dit(command)
         case Cache():
             cache(command)
+        case Step():
+            step(command)
+        case Stream():
+            stream(command)
+        case Save():
+            save(command)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_gib = peak / 2**30 if sys.platform == "darwin" else peak / 2**20
     print(f"peak memory of this process: {peak_gib:.2f} GiB")
@@ -178,6 +233,121 @@ def cache(args: Cache) -> None:
         "velocity from cached keys", lambda: from_context(model, context, x, t), args.runs
     )
     print(f"the cached evaluation takes {cached / whole:.2f} of the whole one")
+
+
+def step(args: Step) -> None:
+    count = f"--xla_force_host_platform_device_count={args.devices}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+    mesh = make_mesh(mesh_shape("", args.devices))
+    config, optimizer = DIT_PRESETS[args.preset], OptimizerConfig()
+    started = time.perf_counter()
+    state = sharded_abstract_state(config, optimizer, mesh)
+    batch = abstract_batch(mesh, args.batch_size, config)
+    train_step = make_train_step(mesh, state, ObjectiveConfig(dtype="bfloat16"), optimizer, 1000)
+    lowered = train_step.lower(state, batch, jax.eval_shape(lambda: jr.key(0)))
+    traced = time.perf_counter()
+    memory: Any = lowered.compile().memory_analysis()
+    compiled = time.perf_counter()
+    print(
+        f"training step of {args.preset}, batch {args.batch_size} x {config.max_frames} frames, "
+        f"{args.devices} device(s): trace {traced - started:.1f} s, "
+        f"compile {compiled - traced:.1f} s"
+    )
+    print(
+        f"on each device: state and batch {memory.argument_size_in_bytes / 2**30:.2f} GiB, "
+        f"temporaries {memory.temp_size_in_bytes / 2**30:.2f} GiB"
+    )
+
+
+def stream(args: Stream) -> None:
+    config = DIT_PRESETS["1.3B"]
+    count = args.shards * args.records
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_shards(Path(folder), args.shards, args.records, config.latent_dim)
+        listing = list_shards(folder, Path(folder))
+
+        def plain() -> None:
+            for shard in listing.shards:
+                with tarfile.open(shard.path) as tar:
+                    for member in tar:
+                        file = tar.extractfile(member)
+                        assert file is not None
+                        file.read()
+
+        window = data_stream.Window(
+            config.latent_dim,
+            config.max_frames,
+            config.max_text_bytes,
+            config.max_speaker_frames,
+            config.patch_size,
+        )
+        lanes = data_stream.num_lanes(args.batch_size, args.shards)
+        source = data_stream.Stream(
+            listing,
+            window,
+            np.zeros((1, config.latent_dim), np.float32),
+            batch_size=args.batch_size,
+            seed=0,
+            num_lanes=lanes,
+            lanes=range(lanes),
+            cache=ShardCache(Path(folder) / "cache", 10**9),
+        )
+
+        def batches() -> None:
+            for _ in range(count // args.batch_size):
+                next(source)
+
+        reading = median_seconds("plain tarfile reading", plain, args.runs)
+        building = median_seconds("finished batches", batches, args.runs)
+        source.close()
+    print(
+        f"{count / reading:.0f} records/s read, {count / building:.0f} records/s as batches: "
+        f"{reading / building:.2f} of plain reading"
+    )
+
+
+def write_random_shards(folder: Path, shards: int, records: int, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for record in range(records):
+                parts = {"json": json.dumps({"text": "word " * 60}).encode()}
+                for name, frames in (("npy", 768), ("ref.npy", 512)):
+                    file = io.BytesIO()
+                    np.save(file, rng.standard_normal((frames, channels), np.float32).astype("f2"))
+                    parts[name] = file.getvalue()
+                for name, data in parts.items():
+                    info = tarfile.TarInfo(f"{record:05d}.{name}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def save(args: Save) -> None:
+    config = DIT_PRESETS[args.preset]
+    state: Any = random_weights(lambda: abstract_state(config, OptimizerConfig()))
+    manifest = {"step": 0, "samples_seen": 0, "model": to_json(config)}
+    stalls, totals = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(
+            Path(folder),
+            mark="benchmark",
+            process=0,
+            num_processes=1,
+            retention=Retention(last=1),
+            export=True,
+        )
+        for run_number in range(args.runs):
+            started = time.perf_counter()
+            writer.save(state, {**manifest, "step": run_number}, {})
+            stalls.append(time.perf_counter() - started)
+            writer.wait()
+            totals.append(time.perf_counter() - started)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    print(
+        f"checkpoint of {args.preset}, {size / 2**20:.0f} MiB: the loop waits "
+        f"{statistics.median(stalls):.3f} s, it is on disk after {statistics.median(totals):.2f} s "
+        f"(medians of {args.runs})"
+    )
 
 
 if __name__ == "__main__":

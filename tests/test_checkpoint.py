@@ -269,7 +269,7 @@ def test_a_published_state_is_gone_on_from(monkeypatch, golden_dit, dit_cases):
     path = GOLDEN / "dit_tiny" / "full_state.pkl"
     expected = np.load(GOLDEN / "dit_tiny" / "full_state_expect.npz")
     monkeypatch.setitem(DIT_PRESETS, "golden", golden_dit.config)
-    config = TrainConfig(model="golden", resume_from=path, optimizer=AVERAGED)
+    config = TrainConfig(model="golden", resume_from=str(path), optimizer=AVERAGED)
     state, samples_seen, cursor = begin(config, None, mesh_of((2, 2, 2)))
     assert (int(state.step), int(state.adam.count), samples_seen, cursor) == (3, 3, 768, None)
     assert state.adam.mu.out_proj.weight.sharding == state.model.out_proj.weight.sharding
@@ -278,7 +278,7 @@ def test_a_published_state_is_gone_on_from(monkeypatch, golden_dit, dit_cases):
     assert_same(state.model, state.ema)
     with pytest.raises(EchoError, match="holds no optimizer state; wanted --init_from"):
         weights = GOLDEN / "dit_tiny" / "weights_only.pkl"
-        begin(dataclasses.replace(config, resume_from=weights), None, mesh_of((2, 2, 2)))
+        begin(dataclasses.replace(config, resume_from=str(weights)), None, mesh_of((2, 2, 2)))
 
 
 @pytest.fixture

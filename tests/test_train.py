@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from shards import make_dataset, write_shard
+from shards import make_dataset
 
 import echo_eqx
 
@@ -143,11 +142,6 @@ def assert_close(losses: dict[int, float], expected: dict[int, float]) -> None:
         assert loss == pytest.approx(expected[step], rel=1e-5), step
 
 
-def test_one_process_with_eight_devices_trains_the_same(home, uninterrupted):
-    finish(start(home, "eight", "--mesh", "data=2,fsdp=2,tensor=2", devices=8))
-    assert_close(losses_of(home, "eight"), uninterrupted)
-
-
 def test_two_processes_stop_together_and_go_on_where_eight_devices_were(home, uninterrupted):
     # Half of the way in one process, then in two until SIGTERM, then in one on another mesh.
     one = start(home, "spread", "--mesh", "fsdp=8", "--log_every", "1", devices=8)
@@ -216,18 +210,6 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(home):
     assert len(noted[0]["keys"]) == 8 and ".tar:" in noted[0]["keys"][0]
 
 
-def test_too_many_broken_records_stop_the_run(home):
-    broken = home / "broken"
-    shutil.copytree(home / "data", broken)
-    samples = [(f"x{i}", {"npy": b"no array", "json": b'{"text": "a"}'}) for i in range(4)]
-    write_shard(broken / "00009.tar", samples)
-    flags = ["--data", str(broken), "--num_steps", "100000"]
-    said = finish(start(home, "stumbling", *flags), code=1)
-    assert "error: " in said and "broken" in said
-    logged = (home / "stumbling" / "broken-0.jsonl").read_text().splitlines()
-    assert {json.loads(line)["shard"] for line in logged} == {"00009.tar"}
-
-
 def test_held_out_loss_and_samples(home, tmp_path):
     codec = GOLDEN / "dacvae_tiny" / "weights.pth"
     # The tiny codec has another latent width than the data: that is said before training.
@@ -257,10 +239,7 @@ def test_held_out_loss_and_samples(home, tmp_path):
     assert (samples / "0.txt").read_text().startswith("This is record")
 
 
-def test_resume_from_a_published_state_and_init_from_weights(home):
-    """The tiny preset has other sizes than the golden model, which is said."""
-    published = GOLDEN / "dit_tiny" / "full_state.pkl"
-    said = finish(start(home, "other", "--resume_from", str(published)), code=1)
-    assert re.search(r"full_state.pkl has model_dim 48; this run's model has 192", said)
+def test_weights_of_another_run_begin_a_new_one(home, uninterrupted):
     finish(start(home, "heir", "--init_from", str(home / "whole"), "--num_steps", "1"))
-    assert lines_of(home, "heir")[0]["samples_seen"] == 8
+    first = lines_of(home, "heir")[0]
+    assert first["samples_seen"] == 8 and first["loss"] != uninterrupted[1]

@@ -20,6 +20,7 @@ from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.state import TrainState, fresh_state, init_state, sharded_abstract_state
 from echo_eqx.weights.checkpoint import FOLDER, TrainingCheckpoint, find_checkpoints
 from echo_eqx.weights.flax import FlaxCheckpoint, read_flax_checkpoint
+from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.load import dit_from_flax, load_dit
 
 
@@ -75,8 +76,10 @@ def begin(
         state = restore_state(checkpoint, abstract)
         return state, checkpoint.samples_seen, checkpoint.manifest["cursor"]
     if config.resume_from is not None:
-        published = read_flax_checkpoint(config.resume_from)
-        return _from_published(published, config, abstract), published.samples_seen, None
+        path = find_weights(config.resume_from)
+        published = read_flax_checkpoint(path)
+        state = _from_published(published, path, config, abstract)
+        return state, published.samples_seen, None
     if config.init_from is not None:
         model = _on_host(lambda: load_dit(str(config.init_from)))
         _check_sizes(model.config, dit_config, str(config.init_from))
@@ -91,10 +94,8 @@ def _fresh_from(model: EchoDiT, config: TrainConfig, abstract: TrainState) -> Tr
 
 
 def _from_published(
-    published: FlaxCheckpoint, config: TrainConfig, abstract: TrainState
+    published: FlaxCheckpoint, path: Path, config: TrainConfig, abstract: TrainState
 ) -> TrainState:
-    path = config.resume_from
-    assert path is not None
     if published.mu is None or published.nu is None:
         raise EchoError(f"{path} holds no optimizer state; wanted --init_from for weights alone")
     trees = []

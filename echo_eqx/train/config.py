@@ -81,8 +81,8 @@ class TrainConfig:
     """Devices by axis, such as data=1,fsdp=8,tensor=1. By default all are along fsdp."""
     init_from: str | None = None
     """Begin with these weights: anything infer.py takes as --checkpoint. The optimizer is fresh."""
-    resume_from: Path | None = None
-    """Begin with weights, moments and counters of a published full_state.pkl."""
+    resume_from: str | None = None
+    """Begin with weights, moments and counters of a published full_state.pkl: a file, or Hub id."""
     frames: int | None = None
     """Window of a sample in latent frames, 25 a second; by default the preset's, 768."""
     text_bytes: int | None = None

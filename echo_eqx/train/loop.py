@@ -48,17 +48,30 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
     **Raises**: `EchoError` for what was given and cannot be used, as far as possible before
     anything is compiled or fetched.
     """
-    first = jax.process_index() == 0
     config = _resolved(config)
     dit_config = config.dit_config()
     sizes = mesh_shape(config.mesh, jax.device_count())
     check_batch(config.batch_size, config.optimizer.accumulate, sizes)
     check_mesh(abstract_state(dit_config, config.optimizer).model, sizes)
     mesh = make_mesh(sizes)
-    folder = RunFolder(config.run_dir, writes=first)
     data = _Data(config.data or "", config, dit_config, mesh)
     held_out = _Data(config.eval_data, config, dit_config, mesh) if config.eval_data else None
     mark = check_agreement(_facts(config, data, held_out))
+    with RunFolder(config.run_dir, writes=jax.process_index() == 0) as folder:
+        return _train_in(folder, config, mesh, data, held_out, mark, watch)
+
+
+def _train_in(
+    folder: RunFolder,
+    config: TrainConfig,
+    mesh: Mesh,
+    data: "_Data",
+    held_out: "_Data | None",
+    mark: str,
+    watch: PeerWatch,
+) -> int:
+    first = jax.process_index() == 0
+    dit_config = config.dit_config()
     checkpoint = newest_restorable(config.run_dir)
     if checkpoint is not None:
         check_same_model(checkpoint, dit_config, config.seed)
@@ -67,13 +80,13 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
         folder.describe(config)
     multihost_utils.sync_global_devices("ready")
 
-    compiled, seconds = compile_step(config, mesh)
-    if first:
-        note(f"compiled the step in {seconds:.1f} s")
     state, samples_seen, cursor = begin(config, checkpoint, mesh)
     step = int(state.step)
     if first and step:
         note(f"going on after step {step}")
+    compiled, seconds = compile_step(config, mesh)
+    if first:
+        note(f"compiled the step in {seconds:.1f} s")
     broken_log = config.run_dir / f"broken-{jax.process_index()}.jsonl"
     source = data.stream(config.batch_size, cursor=cursor, broken_log=broken_log)
     feeder = Feeder(source, mesh, config.batch_size)
@@ -106,7 +119,7 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
             "samples_seen": log.samples_seen,
             "model": sizes_to_json(dit_config),
             "settings": to_json(config),
-            "mesh": sizes,
+            "mesh": dict(mesh.shape),
             "processes": jax.process_count(),
             "seed": config.seed,
             "key": jr.key_data(jr.key(config.seed + 1)).tolist(),

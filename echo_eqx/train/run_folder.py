@@ -42,6 +42,7 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool):
         self.path = path
+        self._lock = None
         if not writes:
             return
         try:
@@ -59,6 +60,13 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def describe(self, config: TrainConfig) -> None:
         """Write what a person needs to understand the run."""

@@ -133,7 +133,7 @@ def make_train_step(
         )
         new = TrainState(
             step=state.step + 1,
-            skipped=state.skipped + ~finite,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
             model=model,
             adam=adam,
             ema=ema,

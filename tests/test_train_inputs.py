@@ -1,0 +1,243 @@
+"""Settings of a run: where they come from, and what is refused before anything is compiled."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import random_model
+from shards import make_dataset
+
+import echo_eqx
+from echo_eqx.config import DIT_PRESETS
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.sharding.hosts import PeerWatch, start_processes
+from echo_eqx.sharding.mesh import make_mesh, mesh_shape
+from echo_eqx.train import loop
+from echo_eqx.train.config import (
+    TRAIN_PRESETS,
+    ObjectiveConfig,
+    TrainConfig,
+    base_config,
+    config_from_json,
+    to_json,
+)
+from echo_eqx.train.flops import forward_flops, peak_flops, step_flops
+from echo_eqx.train.loop import compile_step, train
+from echo_eqx.train.state import init_state
+from echo_eqx.train.step import abstract_batch
+
+TRAIN = Path(__file__).parent.parent / "scripts" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = make_dataset(tmp_path_factory.mktemp("data"), shards=4, per_shard=4, latent_dim=128)
+    np.save(folder / "silence.npy", np.zeros((4, 128), np.float16))
+    return folder
+
+
+@pytest.fixture
+def config(data, tmp_path, monkeypatch):
+    def nothing(*_):
+        raise AssertionError("it went on to compile")
+
+    monkeypatch.setattr(loop, "compile_step", nothing)
+    return dataclasses.replace(
+        TRAIN_PRESETS["tiny"], data=str(data), run_dir=tmp_path / "run", cache_dir=tmp_path / "c"
+    )
+
+
+def refusal(config: TrainConfig, **changes) -> str:
+    changed = dataclasses.replace(config, **changes)
+    with pytest.raises(EchoError) as caught:
+        changed.check()
+        train(changed, PeerWatch(None))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_what_is_right_comes_to_compiling(config):
+    with pytest.raises(AssertionError, match="it went on to compile"):
+        train(config, PeerWatch(None))
+
+
+def test_data_that_cannot_be_used_is_named(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no *.tar" in refusal(config, data=str(tmp_path / "empty"))
+    assert "gone does not exist" in refusal(config, data=str(tmp_path / "gone"))
+    assert "no *.tar" in refusal(config, data=str(tmp_path / "*.zip"))
+    narrow = make_dataset(tmp_path / "narrow", shards=1, latent_dim=8)
+    message = refusal(config, data=str(narrow))
+    assert "narrow holds latents of 8 channels; the model has 128 (--latent_dim)" in message
+    message = refusal(config, data=str(narrow), latent_dim=8)
+    assert "no silence.safetensors or silence.npy beside the shards" in message
+    assert "--silence zeros" in message
+    np.save(tmp_path / "other.npy", np.zeros((4, 6), np.float16))
+    assert "other.npy" in refusal(config, silence=str(tmp_path / "other.npy"))
+    assert "4 shards" in refusal(config, lanes=8)
+    assert "hf://datasets" in refusal(config, data="hf://models/a/b")
+
+
+def test_meshes_and_batches_that_do_not_divide(config):
+    assert "batch_size 12 does not divide over data x fsdp = 8" in refusal(config, batch_size=12)
+    assert "there are 8" in refusal(config, mesh="fsdp=4")
+    assert "do not split over tensor=8" in refusal(config, mesh="tensor=8")
+
+
+def test_lanes_that_do_not_divide_over_hosts(monkeypatch):
+    from echo_eqx.train import batches
+
+    mesh = make_mesh(mesh_shape("fsdp=8", 8))
+    monkeypatch.setattr(batches, "owned_rows", lambda mesh, size: np.arange(0, 4))
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UsageError, match="2 lanes do not divide over 4 hosts"):
+        batches.owned_lanes(mesh, 16, 2)
+    assert batches.owned_lanes(mesh, 16, 4) == [0]
+    assert batches.owned_lanes(mesh, 16, 8) == [0, 1]
+
+
+def test_flags_out_of_range(config):
+    cases = {
+        "num_steps is 0": {"num_steps": 0},
+        "ref_frames is 10; wanted a multiple of 4": {"ref_frames": 10},
+        "model is '3B'; wanted one of": {"model": "3B"},
+        "--data is missing": {"data": None},
+        "--sample_every needs --codec": {"sample_every": 5},
+        "max_broken is 2.0": {"max_broken": 2.0},
+        "seed is -1": {"seed": -1},
+        "text_dropout is -0.1": {"objective": ObjectiveConfig(text_dropout=-0.1)},
+        "--init_from or --resume_from": {"init_from": "a", "resume_from": "b"},
+    }
+    for message, changes in cases.items():
+        assert message in refusal(config, **changes)
+    optimizer = {
+        "clip is 0.0": {"clip": 0.0},
+        "learning_rate is nan": {"learning_rate": float("nan")},
+        "b2 is 1.0": {"b2": 1.0},
+        "warmup and decay": {"schedule": "wsd", "warmup": 0.5, "decay": 0.6},
+    }
+    for message, changes in optimizer.items():
+        changed = dataclasses.replace(config.optimizer, **changes)
+        assert message in refusal(config, optimizer=changed)
+
+
+def test_processes_that_are_not_described_fully():
+    for arguments in [("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("nowhere", 2, 0)]:
+        with pytest.raises(UsageError, match=r"wanted|needs?"):
+            start_processes(*arguments, 1)
+
+
+def test_a_run_folder_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file/run cannot be written" in refusal(config, run_dir=tmp_path / "file" / "run")
+
+
+def test_another_run_in_the_folder_is_refused(config, tmp_path):
+    from test_checkpoint import make_state, save
+
+    save(config.run_dir, 1, make_state())
+    assert "of another architecture: its model_dim is 32; this run's is 192" in refusal(config)
+
+
+def test_weights_of_other_sizes_are_refused(config, tmp_path):
+    model = random_model(EchoDiT, dataclasses.replace(DIT_PRESETS["tiny"], mlp_dim=64))
+    echo_eqx.save(model, tmp_path / "m.safetensors")
+    message = refusal(config, init_from=str(tmp_path / "m.safetensors"))
+    assert "m.safetensors has mlp_dim 64; this run's model has 512" in message
+    assert "does not exist" in refusal(config, init_from=str(tmp_path / "none.safetensors"))
+    assert "does not exist" in refusal(config, resume_from=str(tmp_path / "none.pkl"))
+
+
+def test_settings_go_through_json(tmp_path):
+    config = dataclasses.replace(TRAIN_PRESETS["tiny"], data="a", run_dir=tmp_path, lanes=4)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(config)))
+    assert base_config(file) == base_config(tmp_path) == config
+    assert config_from_json({"model": "tiny", "seed": 3}, "x").batch_size == 16
+    assert config_from_json({"optimizer": {"clip": 2}}, "x").optimizer.clip == 2.0
+    bad = [{"stepz": 1}, {"num_steps": "x"}, {"optimizer": 3}, {"model": []}, [], {"export": 1}]
+    for data in bad:
+        with pytest.raises(EchoError, match="x holds no settings of a run"):
+            config_from_json(data, "x")
+    file.write_text("{")
+    with pytest.raises(EchoError, match="cannot be read as settings"):
+        base_config(file)
+
+
+def test_flags_override_a_file_and_the_command_says_one_sentence(tmp_path):
+    config = dataclasses.replace(TRAIN_PRESETS["tiny"], data=str(tmp_path / "none"), num_steps=7)
+    (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
+    command = [sys.executable, str(TRAIN), "--config", str(tmp_path / "c.json")]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*command, "--num_steps", "9", "--help"], capture_output=True, text=True, env=env
+    )
+    assert "(default: 7)" in done.stdout and "(default: 16)" in done.stdout
+    for flags, code, said in [
+        ((), 1, "none does not exist"),
+        (("--num_steps", "-3"), 2, "num_steps is -3"),
+        (("--mesh", "rows=1"), 2, "mesh is 'rows=1'"),
+    ]:
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, env=env)
+        assert done.returncode == code, done.stderr
+        assert done.stderr.startswith("error: ") and said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_step_takes_only_what_it_was_compiled_for(config):
+    config = dataclasses.replace(
+        config, frames=8, text_bytes=8, ref_frames=4, objective=ObjectiveConfig(dtype="float32")
+    )
+    mesh = make_mesh(mesh_shape("fsdp=8", 8))
+    compiled, seconds = compile_step(config, mesh)
+    assert seconds > 0
+    state = init_state(config.dit_config(), config.optimizer, mesh, 0)
+    longer = dataclasses.replace(config, frames=9).dit_config()
+    batch = jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
+        abstract_batch(mesh, config.batch_size, longer),
+    )
+    with pytest.raises(TypeError, match=r"latents.*float32\[16,8,128\].*float32\[16,9,128\]"):
+        compiled(state, batch, jr.key(0))
+
+
+def test_flops_are_what_the_compiler_counts():
+    for preset in ("tiny", "840M"):
+        config = dataclasses.replace(
+            DIT_PRESETS[preset], max_frames=64, max_text_bytes=48, max_speaker_frames=32
+        )
+        # The compiler counts the body of a scan once, so the models have one layer of each kind.
+        config = dataclasses.replace(
+            config,
+            num_layers=1,
+            text=dataclasses.replace(config.text, num_layers=1),
+            speaker=dataclasses.replace(config.speaker, num_layers=1),
+        )
+        model = jax.eval_shape(lambda key, c=config: EchoDiT.init(c, key=key), jr.key(0))
+        inputs = (
+            jax.ShapeDtypeStruct((64, config.latent_dim), np.float32),
+            jax.ShapeDtypeStruct((), np.float32),
+            jax.ShapeDtypeStruct((48,), np.int32),
+            jax.ShapeDtypeStruct((48,), bool),
+            jax.ShapeDtypeStruct((32, config.latent_dim), np.float32),
+            jax.ShapeDtypeStruct((32,), bool),
+        )
+        counted = jax.jit(lambda m, *x: m(*x)).lower(model, *inputs).cost_analysis()["flops"]
+        # The compiler counts norms, softmax and the like as well.
+        assert 0.9 * counted < forward_flops(config) < counted
+        assert step_flops(config, 4) == 12 * forward_flops(config)
+
+
+def test_known_chips():
+    assert peak_flops("TPU v4") == 275e12 and peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU v5") == 459e12 and peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("TPU v6 lite") == 918e12 and peak_flops("cpu") is None

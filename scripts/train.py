@@ -33,7 +33,7 @@ def main() -> None:
     watch = PeerWatch(config.coordinator)
     try:
         code = train(config, watch)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
         if isinstance(error, EchoError):

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import socket
-import struct
 import sys
 import threading
 import time
@@ -70,6 +69,8 @@ def start_processes(
     try:
         start()
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and coordinator is None:
+            return  # a TPU outside of any cluster
         raise EchoError(
             f"the processes of this run did not come together: {str(error).splitlines()[0][:200]}"
         ) from None
@@ -130,15 +131,18 @@ class PeerWatch:
             host = coordinator.rpartition(":")[0] if coordinator else _own_address()
             with socket.create_server((host, 0)) as server:
                 server.settimeout(60)
-                _broadcast(json.dumps(server.getsockname()[:2]))
-                for _ in range(jax.process_count() - 1):
+                secret = os.urandom(16).hex()
+                _broadcast(json.dumps([secret, *server.getsockname()[:2]]))
+                while len(self._peers) < jax.process_count() - 1:
                     peer, _ = server.accept()
-                    (process,) = struct.unpack("i", peer.recv(4, socket.MSG_WAITALL))
-                    self._peers[process] = peer
+                    peer.settimeout(60)
+                    hello = peer.recv(36, socket.MSG_WAITALL)
+                    if hello[:32] == secret.encode():  # anything else is no part of the run
+                        self._peers[int.from_bytes(hello[32:], "little")] = peer
         else:
-            address = json.loads(_broadcast(""))
+            secret, *address = json.loads(_broadcast(""))
             peer = socket.create_connection(tuple(address), timeout=60)
-            peer.sendall(struct.pack("i", jax.process_index()))
+            peer.sendall(secret.encode() + jax.process_index().to_bytes(4, "little"))
             self._peers[0] = peer
         for process, peer in self._peers.items():
             peer.settimeout(_SILENCE)

@@ -13,7 +13,7 @@ import jax
 import jax.random as jr
 import numpy as np
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -133,12 +133,12 @@ def _train_in(
     while step < config.num_steps:
         assert ahead is not None
         placed = ahead
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard_device_to_host("disallow"):  # nothing here waits for the device
             state, metrics = compiled(state, placed.batch, key)
-        step += 1
-        log.add(step, metrics, placed.keys)
-        if step < config.num_steps:
-            ahead = feeder.next()  # while the device works
+            step += 1
+            log.add(step, metrics, placed.keys)
+            if step < config.num_steps:
+                ahead = feeder.next()  # while the device works
         writer.poll()
 
         last = step == config.num_steps
@@ -240,11 +240,13 @@ def beside(listing: Listing, name: str) -> Path | None:
     try:
         options = {"repo_type": "dataset", "revision": listing.revision}
         return Path(hf_hub_download(match[1], name, **options))
-    except EntryNotFoundError:
-        return None
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        reason = "it is not in the cache and the Hub cannot be reached"
     except Exception as error:  # the errors of the HTTP library below change between versions
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise EchoError(f"{name} of {listing.source} cannot be had: {reason}") from None
+    raise EchoError(f"{name} of {listing.source} cannot be had: {reason}")
 
 
 def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.ndarray:
@@ -265,13 +267,11 @@ def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.nda
 
 def _held_out(config: TrainConfig, data: _Data, mesh: Mesh) -> tuple[list, Samples | None]:
     """Batches to evaluate on, and the speaker of samples, as far as they are asked for."""
-    if not config.eval_data and not config.sample_every:
-        return [], None
-    source = data.stream(config.batch_size)
-    feeder = Feeder(source, mesh, config.batch_size)
     samples, batches = None, []
     if config.sample_every:
-        rows = _first_rows(next(data.stream(config.batch_size)).batch, config.sample_count)
+        source = data.stream(config.batch_size)
+        rows = _first_rows(next(source).batch, config.sample_count)
+        source.close()
         assert config.codec is not None
         samples = Samples(
             config.run_dir,
@@ -282,8 +282,10 @@ def _held_out(config: TrainConfig, data: _Data, mesh: Mesh) -> tuple[list, Sampl
             writes=jax.process_index() == 0,
         )
     if config.eval_data:
+        source = data.stream(config.batch_size)
+        feeder = Feeder(source, mesh, config.batch_size)
         batches = [feeder.next().batch for _ in range(config.eval_batches)]
-    source.close()
+        source.close()
     return batches, samples
 
 

@@ -28,6 +28,12 @@ GOLDEN = Path(__file__).parent / "golden"
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that several workers end together."""
+    long = ("test_train.py", "test_sharding.py", "test_prepare.py")
+    items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
+
+
 @pytest.fixture(scope="session")
 def golden_dit() -> echo_eqx.EchoDiT:
     return echo_eqx.load_dit(GOLDEN / "dit_tiny" / "weights_only.pkl")

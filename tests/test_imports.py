@@ -17,7 +17,7 @@ ROOMS = [
     {"flow"},
     {"weights", "speech"},
     {"command"},
-    {"train"},
+    {"train", "prepare"},
     {"__init__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -64,7 +64,7 @@ class DACVAE(eqx.Module):
         hop = self.config.hop
         audio = jnp.asarray(audio, self.encoder.conv_in.weight.dtype)
         audio = jnp.concatenate([audio, audio[_mirrored(audio.shape[0], -audio.shape[0] % hop)]])
-        margin = _ceil_div(_encoder_reach(self.config), hop)
+        margin = encoder_margin(self.config)
         means, deviations = [], []
         for start, stop, crop in _pieces(audio.shape[0] // hop, margin):
             mean, deviation = _encode(self, audio[start * hop : stop * hop])
@@ -167,6 +167,11 @@ def _mirrored(samples: int, padding: int) -> np.ndarray:
 # Samples that the main path reads on each side of a frame: 3 dilations of a kernel of 7 in every
 # residual stack, a stride on each side in every change of rate, the convolutions at both ends.
 _UNIT_REACH = 3 * sum(DILATIONS)
+
+
+def encoder_margin(config: CodecConfig) -> int:
+    """Frames beyond which audio has no influence on a latent."""
+    return _ceil_div(_encoder_reach(config), config.hop)
 
 
 def _encoder_reach(config: CodecConfig) -> int:

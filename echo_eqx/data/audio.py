@@ -1,20 +1,28 @@
 """Audio files: read to mono at a given rate, and written whole or not at all."""
 
+import contextlib
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import soxr
 
+from echo_eqx.data.ffmpeg import READABLE, AudioSource, ffmpeg_samples, ffmpeg_seconds
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 
-READABLE = "wav, flac, ogg, opus or mp3"
+SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".w64")
+FFMPEG_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".wma", ".amr", ".ac3", ".3gp")
+AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
+MIN_RATE, MAX_RATE = 1000, 768_000
 SILENT_PEAK = 1e-3
 CLIPPED_SHARE = 0.01
 MIN_SECONDS = 0.5
+_RUN_UP = 0.5
+"""Seconds decoded and dropped before a start: a frame of mp3 or Vorbis needs those before it."""
 
 
 def load_audio(path: str | Path, sample_rate: int, max_seconds: float | None = None) -> np.ndarray:
@@ -25,7 +33,40 @@ def load_audio(path: str | Path, sample_rate: int, max_seconds: float | None = N
     **Raises**: `EchoError` naming the file if it is missing, of no known kind, damaged, truncated,
     without samples or with values that are not finite.
     """
-    return _mono(*_read(Path(path), max_seconds), sample_rate)
+    return decode_audio(Path(path), str(path), sample_rate, stop=max_seconds)
+
+
+def decode_audio(
+    source: AudioSource,
+    name: str,
+    sample_rate: int,
+    start: float = 0.0,
+    stop: float | None = None,
+) -> np.ndarray:
+    """`load_audio` of the seconds [start, stop); only they are decoded and held in memory.
+
+    Kinds that libsndfile does not know go through `ffmpeg`, where that is installed.
+
+    **Raises**: `EchoError` with `name` as `load_audio` does, and if nothing is there from `start`.
+    """
+    return _mono(*_decode(source, name, sample_rate, start, stop), sample_rate)
+
+
+def audio_seconds(source: AudioSource, name: str) -> float:
+    """Length in seconds as the header tells; only where it does not is the audio decoded.
+
+    **Raises**: `EchoError` with `name` if it is missing, of no known kind or without samples.
+    """
+    _check_given(source, name)
+    try:
+        with _open(source) as file:
+            seconds = file.frames / _checked_rate(file.samplerate, name)
+    except (sf.LibsndfileError, OSError, RuntimeError, TypeError) as error:
+        _check_for_ffmpeg(source, name, error)
+        seconds = ffmpeg_seconds(source, name)
+    if not seconds > 0:
+        raise EchoError(f"{name} has a header but no samples; wanted a recording")
+    return seconds
 
 
 def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np.ndarray:
@@ -33,37 +74,82 @@ def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np
 
     **Raises**: `EchoError` also if it is too short, silent or clipped.
     """
-    audio, rate = _read(Path(path), max_seconds)
+    audio, rate = _decode(Path(path), str(path), sample_rate, 0.0, max_seconds)
     # As decoded: resampling smooths the edges of what is clipped.
     check_reference(audio, rate, str(path))
     return _mono(audio, rate, sample_rate)
 
 
-def _read(path: Path, max_seconds: float | None) -> tuple[np.ndarray, int]:
-    """Samples (n, channels) as decoded, and their rate."""
+def _decode(
+    source: AudioSource, name: str, sample_rate: int, start: float, stop: float | None
+) -> tuple[np.ndarray, int]:
+    """Samples (n, channels) as decoded, and their rate; ffmpeg is asked for `sample_rate`."""
+    _check_given(source, name)
     try:
-        size = path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise EchoError(f"{str(path)[:200]!r} is no usable path: {error}") from None
-    if size is None:
-        raise EchoError(f"{path} does not exist; wanted a recording ({READABLE})")
-    if size == 0:
-        raise EchoError(f"{path} is empty; wanted a recording ({READABLE})")
-    try:
-        with sf.SoundFile(path) as file:
-            rate, length, info = file.samplerate, file.frames, file.extra_info
-            wanted = length if max_seconds is None else min(length, int(max_seconds * rate))
-            audio = file.read(wanted, dtype="float32", always_2d=True)
+        with _open(source) as file:
+            rate, info = _checked_rate(file.samplerate, name), file.extra_info
+            end = file.frames if stop is None else min(file.frames, round(stop * rate))
+            begin = min(round(start * rate), end)
+            run_up = min(begin, round(_RUN_UP * rate))
+            file.seek(begin - run_up)
+            audio = file.read(end - begin + run_up, dtype="float32", always_2d=True)[run_up:]
+        is_whole = len(audio) == end - begin and not _is_cut_off(source, info)
     except (sf.LibsndfileError, OSError, RuntimeError, TypeError) as error:
-        reason = str(error).rstrip(".").replace(f"Error opening {str(path)!r}: ", "")
-        raise EchoError(f"{path} cannot be decoded ({reason}); wanted {READABLE}") from None
-    if len(audio) < wanted or _is_cut_off(path, info):
-        raise EchoError(f"{path} is truncated; wanted a whole recording")
+        _check_for_ffmpeg(source, name, error)
+        audio, rate = ffmpeg_samples(source, name, sample_rate, start, stop), sample_rate
+        is_whole = True
+    if not is_whole:
+        raise EchoError(f"{name} is truncated; wanted a whole recording")
+    if len(audio) == 0 and start > 0:
+        raise EchoError(f"{name} has no samples from {start:g} s on")
     if len(audio) == 0:
-        raise EchoError(f"{path} has a header but no samples; wanted a recording")
+        raise EchoError(f"{name} has a header but no samples; wanted a recording")
     if not np.isfinite(audio).all():
-        raise EchoError(f"{path} has samples that are not finite")
+        raise EchoError(f"{name} has samples that are not finite")
     return audio, rate
+
+
+def _check_given(source: AudioSource, name: str) -> None:
+    size = None
+    try:
+        if isinstance(source, bytes):
+            size = len(source)
+        elif isinstance(source, io.BufferedReader):
+            size = source.seek(0, io.SEEK_END)
+        elif source.is_file():
+            size = source.stat().st_size
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{name[:200]!r} is no usable path: {error}") from None
+    if size is None:
+        raise EchoError(f"{name} does not exist; wanted a recording ({READABLE})")
+    if size == 0:
+        raise EchoError(f"{name} is empty; wanted a recording ({READABLE})")
+
+
+def _open(source: AudioSource) -> sf.SoundFile:
+    if isinstance(source, io.BufferedReader):
+        source.seek(0)
+    return sf.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _checked_rate(rate: int, name: str) -> int:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise EchoError(f"{name} has a rate of {rate} Hz; wanted {MIN_RATE} to {MAX_RATE}")
+    return rate
+
+
+def _check_for_ffmpeg(source: AudioSource, name: str, error: Exception) -> None:
+    """Refuse what libsndfile could not read and ffmpeg is not asked for either."""
+    reason = str(error).partition(": ")[2] or str(error)
+    if isinstance(source, Path):
+        reason = str(error).replace(f"Error opening {str(source)!r}: ", "")
+    reason = reason.rstrip(". ") or "its header is damaged"
+    # Not recognised, or a known container with an unknown encoding; anything else is damage.
+    is_unknown = isinstance(error, TypeError) or getattr(error, "code", None) in (1, 4)
+    if is_unknown and shutil.which("ffmpeg") and shutil.which("ffprobe"):
+        return
+    wanted = f"{READABLE}, or ffmpeg installed for other kinds" if is_unknown else READABLE
+    raise EchoError(f"{name} cannot be decoded ({reason}); wanted {wanted}") from None
 
 
 def _mono(audio: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
@@ -72,15 +158,21 @@ def _mono(audio: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     return soxr.resample(audio, rate, sample_rate).astype(np.float32)
 
 
-def _is_cut_off(path: Path, info: str) -> bool:
+def _is_cut_off(source: AudioSource, info: str) -> bool:
     """Whether the file ends before its own header or stream says; the reader does not tell."""
     if match := re.search(r"^data : (\d+) \(should be (\d+)\)", info, re.MULTILINE):
         # A length of 0 or 2^32 - 1 is what a program writes that cannot seek back.
         return int(match[1]) > int(match[2]) and int(match[1]) < 2**32 - 1
-    with path.open("rb") as file:
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, Path):
+            file = stack.enter_context(source.open("rb"))
+        else:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
         if file.read(4) != b"OggS":
             return False
-        file.seek(max(0, path.stat().st_size - 65_536 - 282))
+        file.seek(max(0, size - 65_536 - 282))
         tail = file.read()
     page = tail[tail.rfind(b"OggS") :]
     is_last = len(page) > 27 and page[5] & 4

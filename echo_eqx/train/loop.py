@@ -40,6 +40,7 @@ from echo_eqx.train.run_folder import MetricsFile, RunFolder
 from echo_eqx.train.samples import Samples
 from echo_eqx.train.state import abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
+from echo_eqx.weights.own_format import SafetensorsFile
 
 
 def train(config: TrainConfig, watch: PeerWatch) -> int:
@@ -252,17 +253,34 @@ def beside(listing: Listing, name: str) -> Path | None:
 def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.ndarray:
     if flag == "zeros":
         return np.zeros((1, latent_dim), np.float32)
-    if flag is not None:
-        return load_silence(flag, latent_dim)
     names = ("silence.safetensors", "silence.npy")
-    for name in names:
-        path = beside(listing, name)
+    paths = [Path(flag)] if flag is not None else [beside(listing, name) for name in names]
+    for path in paths:
         if path is not None:
-            return load_silence(path, latent_dim)
+            silence = load_silence(path, latent_dim)
+            _check_codec(path, listing)
+            return silence
     raise EchoError(
         f"there is no {' or '.join(names)} beside the shards of {listing.source}; wanted --silence "
         "FILE, the encoded silence that recordings are padded with, or --silence zeros"
     )
+
+
+def _check_codec(silence: Path, listing: Listing) -> None:
+    """Silence of one codec is noise to another; where both say which they are, they agree."""
+    codec = beside(listing, "codec.json")
+    if codec is None or silence.suffix != ".safetensors":
+        return
+    made_silence = SafetensorsFile(silence).metadata.get("codec")
+    try:
+        made_data = json.loads(codec.read_bytes())["id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EchoError(f"{codec} does not say which codec made the data: {error}") from None
+    if made_silence is not None and made_silence != made_data:
+        raise EchoError(
+            f"{silence} was made by codec {made_silence[:16]}, the data of {listing.source} by "
+            f"{str(made_data)[:16]}; wanted the silence of the same codec"
+        )
 
 
 def _held_out(config: TrainConfig, data: _Data, mesh: Mesh) -> tuple[list, Samples | None]:

@@ -1,0 +1,147 @@
+"""Recordings to latents: decoded in threads, encoded in batches of a few lengths."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from echo_eqx.codec.dacvae import DACVAE, encoder_margin
+from echo_eqx.data.audio import set_loudness
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.sources import Clip
+from echo_eqx.trees import named_leaves
+
+LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768)
+"""Frames that recordings are padded to with silence, so that few programs are compiled."""
+SECONDS_AHEAD = 1800.0
+"""Decoded audio that may wait to be encoded, at most: 350 MB at 48 kHz."""
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    latents: str = "mean"
+    """mean, or sample: with noise of the bottleneck's deviation, drawn from the clip's key."""
+    lufs: float | None = None
+    batch_size: int = 1
+    seed: int = 0
+
+
+class ClipEncoder:
+    """Latents of clips from one codec, over all local devices."""
+
+    def __init__(self, codec: DACVAE, settings: EncodeSettings):
+        self.codec, self.settings = codec, settings
+        devices = np.array(jax.local_devices())
+        self._rows = settings.batch_size * len(devices) if settings.batch_size > 1 else 1
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.sharding.Mesh(devices, ("batch",), axis_types=auto)
+        self._sharding = NamedSharding(mesh, P("batch"))
+
+    def __call__(
+        self, clips: Sequence[Clip], done: Callable[[int], object]
+    ) -> dict[str, np.ndarray | EchoError]:
+        """(frames, channels) float16 of each clip by key, or why it cannot be had.
+
+        `done` is told after each batch how many clips it had.
+        """
+        results: dict[str, np.ndarray | EchoError] = {}
+        waiting: dict[int, list[tuple[Clip, np.ndarray]]] = defaultdict(list)
+        for clip, audio in self._decoded(clips):
+            if isinstance(audio, EchoError):
+                results[clip.key] = audio
+                done(1)
+                continue
+            frames = -(-len(audio) // self.codec.config.hop)
+            # Silence all around, as in training, whichever length it is padded to.
+            needed = frames + encoder_margin(self.codec.config)
+            length = next((n for n in LENGTHS if needed <= n), needed)
+            waiting[length].append((clip, audio))
+            if len(waiting[length]) == self._rows:
+                results |= self._encoded(length, waiting.pop(length))
+                done(self._rows)
+        for length, batch in sorted(waiting.items()):
+            results |= self._encoded(length, batch)
+            done(len(batch))
+        return results
+
+    def _decoded(self, clips: Sequence[Clip]) -> Iterator[tuple[Clip, np.ndarray | EchoError]]:
+        """Clips in order, each decoded; a few threads run ahead."""
+
+        def load(clip: Clip) -> np.ndarray | EchoError:
+            try:
+                rate = self.codec.config.sample_rate
+                audio = clip.load(rate)
+                return audio if self.settings.lufs is None else _loud(audio, rate, self.settings)
+            except EchoError as error:
+                return error
+
+        with ThreadPoolExecutor(4) as pool:
+            ahead = 4 + 2 * self._rows
+            futures = [pool.submit(load, clip) for clip in clips[:ahead]]
+            for i, clip in enumerate(clips):
+                audio = futures[i].result()
+                futures[i] = None  # type: ignore[call-overload]
+                if i + ahead < len(clips):
+                    futures.append(pool.submit(load, clips[i + ahead]))
+                yield clip, audio
+
+    def _encoded(self, length: int, batch: list[tuple[Clip, np.ndarray]]) -> dict[str, np.ndarray]:
+        hop = self.codec.config.hop
+        padded = np.zeros((self._rows, length * hop), np.float32)
+        for row, (_, audio) in zip(padded, batch, strict=False):
+            row[: len(audio)] = audio
+        if self._rows == 1:  # in pieces, with constant memory
+            moments = [moment[None] for moment in self.codec.encode(padded[0])]
+        else:
+            moments = _encode_rows(self.codec, jax.device_put(padded, self._sharding))
+        mean, deviation = (np.asarray(moment, np.float32) for moment in moments)
+        out = {}
+        for i, (clip, audio) in enumerate(batch):
+            frames = -(-len(audio) // hop)
+            latents = mean[i, :frames]
+            if self.settings.latents == "sample":
+                latents = latents + deviation[i, :frames] * _noise(
+                    clip, latents.shape, self.settings
+                )
+            out[clip.key] = latents.astype(np.float16)
+        return out
+
+
+@eqx.filter_jit
+def _encode_rows(codec: DACVAE, audio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.vmap(lambda row: codec.bottleneck.moments(codec.encoder(row)))(audio)
+
+
+def _noise(clip: Clip, shape: tuple[int, ...], settings: EncodeSettings) -> np.ndarray:
+    digest = hashlib.sha256(f"{settings.seed} {clip.key}".encode()).digest()
+    key = jr.key(int.from_bytes(digest[:4], "little"))
+    return np.asarray(jr.normal(key, shape))
+
+
+def _loud(audio: np.ndarray, rate: int, settings: EncodeSettings) -> np.ndarray:
+    assert settings.lufs is not None
+    # The measure takes blocks of 0.4 s.
+    return set_loudness(audio, rate, settings.lufs) if len(audio) > 0.4 * rate else audio
+
+
+def codec_identity(codec: DACVAE) -> str:
+    """SHA-256 of the weights that encode: the same for the same codec in any file format."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves((codec.encoder, codec.bottleneck)).items()):
+        digest.update(name.encode() + np.asarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def encode_silence(codec: DACVAE, frames: int) -> np.ndarray:
+    """(frames, channels) float16: latents of digital silence."""
+    mean, _ = codec.encode(jnp.zeros(frames * codec.config.hop, jnp.float32))
+    return np.asarray(mean).astype(np.float16)

@@ -1,0 +1,75 @@
+"""Long recordings cut between the timed pieces of their transcript."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_EDGE = 0.5
+"""Seconds kept of a pause at a cut; a longer one is music as often as silence."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is said from `start` to `end`, in seconds."""
+
+    start: float
+    end: float
+    text: str
+
+
+def read_segments(given: Any) -> list[Segment]:
+    """Segments {start, end, text} as a manifest has them, by start; none if `given` is None.
+
+    **Raises**: `ValueError` if they are not that.
+    """
+    if isinstance(given, str):  # a field of CSV
+        given = json.loads(given)
+    if given is None:
+        return []
+    try:
+        segments = [Segment(float(x["start"]), float(x["end"]), x["text"] or "") for x in given]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its segments are not {{start, end, text}}: {error}") from None
+    for segment in segments:
+        if not 0 <= segment.start < segment.end < math.inf or not isinstance(segment.text, str):
+            raise ValueError(f"has a segment from {segment.start} to {segment.end} s")
+    return sorted(segments, key=lambda segment: (segment.start, segment.end))
+
+
+def join_segments(
+    segments: Sequence[Segment], start: float, end: float, max_seconds: float
+) -> list[Segment]:
+    """Segments within [start, end) joined while they fit `max_seconds`, cut amid the pauses.
+
+    One without text parts those beside it. One too long by itself stays as it is.
+    """
+    inside = [s for s in segments if s.start < end and s.end > start]
+    # Up to where the segments so far speak; they may overlap.
+    ends = list(itertools.accumulate((min(s.end, end) for s in inside), max))
+    gaps = [
+        inside[0].start - start if inside else 0.0,
+        *(b.start - a for a, b in zip(ends, inside[1:], strict=False)),
+    ]
+    gaps = [gaps[0], *(gap / 2 for gap in gaps[1:]), end - ends[-1] if ends else 0.0]
+    edges = [min(gap, MAX_EDGE) for gap in gaps]
+    joined: list[Segment] = []
+    parted = True
+    for number, segment in enumerate(inside):
+        if not segment.text.strip():
+            parted = True
+            continue
+        begin = max(start, segment.start - edges[number])
+        stop = min(end, ends[number] + edges[number + 1])
+        if not parted and stop - joined[-1].start <= max_seconds:
+            joined[-1] = Segment(
+                joined[-1].start, stop, f"{joined[-1].text} {segment.text.strip()}"
+            )
+        else:
+            if stop - begin > max_seconds:
+                begin, stop = max(begin, segment.start), min(stop, ends[number])
+            joined.append(Segment(begin, stop, segment.text.strip()))
+        parted = False
+    return joined

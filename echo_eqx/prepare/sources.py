@@ -1,0 +1,221 @@
+"""Clips of speech with their text, from whichever kind of source a user has."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo_eqx.data.audio import audio_seconds, decode_audio
+from echo_eqx.data.text import check_text
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.find import find_records
+from echo_eqx.prepare.formats import TEXT_FIELDS
+from echo_eqx.prepare.recordings import Audio, Record, Refusal, opened, take
+from echo_eqx.prepare.segments import Segment, join_segments, read_segments
+
+__all__ = ["Clip", "Refusal", "list_clips"]
+
+SPEAKER_FIELDS = ("speaker", "speaker_id", "client_id")
+MIN_SECONDS = 0.1
+MAX_KEY = 200
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A stretch of a recording, and what is said in it."""
+
+    key: str
+    """Unique in the source, of letters, digits, `_` and `-`."""
+    text: str
+    audio: Audio
+    start: float
+    """Seconds within the audio."""
+    stop: float | None
+    """Seconds within the audio; None is its end."""
+    seconds: float
+    """Length of the clip, by the header of its audio."""
+    speaker: str | None
+    language: str | None
+    metadata: dict[str, Any]
+    """What else came along, as JSON values, and `source`: where it is below the source."""
+
+    def load(self, sample_rate: int) -> np.ndarray:
+        """(samples,) float32, mono, at `sample_rate`.
+
+        **Raises**: `EchoError` naming the source of the clip if it cannot be decoded.
+        """
+        name = self.metadata["source"]
+        try:
+            with opened(self.audio) as source:
+                return decode_audio(source, name, sample_rate, self.start, self.stop)
+        except OSError as error:
+            raise EchoError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def list_clips(source: str, *, max_seconds: float, cache: Path) -> tuple[list[Clip], list[Refusal]]:
+    """All clips of `source`, sorted by key, and what of it is not used.
+
+    `source` is a folder of audio with transcripts beside it, an LJSpeech folder, a manifest
+    (*.jsonl, *.csv), tars, Parquet files, or `hf://datasets/owner/name[@revision][/folder]`, whose
+    Parquet files are kept in `cache`. The result is the same wherever the source lies. Recordings
+    longer than `max_seconds` are cut between their `segments`, if they have any. Only headers are
+    read; what decoding shows is raised by `Clip.load`.
+
+    **Raises**: `EchoError` if it is of no known kind, or cannot be read at all.
+    """
+    refusals: list[Refusal] = []
+    records: list[tuple[Record, list[Clip]]] = []
+    try:
+        for found in find_records(source, cache):
+            if isinstance(found, Refusal):
+                refusals.append(found)
+                continue
+            clips: list[Clip] = []
+            for piece in _cut(found, max_seconds):
+                if isinstance(piece, Refusal):
+                    refusals.append(piece)
+                else:
+                    clips.append(piece)
+            if clips:
+                records.append((found, clips))
+    except OSError as error:
+        raise EchoError(f"{error.filename or source} cannot be read: {error.strerror}") from None
+    clips, repeated = _with_keys(records)
+    refusals = [
+        Refusal(refusal.kind, _printable(refusal.name), _printable(refusal.detail))
+        for refusal in refusals + repeated
+    ]
+    return clips, sorted(refusals, key=lambda refusal: (refusal.name, refusal.kind, refusal.detail))
+
+
+def _cut(record: Record, max_seconds: float) -> Iterator[Clip | Refusal]:
+    """The clips of a record, still with the key of the record, or why there are none."""
+    fields = dict(record.fields)
+    text = take(fields, TEXT_FIELDS)
+    speaker, language = take(fields, SPEAKER_FIELDS), take(fields, ("language",))
+    try:
+        start, stop = _limits(fields)
+        segments = read_segments(fields.pop("segments", None))
+        metadata = {**_plain(fields), "source": _printable(record.source)}
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        yield Refusal("manifest", record.source, str(error)[:200])
+        return
+    if segments and (not isinstance(text, str) or not text.strip()):
+        text = " ".join(segment.text for segment in segments)
+    try:
+        with opened(record.audio) as source:
+            whole = audio_seconds(source, _printable(record.source))
+    except (EchoError, OSError) as error:
+        yield Refusal("audio", record.source, str(error))
+        return
+    end = whole if stop is None else min(stop, whole)
+    if start >= whole:
+        yield Refusal("manifest", record.source, f"starts at {start:g} s of {whole:.2f} s")
+        return
+    parts = [Segment(start, end, text if isinstance(text, str) else "")]
+    is_cut = end - start > max_seconds and bool(segments)
+    if is_cut:
+        parts = join_segments(segments, start, end, max_seconds)
+        if not parts:
+            detail = f"is {end - start:.2f} s long and none of its segments has text within them"
+            yield Refusal("long", record.source, detail)
+    for number, part in enumerate(parts):
+        name = f"{record.source}[{number}]" if is_cut else record.source
+        seconds = part.end - part.start
+        if problem := _problem(part.text):
+            yield Refusal(problem[0], name, problem[1])
+        elif seconds < MIN_SECONDS:
+            yield Refusal("short", name, f"is {seconds:.3f} s long; wanted at least {MIN_SECONDS}")
+        elif seconds > max_seconds:
+            what = "has no segments with times" if not segments else "is one segment"
+            detail = f"is {seconds:.2f} s long and {what}; wanted at most {max_seconds:g} s"
+            yield Refusal("long", name, detail)
+        else:
+            yield Clip(
+                key=f"{record.key}_{number:03d}" if is_cut else record.key,
+                text=part.text.strip(),
+                audio=record.audio,
+                start=part.start,
+                stop=None if part.end == whole else part.end,
+                seconds=seconds,
+                speaker=_label(speaker),
+                language=_label(language),
+                metadata=metadata,
+            )
+
+
+def _limits(fields: dict[str, Any]) -> tuple[float, float | None]:
+    """Start and end in seconds. One common manifest has `offset` and `duration` instead."""
+    has_offset = "offset" in fields and "start" not in fields
+    start = float(take(fields, ("start", "offset")) or 0.0)
+    end = take(fields, ("end",))
+    if has_offset and end is None and fields.get("duration"):
+        end = start + float(fields["duration"])
+    stop = float(end) if end is not None else None
+    if not (math.isfinite(start) and start >= 0 and (stop is None or start < stop < math.inf)):
+        raise ValueError(f"goes from {start} to {stop} s; wanted 0 <= start < end")
+    return start, stop
+
+
+def _problem(text: str) -> tuple[str, str] | None:
+    """Kind and detail of what keeps a text from being used."""
+    is_utf8 = "\0" not in text and not re.search(r"[\ud800-\udfff]", text)
+    try:
+        check_text(text)
+    except EchoError as error:
+        return "text" if is_utf8 else "utf8", str(error)
+    return None
+
+
+def _with_keys(records: list[tuple[Record, list[Clip]]]) -> tuple[list[Clip], list[Refusal]]:
+    """Clips under keys that are safe and each there once, and the refusals of the others."""
+    kept: dict[str, Clip] = {}
+    refusals = []
+    names = set()
+    for record, clips in sorted(records, key=lambda item: item[0].name):
+        if record.name in names:
+            detail = f"is the second of {record.name!r}"
+            refusals.append(Refusal("duplicate", record.source, detail))
+            continue
+        names.add(record.name)
+        for clip in clips:
+            key = re.sub(r"[^A-Za-z0-9_-]", "_", clip.key)
+            if not 0 < len(key) <= MAX_KEY:
+                detail = f"its key has {len(key)} characters; wanted 1 to {MAX_KEY}"
+                refusals.append(Refusal("key", record.source, detail))
+                continue
+            if key in kept:
+                full = f"{record.name}{clip.key.removeprefix(record.key)}"
+                digest = hashlib.sha256(full.encode("utf-8", "surrogateescape")).hexdigest()
+                key = f"{key}_{digest[:8]}"
+            if key in kept:
+                refusals.append(Refusal("duplicate", record.source, f"is the second of {key!r}"))
+                continue
+            kept[key] = replace(clip, key=key)
+    return [clip for _, clip in sorted(kept.items())], refusals
+
+
+def _label(value: Any) -> str | None:
+    is_label = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+    return _printable(str(value)) if is_label else None
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values alone: what has no such form is None."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items() if isinstance(key, str)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    is_number = isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_number else None

@@ -1,0 +1,189 @@
+"""Turn recordings and their transcripts into shards of latents to train on.
+
+    python scripts/prepare.py --input recordings/ --output shards/ --codec WEIGHTS
+    python scripts/prepare.py --input clips.jsonl --output shards/ --codec WEIGHTS --part 2/8
+
+The input is a folder of audio with a NAME.txt beside each NAME.wav, an LJSpeech metadata.csv, a
+JSONL or CSV manifest, tars of audio and json, or a Hugging Face audio dataset in Parquet. The same
+command again goes on where it stopped. Several machines share the work with --part.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from echo_eqx.prepare.sources import list_clips
+from tqdm import tqdm
+
+import echo_eqx
+from echo_eqx.command import note, on_terminal, run, use_compilation_cache
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.prepare.deal import deal
+from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
+from echo_eqx.prepare.push import push
+from echo_eqx.prepare.write import PartIndex, write_json, write_shard, write_silence
+
+SILENCE, SILENCE_SECONDS = "silence.safetensors", 30
+
+
+@dataclass(frozen=True)
+class Args:
+    input: str | None = None
+    """Recordings: a folder, metadata.csv, a manifest (*.jsonl, *.csv), tars, Parquet files, or
+    hf://datasets/owner/name[@revision]. Without it only silence.safetensors is made: 30 s of
+    encoded digital silence, which training pads with."""
+    output: Path | None = None
+    """Folder for the shards."""
+    codec: str = "facebook/dacvae-watermarked"
+    """DACVAE weights that encode: a file, a folder or a Hub id."""
+    max_seconds: float = 30.72
+    """Longest recording. A longer one is cut between its segments where the transcript has times,
+    and left out where it has none."""
+    ref_seconds: float = 20.48
+    """Longest reference, joined from other recordings of the speaker."""
+    latents: Literal["mean", "sample"] = "mean"
+    """mean of the bottleneck, or a sample with its deviation."""
+    lufs: float | None = None
+    """Bring every recording to this loudness, such as -16, as far as its peak allows."""
+    shard_samples: int = 256
+    """Samples in a shard, about. A kill costs at most the shard that was being made."""
+    batch_size: int | None = None
+    """Recordings encoded at once on each device; by default 1 on CPU, 8 elsewhere."""
+    part: str = "1/1"
+    """Which share of the shards to make, such as 2/8."""
+    seed: int = 0
+    """Of the order of samples and the choice of references."""
+    push: str | None = None
+    """owner/name of a dataset on the Hub to upload to when the shards are made. Without --input:
+    upload what is in --output."""
+    cache_dir: Path = Path("~/.cache/echo_eqx/recordings")
+    """Where datasets from the Hub are kept."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    part, parts = check_usage(args)
+    assert args.output is not None
+    use_compilation_cache()
+    try:
+        if args.input is not None:
+            prepare(args, args.input, args.output, part, parts)
+        elif args.push is None:
+            codec = echo_eqx.load_codec(args.codec)
+            args.output.mkdir(parents=True, exist_ok=True)
+            describe_codec(codec, args.output)
+            print(f"{args.output / SILENCE}; for shards give --input")
+    except OSError as error:
+        raise EchoError(f"{args.output} cannot be written: {error.strerror}") from None
+    if args.push is not None:
+        push(args.output, args.push, say=note)
+
+
+def check_usage(args: Args) -> tuple[int, int]:
+    """What can be refused at once; the part from 0, and how many there are."""
+    if args.output is None:
+        raise UsageError("--output is missing; wanted a folder for the shards")
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", args.part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"part is {args.part!r}; wanted such as 2/8")
+    for name in ("max_seconds", "ref_seconds", "shard_samples"):
+        if not 0 < getattr(args, name) < 1e9:
+            raise UsageError(f"{name} is {getattr(args, name)}; wanted a positive number")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f"batch_size is {args.batch_size}; wanted at least 1")
+    if args.lufs is not None and not -70 <= args.lufs <= 0:
+        raise UsageError(f"lufs is {args.lufs}; wanted -70 to 0")
+    return int(match[1]) - 1, int(match[2])
+
+
+def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> None:
+    clips, refused = list_clips(
+        source, max_seconds=args.max_seconds, cache=args.cache_dir.expanduser()
+    )
+    if not clips:
+        counts = Counter(refusal.kind for refusal in refused)
+        raise EchoError(f"{source} holds no recording that can be used ({dict(counts)} left out)")
+    codec = echo_eqx.load_codec(args.codec)
+    config = codec.config
+    made_by = codec_facts(codec)
+    settings = {
+        name: getattr(args, name)
+        for name in ("max_seconds", "ref_seconds", "latents", "lufs", "shard_samples", "seed")
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    index = PartIndex(output, part, parts, made_by, settings | {"clips": len(clips)})
+    if part == 0:
+        describe_codec(codec, output)
+        index.refused["input"] = [vars(refusal) for refusal in refused]
+        index.save()
+
+    batch_size = args.batch_size or (1 if jax.default_backend() == "cpu" else 8)
+    encode = ClipEncoder(codec, EncodeSettings(args.latents, args.lufs, batch_size, args.seed))
+    shards = list(enumerate(deal(clips, seed=args.seed, per_shard=args.shard_samples)))[part::parts]
+    bar = tqdm(total=sum(len(s) for _, s in shards), unit="clip", disable=not on_terminal())
+    for number, dealt in shards:
+        path = output / f"{number:06d}.tar"
+        if index.is_done(path):
+            bar.update(len(dealt))
+            continue
+        results = encode([place.clip for place in dealt], bar.update)
+        latents = {k: v for k, v in results.items() if not isinstance(v, EchoError)}
+        broken = [
+            {"kind": "audio", "name": key, "detail": str(error)}
+            for key, error in sorted(results.items())
+            if isinstance(error, EchoError)
+        ]
+        common = {"codec": made_by["id"][:16]} | ({} if args.lufs is None else {"lufs": args.lufs})
+        written = write_shard(
+            path,
+            dealt,
+            latents,
+            ref_frames=int(args.ref_seconds * config.frame_rate),
+            common=common,
+            seconds_per_frame=1 / config.frame_rate,
+        )
+        index.add(path, written, broken)
+    bar.close()
+    report(index, config.frame_rate)
+
+
+def codec_facts(codec: echo_eqx.DACVAE) -> dict[str, Any]:
+    config = codec.config
+    return {
+        "id": codec_identity(codec),
+        "sample_rate": config.sample_rate,
+        "hop": config.hop,
+        "latent_dim": config.latent_dim,
+    }
+
+
+def describe_codec(codec: echo_eqx.DACVAE, output: Path) -> None:
+    """Write what training needs to know of the codec, and its silence."""
+    facts = codec_facts(codec)
+    latents = encode_silence(codec, round(SILENCE_SECONDS * codec.config.frame_rate))
+    write_silence(output / SILENCE, latents, facts)
+    write_json(output / "codec.json", facts)
+
+
+def report(index: PartIndex, frame_rate: float) -> None:
+    shards = index.shards.values()
+    samples = sum(shard["samples"] for shard in shards)
+    hours = sum(shard["frames"] for shard in shards) / frame_rate / 3600
+    with_reference = sum(shard["with_reference"] for shard in shards)
+    print(
+        f"{len(shards)} shards, {samples} samples, {hours:.2f} hours, "
+        f"{with_reference} with a reference"
+    )
+    refused = [refusal for refusals in index.refused.values() for refusal in refusals]
+    if refused:
+        counts = Counter(refusal["kind"] for refusal in refused)
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        print(f"left out: {listed} (each is named in {index.path})")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,260 @@
+"""From recordings to shards: each clip once, the same bytes after a kill and in parts."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import GOLDEN
+from safetensors import safe_open
+
+import echo_eqx
+from echo_eqx.data.shards import list_shards
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.deal import CLUSTER, deal
+from echo_eqx.prepare.encode import codec_identity
+from echo_eqx.prepare.sources import list_clips
+from echo_eqx.train.loop import _check_codec
+
+PREPARE = Path(__file__).parent.parent / "scripts" / "prepare.py"
+CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
+
+
+def write_clip(path: Path, seconds: float, pitch: float, rate: int = 24_000) -> None:
+    """A tone with overtones that comes and goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    t = np.arange(int(seconds * rate)) / rate
+    tone = sum(np.sin(2 * np.pi * pitch * k * t) / k for k in (1, 2, 3))
+    sf.write(path, 0.2 * tone * np.sin(np.pi * t / seconds) ** 2, rate)
+    path.with_suffix(".txt").write_text(f"A tone of {pitch:.0f} hertz, größer.\n", "utf-8")
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recordings")
+    kinds = ("wav", "flac", "ogg", "mp3")
+    for speaker in range(3):
+        for i in range(10):
+            name = f"speaker{speaker}/clip {i}.{kinds[i % 4]}"
+            rate = (16_000, 24_000, 44_100)[i % 3]
+            write_clip(folder / name, 0.4 + 0.15 * i, 100.0 + 40 * speaker + i, rate)
+    write_clip(folder / "alone" / "one.wav", 0.7, 300.0)
+    (folder / "alone" / "empty.wav").write_bytes(b"")
+    (folder / "alone" / "empty.txt").write_text("Nothing.")
+    sf.write(folder / "alone" / "nan.wav", np.full(24_000, np.nan, np.float32), 24_000, "FLOAT")
+    (folder / "alone" / "nan.txt").write_text("Not a number.")
+    return folder
+
+
+def command(recordings: Path, output: Path, *flags: str) -> list[str]:
+    where = ["--input", str(recordings), "--output", str(output), "--codec", str(CODEC)]
+    return [sys.executable, str(PREPARE), *where, "--shard_samples", "10", *flags]
+
+
+def prepare(recordings: Path, output: Path, *flags: str, code: int = 0) -> str:
+    done = subprocess.run(
+        command(recordings, output, *flags),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def prepared(recordings, tmp_path_factory):
+    output = tmp_path_factory.mktemp("shards")
+    said = prepare(recordings, output)
+    assert "31 samples" in said and "left out: 2 audio" in said
+    return output
+
+
+def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
+    samples: dict[str, dict[str, bytes]] = {}
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                assert kind not in samples.get(key, {}), f"{member.name} twice"
+                samples.setdefault(key, {})[kind] = tar.extractfile(member).read()
+    return samples
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".tar"}
+
+
+def latents(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data))
+
+
+def test_every_clip_is_there_once_with_its_text_and_voice(prepared):
+    samples = samples_of(prepared)
+    assert len(samples) == 31
+    for key, parts in samples.items():
+        fields = json.loads(parts["json"])
+        assert fields["text"].endswith("hertz, größer.")
+        assert fields["speaker"] == key.split("_")[0]
+        own = latents(parts["npy"])
+        assert own.dtype == np.float16 and own.shape[1] == 12
+        assert fields["seconds"] == pytest.approx(len(own) / 25)
+    assert "ref.npy" not in samples["alone_one"]
+
+
+def test_a_reference_is_other_recordings_of_the_speaker_and_never_the_sample(prepared):
+    samples = samples_of(prepared)
+    own = {key: latents(parts["npy"]) for key, parts in samples.items()}
+    for key, parts in samples.items():
+        if "ref.npy" not in parts:
+            continue
+        reference = latents(parts["ref.npy"])
+        assert len(reference) <= 512
+        at, used = 0, []
+        while at < len(reference):
+            rest = reference[at:]
+            names = [n for n, x in own.items() if np.array_equal(rest[: len(x)], x[: len(rest)])]
+            assert len(names) == 1
+            used += names
+            at += len(own[names[0]])
+        assert key not in used and len(set(used)) == len(used)
+        assert {name.split("_")[0] for name in used} == {key.split("_")[0]}
+
+
+def test_killed_at_random_moments_the_result_is_the_same_bytes(recordings, prepared, tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            command(recordings, tmp_path),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        before = len(list(tmp_path.iterdir()))
+        deadline = time.monotonic() + 60
+        # Something new on disk, and a moment more.
+        while process.poll() is None and len(list(tmp_path.iterdir())) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+    prepare(recordings, tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(prepared)
+    kept = json.loads((tmp_path / "index-000-of-001.json").read_text())
+    assert kept == json.loads((prepared / "index-000-of-001.json").read_text())
+
+
+def test_parts_together_are_the_whole(recordings, prepared, tmp_path):
+    for part in ("2/2", "1/2"):
+        prepare(recordings, tmp_path, "--part", part)
+    assert bytes_of(tmp_path) == bytes_of(prepared)
+    assert len(list(tmp_path.glob("index-*-of-002.json"))) == 2
+
+
+def test_audio_comes_back(recordings, prepared, tmp_path):
+    codec = echo_eqx.load_codec(CODEC)
+    clips, _ = list_clips(str(recordings), max_seconds=30.0, cache=tmp_path)
+    clip = next(clip for clip in clips if clip.key == "speaker1_clip_5")
+    audio = clip.load(codec.config.sample_rate)
+    padded = np.zeros(-(-len(audio) // 1920) * 1920, np.float32)
+    padded[: len(audio)] = audio
+    mean, _ = codec.encode(np.concatenate([padded, np.zeros(1920 * 40, np.float32)]))
+    kept = latents(samples_of(prepared)["speaker1_clip_5"]["npy"])
+    assert np.abs(kept - np.asarray(mean[: len(kept)])).max() < 2e-3
+    direct, again = codec.decode(mean[: len(kept)]), codec.decode(kept.astype(np.float32))
+    assert np.abs(np.asarray(direct) - np.asarray(again)).max() < 2e-2
+
+
+def test_silence_says_which_codec_made_it_and_training_refuses_another(prepared, tmp_path):
+    with safe_open(prepared / "silence.safetensors", "numpy") as file:
+        identity = file.metadata()["codec"]
+        assert file.get_tensor("silence").shape == (750, 12)
+    assert identity == codec_identity(echo_eqx.load_codec(CODEC))
+    listing = list_shards(str(prepared), tmp_path)
+    _check_codec(prepared / "silence.safetensors", listing)
+    shutil.copytree(prepared, tmp_path / "other")
+    facts = json.loads((prepared / "codec.json").read_text())
+    (tmp_path / "other" / "codec.json").write_text(json.dumps(facts | {"id": "f" * 64}))
+    with pytest.raises(EchoError, match=r"was made by codec .* wanted the silence of the same"):
+        other = list_shards(str(tmp_path / "other"), tmp_path)
+        _check_codec(prepared / "silence.safetensors", other)
+
+
+def test_the_same_codec_in_another_format_is_the_same_codec(tmp_path):
+    codec = echo_eqx.load_codec(CODEC)
+    echo_eqx.save(codec, tmp_path / "codec.safetensors")
+    again = echo_eqx.load_codec(tmp_path / "codec.safetensors")
+    assert codec_identity(again) == codec_identity(codec)
+
+
+def test_other_settings_in_the_same_folder_are_refused(recordings, prepared):
+    said = prepare(recordings, prepared, "--latents", "sample", code=1)
+    assert "latents mean there, sample here" in said and len(said.splitlines()) == 1
+
+
+def test_batches_and_loudness_and_samples(recordings, prepared, tmp_path):
+    prepare(recordings, tmp_path / "batched", "--batch_size", "4")
+    ours, theirs = samples_of(tmp_path / "batched"), samples_of(prepared)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        difference = latents(ours[key]["npy"]) - latents(theirs[key]["npy"])
+        assert np.abs(difference).max() < 2e-2, key
+    prepare(recordings, tmp_path / "loud", "--lufs", "-16", "--latents", "sample")
+    louder = samples_of(tmp_path / "loud")
+    fields = json.loads(louder["speaker0_clip_9"]["json"])
+    assert fields["lufs"] == -16.0
+
+
+def test_bad_usage_is_one_sentence(recordings, tmp_path):
+    cases = [
+        (["--part", "3/2"], 2, "part is '3/2'"),
+        (["--shard_samples", "0"], 2, "shard_samples is 0"),
+        (["--lufs", "3"], 2, "lufs is 3.0"),
+        (["--codec", str(tmp_path / "none.pth")], 1, "does not exist"),
+        (["--input", str(tmp_path / "none")], 1, "none"),
+    ]
+    for flags, code, said in cases:
+        message = prepare(recordings, tmp_path / "out", *flags, code=code)
+        assert said in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_no_broken_shard(recordings, prepared, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        said = prepare(recordings, disk, code=1)
+        assert said.startswith("error: ") and "No space left on device" in said
+        whole = bytes_of(prepared)
+        assert bytes_of(disk).items() <= whole.items()
+        assert not [path for path in disk.iterdir() if path.name.startswith(".")]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_clips_are_dealt_in_company(recordings, tmp_path):
+    clips, _ = list_clips(str(recordings), max_seconds=30.0, cache=tmp_path)
+    shards = deal(clips, seed=0, per_shard=10)
+    keys = [place.clip.key for shard in shards for place in shard]
+    assert sorted(keys) == sorted(clip.key for clip in clips)
+    for shard in shards:
+        for i, place in enumerate(shard):
+            assert i not in place.companions
+            voices = {shard[other].clip.speaker for other in place.companions}
+            assert voices <= {place.clip.speaker}
+            assert len(place.companions) < 2 * CLUSTER
+    other = deal(clips, seed=1, per_shard=10)
+    assert [place.clip.key for shard in other for place in shard] != keys

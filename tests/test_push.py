@@ -1,0 +1,480 @@
+"""Shards onto a Hub: a real server on loopback speaks the part of its protocol that is used."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from shards import make_dataset, sha256
+
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.push import push
+
+REPO = "owner/voice"
+CODEC = {"id": "dacvae-tiny", "sample_rate": 48000, "hop": 1920, "latent_dim": 8}
+LFS = (".tar", ".safetensors")
+
+
+class Hub:
+    """Datasets in memory. It checks sizes and SHA-256, and that what is committed was uploaded.
+
+    `faults` are (what, status): the next request of that kind ("info", "create", "tree",
+    "preupload", "batch", "put", "verify", "validate", "commit", "resolve") is answered so.
+    """
+
+    def __init__(self):
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.faults: list[tuple[str, int]] = []
+        self.requests: list[str] = []
+        self.put: list[int] = []
+        """Bytes of each large file that came."""
+        self.commits: list[list[str]] = []
+        """Names in each commit."""
+        self.commits_to_live = 1_000_000
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format, *args):
+                pass
+
+            def do_GET(self):
+                parts = self.path.partition("?")[0].strip("/").split("/")
+                if parts[0] == "datasets":
+                    repo, kind = "/".join(parts[1:3]), "resolve"
+                    assert parts[3:5] == ["resolve", "main"]
+                else:
+                    assert parts[:2] == ["api", "datasets"]
+                    repo, kind = "/".join(parts[2:4]), parts[4] if parts[4:] else "info"
+                if self.refused(kind):
+                    return
+                files = hub.repos.get(repo)
+                if files is None:
+                    return self.answer(404, {"error": "no such dataset"}, "RepoNotFound")
+                if kind == "info":
+                    return self.answer(200, {"id": repo, "sha": 40 * "0"})
+                if kind == "tree":
+                    return self.answer(200, [entry(name, data) for name, data in files.items()])
+                if parts[5] not in files:
+                    return self.answer(404, {"error": "no such file"}, "EntryNotFound")
+                self.answer(200, files[parts[5]])
+
+            def do_PUT(self):
+                data = self.body()
+                if self.refused("put", signed=True):
+                    return
+                oid = self.path.strip("/").split("/")[1]
+                if hashlib.sha256(data).hexdigest() != oid:
+                    return self.answer(422, {"error": "another SHA-256"})
+                hub.blobs[oid] = data
+                hub.put.append(len(data))
+                self.answer(200, {})
+
+            def do_POST(self):
+                data = self.body()
+                parts = self.path.partition("?")[0].strip("/").split("/")
+                if parts[-1] == "batch":
+                    kind = "batch"
+                elif parts[:2] == ["api", "repos"]:
+                    kind = "create"
+                elif parts[-1] == "validate-yaml":
+                    kind = "validate"
+                else:
+                    kind = parts[-1] if parts[-1] == "verify" else parts[4]
+                if self.refused(kind):
+                    return
+                repo = "/".join(parts[2:4])
+                getattr(self, kind)(repo, data)
+
+            def create(self, _: str, data: bytes):
+                wanted = json.loads(data)
+                assert wanted["type"] == "dataset"
+                repo = f"{wanted['organization']}/{wanted['name']}"
+                if repo in hub.repos:
+                    return self.answer(409, {"error": "You already created this dataset repo"})
+                hub.repos[repo] = {".gitattributes": b"*.tar filter=lfs\n"}
+                hub.private[repo] = wanted.get("visibility") == "private" or wanted.get("private")
+                self.answer(200, {"url": f"{hub.url}/datasets/{repo}"})
+
+            def preupload(self, repo: str, data: bytes):
+                files = []
+                for file in json.loads(data)["files"]:
+                    mode = "lfs" if file["path"].endswith(LFS) else "regular"
+                    files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+                self.answer(200, {"files": files})
+
+            def batch(self, _: str, data: bytes):
+                wanted, objects = json.loads(data), []
+                assert wanted["operation"] == "upload" and wanted["hash_algo"] == "sha256"
+                for item in wanted["objects"]:
+                    answer = {"oid": item["oid"], "size": item["size"]}
+                    if item["oid"] not in hub.blobs:
+                        answer["actions"] = {
+                            "upload": {"href": f"{hub.url}/lfs/{item['oid']}", "header": {}},
+                            "verify": {"href": f"{hub.url}/lfs/verify", "header": {}},
+                        }
+                    objects.append(answer)
+                self.answer(200, {"transfer": "basic", "objects": objects})
+
+            def verify(self, _: str, data: bytes):
+                item = json.loads(data)
+                right = len(hub.blobs.get(item["oid"], b"")) == item["size"]
+                self.answer(200 if right else 404, {})
+
+            def validate(self, _: str, data: bytes):
+                assert json.loads(data)["repoType"] == "dataset"
+                self.answer(200, {"warnings": [], "errors": []})
+
+            def commit(self, repo: str, data: bytes):
+                header, *lines = [json.loads(line) for line in data.splitlines()]
+                assert header["key"] == "header" and header["value"]["summary"]
+                new = {}
+                for line in lines:
+                    value = line["value"]
+                    if line["key"] == "file":
+                        assert value["encoding"] == "base64"
+                        new[value["path"]] = base64.b64decode(value["content"])
+                    elif value["oid"] in hub.blobs:
+                        assert line["key"] == "lfsFile" and value["algo"] == "sha256"
+                        new[value["path"]] = hub.blobs[value["oid"]]
+                    else:
+                        return self.answer(400, {"error": "a file is not there"})
+                hub.repos[repo] |= new
+                hub.commits.append(list(new))
+                if len(hub.commits) >= hub.commits_to_live:
+                    hub.stop()
+                    return  # and the client waits in vain
+                self.answer(200, {"commitUrl": f"{hub.url}/{repo}", "commitOid": 40 * "1"})
+
+            def body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    data = b""
+                    while size := int(self.rfile.readline(), 16):
+                        data += self.rfile.read(size)
+                        self.rfile.readline()
+                    self.rfile.readline()
+                    return data
+                return self.rfile.read(int(self.headers["Content-Length"]))
+
+            def refused(self, kind: str, signed: bool = False) -> bool:
+                hub.requests.append(kind)
+                for fault in hub.faults:
+                    if fault[0] == kind:
+                        hub.faults.remove(fault)
+                        self.answer(fault[1], {"error": "as the test wants"})
+                        return True
+                if signed or self.headers.get("Authorization") == "Bearer hf_right":
+                    return False
+                self.answer(401, {"error": "Invalid username or password."})
+                return True
+
+            def answer(self, status: int, body: object, error: str = ""):
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                if error:
+                    self.send_header("X-Error-Code", error)
+                if status == 429:
+                    self.send_header("Retry-After", "7")
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def entry(name: str, data: bytes) -> dict[str, object]:
+    """A file as the Hub lists it."""
+    facts = {"type": "file", "path": name, "size": len(data)}
+    if name.endswith(LFS):
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 9}
+        return {**facts, "oid": 40 * "a", "lfs": lfs}
+    return {**facts, "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """How long it would have slept."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Five shards, indexed by two machines, with what lies beside them."""
+    folder = make_dataset(tmp_path / "shards", shards=5, per_shard=3)
+    write_index(folder, "index-0.json", range(3))
+    write_index(folder, "index-1.json", range(3, 5))
+    (folder / "silence.safetensors").write_bytes(b"silence")
+    (folder / "codec.json").write_text(json.dumps(CODEC))
+    (folder / "more").mkdir()
+    (folder / "more" / "deeper.tar").write_bytes(b"ignored")
+    (folder / "linked.tar").symlink_to(folder / "00000.tar")
+    (folder / "report.html").write_text("ignored")
+    return folder
+
+
+def write_index(folder: Path, name: str, numbers, **fields: object) -> None:
+    names = [f"{number:05d}.tar" for number in numbers]
+    shards = {
+        name: {"sha256": sha256(folder / name), "samples": 3, "seconds": 2400.0} for name in names
+    }
+    index = {"format": "echo_eqx", "kind": "shards", "shards": shards, "codec": CODEC, **fields}
+    (folder / name).write_text(json.dumps(index))
+
+
+def pushed(folder: Path, repo: str = REPO) -> list[str]:
+    lines = []
+    push(folder, repo, say=lines.append)
+    return lines
+
+
+def refused(folder: Path, repo: str = REPO) -> str:
+    with pytest.raises(EchoError) as caught:
+        push(folder, repo, say=lambda line: None)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and len(message) < 500
+    return message
+
+
+def in_process(hub: Hub, folder: Path, repo: str, **environment: str) -> list[str]:
+    """What a fresh process that knows this Hub by its environment says."""
+    script = """
+import sys
+from pathlib import Path
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.push import push
+try:
+    push(Path(sys.argv[1]), sys.argv[2], say=print)
+except EchoError as error:
+    print(error)
+"""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder.parent / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), repo],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_everything_arrives_and_the_card_comes_last(hub, folder):
+    lines = in_process(hub, folder, REPO, HF_TOKEN="hf_right")
+    beside = ["silence.safetensors", "codec.json", "index-0.json", "index-1.json"]
+    shards = [f"{number:05d}.tar" for number in range(5)]
+    assert hub.commits == [*([shard] for shard in shards), [*beside, "README.md"]]
+    files = hub.repos[REPO]
+    assert set(files) == {".gitattributes", "README.md", *beside, *shards}
+    for name in (*beside, *shards):
+        assert files[name] == (folder / name).read_bytes(), name
+    assert hub.private[REPO] and "private" in lines[0]
+    assert lines[1] == "00000.tar sent (1 of 5)" and len(lines) == 7
+
+
+def test_card_says_what_there_is(hub, folder):
+    write_index(folder, "index-all.json", range(5))
+    pushed(folder)
+    card = hub.repos[REPO]["README.md"].decode()
+    header = huggingface_hub.DatasetCard(card).data.to_dict()
+    assert header["license"] == "other" and header["task_categories"] == ["text-to-speech"]
+    assert header["configs"][0]["data_files"] == [{"split": "train", "path": "*.tar"}]
+    for words in (
+        "3.33 hours",
+        "15 samples in 5 WebDataset shards",
+        "float16 (frames, 8), 25 frames a second",
+        "`dacvae-tiny`: 48,000 Hz",
+        "python scripts/train.py --data hf://datasets/owner/voice\n",
+    ):
+        assert words in card, words
+
+
+def test_again_sends_nothing(hub, folder):
+    pushed(folder)
+    hub.requests.clear()
+    assert pushed(folder) == [f"{n:05d}.tar is already there ({n + 1} of 5)" for n in range(5)]
+    assert sorted(hub.requests) == ["info", "resolve", "tree"]
+
+
+def test_only_a_new_shard_and_what_lists_it_is_sent(hub, folder):
+    pushed(folder)
+    hub.commits.clear()
+    (folder / "00005.tar").write_bytes((folder / "00000.tar").read_bytes() + bytes(512))
+    write_index(folder, "index-1.json", range(3, 6))
+    pushed(folder)
+    assert hub.commits == [["00005.tar"], ["index-1.json", "README.md"]]
+    assert b"18 samples in 6" in hub.repos[REPO]["README.md"]
+
+
+def test_goes_on_after_the_hub_died(hub, folder, waits):
+    hub.commits_to_live = 2
+    assert "the Hub cannot be reached" in refused(folder)
+    assert set(hub.repos[REPO]) == {".gitattributes", "00000.tar", "00001.tar"}
+    hub.commits_to_live = 1_000_000
+    hub.put.clear()
+    hub.start()
+    lines = pushed(folder)
+    assert [line.split()[1] for line in lines[:5]] == ["is", "is", "sent", "sent", "sent"]
+    sizes = [(folder / f"{n:05d}.tar").stat().st_size for n in (2, 3, 4)]
+    assert hub.put == [*sizes, len(b"silence")]
+    assert set(hub.repos[REPO]) > {"index-0.json", "README.md", "00004.tar"}
+
+
+def test_failures_that_pass_are_waited_for(hub, folder, waits):
+    kinds = "info create tree preupload batch put verify validate commit commit resolve".split()
+    hub.faults = [(kind, 503) for kind in kinds] + [("commit", 429), ("commit", 412)]
+    lines = pushed(folder)
+    assert hub.faults == [] and len(hub.commits) == 6
+    assert len([line for line in lines if "the Hub answers 503" in line]) == 5
+    assert "the Hub answers 429 (as the test wants); trying again in 7 s" in lines
+    assert len(hub.put) == 6, "a commit that is tried again sends no shard again"
+    assert len(waits) == 13 and 7.0 in waits
+
+
+def test_what_does_not_pass_is_given_up(hub, folder, waits):
+    hub.faults = [("commit", 500)] * 9
+    assert refused(folder) == (
+        "owner/voice cannot be pushed to: the Hub answers 500 (as the test wants)"
+    )
+    assert hub.requests.count("commit") == 5 and sum(waits) == 15
+    hub.faults = [("commit", 400)]
+    hub.requests.clear()
+    assert "the Hub answers 400" in refused(folder)
+    assert hub.requests.count("commit") == 1
+    hub.faults = [("put", 422)]
+    hub.blobs.clear()
+    assert "the Hub answers 422" in refused(folder)
+
+
+def test_shard_that_is_not_as_listed_is_refused(hub, folder):
+    shard = folder / "00002.tar"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    message = refused(folder)
+    assert str(shard) in message and sha256(shard) in message
+    assert set(hub.repos[REPO]) == {".gitattributes", "00000.tar", "00001.tar"}
+    write_index(folder, "index-0.json", range(2))
+    assert refused(folder) == f"{shard} is in no index*.json beside it; wanted it listed"
+
+
+def test_users_card_is_kept(hub, folder):
+    pushed(folder)
+    mine = "---\nlicense: cc0-1.0\n---\r\n# My voice\n\nRecorded in größer rooms."
+    hub.repos[REPO]["README.md"] = mine.encode()
+    pushed(folder)
+    card = hub.repos[REPO]["README.md"].decode()
+    assert card.startswith(mine + "\n\n<!-- echo_eqx:begin -->\n") and "3.33 hours" in card
+    edited = card.replace("3.33 hours", "9 hours") + "\nThanks.\n"
+    hub.repos[REPO]["README.md"] = edited.encode()
+    pushed(folder)
+    assert hub.repos[REPO]["README.md"].decode() == card + "\nThanks.\n"
+
+
+def test_stray_markers_take_no_text_with_them(hub, folder):
+    pushed(folder)
+    mine = "Not <!-- echo_eqx:end --> a <!-- echo_eqx:begin --> block.\n"
+    hub.repos[REPO]["README.md"] = mine.encode()
+    for _ in range(2):
+        write_index(folder, "index-0.json", range(3), codec={**CODEC, "id": "other"})
+        write_index(folder, "index-1.json", range(3, 5), codec={**CODEC, "id": "other"})
+        pushed(folder)
+        card = hub.repos[REPO]["README.md"].decode()
+        assert card.startswith(mine) and card.count("<!-- echo_eqx:end -->") == 2
+        assert "`other`" in card
+
+
+def test_an_existing_dataset_stays_as_open_as_it_is(hub, folder):
+    hub.repos[REPO] = {}
+    lines = pushed(folder)
+    assert "create" not in hub.requests and not any("private" in line for line in lines)
+
+
+def test_who_may_not_is_told_so(hub, folder):
+    (unknown,) = in_process(hub, folder, REPO)
+    assert "(401)" in unknown and "hf auth login" in unknown
+    hub.faults = [("create", 403)]
+    assert "(403)" in refused(folder)
+    assert hub.commits == [] and hub.put == []
+
+
+def test_no_network_is_one_sentence(hub, folder, waits, monkeypatch):
+    hub.stop()
+    assert "the Hub cannot be reached" in refused(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refused(folder)
+    hub.start()
+
+
+@pytest.mark.parametrize("repo", ["voice", "a/b/c", "owner/", "/voice", "owner/my voice", ""])
+def test_bad_names_are_told(folder, repo):
+    assert refused(folder, repo).endswith("is no name of a dataset on the Hub; wanted owner/name")
+
+
+def test_folders_with_nothing_to_push_are_told(folder, tmp_path):
+    assert "cannot be read" in refused(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "holds no *.tar" in refused(tmp_path / "empty")
+    write_index(folder, "index-2.json", range(2, 3))
+    index = json.loads((folder / "index-2.json").read_text())
+    index["shards"]["00002.tar"]["sha256"] = 64 * "0"
+    (folder / "index-2.json").write_text(json.dumps(index))
+    assert "00002.tar is listed in two index*.json with different SHA-256" in refused(folder)
+    (folder / "index-2.json").unlink()
+    write_index(folder, "index-1.json", range(3, 5), codec={**CODEC, "id": "other"})
+    assert "names codec dacvae-tiny and index-1.json names other" in refused(folder)
+    write_index(folder, "index-1.json", range(3, 5))
+    (folder / "00004.tar").unlink()
+    assert "00004.tar does not exist" in refused(folder)
+    for text in ("", "[]", "{}", '{"format": "echo_eqx", "kind": "shards"}', '{"format": 1}'):
+        (folder / "index-1.json").write_text(text)
+        assert "index-1.json is no index of shards: " in refused(folder)
+    (folder / "index-0.json").unlink()
+    (folder / "index-1.json").unlink()
+    assert "holds no index*.json" in refused(folder)

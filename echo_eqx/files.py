@@ -5,6 +5,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+# It can only be read by being set, which other threads would notice later on.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there.
@@ -18,9 +22,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
         _sync_folder(path.parent)
     except BaseException:

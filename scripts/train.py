@@ -8,10 +8,10 @@ says that another process of the run is gone. Everything the run writes is in --
 """
 
 import argparse
-import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import tyro
@@ -33,17 +33,25 @@ def main() -> None:
     watch = PeerWatch(config.coordinator)
     try:
         code = train(config, watch)
+    except OSError as error:
+        place = error.filename or config.run_dir
+        _end(watch, EchoError(f"{place} cannot be read or written: {error.strerror or error}"))
     except (Exception, KeyboardInterrupt) as error:
-        if jax.process_count() == 1:
-            raise
-        if isinstance(error, EchoError):
-            print(f"error: process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
-        else:
-            watch.wait_for_news()
-            traceback.print_exc()
-        # A plain exit would wait for the other processes, and they for this one.
-        os._exit(error.exit_code if isinstance(error, EchoError) else 1)
-    raise SystemExit(code)
+        _end(watch, error)
+    else:
+        raise SystemExit(code)
+
+
+def _end(watch: PeerWatch, error: BaseException) -> NoReturn:
+    """An error of one process is the end of all; of several, each says whose it is."""
+    if jax.process_count() == 1:
+        raise error
+    who = f"process {jax.process_index()}"
+    if isinstance(error, EchoError):
+        watch.fail(f"{who}: {error}", error.exit_code)
+    watch.wait_for_news()
+    traceback.print_exception(error)
+    watch.fail(f"{who}: {type(error).__name__}", 1)
 
 
 def base_of(arguments: list[str]) -> TrainConfig:

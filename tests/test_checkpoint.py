@@ -25,7 +25,7 @@ from echo_eqx.train.checkpoint import CheckpointWriter, Retention, remove_leftov
 from echo_eqx.train.config import OptimizerConfig, TrainConfig
 from echo_eqx.train.state import TrainState, fresh_state, sharded_abstract_state
 from echo_eqx.trees import named_leaves
-from echo_eqx.weights.checkpoint import TrainingCheckpoint, find_checkpoints
+from echo_eqx.weights.checkpoint import TrainingCheckpoint, find_checkpoints, manifest_checksum
 
 CONFIG = DiTConfig(
     model_dim=32,
@@ -159,16 +159,30 @@ def break_the_manifest(folder: Path) -> None:
 def lose_a_piece(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["tensors"]["model.in_proj.weight"]["pieces"].pop()
+    rewritten(folder, manifest)
+
+
+def change_the_cursor(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    assert '"samples_seen": 16' in text
+    (folder / "manifest.json").write_text(text.replace('"samples_seen": 16', '"samples_seen": 17'))
+
+
+def rewritten(folder: Path, manifest: dict) -> None:
+    """A manifest that is wrong from the beginning."""
+    del manifest["crc32"]
+    manifest["crc32"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def lead_outside(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["tensors"]["model.in_proj.weight"]["pieces"][0]["file"] = "../../x.safetensors"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    rewritten(folder, manifest)
 
 
 DAMAGES = [truncate, flip_a_bit, lose_a_file, break_the_manifest, lose_a_piece, lead_outside]
+DAMAGES += [change_the_cursor]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -190,6 +204,21 @@ def test_when_all_are_damaged_nothing_begins_anew(tmp_path):
     flip_a_bit(save(tmp_path, 1, make_state()))
     with pytest.raises(EchoError, match=r"no checkpoint in .* is intact, of 1"):
         newest_restorable(tmp_path)
+
+
+def test_damaged_later_ones_are_set_aside_and_push_nothing_out(tmp_path):
+    for step in (1, 4, 6):
+        folder = save(tmp_path, step, make_state(seed=step))
+        if step > 1:
+            flip_a_bit(folder)
+    retention = Retention(last=1)
+    save(tmp_path, 2, make_state(seed=2), retention=retention)
+    assert newest_restorable(tmp_path).step == 2
+    remove_leftovers(tmp_path, newest_restorable(tmp_path))
+    assert [step for step, _ in find_checkpoints(tmp_path / "checkpoints")] == [2]
+    assert len(list((tmp_path / "checkpoints").glob("damaged_step_*"))) == 2
+    exports = list((tmp_path / "checkpoints").glob("*.safetensors"))
+    assert [path.stem for path in exports] == ["step_000000002"]
 
 
 def test_the_last_and_every_kth_stay(tmp_path):
@@ -239,11 +268,11 @@ def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_
             reached = stop_dead_at(patch, count)
             writer = writer_in(folder, retention=Retention(last=1))
             writer.save(states[2], manifest, {"0": [0, 0, 0]})
-            while not reached.wait(0.01) and writer.is_writing:
+            while not reached.wait(0.01) and writer._thread.is_alive():
                 pass
         checkpoint = newest_restorable(folder)
         assert_same(restore_state(checkpoint, abstract), states[checkpoint.step])
-        remove_leftovers(folder)
+        remove_leftovers(folder, checkpoint)
         left = {path for path in (folder / "checkpoints").iterdir() if path.is_dir()}
         assert left == {path for _, path in find_checkpoints(folder / "checkpoints")}
         steps.append(checkpoint.step)
@@ -309,7 +338,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_older_ones(small_disk, mo
     with pytest.raises(EchoError, match="No space left on device; the ones before are untouched"):
         save(small_disk, 2, state)
     assert newest_restorable(small_disk).step == 1
-    remove_leftovers(small_disk)
+    remove_leftovers(small_disk, None)
     assert [p.name for p in (small_disk / "checkpoints").iterdir() if p.is_dir()] == [
         "step_000000001"
     ]

@@ -12,7 +12,7 @@ from conftest import random_model
 
 from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import UsageError
-from echo_eqx.flow.noising import Batch
+from echo_eqx.flow.noising import Batch, draw, flow_loss
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import batch_sharding, check_batch, mesh_shape
 from echo_eqx.sharding.specs import check_mesh, parameter_spec, state_shardings
@@ -85,6 +85,16 @@ def test_loss_and_every_gradient_equal_the_unsharded(unsharded, shape, accumulat
     for name, (a, b) in zip(names, pairs, strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
         assert np.abs(a).max() > 0, f"{name} has no gradient, so nothing was compared"
+
+
+def test_loss_and_gradients_are_those_of_the_objective(unsharded):
+    model, batch = random_model(EchoDiT, CONFIG), make_batch()
+    key = jr.key(1)
+    draws = draw(key, jnp.arange(16), 16, (14, 8), text_dropout=0.1, speaker_dropout=0.1)
+    loss, gradients = jax.jit(jax.value_and_grad(flow_loss))(model, batch, draws)
+    assert unsharded[0] == pytest.approx(float(loss), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(unsharded[1]), strict=True):
+        assert np.abs(np.asarray(a) - b).max() <= 1e-5 * np.abs(b).max()
 
 
 def test_loss_over_valid_frames_is_a_mean_over_the_global_batch():

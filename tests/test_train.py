@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def home(tmp_path_factory):
     return folder
 
 
-def start(home: Path, run: str, *flags: str, devices: int = 1, **environment) -> subprocess.Popen:
+def start(home: Path, run: str, *flags: str, devices: int = 1, folder=None) -> subprocess.Popen:
     command = [sys.executable, str(TRAIN), "--model", "tiny", "--data", str(home / "data")]
     lengths = ["--frames", "24", "--text_bytes", "32", "--ref_frames", "16", "--batch_size", "8"]
     where = ["--run_dir", str(home / run), "--cache_dir", str(home / "shards")]
@@ -40,12 +41,12 @@ def start(home: Path, run: str, *flags: str, devices: int = 1, **environment) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=folder,
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{flags_of_xla} --xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": str(home / "xla"),
-            **environment,
         },
     )
 
@@ -237,6 +238,28 @@ def test_held_out_loss_and_samples(home, tmp_path):
     names = sorted(path.name for path in samples.iterdir())
     assert names == ["0.ref.wav", "0.txt", "0.wav", "1.ref.wav", "1.txt", "1.wav"]
     assert (samples / "0.txt").read_text().startswith("This is record")
+
+
+def test_a_run_at_its_end_and_a_run_with_other_shards(home, uninterrupted):
+    shutil.copytree(home / "whole", home / "again")
+    finish(start(home, "again", "--num_steps", "9"))
+    shutil.copytree(home / "data", home / "renamed")
+    (home / "renamed" / "00003.tar").rename(home / "renamed" / "00099.tar")
+    said = finish(start(home, "again", "--data", str(home / "renamed")), code=1)
+    assert "renamed are not those that" in said and len(said.splitlines()) == 1
+
+
+def test_a_run_folder_that_hosts_do_not_share_is_refused(home, tmp_path):
+    together = ["--mesh", "fsdp=8", "--coordinator", f"127.0.0.1:{free_port()}"]
+    both = []
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+    for i in range(2):
+        flags = ["--num_processes", "2", "--process_id", str(i), "--run_dir", "relative"]
+        both.append(start(home, "x", *together, *flags, devices=4, folder=tmp_path / str(i)))
+    said = "".join(out for process in both for out in process.communicate(timeout=120))
+    assert "is not the folder that process 0 writes to" in said
+    assert all(process.returncode == 1 for process in both)
 
 
 def test_weights_of_another_run_begin_a_new_one(home, uninterrupted):

@@ -65,7 +65,7 @@ def index_tar(source: Path | int) -> list[Entry]:
 
     `source` is a path or the descriptor of an open file, which stays open.
 
-    **Raises**: `OSError` if the file cannot be opened.
+    **Raises**: `OSError` if the file cannot be read.
     """
     # Of the usual 8 KiB at a time, a header of 512 bytes would be all that is used.
     with open(source, "rb", buffering=1024, closefd=not isinstance(source, int)) as file:
@@ -94,6 +94,8 @@ def _index(file: BinaryIO) -> list[Entry]:
                     entry = entries.setdefault(match[1], Entry(match[1]))
                     setattr(entry, _PARTS[match[2]], (end, member.size))
             damage = _damage_after(file, tar.offset)
+    except OSError:
+        raise  # of the disk, not of the tar
     except Exception as error:  # a damaged header can raise nearly anything
         damage = str(error) or type(error).__name__
     found = list(entries.values())

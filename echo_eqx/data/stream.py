@@ -185,7 +185,10 @@ class _Lane:
         self._index = self.index_at(self.epoch, self.shard)
         shard = self.listing.shards[self._index]
         self._descriptor = cache.open(shard)
-        self._entries = index_tar(self._descriptor)
+        try:
+            self._entries = index_tar(self._descriptor)
+        except OSError as error:
+            raise EchoError(f"shard {shard.name} cannot be read: {error.strerror}") from None
         self._order = _permutation(len(self._entries), self.seed, _RECORDS, self._index, self.epoch)
         self.ahead = self.listing.shards[self.index_at(*self._next_shard())]
         if self.record >= max(len(self._entries), 1):

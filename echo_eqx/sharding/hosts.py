@@ -149,6 +149,14 @@ class PeerWatch:
             threading.Thread(target=self._listen, args=(process, peer), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
+    def fail(self, reason: str, code: int) -> NoReturn:
+        """End this process, and tell the others why, so that they end with the same code."""
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        for peer in self._peers.values():
+            _send(peer, json.dumps([reason, code]).encode() + b"\n")
+        # A plain exit would wait for the other processes, and they for this one.
+        os._exit(code)
+
     def close(self) -> None:
         """The run is over: others may leave. Call it when all have reached the same point."""
         self._closing.set()
@@ -168,6 +176,7 @@ class PeerWatch:
     def _listen(self, process: int, peer: socket.socket) -> None:
         lines = peer.makefile("rb")
         reason = f"process {process} is gone"
+        code = EXIT_PEER_LOST
         while True:
             try:
                 line = lines.readline()
@@ -181,22 +190,12 @@ class PeerWatch:
             if not line:
                 break
             if line != b"\n":
-                reason = line.decode().strip()
+                reason, code = json.loads(line)
                 break
         if not self._closing.is_set():
-            self._end(reason)
-
-    def _end(self, reason: str) -> NoReturn:
-        for peer in self._peers.values():
-            _send(peer, f"{reason}\n".encode())
-        print(
-            f"error: {reason}; the run stops here and goes on from its last checkpoint when all "
-            "processes are started again",
-            file=sys.stderr,
-            flush=True,
-        )
-        # The main thread may hang in a collective, and a plain exit would wait for the others.
-        os._exit(EXIT_PEER_LOST)
+            if code == EXIT_PEER_LOST and "start" not in reason:
+                reason += "; start all processes again to go on from the last checkpoint"
+            self.fail(reason, code)  # the main thread may hang in a collective
 
 
 def _send(peer: socket.socket, data: bytes) -> None:
@@ -207,11 +206,13 @@ def _send(peer: socket.socket, data: bytes) -> None:
 
 
 def _own_address() -> str:
-    """Where other hosts reach this one; loopback if it has no other name."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "127.0.0.1"
+    """Where other hosts reach this one: the address that a way out would begin at."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:  # nothing is sent
+        try:
+            way.connect(("192.0.2.1", 9))
+            return way.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
 
 
 def _broadcast(text: str) -> str:

@@ -1,5 +1,7 @@
 """Where a run begins: fresh, from given weights, from a published state, or where it stopped."""
 
+import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from jax.sharding import Mesh
 
 from echo_eqx.command import note
 from echo_eqx.config import DiTConfig
+from echo_eqx.data.shards import Listing
 from echo_eqx.errors import EchoError
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.specs import state_shardings
 from echo_eqx.train.checkpoint import put_on_mesh, restore_state
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.state import TrainState, fresh_state, init_state, sharded_abstract_state
+from echo_eqx.trees import leaf_names
 from echo_eqx.weights.checkpoint import FOLDER, TrainingCheckpoint, find_checkpoints
 from echo_eqx.weights.flax import FlaxCheckpoint, read_flax_checkpoint
 from echo_eqx.weights.hub import find_weights
@@ -50,7 +54,21 @@ def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
     return None
 
 
-def check_same_model(checkpoint: TrainingCheckpoint, config: DiTConfig, seed: int) -> None:
+def pinned_source(config: TrainConfig) -> str:
+    """`config.data`; a dataset on the Hub at the commit that the run began with, if it has."""
+    assert config.data is not None
+    match = re.fullmatch(r"(hf://datasets/[^/@]+/[^/@]+)(/.*)?", config.data)
+    found = find_checkpoints(config.run_dir / FOLDER)
+    if match and found:
+        with contextlib.suppress(EchoError, KeyError, TypeError):  # damage is found out later
+            revision = TrainingCheckpoint(found[0][1]).manifest["data"]["revision"]
+            return f"{match[1]}@{revision}{match[2] or ''}" if revision else config.data
+    return config.data
+
+
+def check_same_run(
+    checkpoint: TrainingCheckpoint, config: DiTConfig, seed: int, listing: Listing
+) -> None:
     """**Raises**: `EchoError` if the run in the folder is another one."""
     path = checkpoint.path
     for name, there in vars(checkpoint.config).items():
@@ -63,6 +81,11 @@ def check_same_model(checkpoint: TrainingCheckpoint, config: DiTConfig, seed: in
         raise EchoError(
             f"checkpoint {path} was trained with seed {checkpoint.manifest.get('seed')}; "
             f"this run's is {seed}"
+        )
+    if checkpoint.manifest.get("data", {}).get("digest") != listing.digest():
+        raise EchoError(
+            f"the shards of {listing.source} are not those that {path} was trained on; wanted the "
+            "same ones, or another --run_dir with --init_from this one"
         )
 
 
@@ -81,14 +104,28 @@ def begin(
         state = _from_published(published, path, config, abstract)
         return state, published.samples_seen, None
     if config.init_from is not None:
-        model = _on_host(lambda: load_dit(str(config.init_from)))
-        _check_sizes(model.config, dit_config, str(config.init_from))
-        return _fresh_from(model, config, abstract), 0, None
+        return _from_weights(config.init_from, config, abstract), 0, None
     return init_state(dit_config, config.optimizer, mesh, config.seed), 0, None
 
 
-def _fresh_from(model: EchoDiT, config: TrainConfig, abstract: TrainState) -> TrainState:
-    model = _place(model, abstract.model)
+def _from_weights(source: str, config: TrainConfig, abstract: TrainState) -> TrainState:
+    """Of another run each device reads its slices; other formats are read whole."""
+    path = find_weights(source)
+    if path.is_dir():
+        checkpoint = TrainingCheckpoint(path)
+        _check_sizes(checkpoint.config, config.dit_config(), source)
+        arrays = checkpoint.model_arrays()
+        leaves, treedef = jax.tree.flatten(abstract.model)
+        model = treedef.unflatten(
+            jax.make_array_from_callback(
+                leaf.shape, leaf.sharding, lambda index, name=name: arrays.part(name, index)
+            )
+            for name, leaf in zip(leaf_names(abstract.model), leaves, strict=True)
+        )
+    else:
+        loaded = _on_host(lambda: load_dit(path))
+        _check_sizes(loaded.config, config.dit_config(), source)
+        model = _place(loaded, abstract.model)
     shardings = state_shardings(abstract, jax.tree.leaves(abstract)[0].sharding.mesh)
     return jax.jit(lambda m: fresh_state(m, config.optimizer), out_shardings=shardings)(model)
 

@@ -6,6 +6,7 @@ behind has another run's mark in its name and is never taken for a piece of this
 """
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -31,6 +32,7 @@ from echo_eqx.weights.checkpoint import (
     Box,
     TrainingCheckpoint,
     find_checkpoints,
+    manifest_checksum,
     piece_name,
     step_folder,
 )
@@ -97,10 +99,6 @@ class CheckpointWriter:
         )
         self._thread.start()
 
-    @property
-    def is_writing(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def poll(self) -> None:
         """Raise what went wrong in the background, if anything has."""
         if self._error is not None:
@@ -115,6 +113,8 @@ class CheckpointWriter:
         self.poll()
 
     def _check_room(self, state: TrainState) -> None:
+        if self._process != 0:
+            return  # the folder is shared, and others may be writing already
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if self._export:
             needed += sum(2 * leaf.size for leaf in jax.tree.leaves(state.model))
@@ -136,7 +136,7 @@ class CheckpointWriter:
                 self._complete(folder, shapes, manifest)
                 if self._export:
                     export_weights(TrainingCheckpoint(folder), folder.with_suffix(".safetensors"))
-                self._prune()
+                self._prune(manifest["step"])
         except OSError as error:
             what = error.strerror or type(error).__name__
             self._error = EchoError(
@@ -178,10 +178,12 @@ class CheckpointWriter:
             for piece in listed["pieces"]:
                 tensors[piece.pop("tensor")]["pieces"].append(piece)
         whole = {"format": FORMAT, "kind": KIND, "version": VERSION, **manifest}
-        _write_json(folder / MANIFEST, {**whole, "cursor": cursors, "tensors": tensors})
+        whole |= {"cursor": cursors, "tensors": tensors}
+        _write_json(folder / MANIFEST, {**whole, "crc32": manifest_checksum(whole)})
 
-    def _prune(self) -> None:
-        found = dict(find_checkpoints(self._folder))
+    def _prune(self, newest: int) -> None:
+        # Later ones can only be left from before a damaged one was gone back behind.
+        found = {s: path for s, path in find_checkpoints(self._folder) if s <= newest}
         for step in self._retention.drops(list(found)):
             remove_checkpoint(found[step])
 
@@ -193,13 +195,20 @@ def remove_checkpoint(folder: Path) -> None:
     folder.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def remove_leftovers(run_dir: Path) -> None:
-    """Delete what a killed run left half-written. Only before anyone writes."""
-    complete = {path for _, path in find_checkpoints(run_dir / FOLDER)}
-    for path in (run_dir / FOLDER).glob("step_*"):
+def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None:
+    """Delete what a killed run left half-written, and set aside damaged checkpoints behind the one
+    that is `restored`. Only before anyone writes."""
+    folder = run_dir / FOLDER
+    for step, path in find_checkpoints(folder):
+        if restored is not None and step > restored.step:
+            path.rename(folder / f"damaged_{path.name}_{os.urandom(3).hex()}")
+    complete = {path for _, path in find_checkpoints(folder)}
+    for path in folder.glob("step_*"):
         if path.is_dir() and path not in complete:
             shutil.rmtree(path, ignore_errors=True)
-    for path in (run_dir / FOLDER).glob(".step_*.safetensors.*"):
+        elif path.is_file() and path.with_suffix("") not in complete:
+            path.unlink()
+    for path in [*folder.glob(".step_*"), *folder.glob("step_*/.*")]:
         path.unlink(missing_ok=True)
 
 

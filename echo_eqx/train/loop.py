@@ -3,44 +3,36 @@
 import dataclasses
 import importlib
 import json
-import re
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.random as jr
 import numpy as np
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from echo_eqx.command import note, on_terminal
-from echo_eqx.config import DiTConfig
 from echo_eqx.config import to_json as sizes_to_json
 from echo_eqx.data import stream
-from echo_eqx.data.fetch import ShardCache
-from echo_eqx.data.records import load_silence
-from echo_eqx.data.shards import Listing, list_shards
 from echo_eqx.errors import EchoError
 from echo_eqx.sharding.hosts import EXIT_PREEMPTED, PeerWatch, check_agreement, code_digest
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape, replicated
 from echo_eqx.sharding.specs import check_mesh
-from echo_eqx.train.batches import Feeder, owned_lanes
-from echo_eqx.train.begin import begin, check_same_model, newest_restorable
+from echo_eqx.train.batches import Feeder
+from echo_eqx.train.begin import begin, check_same_run, newest_restorable, pinned_source
 from echo_eqx.train.checkpoint import CheckpointWriter, Retention, remove_leftovers
 from echo_eqx.train.config import TrainConfig, to_json
+from echo_eqx.train.data import TrainData
 from echo_eqx.train.evaluate import evaluate, make_evaluate
 from echo_eqx.train.flops import step_flops
 from echo_eqx.train.metrics import MetricsLog
 from echo_eqx.train.run_folder import MetricsFile, RunFolder
 from echo_eqx.train.samples import Samples
-from echo_eqx.train.state import abstract_state, sharded_abstract_state
+from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
-from echo_eqx.weights.own_format import SafetensorsFile
 
 
 def train(config: TrainConfig, watch: PeerWatch) -> int:
@@ -55,10 +47,12 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
     check_batch(config.batch_size, config.optimizer.accumulate, sizes)
     check_mesh(abstract_state(dit_config, config.optimizer).model, sizes)
     mesh = make_mesh(sizes)
-    data = _Data(config.data or "", config, dit_config, mesh)
-    held_out = _Data(config.eval_data, config, dit_config, mesh) if config.eval_data else None
+    source = pinned_source(config)
+    data = TrainData(source, config, dit_config, mesh)
+    held_out = TrainData(config.eval_data, config, dit_config, mesh) if config.eval_data else None
     mark = check_agreement(_facts(config, data, held_out))
     with RunFolder(config.run_dir, writes=jax.process_index() == 0) as folder:
+        folder.check_shared(mark)
         return _train_in(folder, config, mesh, data, held_out, mark, watch)
 
 
@@ -66,8 +60,8 @@ def _train_in(
     folder: RunFolder,
     config: TrainConfig,
     mesh: Mesh,
-    data: "_Data",
-    held_out: "_Data | None",
+    data: TrainData,
+    held_out: TrainData | None,
     mark: str,
     watch: PeerWatch,
 ) -> int:
@@ -75,9 +69,9 @@ def _train_in(
     dit_config = config.dit_config()
     checkpoint = newest_restorable(config.run_dir)
     if checkpoint is not None:
-        check_same_model(checkpoint, dit_config, config.seed)
+        check_same_run(checkpoint, dit_config, config.seed, data.listing)
     if first:
-        remove_leftovers(config.run_dir)
+        remove_leftovers(config.run_dir, checkpoint)
         folder.describe(config)
     multihost_utils.sync_global_devices("ready")
 
@@ -114,7 +108,7 @@ def _train_in(
     stop = _StopSignal()
     line = _ProgressLine(config.num_steps, step, first)
 
-    def save(state, cursor) -> None:
+    def save(state: TrainState, cursor: dict[str, list[int]]) -> None:
         manifest = {
             "step": step,
             "samples_seen": log.samples_seen,
@@ -124,51 +118,48 @@ def _train_in(
             "processes": jax.process_count(),
             "seed": config.seed,
             "key": jr.key_data(jr.key(config.seed + 1)).tolist(),
-            "data": data.listing.digest(),
+            "data": {"revision": data.listing.revision, "digest": data.listing.digest()},
         }
         writer.save(state, manifest, cursor)
 
-    saved = step
-    ahead = feeder.next() if step < config.num_steps else None
-    log.restart_clock(feeder.waited)
-    while step < config.num_steps:
-        assert ahead is not None
-        placed = ahead
-        with jax.transfer_guard_device_to_host("disallow"):  # nothing here waits for the device
-            state, metrics = compiled(state, placed.batch, key)
-            step += 1
-            log.add(step, metrics, placed.keys)
-            if step < config.num_steps:
-                ahead = feeder.next()  # while the device works
-        writer.poll()
+    try:
+        placed = feeder.next() if step < config.num_steps else None
+        log.restart_clock(feeder.waited)
+        while placed is not None:
+            with jax.transfer_guard_device_to_host("disallow"):  # nothing here waits for it
+                state, metrics = compiled(state, placed.batch, key)
+                step += 1
+                log.add(step, metrics, placed.keys)
+            writer.poll()
 
-        last = step == config.num_steps
-        stopping = stop.requested(step)
-        saving = step % config.checkpoint_every == 0 or last or stopping
-        evaluating = bool(eval_batches) and (step % config.eval_every == 0 or last)
-        sampling = samples is not None and (step % config.sample_every == 0 or last)
-        if evaluating:
-            log.attach(evaluate(run_evaluation, state.ema or state.model, eval_batches))
-        if step % config.log_every == 0 or evaluating or sampling or saving:
-            line.show(step, log.flush(feeder.waited, source))
-        if samples is not None and sampling:
-            samples.speak(state.ema or state.model, step)
-        if saving:
-            started = time.perf_counter()
-            save(state, placed.cursor)
-            log.attach({"save_seconds": time.perf_counter() - started})
-            saved = step
-        if evaluating or sampling:
-            log.restart_clock(feeder.waited)
-        if stopping:
-            break
-    writer.wait()
-    line.close()
-    source.close()
+            last = step == config.num_steps
+            stopping = stop.requested(step)
+            saving = step % config.checkpoint_every == 0 or last or stopping
+            evaluating = bool(eval_batches) and (step % config.eval_every == 0 or last)
+            sampling = samples is not None and (step % config.sample_every == 0 or last)
+            if evaluating:
+                with log.aside():
+                    weights = state.model if state.ema is None else state.ema
+                    log.attach(evaluate(run_evaluation, weights, eval_batches))
+            if step % config.log_every == 0 or evaluating or sampling or saving:
+                line.show(step, log.flush(feeder.waited, source))
+            if samples is not None and sampling:
+                with log.aside():
+                    samples.speak(state.model if state.ema is None else state.ema, step)
+            if saving:
+                started = time.perf_counter()
+                save(state, placed.cursor)
+                log.attach({"last_save_seconds": time.perf_counter() - started})
+            placed = None if last or stopping else feeder.next()  # while the device works
+    finally:
+        writer.wait()  # a checkpoint that is being written is not lost to what stops the run
+        line.close()
+        source.close()
+    multihost_utils.sync_global_devices("saved")
     if first:
-        note(f"step {saved} is saved in {config.run_dir}")
+        note(f"step {step} is saved in {config.run_dir}")
     watch.close()
-    return 0 if step == config.num_steps else stop.exit_code
+    return 0 if step >= config.num_steps else stop.exit_code
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> tuple[Any, float]:
@@ -187,103 +178,7 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> tuple[Any, float]:
     return compiled, time.perf_counter() - started
 
 
-class _Data:
-    """A source of shards, checked as far as it can be without fetching anything."""
-
-    def __init__(self, source: str, config: TrainConfig, sizes: DiTConfig, mesh: Mesh):
-        self._config, self._mesh = config, mesh
-        self._cache_dir = config.cache_dir.expanduser()
-        self.listing = list_shards(source, self._cache_dir)
-        width = stream.first_width(self.listing)
-        if width not in (None, sizes.latent_dim):
-            raise EchoError(
-                f"{source} holds latents of {width} channels; the model has {sizes.latent_dim} "
-                "(--latent_dim)"
-            )
-        self.window = stream.Window(
-            latent_dim=sizes.latent_dim,
-            max_frames=sizes.max_frames,
-            max_text_bytes=sizes.max_text_bytes,
-            max_speaker_frames=sizes.max_speaker_frames,
-            patch_size=sizes.patch_size,
-        )
-        self.silence = _find_silence(config.silence, self.listing, sizes.latent_dim)
-        lanes = stream.num_lanes(config.batch_size, len(self.listing.shards), config.lanes)
-        self._num_lanes = lanes
-        self._lanes = owned_lanes(mesh, config.batch_size, lanes)
-
-    def stream(
-        self, batch_size: int, *, cursor: dict | None = None, broken_log: Path | None = None
-    ) -> stream.Stream:
-        return stream.Stream(
-            self.listing,
-            self.window,
-            self.silence,
-            batch_size=batch_size,
-            seed=self._config.seed,
-            num_lanes=self._num_lanes,
-            lanes=self._lanes,
-            cache=ShardCache(self._cache_dir, int(self._config.cache_gb * 1e9)),
-            cursor=cursor,
-            max_broken=self._config.max_broken,
-            broken_log=broken_log,
-        )
-
-
-def beside(listing: Listing, name: str) -> Path | None:
-    """The file `name` in the folder or repository of the shards, None if it is not there."""
-    shard = listing.shards[0]
-    if shard.path is not None:
-        path = shard.path.parents[len(Path(shard.name).parts) - 1] / name
-        return path if path.is_file() else None
-    match = re.match(r"hf://datasets/([^/@]+/[^/@]+)", listing.source)
-    assert match is not None
-    try:
-        options = {"repo_type": "dataset", "revision": listing.revision}
-        return Path(hf_hub_download(match[1], name, **options))
-    except EntryNotFoundError as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            return None
-        reason = "it is not in the cache and the Hub cannot be reached"
-    except Exception as error:  # the errors of the HTTP library below change between versions
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-    raise EchoError(f"{name} of {listing.source} cannot be had: {reason}")
-
-
-def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.ndarray:
-    if flag == "zeros":
-        return np.zeros((1, latent_dim), np.float32)
-    names = ("silence.safetensors", "silence.npy")
-    paths = [Path(flag)] if flag is not None else [beside(listing, name) for name in names]
-    for path in paths:
-        if path is not None:
-            silence = load_silence(path, latent_dim)
-            _check_codec(path, listing)
-            return silence
-    raise EchoError(
-        f"there is no {' or '.join(names)} beside the shards of {listing.source}; wanted --silence "
-        "FILE, the encoded silence that recordings are padded with, or --silence zeros"
-    )
-
-
-def _check_codec(silence: Path, listing: Listing) -> None:
-    """Silence of one codec is noise to another; where both say which they are, they agree."""
-    codec = beside(listing, "codec.json")
-    if codec is None or silence.suffix != ".safetensors":
-        return
-    made_silence = SafetensorsFile(silence).metadata.get("codec")
-    try:
-        made_data = json.loads(codec.read_bytes())["id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EchoError(f"{codec} does not say which codec made the data: {error}") from None
-    if made_silence is not None and made_silence != made_data:
-        raise EchoError(
-            f"{silence} was made by codec {made_silence[:16]}, the data of {listing.source} by "
-            f"{str(made_data)[:16]}; wanted the silence of the same codec"
-        )
-
-
-def _held_out(config: TrainConfig, data: _Data, mesh: Mesh) -> tuple[list, Samples | None]:
+def _held_out(config: TrainConfig, data: TrainData, mesh: Mesh) -> tuple[list, Samples | None]:
     """Batches to evaluate on, and the speaker of samples, as far as they are asked for."""
     samples, batches = None, []
     if config.sample_every:
@@ -320,7 +215,7 @@ def _resolved(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, dtype=dtype))
 
 
-def _facts(config: TrainConfig, data: _Data, held_out: _Data | None) -> dict[str, str]:
+def _facts(config: TrainConfig, data: TrainData, held_out: TrainData | None) -> dict[str, str]:
     """What must be the same on all hosts, each under the name it is reported by."""
     settings = dataclasses.replace(config, process_id=None)
     return {

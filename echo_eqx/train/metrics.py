@@ -1,7 +1,9 @@
 """What a run reports: kept on the device until a look at it, then written line by line."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,15 @@ class MetricsLog:
         return lines[-1]
 
     def restart_clock(self, waited: float) -> None:
-        """Leave what happened since the last flush out of the speed."""
         self._started, self._waited = time.perf_counter(), waited
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens within is no part of the speed of training."""
+        jax.block_until_ready([metrics for _, metrics, _ in self._pending])
+        started = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - started
 
     def _speed(self, steps: int, frames: int, waited: float) -> dict[str, Any]:
         seconds = time.perf_counter() - self._started

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
@@ -67,6 +68,21 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    def check_shared(self, mark: str) -> None:
+        """**Raises**: `EchoError` if another process sees another folder under this path.
+
+        `mark` is the same in all processes and new with each start.
+        """
+        file = self.path / ".start"
+        if self._lock is not None:
+            write_whole(file, lambda temporary: temporary.write_text(mark))
+        multihost_utils.sync_global_devices("started")
+        if not file.is_file() or file.read_text() != mark:
+            raise EchoError(
+                f"{self.path.absolute()} on {socket.gethostname()} is not the folder that process "
+                "0 writes to; wanted a --run_dir on a disk that all hosts see"
+            )
 
     def describe(self, config: TrainConfig) -> None:
         """Write what a person needs to understand the run."""

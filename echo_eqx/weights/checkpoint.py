@@ -6,6 +6,7 @@ its shape and pieces; a piece is a box of the tensor, in a file, with a CRC-32.
 
 import json
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def manifest_checksum(manifest: dict[str, Any]) -> int:
+    """CRC-32 of a manifest, however its JSON is laid out."""
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
 class TrainingCheckpoint:
     """A complete checkpoint, of which any part of any tensor can be read.
 
@@ -58,6 +64,8 @@ class TrainingCheckpoint:
                 raise ValueError("it is of another kind")
             if manifest["version"] != VERSION:
                 raise ValueError(f"its version is {manifest['version']}; wanted {VERSION}")
+            if manifest.pop("crc32") != manifest_checksum(manifest):
+                raise ValueError("its content is not what was written")
             self.config: DiTConfig = dit_config_from_json(manifest["model"])
             self.step, self.samples_seen = int(manifest["step"]), int(manifest["samples_seen"])
             self.tensors = {name: _Tensor(entry) for name, entry in manifest["tensors"].items()}
@@ -127,7 +135,7 @@ class ModelArrays:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._checkpoint.read(self._prefix + name)
 
-    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def part(self, name: str, index: tuple[slice, ...] | None) -> np.ndarray:
         return self._checkpoint.read(self._prefix + name, index)
 
     def shape(self, name: str) -> tuple[int, ...]:

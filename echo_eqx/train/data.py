@@ -1,0 +1,116 @@
+"""The data of a run: shards, window, silence and lanes, checked before anything is fetched."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from jax.sharding import Mesh
+
+from echo_eqx.config import DiTConfig
+from echo_eqx.data import stream
+from echo_eqx.data.fetch import ShardCache
+from echo_eqx.data.records import load_silence
+from echo_eqx.data.shards import Listing, list_shards
+from echo_eqx.errors import EchoError
+from echo_eqx.train.batches import owned_lanes
+from echo_eqx.train.config import TrainConfig
+from echo_eqx.weights.own_format import SafetensorsFile
+
+
+class TrainData:
+    """A source of shards, checked as far as it can be without fetching anything."""
+
+    def __init__(self, source: str, config: TrainConfig, sizes: DiTConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self._cache_dir = config.cache_dir.expanduser()
+        self.listing = list_shards(source, self._cache_dir)
+        width = stream.first_width(self.listing)
+        if width not in (None, sizes.latent_dim):
+            raise EchoError(
+                f"{source} holds latents of {width} channels; the model has {sizes.latent_dim} "
+                "(--latent_dim)"
+            )
+        self.window = stream.Window(
+            latent_dim=sizes.latent_dim,
+            max_frames=sizes.max_frames,
+            max_text_bytes=sizes.max_text_bytes,
+            max_speaker_frames=sizes.max_speaker_frames,
+            patch_size=sizes.patch_size,
+        )
+        self.silence = _find_silence(config.silence, self.listing, sizes.latent_dim)
+        lanes = stream.num_lanes(config.batch_size, len(self.listing.shards), config.lanes)
+        self._num_lanes = lanes
+        self._lanes = owned_lanes(mesh, config.batch_size, lanes)
+
+    def stream(
+        self, batch_size: int, *, cursor: dict | None = None, broken_log: Path | None = None
+    ) -> stream.Stream:
+        return stream.Stream(
+            self.listing,
+            self.window,
+            self.silence,
+            batch_size=batch_size,
+            seed=self._config.seed,
+            num_lanes=self._num_lanes,
+            lanes=self._lanes,
+            cache=ShardCache(self._cache_dir, int(self._config.cache_gb * 1e9)),
+            cursor=cursor,
+            max_broken=self._config.max_broken,
+            broken_log=broken_log,
+        )
+
+
+def beside(listing: Listing, name: str) -> Path | None:
+    """The file `name` in the folder or repository of the shards, None if it is not there."""
+    shard = listing.shards[0]
+    if shard.path is not None:
+        path = shard.path.parents[len(Path(shard.name).parts) - 1] / name
+        return path if path.is_file() else None
+    match = re.match(r"hf://datasets/([^/@]+/[^/@]+)", listing.source)
+    assert match is not None
+    try:
+        options = {"repo_type": "dataset", "revision": listing.revision}
+        return Path(hf_hub_download(match[1], name, **options))
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        reason = "it is not in the cache and the Hub cannot be reached"
+    except Exception as error:  # the errors of the HTTP library below change between versions
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    raise EchoError(f"{name} of {listing.source} cannot be had: {reason}")
+
+
+def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.ndarray:
+    if flag == "zeros":
+        return np.zeros((1, latent_dim), np.float32)
+    names = ("silence.safetensors", "silence.npy")
+    paths = [Path(flag)] if flag is not None else [beside(listing, name) for name in names]
+    for path in paths:
+        if path is not None:
+            silence = load_silence(path, latent_dim)
+            _check_codec(path, listing)
+            return silence
+    raise EchoError(
+        f"there is no {' or '.join(names)} beside the shards of {listing.source}; wanted --silence "
+        "FILE, the encoded silence that recordings are padded with, or --silence zeros"
+    )
+
+
+def _check_codec(silence: Path, listing: Listing) -> None:
+    """Silence of one codec is noise to another; where both say which they are, they agree."""
+    codec = beside(listing, "codec.json")
+    if codec is None or silence.suffix != ".safetensors":
+        return
+    made_silence = SafetensorsFile(silence).metadata.get("codec")
+    try:
+        made_data = json.loads(codec.read_bytes())["id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EchoError(f"{codec} does not say which codec made the data: {error}") from None
+    if made_silence is not None and made_silence != made_data:
+        raise EchoError(
+            f"{silence} was made by codec {made_silence[:16]}, the data of {listing.source} by "
+            f"{str(made_data)[:16]}; wanted the silence of the same codec"
+        )

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import jax
 import tyro
-from echo_eqx.prepare.sources import list_clips
 from tqdm import tqdm
 
 import echo_eqx
@@ -25,6 +24,7 @@ from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.deal import deal
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
 from echo_eqx.prepare.push import push
+from echo_eqx.prepare.sources import list_clips
 from echo_eqx.prepare.write import PartIndex, write_json, write_shard, write_silence
 
 SILENCE, SILENCE_SECONDS = "silence.safetensors", 30

@@ -258,7 +258,6 @@ def stop_dead_at(monkeypatch, count: int) -> threading.Event:
 
 def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_path, monkeypatch):
     states = {step: make_state(seed=step) for step in (1, 2)}
-    abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
     manifest = {"step": 2, "samples_seen": 16, "model": to_json(CONFIG), "seed": 0}
     steps = []
     for count in range(1, 100):
@@ -271,7 +270,8 @@ def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_
             while not reached.wait(0.01) and writer._thread.is_alive():
                 pass
         checkpoint = newest_restorable(folder)
-        assert_same(restore_state(checkpoint, abstract), states[checkpoint.step])
+        for name, leaf in named_leaves(states[checkpoint.step]).items():
+            assert checkpoint.read(name).tobytes() == np.asarray(leaf).tobytes(), name
         remove_leftovers(folder, checkpoint)
         left = {path for path in (folder / "checkpoints").iterdir() if path.is_dir()}
         assert left == {path for _, path in find_checkpoints(folder / "checkpoints")}

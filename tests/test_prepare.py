@@ -22,7 +22,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.prepare.deal import CLUSTER, deal
 from echo_eqx.prepare.encode import codec_identity
 from echo_eqx.prepare.sources import list_clips
-from echo_eqx.train.loop import _check_codec
+from echo_eqx.train.data import check_codec
 
 PREPARE = Path(__file__).parent.parent / "scripts" / "prepare.py"
 CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
@@ -181,13 +181,13 @@ def test_silence_says_which_codec_made_it_and_training_refuses_another(prepared,
         assert file.get_tensor("silence").shape == (750, 12)
     assert identity == codec_identity(echo_eqx.load_codec(CODEC))
     listing = list_shards(str(prepared), tmp_path)
-    _check_codec(prepared / "silence.safetensors", listing)
+    check_codec(prepared / "silence.safetensors", listing)
     shutil.copytree(prepared, tmp_path / "other")
     facts = json.loads((prepared / "codec.json").read_text())
     (tmp_path / "other" / "codec.json").write_text(json.dumps(facts | {"id": "f" * 64}))
     with pytest.raises(EchoError, match=r"was made by codec .* wanted the silence of the same"):
         other = list_shards(str(tmp_path / "other"), tmp_path)
-        _check_codec(prepared / "silence.safetensors", other)
+        check_codec(prepared / "silence.safetensors", other)
 
 
 def test_the_same_codec_in_another_format_is_the_same_codec(tmp_path):

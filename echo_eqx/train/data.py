@@ -91,7 +91,7 @@ def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.nda
     for path in paths:
         if path is not None:
             silence = load_silence(path, latent_dim)
-            _check_codec(path, listing)
+            check_codec(path, listing)
             return silence
     raise EchoError(
         f"there is no {' or '.join(names)} beside the shards of {listing.source}; wanted --silence "
@@ -99,7 +99,7 @@ def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.nda
     )
 
 
-def _check_codec(silence: Path, listing: Listing) -> None:
+def check_codec(silence: Path, listing: Listing) -> None:
     """Silence of one codec is noise to another; where both say which they are, they agree."""
     codec = beside(listing, "codec.json")
     if codec is None or silence.suffix != ".safetensors":

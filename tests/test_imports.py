@@ -18,6 +18,7 @@ ROOMS = [
     {"weights", "speech"},
     {"command"},
     {"train", "prepare"},
+    {"ops"},
     {"__init__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -1,26 +1,52 @@
 """Arithmetic of a training step, counted from the sizes, and what chips can do."""
 
+from dataclasses import dataclass
+
 from echo_eqx.config import DiTConfig, EncoderConfig
 
-PEAK_FLOPS = {
-    # Dense bfloat16, one device, by a word in JAX's name of it. Makers' data sheets:
-    # cloud.google.com/tpu/docs/system-architecture-tpu-vm, nvidia.com/en-us/data-center.
-    "v6": 918e12,
-    "v5p": 459e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "v5": 459e12,
-    "v4": 275e12,
-    "h200": 989e12,
-    "h100": 989e12,
-    "a100": 312e12,
+
+@dataclass(frozen=True)
+class Chip:
+    """What one device can hold and do."""
+
+    kind: str
+    """A word in JAX's name of the device, in lower case."""
+    memory: int
+    """Bytes."""
+    flops: float
+    """Dense bfloat16, FLOP/s."""
+    memory_bandwidth: float
+    """Bytes/s."""
+    link_bandwidth: float
+    """Bytes/s to other chips, one way, all links of a chip together."""
+    linked: int
+    """Chips that these links join; between more of them runs a slower network."""
+
+
+# Makers give links both ways together, except for v4; memory in GB that are GiB, except for H200,
+# whose 141 GB are 143771 MiB as its driver reports them.
+CHIPS: dict[str, Chip] = {
+    # cloud.google.com/tpu/docs/v4; six links of 50 GB/s each way: arXiv:2304.01433
+    "v4": Chip("v4", 32 * 2**30, 275e12, 1.2e12, 300e9, 4096),
+    # cloud.google.com/tpu/docs/v5e
+    "v5e": Chip("v5 lite", 16 * 2**30, 197e12, 0.82e12, 200e9, 256),
+    # cloud.google.com/tpu/docs/v5p
+    "v5p": Chip("v5", 95 * 2**30, 459e12, 2.77e12, 600e9, 8960),
+    # cloud.google.com/tpu/docs/v6e
+    "v6e": Chip("v6", 32 * 2**30, 918e12, 1.64e12, 400e9, 256),
+    # nvidia.com/en-us/data-center/a100: 80 GB, SXM.
+    "A100": Chip("a100", 80 * 2**30, 312e12, 2.0e12, 300e9, 8),
+    # nvidia.com/en-us/data-center/h100: SXM.
+    "H100": Chip("h100", 80 * 2**30, 989e12, 3.35e12, 450e9, 8),
+    # nvidia.com/en-us/data-center/h200: SXM.
+    "H200": Chip("h200", 143771 * 2**20, 989e12, 4.8e12, 450e9, 8),
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak rate of a device in FLOP/s, None if it is not known."""
-    kind = device_kind.lower()
-    return next((rate for word, rate in PEAK_FLOPS.items() if word in kind), None)
+    kind = device_kind.lower().replace("v5e", "v5 lite")
+    return next((chip.flops for chip in CHIPS.values() if chip.kind in kind), None)
 
 
 def forward_flops(config: DiTConfig) -> int:

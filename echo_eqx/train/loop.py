@@ -29,6 +29,7 @@ from echo_eqx.train.data import TrainData
 from echo_eqx.train.evaluate import evaluate, make_evaluate
 from echo_eqx.train.flops import step_flops
 from echo_eqx.train.metrics import MetricsLog
+from echo_eqx.train.plan import check_memory
 from echo_eqx.train.run_folder import MetricsFile, RunFolder
 from echo_eqx.train.samples import Samples
 from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
@@ -82,6 +83,8 @@ def _train_in(
     compiled, seconds = compile_step(config, mesh)
     if first:
         note(f"compiled the step in {seconds:.1f} s")
+        if warning := check_memory(compiled.memory_analysis(), jax.local_devices()[0]):
+            note(f"warning: {warning}")
     broken_log = config.run_dir / f"broken-{jax.process_index()}.jsonl"
     source = data.stream(config.batch_size, cursor=cursor, broken_log=broken_log)
     feeder = Feeder(source, mesh, config.batch_size)

@@ -1,0 +1,329 @@
+"""What a training run needs of its devices, before any is rented and when it starts.
+
+Memory is what the compiler says of the real training step, compiled from shapes for virtual
+devices; arithmetic and traffic are counted from the sizes.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.random as jr
+from jax.sharding import Mesh
+
+from echo_eqx.config import DiTConfig
+from echo_eqx.errors import UsageError
+from echo_eqx.layers.split import DATA, FSDP, TENSOR
+from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
+from echo_eqx.sharding.specs import axes_not_split, check_mesh, parameter_spec
+from echo_eqx.train.config import TrainConfig
+from echo_eqx.train.flops import CHIPS, Chip, step_flops
+from echo_eqx.train.metrics import FRAMES_PER_HOUR
+from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
+from echo_eqx.train.step import abstract_batch, make_train_step
+from echo_eqx.trees import named_leaves, num_parameters
+
+FULL = 0.9
+"""Share of a device's memory that a step may need: the rest is for the runtime, and for errors of
+the count."""
+
+MAX_DEVICES = 2048
+"""JAX takes more on one CPU for several processes."""
+
+QUICK = (
+    "--xla_backend_optimization_level=0 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
+"""The program never runs, so its machine code may be slow: a third of the time to compile, and the
+same buffers."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device."""
+
+    parameters: int
+    moments: int
+    average: int
+    gradients: int
+    batch: int
+    temporaries: int
+    """Activations, gathered layers and all else that the compiler sets aside."""
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each device sends, and receives as many, in one step."""
+
+    gathers: int
+    """Of parameters, over fsdp."""
+    scatters: int
+    """Of gradients, over fsdp."""
+    gradient_sums: int
+    """Of gradients, over the axes that their parameters are repeated on."""
+    activation_sums: int
+    """Over tensor."""
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answers for one run; times in seconds unless named otherwise."""
+
+    model: str
+    num_parameters: int
+    chip: str
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    accumulate: int
+    frames: int
+    text_bytes: int
+    ref_frames: int
+    num_steps: int
+    efficiency: float
+    memory: Memory
+    memory_limit: int
+    """What one device has, in bytes."""
+    largest_batch: int
+    """That needs no more than 90 % of it; 0 if none does."""
+    largest_batch_memory: int
+    """What it needs on each device, and below what the next larger one does."""
+    next_batch_memory: int
+    step_flops: int
+    traffic: Traffic
+    arithmetic_seconds: float
+    link_seconds: float
+    memory_seconds: float
+    step_seconds: float
+    mfu: float
+    hours: float
+    samples: int
+    audio_hours: float
+    """With recordings as long as the window."""
+    warnings: list[str]
+
+
+def use_virtual_devices(count: int) -> None:
+    """Let JAX lay its programs over `count` devices of the CPU; to be called before it starts.
+
+    **Raises**: `UsageError` for a number that is no number of devices.
+    """
+    if not 1 <= count <= MAX_DEVICES:
+        raise UsageError(f"devices is {count}; wanted 1 to {MAX_DEVICES}")
+    flags = (
+        os.environ.get("XLA_FLAGS", ""),
+        f"--xla_force_host_platform_device_count={count}",
+        QUICK,
+    )
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: float) -> Plan:
+    """Plan the run of `config`, in bfloat16, on `devices` chips.
+
+    JAX must have so many devices: `use_virtual_devices` makes them. `efficiency` is the share of
+    the chip's rate that a step's arithmetic reaches where nothing else holds it up, without what
+    checkpointing computes again.
+
+    **Raises**: `UsageError` for an unknown chip, and what does not divide.
+    """
+    chip = find_chip(chip_name)
+    if not 0 < efficiency <= 1:
+        raise UsageError(f"efficiency is {efficiency}; wanted a share above 0, up to 1")
+    sizes = mesh_shape(config.mesh, devices)
+    accumulate = config.optimizer.accumulate
+    check_batch(config.batch_size, accumulate, sizes)
+    dit = config.dit_config()
+    check_mesh(abstract_state(dit, config.optimizer).model, sizes)
+    objective = dataclasses.replace(config.objective, dtype="bfloat16")
+    config = dataclasses.replace(config, objective=objective)
+
+    mesh = make_mesh(sizes)
+    state = sharded_abstract_state(dit, config.optimizer, mesh)
+    memory = step_memory(config, mesh, state)
+    larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
+    # Memory is affine in the samples that a device works on at a time (`rows`): what is kept for
+    # each grows with them, state and gathered layers do not. Two points give the line.
+    quantum = accumulate * sizes[DATA] * sizes[FSDP]
+    rows = config.batch_size // quantum
+    slope = (step_memory(larger, mesh, state).total - memory.total) / rows
+    base = memory.total - slope * rows
+    most = max(0, math.floor((FULL * chip.memory - base) / slope))
+
+    flops = step_flops(dit, config.batch_size)
+    traffic = step_traffic(dit, state.model, sizes, config.batch_size, accumulate)
+    arithmetic = flops / devices / chip.flops / efficiency
+    links = traffic.total / chip.link_bandwidth
+    # The update reads weights, moments, average and gradients, and writes all but the last.
+    kept = memory.parameters + memory.moments + memory.average
+    update = (2 * kept + memory.gradients) / chip.memory_bandwidth
+    seconds = max(arithmetic, links, update)
+    samples = config.num_steps * config.batch_size
+    return Plan(
+        model=config.model,
+        num_parameters=num_parameters(state.model),
+        chip=chip_name,
+        devices=devices,
+        mesh=sizes,
+        batch_size=config.batch_size,
+        accumulate=accumulate,
+        frames=dit.max_frames,
+        text_bytes=dit.max_text_bytes,
+        ref_frames=dit.max_speaker_frames,
+        num_steps=config.num_steps,
+        efficiency=efficiency,
+        memory=memory,
+        memory_limit=chip.memory,
+        largest_batch=most * quantum,
+        largest_batch_memory=round(base + most * slope),
+        next_batch_memory=round(base + (most + 1) * slope),
+        step_flops=flops,
+        traffic=traffic,
+        arithmetic_seconds=arithmetic,
+        link_seconds=links,
+        memory_seconds=update,
+        step_seconds=seconds,
+        mfu=flops / devices / chip.flops / seconds,
+        hours=config.num_steps * seconds / 3600,
+        samples=samples,
+        audio_hours=samples * dit.max_frames / FRAMES_PER_HOUR,
+        warnings=_warnings(memory.total, chip, chip_name, devices),
+    )
+
+
+def find_chip(name: str) -> Chip:
+    """**Raises**: `UsageError` for a name that is not in the table."""
+    if name not in CHIPS:
+        raise UsageError(f"chip is {name[:50]!r}; wanted one of {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+def check_memory(memory_analysis: Any, device: Any) -> str | None:
+    """A warning if a compiled step needs more than 90 % of `device`'s memory, else None.
+
+    `memory_analysis` is what the compiled step's method of that name returns, `device` a device of
+    JAX. None too where a device does not tell what it has, such as the CPU.
+    """
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if memory_analysis is None or not limit:
+        return None
+    return _memory_warning(_needed(memory_analysis), limit, device.device_kind)
+
+
+# --- Memory -------------------------------------------------------------------------------------
+
+
+def step_memory(config: TrainConfig, mesh: Mesh, state: TrainState) -> Memory:
+    """Bytes on each device for the step of `config`, compiled for `mesh`; `state` is abstract."""
+    batch = abstract_batch(mesh, config.batch_size, config.dit_config())
+    step = make_train_step(mesh, state, config.objective, config.optimizer, config.num_steps)
+    compiled = step.lower(state, batch, jax.eval_shape(lambda: jr.key(0))).compile()
+    parameters = _shard_bytes(state.model)
+    moments = _shard_bytes((state.adam.mu, state.adam.nu))
+    average = _shard_bytes(state.ema)
+    # Gradients are float32 and lie as their parameters do.
+    gradients = parameters
+    rows = _shard_bytes(batch)
+    needed = _needed(compiled.memory_analysis())
+    rest = needed - parameters - moments - average - gradients - rows
+    return Memory(parameters, moments, average, gradients, rows, rest)
+
+
+def _needed(analysis: Any) -> int:
+    """Results that lie where arguments lay (`alias`) are counted once."""
+    arguments, results = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    return arguments + analysis.temp_size_in_bytes + results - analysis.alias_size_in_bytes
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Bytes of one device's parts of abstract arrays."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _memory_warning(needed: int, limit: int, name: str) -> str | None:
+    if needed <= FULL * limit:
+        return None
+    return (
+        f"the step needs {needed / GIB:.1f} GiB of the {limit / GIB:.1f} GiB on each {name}, "
+        f"{needed / limit:.0%}: wanted at most {FULL:.0%}, by a smaller --batch_size, more "
+        "--accumulate or more devices"
+    )
+
+
+def _warnings(needed: int, chip: Chip, name: str, devices: int) -> list[str]:
+    memory = _memory_warning(needed, chip.memory, name)
+    warnings = [] if memory is None else [memory]
+    if devices > chip.linked:
+        warnings.append(
+            f"fast links join {chip.linked} {name}: between {devices} the traffic takes longer "
+            "than said here"
+        )
+    return warnings
+
+
+# --- Traffic ------------------------------------------------------------------------------------
+
+
+def step_traffic(
+    config: DiTConfig, model: Any, sizes: Mapping[str, int], batch_size: int, accumulate: int
+) -> Traffic:
+    """Bytes each device sends in a step over a mesh of `sizes`; `model` may be abstract.
+
+    By rings, which send the least: an all-gather or reduce-scatter of B bytes in all over n devices
+    sends B (n - 1) / n from each, an all-reduce of B bytes twice that (Patarasuk & Yuan, 2009,
+    doi:10.1016/j.jpdc.2008.09.002). Sums of single numbers are left out.
+    """
+    gathers = scatters = gradient_sums = 0.0
+    for name, leaf in named_leaves(model).items():
+        spec = parameter_spec(name)
+        size = leaf.size / (sizes[TENSOR] if TENSOR in spec else 1)
+        if FSDP in spec and "latent_encoder" not in name and "_latent" not in name:
+            # Matrices travel in bfloat16. Layers are gathered forwards, and again backwards when
+            # they are computed anew; what is outside the stacks is gathered once and kept.
+            times = 2 if "blocks." in name else 1
+            gathers += accumulate * times * _ring(2 * size, sizes[FSDP])
+            # Their gradients go back once for each accumulated part.
+            scatters += accumulate * _ring(2 * size, sizes[FSDP])
+        # What is left is summed once, in float32: over data, and where fsdp does not split a
+        # parameter over that too.
+        axes = axes_not_split(spec)
+        here = 4 * size / (1 if FSDP in axes else sizes[FSDP])
+        gradient_sums += 2 * _ring(here, math.prod(sizes[axis] for axis in axes))
+
+    rows = batch_size // (sizes[DATA] * sizes[FSDP])
+    t, s = config.max_frames, config.max_text_bytes
+    p = config.max_speaker_frames // config.patch_size
+    d, text, speaker = config.model_dim, config.text, config.speaker
+    # An encoder layer sums the outputs of attention and MLP forwards, that of attention again
+    # backwards, and the gradients at the inputs of its six split products (q, k, v, gate, w1, w3).
+    numbers = 9 * (text.num_layers * s * text.dim + speaker.num_layers * p * speaker.dim)
+    # A decoder layer needs the output of its MLP again too, for the gradient of the gate, and has
+    # two products each that read text and reference.
+    numbers += config.num_layers * (10 * t * d + 2 * s * text.dim + 2 * p * speaker.dim)
+    # Six AdaLN vectors a layer are summed forwards, again backwards, and their gradients; they are
+    # float32, all else is bfloat16.
+    size = rows * (2 * numbers + 4 * 18 * config.num_layers * d)
+    activation_sums = 2 * _ring(size, sizes[TENSOR])
+    return Traffic(*(round(x) for x in (gathers, scatters, gradient_sums, activation_sums)))
+
+
+def _ring(size: int | float, devices: int) -> float:
+    return size * (devices - 1) / devices

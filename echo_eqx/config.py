@@ -179,6 +179,17 @@ CODEC_PRESETS: dict[str, CodecConfig] = {
         decoder_dim=96,
         watermark=WatermarkConfig(dim=4, bottleneck_dim=16),
     ),
+    # Small enough to train on a laptop, and without a watermark.
+    "24khz": CodecConfig(
+        encoder_dim=16,
+        encoder_rates=(4, 5, 6, 8),
+        hidden_dim=256,
+        latent_dim=32,
+        decoder_dim=256,
+        decoder_rates=(8, 6, 5, 4),
+        sample_rate=24_000,
+        watermark=None,
+    ),
 }
 
 

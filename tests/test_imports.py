@@ -17,7 +17,8 @@ ROOMS = [
     {"flow"},
     {"weights", "speech"},
     {"command"},
-    {"train", "prepare"},
+    {"prepare", "voice"},
+    {"train"},
     {"ops"},
     {"__init__"},
 ]

@@ -4,6 +4,8 @@ Strided and transposed kernels are twice their stride long, so both are one matr
 blocks of `stride` samples, which is faster than a strided convolution.
 """
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def init_kernel(kernel: int, in_dim: int, out_dim: int, key: PRNGKeyArray) -> Array:
-    """Normal of deviation 0.02, cut at two deviations, as in the published code."""
-    return 0.02 * jr.truncated_normal(key, -2.0, 2.0, (kernel, in_dim, out_dim))
+def init_kernel(
+    kernel: int, in_dim: int, out_dim: int, key: PRNGKeyArray, fan_in: int | None = None
+) -> Array:
+    """Normal, cut at two deviations, that keeps the size of what passes: the deviation is
+    1 / sqrt(fan_in), the numbers that are summed (LeCun et al., 1998). By default that is the whole
+    kernel."""
+    deviation = 1 / math.sqrt(fan_in or kernel * in_dim)
+    return deviation * jr.truncated_normal(key, -2.0, 2.0, (kernel, in_dim, out_dim))
 
 
 class Convolution(eqx.Module):
@@ -90,7 +97,9 @@ class Upsample(eqx.Module):
 
     @classmethod
     def init(cls, stride: int, in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> "Upsample":
-        return cls(init_kernel(2 * stride, in_dim, out_dim, key), jnp.zeros(out_dim))
+        # Each sample is a sum over two frames.
+        weight = init_kernel(2 * stride, in_dim, out_dim, key, fan_in=2 * in_dim)
+        return cls(weight, jnp.zeros(out_dim))
 
     @property
     def stride(self) -> int:

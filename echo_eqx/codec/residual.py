@@ -55,11 +55,13 @@ class ResidualUnit(eqx.Module):
     @classmethod
     def init(cls, dim: int, dilation: int, *, key: PRNGKeyArray) -> "ResidualUnit":
         key1, key2 = jr.split(key)
+        conv2 = Convolution.init(1, dim, dim, key=key2)
         return cls(
             snake1=Snake.init(dim),
             conv1=Convolution.init(7, dim, dim, dilation=dilation, key=key1),
             snake2=Snake.init(dim),
-            conv2=Convolution.init(1, dim, dim, key=key2),
+            # A small step at first: what a dozen units add up to stays of the size of x.
+            conv2=eqx.tree_at(lambda conv: conv.weight, conv2, 0.3 * conv2.weight),
         )
 
     def __call__(self, x: Float[Array, "t c"]) -> Float[Array, "t c"]:

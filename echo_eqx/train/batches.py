@@ -1,17 +1,15 @@
 """From a host's rows of the stream to global batches on the mesh."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from echo_eqx.data import stream
 from echo_eqx.errors import UsageError
-from echo_eqx.flow.noising import Batch
 from echo_eqx.sharding.mesh import batch_sharding
 
 
@@ -38,20 +36,35 @@ def owned_lanes(mesh: Mesh, batch_size: int, num_lanes: int) -> Sequence[int]:
     return lanes
 
 
+@runtime_checkable
+class Source(Protocol):
+    """Endless batches: arrays by name, names of this host's rows, and the cursor behind them."""
+
+    @property
+    def broken(self) -> Mapping[str, int]:
+        """How many records could not be read, by the reason."""
+        ...
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Placed:
     """A batch on the mesh, with the names of this host's rows and the cursor behind it."""
 
-    batch: Batch
+    batch: Any
     keys: list[str]
     cursor: dict[str, list[int]]
 
 
 class Feeder:
-    """Batches of a stream, put on the mesh, and how long the loop has waited for them."""
+    """Batches of a source, put on the mesh as a `kind`, and how long the loop has waited for
+    them."""
 
-    def __init__(self, source: stream.Stream, mesh: Mesh, batch_size: int):
-        self._source = source
+    def __init__(self, source: Source, kind: Callable[..., Any], mesh: Mesh, batch_size: int):
+        self._source, self._kind = source, kind
         self._sharding = batch_sharding(mesh)
         self._rows = owned_rows(mesh, batch_size)
         self._batch_size = batch_size
@@ -61,16 +74,22 @@ class Feeder:
         started = time.perf_counter()
         step = next(self._source)
         self.waited += time.perf_counter() - started
-        return Placed(Batch(**self._place(step.batch)), step.keys, step.cursor)
+        placed = {name: self._place(array) for name, array in step.batch._asdict().items()}
+        return Placed(self._kind(**placed), step.keys, step.cursor)
 
-    def _place(self, batch: stream.Batch) -> dict[str, jax.Array]:
-        def place(local: np.ndarray) -> jax.Array:
-            def rows(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(self._batch_size)
-                first = int(np.searchsorted(self._rows, start))
-                return local[first : first + stop - start]
+    @property
+    def broken(self) -> int:
+        """Records that could not be read."""
+        return sum(self._source.broken.values())
 
-            shape = (self._batch_size, *local.shape[1:])
-            return jax.make_array_from_callback(shape, self._sharding, rows)
+    def close(self) -> None:
+        self._source.close()
 
-        return {name: place(array) for name, array in batch._asdict().items()}
+    def _place(self, local: np.ndarray) -> jax.Array:
+        def rows(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self._batch_size)
+            first = int(np.searchsorted(self._rows, start))
+            return local[first : first + stop - start]
+
+        shape = (self._batch_size, *local.shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding, rows)

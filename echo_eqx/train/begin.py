@@ -13,8 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from echo_eqx.command import note
-from echo_eqx.config import DiTConfig
-from echo_eqx.data.shards import Listing
+from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.specs import state_shardings
@@ -67,12 +66,21 @@ def pinned_source(config: TrainConfig) -> str:
 
 
 def check_same_run(
-    checkpoint: TrainingCheckpoint, config: DiTConfig, seed: int, listing: Listing
+    checkpoint: TrainingCheckpoint,
+    sizes: DiTConfig | CodecConfig,
+    seed: int,
+    data: dict[str, Any],
+    source: str,
 ) -> None:
-    """**Raises**: `EchoError` if the run in the folder is another one."""
+    """**Raises**: `EchoError` if the run in the folder is another one.
+
+    `data` is what a checkpoint says of the data, which is in `source`.
+    """
     path = checkpoint.path
+    if type(checkpoint.config) is not type(sizes):
+        raise EchoError(f"checkpoint {path} is of a {checkpoint.model_kind}; wanted another folder")
     for name, there in vars(checkpoint.config).items():
-        if (here := getattr(config, name)) != there:
+        if (here := getattr(sizes, name)) != there:
             raise EchoError(
                 f"checkpoint {path} is of another architecture: its {name} is {there}; "
                 f"this run's is {here}"
@@ -82,10 +90,10 @@ def check_same_run(
             f"checkpoint {path} was trained with seed {checkpoint.manifest.get('seed')}; "
             f"this run's is {seed}"
         )
-    if checkpoint.manifest.get("data", {}).get("digest") != listing.digest():
+    if checkpoint.manifest.get("data", {}).get("digest") != data["digest"]:
         raise EchoError(
-            f"the shards of {listing.source} are not those that {path} was trained on; wanted the "
-            "same ones, or another --run_dir with --init_from this one"
+            f"the data of {source} are not those that {path} was trained on; wanted the same, or "
+            "another --run_dir with --init_from this one"
         )
 
 
@@ -113,6 +121,8 @@ def _from_weights(source: str, config: TrainConfig, abstract: TrainState) -> Tra
     path = find_weights(source)
     if path.is_dir():
         checkpoint = TrainingCheckpoint(path)
+        if not isinstance(checkpoint.config, DiTConfig):
+            raise EchoError(f"{source} holds a codec; wanted an EchoDiT")
         _check_sizes(checkpoint.config, config.dit_config(), source)
         arrays = checkpoint.model_arrays()
         leaves, treedef = jax.tree.flatten(abstract.model)

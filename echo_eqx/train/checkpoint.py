@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import ml_dtypes
@@ -22,7 +22,6 @@ from jax.sharding import NamedSharding
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
-from echo_eqx.train.state import TrainState
 from echo_eqx.trees import leaf_names, named_leaves
 from echo_eqx.weights.checkpoint import (
     FOLDER,
@@ -41,6 +40,17 @@ from echo_eqx.weights.stream_file import Tensor, write_safetensors
 
 _PATIENCE = 1800.0
 """Seconds that process 0 waits for the others' pieces."""
+
+
+@runtime_checkable
+class State(Protocol):
+    """What a run changes, a pytree with the model in it."""
+
+    @property
+    def model(self) -> Any: ...
+
+
+StateLike = TypeVar("StateLike", bound=State)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, state: TrainState, manifest: dict[str, Any], cursor: dict[str, Any]) -> None:
+    def save(self, state: State, manifest: dict[str, Any], cursor: dict[str, Any]) -> None:
         """Copy `state` to the host and write it in the background.
 
         Waits for the write before, if it still goes on. `manifest` is what the checkpoint says of
@@ -112,7 +122,7 @@ class CheckpointWriter:
             self._thread = None
         self.poll()
 
-    def _check_room(self, state: TrainState) -> None:
+    def _check_room(self, state: State) -> None:
         if self._process != 0:
             return  # the folder is shared, and others may be writing already
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -213,7 +223,7 @@ def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None
 
 
 def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
-    """Write the weights to speak with in bfloat16, as a file that `load_dit` reads.
+    """Write the weights to speak with in bfloat16, as a file that `load_dit` or `load_codec` reads.
 
     One layer at a time is in memory.
     """
@@ -227,11 +237,16 @@ def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
     shapes = {name: arrays.shape(name) for name in arrays.names}
     tensors = [Tensor(name, bfloat16, shape, parts(name, shape)) for name, shape in shapes.items()]
     config = json.dumps(checkpoint.manifest["model"])
-    metadata = {"format": FORMAT, "kind": "dit", "config": config, "step": str(checkpoint.step)}
+    metadata = {
+        "format": FORMAT,
+        "kind": checkpoint.model_kind,
+        "config": config,
+        "step": str(checkpoint.step),
+    }
     write_whole(file, lambda path: write_safetensors(path, tensors, metadata))
 
 
-def restore_state(checkpoint: TrainingCheckpoint, abstract: TrainState) -> TrainState:
+def restore_state(checkpoint: TrainingCheckpoint, abstract: StateLike) -> StateLike:
     """The state in `checkpoint`, each device reading only its slices.
 
     `abstract` has shapes and shardings; the mesh may differ from the one that was saved. A moving
@@ -262,7 +277,7 @@ def put_on_mesh(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _copy_to_host(state: TrainState) -> list[tuple[str, Box, np.ndarray]]:
+def _copy_to_host(state: State) -> list[tuple[str, Box, np.ndarray]]:
     """The pieces of `state` that this process owns: of equal copies one process has the first."""
     owned = []
     for name, leaf in named_leaves(state).items():

@@ -7,17 +7,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
+from jaxtyping import Array, Bool, Float, Int
 
 from echo_eqx.command import note
-from echo_eqx.data.stream import Stream
 from echo_eqx.errors import EchoError
 from echo_eqx.train.flops import peak_flops
 from echo_eqx.train.run_folder import MetricsFile
-from echo_eqx.train.step import StepMetrics
 
 FRAMES_PER_HOUR = 25 * 3600
 """Of latents, at 25 a second."""
+
+
+class StepMetrics(eqx.Module):
+    """What a step reports; it stays on the device until someone asks."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    """Before clipping."""
+    parameter_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    updated: Bool[Array, ""]
+    """False where loss or gradient was not finite and nothing changed."""
+    skipped: Int[Array, ""]
+    """Updates skipped since the beginning."""
+    frames: Int[Array, ""]
+    """Frames of recordings in the batch."""
+    terms: dict[str, Float[Array, ""]]
+    """Parts of the loss by name, before they are weighted."""
 
 
 class MetricsLog:
@@ -31,7 +49,7 @@ class MetricsLog:
         file: MetricsFile | None,
         nonfinite_log: Path,
         *,
-        step_flops: int,
+        step_flops: float,
         batch_size: int,
         max_nonfinite: int,
         samples_seen: int,
@@ -55,10 +73,11 @@ class MetricsLog:
         """Values for the line of the last step."""
         self._extra |= values
 
-    def flush(self, waited: float, stream: Stream) -> dict[str, Any]:
+    def flush(self, waited: float, broken: int) -> dict[str, Any]:
         """Fetch what is pending, write a line for each step, and return the last one.
 
-        `waited` is how long the loop has waited for data, in all.
+        `waited` is how long the loop has waited for data, `broken` how many records could not be
+        read, both in all.
 
         **Raises**: `EchoError` after too many steps in a row that were not finite.
         """
@@ -71,6 +90,7 @@ class MetricsLog:
                 "parameter_norm": float(metrics.parameter_norm),
                 "learning_rate": float(metrics.learning_rate),
                 "updated": bool(metrics.updated),
+                **{name: float(value) for name, value in metrics.terms.items()},
             }
             for (step, _, _), metrics in zip(self._pending, fetched, strict=True)
         ]
@@ -79,7 +99,7 @@ class MetricsLog:
         lines[-1] |= {
             "samples_seen": self.samples_seen,
             "skipped_updates": int(fetched[-1].skipped),
-            "broken_records": sum(stream.broken.values()),
+            "broken_records": broken,
             **self._extra,
         }
         if self._file is not None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from echo_eqx.train.config import OptimizerConfig
+from echo_eqx.train.settings import OptimizerConfig
 from echo_eqx.trees import leaf_names
 
 T = TypeVar("T")

@@ -17,21 +17,22 @@ from jax.experimental import multihost_utils
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
-from echo_eqx.train.config import TrainConfig, to_json
+from echo_eqx.train.settings import RunConfig, to_json
 
 _README = """\
 # A training run of echo_eqx
 
-- `config.json`: all settings; `python scripts/train.py --config` takes this file or this folder
+- `config.json`: all settings; `--config` takes this file or this folder
 - `environment.json`: command, versions, git revision and devices of each start
 - `metrics.jsonl`: a line for each step; at some also speed and evaluation
 - `checkpoints/step_N/`: weights, moments and position in the data, to go on from
 - `checkpoints/step_N.safetensors`: weights in bfloat16, for `scripts/infer.py`
-- `samples/step_N/`: texts spoken by the model, beside their references
+- `samples/step_N/`: what the model says, beside references; of a codec, beside the originals
 - `broken-P.jsonl`: records that process P could not read
 - `nonfinite-P.jsonl`: samples in process P's part of batches whose update was skipped
 
-`echo_eqx.load_dit` takes this folder, a checkpoint, or an export.
+`echo_eqx.load_dit` takes this folder, a checkpoint, or an export; for a codec
+`echo_eqx.load_codec` does.
 """
 
 
@@ -84,7 +85,7 @@ class RunFolder:
                 "0 writes to; wanted a --run_dir on a disk that all hosts see"
             )
 
-    def describe(self, config: TrainConfig) -> None:
+    def describe(self, config: RunConfig) -> None:
         """Write what a person needs to understand the run."""
         write_whole(
             self.path / "config.json",

@@ -13,8 +13,8 @@ from jaxtyping import Array, Int
 from echo_eqx.config import DiTConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.specs import state_shardings
-from echo_eqx.train.config import OptimizerConfig
 from echo_eqx.train.optimizer import adam
+from echo_eqx.train.settings import OptimizerConfig
 
 
 class TrainState(eqx.Module):

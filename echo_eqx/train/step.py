@@ -1,12 +1,11 @@
 """One training step over a mesh: loss, gradients, update."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from echo_eqx.config import DiTConfig
 from echo_eqx.flow.noising import Batch, draw, frame_weight, squared_errors
@@ -15,25 +14,10 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import BATCH_SPEC, batch_sharding, replicated
 from echo_eqx.sharding.specs import as_slices, axes_not_split, parameter_specs, state_shardings
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
+from echo_eqx.train.metrics import StepMetrics
 from echo_eqx.train.optimizer import adamw_update, global_norm, learning_rate, moved_average
 from echo_eqx.train.state import TrainState
 from echo_eqx.trees import cast
-
-
-class StepMetrics(eqx.Module):
-    """What a step reports; it stays on the device until someone asks."""
-
-    loss: Float[Array, ""]
-    gradient_norm: Float[Array, ""]
-    """Before clipping."""
-    parameter_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
-    updated: Bool[Array, ""]
-    """False where loss or gradient was not finite and nothing changed."""
-    skipped: Int[Array, ""]
-    """Updates skipped since the beginning."""
-    frames: Int[Array, ""]
-    """Frames of recordings in the batch."""
 
 
 def loss_and_gradients(
@@ -146,6 +130,7 @@ def make_train_step(
             updated=finite,
             skipped=new.skipped,
             frames=jnp.sum(batch.frame_mask, dtype=jnp.int32),
+            terms={},
         )
         return new, metrics
 

@@ -13,7 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from echo_eqx.config import DiTConfig, dit_config_from_json
+from echo_eqx.config import (
+    CodecConfig,
+    DiTConfig,
+    codec_config_from_json,
+    dit_config_from_json,
+)
 from echo_eqx.errors import EchoError
 from echo_eqx.weights.own_format import FORMAT, SafetensorsFile
 from echo_eqx.weights.stream_file import checksums
@@ -66,7 +71,9 @@ class TrainingCheckpoint:
                 raise ValueError(f"its version is {manifest['version']}; wanted {VERSION}")
             if manifest.pop("crc32") != manifest_checksum(manifest):
                 raise ValueError("its content is not what was written")
-            self.config: DiTConfig = dit_config_from_json(manifest["model"])
+            self.model_kind: str = manifest.get("model_kind", "dit")
+            parse = {"dit": dit_config_from_json, "codec": codec_config_from_json}[self.model_kind]
+            self.config: DiTConfig | CodecConfig = parse(manifest["model"])
             self.step, self.samples_seen = int(manifest["step"]), int(manifest["samples_seen"])
             self.tensors = {name: _Tensor(entry) for name, entry in manifest["tensors"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EchoError) as error:

@@ -40,9 +40,7 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
     """
     path = find_weights(source)
     if path.is_dir():
-        checkpoint = TrainingCheckpoint(path)
-        arrays = checkpoint.model_arrays()
-        return _fill_own(checkpoint.config, dtype, path, arrays.names, arrays)
+        return _load_checkpoint(path, "dit", dtype)
     kind = _kind(path)
     if kind == "safetensors":
         file = SafetensorsFile(path)
@@ -63,11 +61,14 @@ def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
     """Load a DACVAE.
 
     **Arguments**: `source` a file, a folder or a Hub id `owner/name[@revision][:file]`, holding our
-    safetensors or the published `weights.pth`; `dtype` of the kernels.
+    safetensors or the published `weights.pth`, or a training checkpoint or run folder, as in
+    `load_dit`; `dtype` of the kernels.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
     path = find_weights(source)
+    if path.is_dir():
+        return _load_checkpoint(path, "codec", dtype)
     kind = _kind(path)
     if kind == "torch":
         return load_dacvae_pth(path, dtype)
@@ -110,6 +111,15 @@ def _within(path: Path, read: Callable[[], DiTConfig]) -> DiTConfig:
         return read()
     except EchoError as error:
         raise EchoError(f"{path}: {error}") from None
+
+
+def _load_checkpoint(path: Path, kind: str, dtype: Any) -> Any:
+    checkpoint = TrainingCheckpoint(path)
+    if checkpoint.model_kind != kind:
+        names = {"dit": "an EchoDiT", "codec": "a codec"}
+        raise EchoError(f"{path} holds {names[checkpoint.model_kind]}; wanted {names[kind]}")
+    arrays = checkpoint.model_arrays()
+    return _fill_own(checkpoint.config, dtype, path, arrays.names, arrays)
 
 
 def _load_own(file: SafetensorsFile, dtype: Any) -> Any:

@@ -1,0 +1,123 @@
+"""A training run of EchoDiT, from its settings to the loop."""
+
+import dataclasses
+
+import jax
+import jax.random as jr
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from echo_eqx.data import stream
+from echo_eqx.flow.noising import Batch
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.sharding.hosts import PeerWatch
+from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
+from echo_eqx.sharding.specs import check_mesh
+from echo_eqx.train.batches import Feeder
+from echo_eqx.train.begin import begin, check_same_run, pinned_source
+from echo_eqx.train.config import TrainConfig
+from echo_eqx.train.data import TrainData
+from echo_eqx.train.evaluate import evaluate, make_evaluate
+from echo_eqx.train.flops import step_flops
+from echo_eqx.train.loop import Run, compile_step, run_folder, run_steps, take_over
+from echo_eqx.train.samples import Samples
+from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
+from echo_eqx.train.step import abstract_batch, make_train_step
+
+
+def train(config: TrainConfig, watch: PeerWatch) -> int:
+    """Train until `num_steps`, or until asked to stop; returns the exit code.
+
+    **Raises**: `EchoError` for what was given and cannot be used, as far as possible before
+    anything is compiled or fetched.
+    """
+    config = _resolved(config)
+    sizes = config.dit_config()
+    ways = mesh_shape(config.mesh, jax.device_count())
+    check_batch(config.batch_size, config.optimizer.accumulate, ways)
+    check_mesh(abstract_state(sizes, config.optimizer).model, ways)
+    mesh = make_mesh(ways)
+    source = pinned_source(config)
+    data = TrainData(source, config, sizes, mesh)
+    held_out = TrainData(config.eval_data, config, sizes, mesh) if config.eval_data else None
+    digest = data.listing.digest()
+    both = digest + (held_out.listing.digest() if held_out else "")
+    with run_folder(config, both) as (folder, mark, checkpoint):
+        facts = {"revision": data.listing.revision, "digest": digest}
+        if checkpoint is not None:
+            check_same_run(checkpoint, sizes, config.seed, facts, data.listing.source)
+        take_over(folder, config, checkpoint)
+        state, samples_seen, cursor = begin(config, checkpoint, mesh)
+        compiled = compile_step(lambda: lower_step(config, mesh))
+        broken_log = config.run_dir / f"broken-{jax.process_index()}.jsonl"
+        batches = data.stream(config.batch_size, cursor=cursor, broken_log=broken_log)
+        eval_batches, samples = _held_out(config, held_out or data, mesh)
+        figures = make_evaluate(mesh, config.objective)
+
+        def weights(state: TrainState) -> EchoDiT:
+            return state.model if state.ema is None else state.ema
+
+        run = Run(
+            config=config,
+            mesh=mesh,
+            sizes=sizes,
+            data=facts,
+            state=state,
+            samples_seen=samples_seen,
+            compiled=compiled,
+            step_flops=step_flops(sizes, config.batch_size),
+            feeder=Feeder(batches, Batch, mesh, config.batch_size),
+            evaluate=(lambda state: evaluate(figures, weights(state), eval_batches))
+            if eval_batches
+            else None,
+            speak=(lambda state, step: samples.speak(weights(state), step)) if samples else None,
+        )
+        return run_steps(run, mark, watch)
+
+
+def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step, lowered from shapes alone."""
+    dit_config = config.dit_config()
+    state = sharded_abstract_state(dit_config, config.optimizer, mesh)
+    batch = abstract_batch(mesh, config.batch_size, dit_config)
+    step = make_train_step(mesh, state, config.objective, config.optimizer, config.num_steps)
+    key = jax.eval_shape(lambda: jr.key(0))
+    return step.lower(state, batch, key)
+
+
+def _held_out(config: TrainConfig, data: TrainData, mesh: Mesh) -> tuple[list, Samples | None]:
+    """Batches to evaluate on, and the speaker of samples, as far as they are asked for."""
+    samples, batches = None, []
+    if config.sample_every:
+        source = data.stream(config.batch_size)
+        rows = _first_rows(next(source).batch, config.sample_count)
+        source.close()
+        assert config.codec is not None
+        samples = Samples(
+            config.run_dir,
+            rows,
+            config.codec,
+            mesh,
+            config.objective.dtype,
+            writes=jax.process_index() == 0,
+        )
+    if config.eval_data:
+        source = data.stream(config.batch_size)
+        feeder = Feeder(source, Batch, mesh, config.batch_size)
+        batches = [feeder.next().batch for _ in range(config.eval_batches)]
+        source.close()
+    return batches, samples
+
+
+def _first_rows(batch: stream.Batch, count: int) -> stream.Batch:
+    """The first rows of process 0, in all processes."""
+    rows = stream.Batch(*(array[:count] for array in batch))
+    return stream.Batch(*map(np.asarray, multihost_utils.broadcast_one_to_all(tuple(rows))))
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    if config.objective.dtype != "auto":
+        return config
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, dtype=dtype))

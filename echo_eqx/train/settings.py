@@ -1,0 +1,212 @@
+"""Settings that every training run has, whatever it trains, as frozen data."""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, find_checkpoints
+
+Config = TypeVar("Config", bound="RunConfig")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) behind a clip of the gradient's norm."""
+
+    learning_rate: float = 1e-4
+    """Peak of the schedule."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine: linear warm-up, then cosine to 0. wsd: warm-up, a constant rate, and a linear decay
+    to 0 over the last steps (Hu et al., arXiv:2404.06395), so that a run can be made longer."""
+    warmup: float = 0.05
+    """Share of --num_steps with a rising rate."""
+    decay: float = 0.2
+    """wsd only: share of --num_steps with a falling rate."""
+    b1: float = 0.9
+    """Adam: memory of the gradient's mean."""
+    b2: float = 0.99
+    """Adam: memory of the gradient's square."""
+    eps: float = 1e-8
+    """Adam: added to the root of the square."""
+    weight_decay: float = 0.01
+    """On matrices only: not on biases, norm weights, AdaLN projections and out_proj."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.9999; 0 keeps none."""
+    accumulate: int = 1
+    """Parts that a batch is worked off in, one after the other: less memory, the same result."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    data: str | None = None
+    """What to train on."""
+    run_dir: Path = Path("runs/echo")
+    """Everything the run writes. The same command again goes on where it stopped."""
+    num_steps: int = 300_000
+    """Batches to train on, in all."""
+    batch_size: int = 256
+    """Samples in a batch, over all devices."""
+    checkpoint_every: int = 5_000
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of weights, noise, and the order of the data."""
+    mesh: str = ""
+    """Devices by axis, such as data=1,fsdp=8,tensor=1. By default all are along fsdp."""
+    init_from: str | None = None
+    """Begin with these weights. The optimizer is fresh."""
+    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
+        default_factory=OptimizerConfig
+    )
+    keep_last: int = 3
+    """Newest checkpoints that stay."""
+    keep_every: int = 50_000
+    """Checkpoints at multiples of so many steps stay too; 0 keeps none of them."""
+    export: bool = True
+    """Beside each checkpoint write its weights in bfloat16, for infer.py and other runtimes."""
+    log_every: int = 10
+    """Steps between looks at the device; metrics.jsonl gets a line for every step all the same."""
+    eval_data: str | None = None
+    """Held-out data, as --data. Noise is the same at every evaluation."""
+    eval_every: int = 1_000
+    """Steps between evaluations."""
+    eval_batches: int = 8
+    """Batches in an evaluation."""
+    sample_every: int = 0
+    """Steps between samples written to WAV; 0 writes none."""
+    sample_count: int = 4
+    """Samples that are written."""
+    max_broken: float = 0.01
+    """Share of unreadable records above which the run stops."""
+    max_nonfinite: int = 10
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
+    tensorboard: bool = False
+    """Also write run_dir/tensorboard (needs the extra: pip install 'echo_eqx[tensorboard]')."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for several processes anywhere. TPU pods and SLURM need no flags."""
+    num_processes: int | None = None
+    """With --coordinator: how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator: which of them this is, from 0."""
+    start_timeout: int = 300
+    """Seconds to wait for all processes."""
+    config: Path | None = None
+    """Base that the other flags override: config.json of a run, a run folder or a checkpoint."""
+
+    def check(self) -> None:
+        """**Raises**: `UsageError` for what can be refused before anything is looked at."""
+        for name, value in dataclasses.asdict(self).items():
+            if type(value) is int and name != "process_id":
+                least = 0 if name in ("keep_every", "sample_every", "seed") else 1
+                if not least <= value < 2**31:
+                    raise UsageError(f"{name} is {value}; wanted at least {least}")
+        optimizer = self.optimizer
+        check_shares(
+            warmup=optimizer.warmup,
+            decay=optimizer.decay,
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            ema=optimizer.ema,
+            max_broken=self.max_broken,
+        )
+        for name in ("b1", "b2", "ema"):
+            if getattr(optimizer, name) == 1:
+                raise UsageError(f"{name} is 1.0; wanted less than 1")
+        if optimizer.warmup + (optimizer.schedule == "wsd") * optimizer.decay > 1:
+            raise UsageError("warmup and decay are together more than the whole run")
+        check_positive(
+            learning_rate=optimizer.learning_rate, eps=optimizer.eps, clip=optimizer.clip
+        )
+        if not 0 <= optimizer.weight_decay < float("inf"):
+            raise UsageError(f"weight_decay is {optimizer.weight_decay}; wanted 0 or more")
+
+
+def check_shares(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise UsageError(f"{name} is {value}; wanted a share from 0 to 1")
+
+
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{name} is {value}; wanted a positive number")
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """Settings as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(presets: dict[str, Config], default: str, data: Any, where: str) -> Config:
+    """Inverse of `to_json`; fields left out have the defaults of the model's preset, which without
+    a name is `default`.
+
+    **Raises**: `EchoError` naming `where` and a field that is unknown or of the wrong type.
+    """
+    try:
+        model = data.get("model", default)
+        if model not in presets:
+            raise ValueError(f"model is {str(model)[:50]!r}; wanted {', '.join(presets)}")
+        return _filled(presets[model], data)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise EchoError(f"{where} holds no settings of a run: {error}") from None
+
+
+def saved_settings(source: Path) -> tuple[Any, str]:
+    """Settings as JSON values in a file, in a run folder, or in a checkpoint of one; and where."""
+    checkpoint = source if (source / MANIFEST).is_file() else None
+    if checkpoint is None and (found := find_checkpoints(source / FOLDER)):
+        checkpoint = found[0][1]
+    if checkpoint is not None:
+        return TrainingCheckpoint(checkpoint).manifest.get("settings"), str(checkpoint)
+    file = source / "config.json" if source.is_dir() else source
+    try:
+        return json.loads(file.read_bytes()), str(file)
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{file} cannot be read as settings: {error}") from None
+
+
+def base_of(arguments: list[str], presets: dict[str, Config], default: str) -> Config:
+    """What the flags of a command override: --config, or else the preset of --model."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--model", default=default)
+    known, _ = parser.parse_known_args(arguments)
+    if known.config is not None:
+        return from_json(presets, default, *saved_settings(known.config))
+    return presets.get(known.model, presets[default])
+
+
+def _filled(default: Any, data: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(type(default))
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0][:50]}")
+    values = {name: _value(name, hints[name], getattr(default, name), data[name]) for name in data}
+    return dataclasses.replace(default, **values)
+
+
+def _value(name: str, hint: Any, default: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(default):
+        return _filled(default, value)
+    options = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    for option in options:
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if isinstance(option, type) and type(value) is option:
+            return value
+    raise ValueError(f"field {name} is {str(value)[:50]!r}; wanted {hint}")

@@ -1,0 +1,284 @@
+"""Texts to train a small voice on: a grammar over a few thousand common English words.
+
+`words.txt` has the words, `grammar.txt` the rules. Every text is ASCII of at most `MAX_BYTES` with
+the speaker tag, and `normalise_text` changes nothing in it but for that tag.
+
+Texts are kept apart by what they are, not by comparing lists: one text in twenty is held out by its
+checksum, and so is every text with one of the held out words, 6 % of the lexicon.
+"""
+
+import random
+import re
+from collections.abc import Container, Iterator
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+from zlib import crc32
+
+from echo_eqx.errors import UsageError
+
+MAX_BYTES = 63
+MIN_CHARACTERS, MAX_CHARACTERS = 8, MAX_BYTES - len("[S1] ")
+SMALL_SHARE = 0.2
+Kind = Literal["small", "seen", "unseen"]
+_FORMS = {"pl", "s", "ed", "en", "ing"}
+_TABLES = ("irregular_verbs", "irregular_plurals", "doubled")
+_VERBS = ("do_thing", "do_person", "do_idea", "act", "say", "want")
+_COUNTED = ("thing", "person", "animal", "place", "idea")
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth"}
+_ORDINALS |= {"nine": "ninth", "twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth"}
+# "a" or "an" is a matter of sound.
+_SAID_WITH_VOWEL = re.compile(r"(?!uni|use|usu|eur|one\b|once\b)[aeiou]|hour|hono|honest|heir")
+
+
+def small_domain(rng: random.Random) -> str:
+    """A number, date, time, price or household command."""
+    return Writer(rng).write("small")
+
+
+def open_sentence(rng: random.Random) -> str:
+    """A sentence, question, command, list or short phrase over the whole lexicon."""
+    return Writer(rng).write("open")
+
+
+def training_texts(seed: int, count: int) -> list[str]:
+    """`count` different texts, a fifth of them of the small domain; the same for a seed."""
+    texts: dict[str, None] = {}
+    for text in endless_training_texts(seed):
+        if len(texts) == count:
+            break
+        texts[text] = None
+    return list(texts)
+
+
+def endless_training_texts(seed: int) -> Iterator[str]:
+    """What `training_texts` begins with, without an end; no text comes twice."""
+    rng = random.Random(seed)
+    writer = Writer(rng)
+    given: set[str] = set()
+    while True:
+        text = writer.write("small" if rng.random() < SMALL_SHARE else "open")
+        if text in given or _is_held_out(text) or held_out_words(text):
+            writer.put_back(keep=_held_out_forms())
+        else:
+            given.add(text)
+            yield text
+
+
+def held_out_texts(kind: Kind, count: int = 50, seed: int = 0) -> list[str]:
+    """`count` different texts that no training text equals.
+
+    `small` ones are of the small domain, `seen` ones open sentences of words that are trained on,
+    and in `unseen` ones at least two words are not.
+    """
+    if kind not in ("small", "seen", "unseen"):
+        raise UsageError(f"kind is {kind!r}; wanted small, seen or unseen")
+    writer = Writer(random.Random(seed))
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        text = writer.write("small" if kind == "small" else "open")
+        unseen = len(held_out_words(text))
+        if unseen >= 2 if kind == "unseen" else _is_held_out(text) and not unseen:
+            texts[text] = None
+    return list(texts)
+
+
+def held_out_words(text: str) -> set[str]:
+    """Words of `text`, in small letters, that no training text has."""
+    return _held_out_forms() & set(words_of(text))
+
+
+def words_of(text: str) -> list[str]:
+    """Words of `text` in small letters; `don't` is one."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
+
+
+def lexicon_forms() -> dict[str, set[str]]:
+    """Each word of the lexicon in small letters, and all its forms, itself included."""
+    forms: dict[str, set[str]] = {}
+    for section, words in _words().items():
+        endings = ("s", "ed", "en", "ing") if section in _VERBS else ()
+        endings = ("pl",) if section in _COUNTED else endings
+        for word in words if section not in _TABLES else ():
+            base = words_of(word.partition("_")[0])[0]
+            inflected = {words_of(inflect(word, ending))[0] for ending in endings}
+            forms.setdefault(base, {base}).update(inflected)
+    return forms
+
+
+class Writer:
+    """Fills in the rules of the grammar.
+
+    The words of a section come like cards from a shuffled pack, so that each is met about as often.
+    """
+
+    def __init__(self, rng: random.Random):
+        self._rng = rng
+        self._packs: dict[str, list[str]] = {}
+        self._drawn: list[tuple[str, str]] = []
+
+    def write(self, rule: str) -> str:
+        """A text of the right length."""
+        while True:
+            self._drawn = []
+            text = _tidied(self._fill(rule))
+            if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
+                return text
+            self.put_back()
+
+    def put_back(self, keep: Container[str] = ()) -> None:
+        """Lay the words of the last text under their packs, but for those to `keep`."""
+        for section, word in self._drawn:
+            if word.lower() not in keep:
+                self._packs[section].insert(0, word)
+
+    def _fill(self, name: str) -> str:
+        name, _, form = name.partition(".")
+        if name in _rules():
+            weights, lines = _rules()[name]
+            line = self._rng.choices(lines, weights)[0]
+            return re.sub(r"<([\w.]+)>", lambda slot: self._fill(slot[1]), line)
+        if name in ("cardinal", "ordinal", "digits", "digit", "year"):
+            return self._number(name)
+        if not self._packs.get(name):
+            self._packs[name] = list(_words()[name])
+            self._rng.shuffle(self._packs[name])
+        word = self._packs[name].pop()
+        self._drawn.append((name, word))
+        return inflect(word, form)
+
+    def _number(self, kind: str) -> str:
+        if kind == "digit":
+            return _ONES[self._rng.randrange(10)]
+        if kind == "ordinal":
+            return ordinal(self._rng.randint(1, 31))
+        if kind == "year":
+            century = self._rng.choice(("eighteen", "nineteen", "nineteen", "twenty"))
+            return f"{century} {cardinal(self._rng.randint(10, 99))}"
+        number = self._rng.randint(2, 12 if self._rng.random() < 0.4 else 99)
+        return str(number) if kind == "digits" else cardinal(number)
+
+
+def inflect(word: str, form: str) -> str:
+    """A word in one of the forms pl, s, ed, en, ing; with no form as it is.
+
+    `rely_on` has its ending before the `_`, which becomes a space.
+    """
+    word, _, rest = word.partition("_")
+    verbs, plurals = _irregular("irregular_verbs"), _irregular("irregular_plurals")
+    if form == "pl" and word in plurals:
+        word = plurals[word][0]
+    elif form in ("ed", "en") and word in verbs:
+        word = verbs[word][form == "en"]
+    elif form in ("pl", "s"):
+        word = _with_s(word, after_o="es" if form == "s" else "s")
+    elif form in ("ed", "en", "ing"):
+        word = _with_vowel(word, "ing" if form == "ing" else "ed")
+    return f"{word} {rest}" if rest else word
+
+
+def cardinal(number: int) -> str:
+    """0 to 99 in words, such as `forty-two`."""
+    if number < 20:
+        return _ONES[number]
+    tens, ones = divmod(number, 10)
+    return _TENS[tens - 2] + (f"-{_ONES[ones]}" if ones else "")
+
+
+def ordinal(number: int) -> str:
+    """1 to 99 in words, such as `forty-second`."""
+    head, dash, last = cardinal(number).rpartition("-")
+    return f"{head}{dash}{_ORDINALS.get(last, last + 'th')}"
+
+
+def _with_s(word: str, after_o: str) -> str:
+    if re.search(r"[^aeiou]y$", word):
+        return word[:-1] + "ies"
+    if word.endswith("o"):
+        return word + after_o
+    return word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
+
+
+def _with_vowel(word: str, ending: str) -> str:
+    if re.fullmatch(r"(qu|[^aeiou])*[aeiou][bdgklmnprtz]", word) or word in _words()["doubled"]:
+        return word + word[-1] + ending
+    if word.endswith("c"):
+        return word + "k" + ending
+    if ending == "ing":
+        if word.endswith("ie"):
+            return word[:-2] + "ying"
+        return (word[:-1] if re.search(r"[^eoy]e$", word) else word) + ending
+    if re.search(r"[^aeiou]y$", word):
+        return word[:-1] + "ied"
+    return word + ("d" if word.endswith("e") else "ed")
+
+
+def _tidied(text: str) -> str:
+    text = re.sub(r"\b([Aa])n? (?=(\w+))", _article, text)
+    # The first letter of the text, and of what is quoted.
+    return re.sub(r'^"?[a-z]|, "[a-z]', lambda match: match[0].upper(), text)
+
+
+def _article(match: re.Match) -> str:
+    is_vowel = _SAID_WITH_VOWEL.match(match[2].lower())
+    return f"{match[1]}{'n' if is_vowel else ''} "
+
+
+def _is_held_out(text: str) -> bool:
+    return crc32(text.encode()) % 20 == 0
+
+
+@cache
+def _held_out_forms() -> set[str]:
+    """Forms of the words held out. A word that a rule spells out is not among them."""
+    spelled = {
+        word
+        for _, lines in _rules().values()
+        for line in lines
+        for word in words_of(re.sub(r"<[\w.]+>", "", line))
+    }
+    spelled |= {*_ONES, *_TENS, *(ordinal(number) for number in range(1, 32))}
+    held_out: set[str] = set()
+    for base, forms in lexicon_forms().items():
+        if crc32(base.encode()) % 16 == 0 and not forms & spelled:
+            held_out |= forms
+    return held_out
+
+
+@cache
+def _words() -> dict[str, list[str]]:
+    return {name: " ".join(lines).split() for name, lines in _sections("words.txt").items()}
+
+
+@cache
+def _rules() -> dict[str, tuple[list[int], list[str]]]:
+    """Weights and alternatives of each rule."""
+    rules = {}
+    for name, lines in _sections("grammar.txt").items():
+        parts = [re.fullmatch(r"(?:(\d+) )?(.+)", line) for line in lines]
+        rules[name] = ([int(p[1] or 1) for p in parts if p], [p[2] for p in parts if p])
+    return rules
+
+
+@cache
+def _irregular(table: str) -> dict[str, list[str]]:
+    rows = (entry.split("-") for entry in _words()[table])
+    return {row[0]: row[1:] for row in rows}
+
+
+def _sections(name: str) -> dict[str, list[str]]:
+    """Lines under each `[heading]` of a file beside this one; `#` begins a remark."""
+    sections: dict[str, list[str]] = {}
+    heading = ""
+    for line in files("echo_eqx.voice").joinpath(name).read_text("utf-8").splitlines():
+        if match := re.fullmatch(r"\[(\w+)\]", line):
+            heading = match[1]
+            sections[heading] = []
+        elif line and not line.startswith("#"):
+            sections[heading].append(line)
+    return sections

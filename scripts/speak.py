@@ -1,0 +1,58 @@
+"""Let espeak-ng speak sentences that a grammar makes up, as recordings to train a small voice on.
+
+    python scripts/speak.py --output recordings/
+    python scripts/prepare.py --input recordings/manifest.jsonl --output shards/ --codec WEIGHTS
+
+The same command again goes on where it stopped, and the same seed gives the same files.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from echo_eqx.command import run
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.voice.espeak import MANIFEST, speak_corpus
+from echo_eqx.voice.grammar import endless_training_texts
+
+
+@dataclass(frozen=True)
+class Args:
+    output: Path
+    """Folder for the recordings and manifest.jsonl."""
+    count: int = 6000
+    """Recordings to make."""
+    seed: int = 0
+    """Of the texts."""
+    max_seconds: float = 5.0
+    """A longer recording is left out, and the next text takes its place."""
+    workers: int = os.cpu_count() or 1
+    """How many espeak-ng run at once."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    if not 0 < args.count < 10**6:
+        raise UsageError(f"count is {args.count}; wanted 1 to 999999")
+    if not 1 <= args.max_seconds < 1e9:
+        raise UsageError(f"max_seconds is {args.max_seconds}; wanted at least 1")
+    if not 1 <= args.workers <= 1000:
+        raise UsageError(f"workers is {args.workers}; wanted 1 to 1000")
+    try:
+        rows = speak_corpus(
+            endless_training_texts(args.seed),
+            args.output,
+            count=args.count,
+            max_seconds=args.max_seconds,
+            workers=args.workers,
+        )
+    except OSError as error:
+        raise EchoError(f"{args.output} cannot be written: {error.strerror}") from None
+    hours = sum(row["duration"] for row in rows) / 3600
+    print(f"{len(rows)} recordings, {hours:.2f} hours, listed in {args.output / MANIFEST}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,29 @@
+"""Train a DACVAE, the codec between audio and latents, on recordings.
+
+    python scripts/train_codec.py --data recordings/ --run_dir runs/codec
+    python scripts/train_codec.py --model 48khz --data clips.jsonl --mesh data=8 --batch_size 64
+    python scripts/train_codec.py --init_from runs/codec --freeze_encoder --loss.adversarial \\
+        --data recordings/ --run_dir runs/sharper
+
+The same command again goes on where the run stopped. Checkpoints, exit codes, metrics and several
+hosts are as in train.py; `--codec runs/codec` takes the result anywhere.
+"""
+
+import sys
+
+import tyro
+
+from echo_eqx.command import run
+from echo_eqx.train.codec.config import CODEC_TRAIN_PRESETS, CodecTrainConfig
+from echo_eqx.train.codec.run import train_codec
+from echo_eqx.train.settings import base_of
+from echo_eqx.train.start import run_training
+
+
+def main() -> None:
+    default = base_of(sys.argv[1:], CODEC_TRAIN_PRESETS, CodecTrainConfig.model)
+    run_training(tyro.cli(CodecTrainConfig, default=default, description=__doc__), train_codec)
+
+
+if __name__ == "__main__":
+    run(main)

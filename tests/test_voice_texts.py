@@ -1,0 +1,218 @@
+"""Texts for a small voice, their speech by espeak-ng, and how speech is compared."""
+
+import json
+import shutil
+from itertools import pairwise
+from zlib import crc32
+
+import numpy as np
+import pytest
+import soundfile as sf
+import soxr
+
+from echo_eqx.data.text import normalise_text
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.sources import list_clips
+from echo_eqx.voice import espeak, judge
+from echo_eqx.voice.grammar import (
+    MAX_BYTES,
+    held_out_texts,
+    held_out_words,
+    inflect,
+    lexicon_forms,
+    training_texts,
+    words_of,
+)
+
+KINDS = ("small", "seen", "unseen")
+needs_espeak = pytest.mark.skipif(
+    shutil.which("espeak-ng") is None, reason="espeak-ng is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return training_texts(seed=0, count=20_000)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return {kind: held_out_texts(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def spoken(held_out):
+    """Recordings of the same ten texts in each voice."""
+    return {
+        voice.name: [espeak.speak(text, voice) for text in held_out["seen"][:10]]
+        for voice in espeak.VOICES
+    }
+
+
+def test_texts_are_the_same_everywhere(texts):
+    assert crc32("\n".join(texts[:100]).encode()) == 1534269000
+    assert texts[:100] == training_texts(seed=0, count=100) != training_texts(seed=1, count=100)
+
+
+def test_texts_fit_and_the_normaliser_leaves_them(texts, held_out):
+    every = [*texts, *(text for kind in KINDS for text in held_out[kind])]
+    for text in every:
+        assert text.isascii() and len(text) >= 8
+        assert normalise_text(text) == f"[S1] {text}"
+        assert len(f"[S1] {text}") <= MAX_BYTES
+    assert len(set(every)) == len(every)
+
+
+def test_held_out_texts_are_never_trained_on(texts, held_out):
+    trained = {*texts, *training_texts(1, 5000), *training_texts(2, 5000)}
+    for kind in KINDS:
+        assert len(held_out[kind]) == 50
+        assert held_out[kind] == held_out_texts(kind)
+        assert not set(held_out[kind]) & trained
+
+
+def test_unseen_words_are_never_trained_on(texts, held_out):
+    trained = {word for text in texts for word in words_of(text)}
+    for text in held_out["unseen"]:
+        assert len(held_out_words(text)) >= 2
+        assert not held_out_words(text) & trained
+    for kind in ("small", "seen"):
+        assert not any(held_out_words(text) for text in held_out[kind])
+
+
+def test_each_other_word_is_met_several_times(texts):
+    counts: dict[str, int] = {}
+    for text in texts[:6000]:
+        for word in words_of(text):
+            counts[word] = counts.get(word, 0) + 1
+    forms = lexicon_forms()
+    trained = {base: words for base, words in forms.items() if not held_out_words(base)}
+    assert len(forms) > 2500
+    assert 0.04 < 1 - len(trained) / len(forms) < 0.08
+    assert min(sum(counts.get(word, 0) for word in words) for words in trained.values()) >= 2
+
+
+def test_words_are_inflected():
+    cases = {
+        "pl": "box-boxes city-cities day-days knife-knives woman-women photo-photos sheep-sheep",
+        "s": "go-goes carry-carries watch-watches play-plays rely_on-relies_on",
+        "ed": "stop-stopped visit-visited agree-agreed carry-carried panic-panicked eat-ate",
+        "en": "eat-eaten bake-baked admit-admitted wait_for-waited_for",
+        "ing": "die-dying make-making see-seeing begin-beginning fix-fixing ski-skiing",
+    }
+    for form, pairs in cases.items():
+        for pair in pairs.split():
+            word, wanted = pair.split("-")
+            assert inflect(word, form) == wanted.replace("_", " ")
+
+
+def test_warping_equals_a_naive_one():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(17, 13))
+    others = [rng.normal(size=(n, 13)) for n in (1, 23, 9, 17, 30, 17, 2, 5, 11)]
+
+    def naive(b: np.ndarray) -> float:
+        ways = {(-1, -1): (0.0, 0)}
+        for i in range(len(a)):
+            for j in range(len(b)):
+                before = [(i - 1, j - 1), (i - 1, j), (i, j - 1)]
+                total, steps = min(
+                    (ways[place] for place in before if place in ways), key=lambda way: way[0]
+                )
+                ways[i, j] = (total + float(np.linalg.norm(a[i] - b[j])), steps + 1)
+        total, steps = ways[len(a) - 1, len(b) - 1]
+        return total / steps
+
+    np.testing.assert_allclose(judge.warped_distances(a, others), [naive(b) for b in others])
+    slow = np.repeat(a, 3, axis=0)
+    assert judge.warped_distance(a, slow) < 1e-6
+
+
+def test_pitch_of_a_tone_is_its_own():
+    t = np.arange(22_050) / 22_050
+    for hertz in (80.0, 133.0, 240.0, 400.0):
+        tone = sum(np.sin(2 * np.pi * hertz * k * t) / k for k in range(1, 6))
+        assert judge.median_pitch(np.asarray(tone), 22_050) == pytest.approx(hertz, rel=0.03)
+    assert np.isnan(judge.median_pitch(np.zeros(8000), 8000))
+
+
+def test_cepstra_do_not_hear_loudness():
+    audio = np.random.default_rng(1).normal(size=12_345)
+    loud, quiet = (judge.mel_cepstra(audio * gain, 24_000) for gain in (0.5, 0.05))
+    assert loud.shape[1] == 13
+    np.testing.assert_allclose(loud, quiet, atol=1e-6)
+    np.testing.assert_allclose(
+        judge.mel_cepstra(audio, 24_000, normalise=True).mean(0), 0, atol=1e-9
+    )
+
+
+@needs_espeak
+def test_noisy_speech_finds_its_text(spoken):
+    rng = np.random.default_rng(2)
+    noisy = []
+    for audio, rate in spoken["clara"]:
+        changed = soxr.resample(audio, rate, 48_000)
+        noisy.append(changed + 0.01 * rng.normal(size=len(changed)))
+    found = judge.retrieval(
+        [judge.mel_cepstra(audio, 48_000) for audio in noisy],
+        [judge.mel_cepstra(audio, rate) for audio, rate in spoken["clara"]],
+    )
+    assert found == list(range(10))
+
+
+@needs_espeak
+def test_four_voices_are_told_apart(spoken):
+    prints = {name: judge.voice_print(clips[:4]) for name, clips in spoken.items()}
+    pitches = sorted(voice.pitch for voice in prints.values())
+    assert all(high > 1.2 * low for low, high in pairwise(pitches))
+    for name, clips in spoken.items():
+        for audio, rate in clips[4:]:
+            assert judge.nearest_voice(audio, rate, prints) == name
+
+
+@needs_espeak
+def test_speech_is_as_loud_as_said_and_trimmed(spoken):
+    for clips in spoken.values():
+        for audio, rate in clips:
+            assert audio.dtype == np.float32 and audio.ndim == 1
+            assert np.abs(audio).max() == pytest.approx(0.5, abs=1e-6)
+            silent = round(0.08 * rate)
+            for end in (audio, audio[::-1]):
+                assert not end[:silent].any() and end[silent : silent + 10].any()
+
+
+@needs_espeak
+def test_corpus_goes_on_and_is_the_same(tmp_path, texts):
+    def files(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    rows = espeak.speak_corpus(texts, once, count=12, max_seconds=2.5)
+    espeak.speak_corpus(texts, twice, count=5, max_seconds=2.5)
+    made = (twice / rows[0]["audio"]).stat().st_mtime_ns
+    espeak.speak_corpus(texts, twice, count=12, max_seconds=2.5)
+    assert files(once) == files(twice)
+    assert (twice / rows[0]["audio"]).stat().st_mtime_ns == made
+    # Other texts in the same folder are no reason to keep what was there.
+    espeak.speak_corpus(texts[100:], twice, count=3)
+    first = json.loads((twice / espeak.MANIFEST).read_text().splitlines()[0])
+    assert first["text"] == f"[S1] {texts[100]}"
+
+    assert len(rows) == 12 and all(row["duration"] <= 2.5 for row in rows)
+    assert {row["speaker"] for row in rows} == {voice.name for voice in espeak.VOICES}
+    clips, refused = list_clips(str(once / espeak.MANIFEST), max_seconds=5.0, cache=tmp_path)
+    assert not refused
+    assert [(c.text, c.speaker) for c in clips] == [(r["text"], r["speaker"]) for r in rows]
+    assert sf.info(once / rows[0]["audio"]).subtype == "PCM_16"
+
+
+def test_without_espeak_one_sentence_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(EchoError, match="espeak-ng is not installed"):
+        espeak.speak("Hello.", espeak.VOICES[0])
+
+
+@needs_espeak
+def test_a_text_without_speech_is_refused():
+    with pytest.raises(EchoError, match=r"says nothing|no audio"):
+        espeak.speak("", espeak.VOICES[0])

@@ -170,6 +170,10 @@ DIT_PRESETS: dict[str, DiTConfig] = {
         adaln_rank=32,
     ),
 }
+# A small voice over the latents of the codec "24khz".
+DIT_PRESETS["voice"] = dataclasses.replace(
+    DIT_PRESETS["tiny"], latent_dim=32, max_frames=80, max_text_bytes=64, max_speaker_frames=48
+)
 
 CODEC_PRESETS: dict[str, CodecConfig] = {
     "48khz": CodecConfig(),

@@ -1,15 +1,18 @@
 """Speak a text, in the voice of a recording if one is given.
 
-    python scripts/infer.py --checkpoint MODEL --text "Hello." --output hello.wav
+    python scripts/infer.py --text "Hello from a tiny model." --output hello.wav
     python scripts/infer.py --checkpoint MODEL --text "Hello." --speaker_ref voice.mp3
 
-MODEL and the codec are a file, a folder, or a Hub id owner/name[@revision][:file]. Text longer than
-the canvas is split at ends of sentences, spoken piece by piece in one voice, and joined.
+Without --checkpoint the small voice speaks that build_voice.py makes. MODEL and the codec are a
+file, a folder, or a Hub id owner/name[@revision][:file]. Text longer than the canvas is split at
+ends of sentences, spoken piece by piece in one voice, and joined.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -21,6 +24,7 @@ import numpy as np
 import tyro
 
 import echo_eqx
+from echo_eqx import voice
 from echo_eqx.command import CompileClock, StepBar, note, on_terminal, run, use_compilation_cache
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.text import check_text
@@ -31,12 +35,15 @@ from echo_eqx.weights.checkpoint import MANIFEST
 from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.own_format import array_dtype
 
+PUBLISHED_CODEC = "facebook/dacvae-watermarked"
+
 
 @dataclass(frozen=True)
 class Args:
     checkpoint: str | None = None
     """EchoDiT weights: our safetensors, a Flax pickle of the published trainer, or PyTorch
-    safetensors. A file, a folder, or a Hub id owner/name[@revision][:file]."""
+    safetensors. A file, a folder, or a Hub id owner/name[@revision][:file]. By default the small
+    voice that build_voice.py makes."""
     text: str | None = None
     """What to say, in UTF-8."""
     text_file: Path | None = None
@@ -48,9 +55,10 @@ class Args:
     """The voice to take: a recording (wav, flac, ogg, opus, mp3) or reference latents (*.npy)."""
     block_frames: int | None = None
     """Block-wise models only: generate the canvas in blocks of so many frames."""
-    duration: float = 15.0
+    duration: float | None = None
     """Seconds of the canvas that each piece of text is spoken on. The model fills it with speech
-    and then silence; another canvas gives another reading."""
+    and then silence; another canvas gives another reading. By default 15, or as many as the model
+    was trained with, if that is less."""
     seed: int = 42
     """Of the noise, and of the watermark's message."""
     sampler: Annotated[echo_eqx.SamplerSettings, tyro.conf.arg(name="")] = field(
@@ -60,10 +68,11 @@ class Args:
     """Readings of each utterance, with seeds that follow on --seed."""
     batch_size: int = 8
     """Pieces of text that are sampled at once."""
-    codec: str = "facebook/dacvae-watermarked"
-    """DACVAE weights: weights.pth or our safetensors. A file, a folder, or a Hub id."""
+    codec: str | None = None
+    """DACVAE weights: weights.pth or our safetensors. A file, a folder, or a Hub id. By default
+    facebook/dacvae-watermarked; for the small voice its own."""
     watermark: bool = True
-    """Embed an inaudible message that says the audio was generated."""
+    """Embed an inaudible message that says the audio was generated, where the codec can."""
     message: str | None = None
     """The watermark's bits, such as 0110...; by default drawn from the seed."""
     trim: bool = True
@@ -92,7 +101,7 @@ class Job:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, default=defaults(sys.argv[1:]), description=__doc__)
     started = time.perf_counter()
     use_compilation_cache()
     clock = CompileClock()
@@ -103,14 +112,17 @@ def main() -> None:
     dtype_name = args.dtype
     if dtype_name == "auto":
         dtype_name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    assert args.checkpoint is not None
-    checkpoint, codec_file = find_weights(args.checkpoint), find_weights(args.codec)
+    shipped = args.checkpoint is None
+    checkpoint = find_weights(voice.CHECKPOINT if args.checkpoint is None else args.checkpoint)
+    codec_file = find_weights(args.codec or (voice.CODEC if shipped else PUBLISHED_CODEC))
     if on_terminal():
         note(f"loading {checkpoint.name} and {codec_file.name}")
     dit = echo_eqx.load_dit(checkpoint, dtype=array_dtype(dtype_name))
     codec = echo_eqx.load_codec(codec_file)
     check_pair(dit, codec)
-    canvas_frames(dit, codec, args.duration)
+    longest = dit.config.max_frames / codec.config.frame_rate
+    duration = min(15.0, longest) if args.duration is None else args.duration
+    canvas_frames(dit, codec, duration)
     message = message_bits(args, codec)
 
     speakers: dict[Path | None, np.ndarray | None] = {None: None}
@@ -125,6 +137,7 @@ def main() -> None:
     if args.json:
         identities["checkpoint"] = identity(checkpoint, args.checkpoint, dit)
         identities["codec"] = identity(codec_file, args.codec, codec)
+        identities["duration"] = duration
     rate, seconds = codec.config.sample_rate, 0.0
     for start in range(0, len(jobs), args.batch_size):  # what is spoken is also written
         batch = jobs[start : start + args.batch_size]
@@ -133,7 +146,7 @@ def main() -> None:
             dit,
             codec,
             [echo_eqx.Utterance(job.text, speakers[job.speaker_ref], job.seed) for job in batch],
-            duration=args.duration,
+            duration=duration,
             settings=args.sampler,
             message=message,
             trim=args.trim,
@@ -148,8 +161,8 @@ def main() -> None:
             if args.json:
                 settings = effective_settings(args, job, dtype_name, message) | identities
                 settings |= {"seconds": len(audio) / rate, "sample_rate": rate}
-                if (voice := speakers[job.speaker_ref]) is not None:
-                    settings["speaker_seconds"] = len(voice) / codec.config.frame_rate
+                if (latents := speakers[job.speaker_ref]) is not None:
+                    settings["speaker_seconds"] = len(latents) / codec.config.frame_rate
                 write_json(job.output.with_suffix(".json"), settings)
             print(f"{job.output}: {len(audio) / rate:.2f} s")
             seconds += len(audio) / rate
@@ -161,13 +174,24 @@ def main() -> None:
         f"{seconds:.2f} s of audio in {wall:.2f} s: compiling {clock.seconds:.2f} s, running "
         f"{running:.2f} s, real-time factor {running / seconds:.2f}"
     )
+    if shipped and args.speaker_ref is None:
+        print(f"next: choose a voice with --speaker_ref {voice.REFERENCES / 'ben.flac'}")
+
+
+def defaults(arguments: list[str]) -> Args:
+    """The small voice has sampler settings of its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint")
+    known, _ = parser.parse_known_args(arguments)
+    return Args() if known.checkpoint is not None else Args(sampler=voice.SETTINGS)
 
 
 def check_usage(args: Args) -> None:
     """What can be refused before anything is loaded."""
-    if args.checkpoint is None:
+    if args.checkpoint is None and not voice.CHECKPOINT.is_file():
         raise UsageError(
-            "--checkpoint is missing; wanted a file, a folder or a Hub id of an EchoDiT"
+            "--checkpoint is missing; wanted a file, a folder or a Hub id of an EchoDiT (a small "
+            "voice that speaks without one is made by scripts/build_voice.py)"
         )
     if (args.text is None) == (args.text_file is None):
         raise UsageError("wanted either --text or --text_file")
@@ -266,10 +290,10 @@ def check_writable(jobs: list[Job]) -> None:
 
 
 def message_bits(args: Args, codec: echo_eqx.DACVAE) -> list[int] | None:
-    if not args.watermark:
+    if not args.watermark or (codec.watermark is None and args.message is None):
         return None
     if codec.watermark is None:
-        raise UsageError("the codec has no watermark path; use --no-watermark")
+        raise UsageError("--message needs a codec with a watermark path, and this one has none")
     num_bits = codec.watermark.num_bits
     if args.message is None:
         return np.random.default_rng(args.seed).integers(0, 2, num_bits).tolist()
@@ -294,12 +318,14 @@ def effective_settings(
     return settings
 
 
-def identity(path: Path, source: str, model: echo_eqx.EchoDiT | echo_eqx.DACVAE) -> dict[str, Any]:
+def identity(
+    path: Path, source: str | None, model: echo_eqx.EchoDiT | echo_eqx.DACVAE
+) -> dict[str, Any]:
     # The manifest of a training checkpoint lists the checksums of all its parts.
     with (path / MANIFEST if path.is_dir() else path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "source": source,
+        "source": source or "the package",
         "file": str(path.resolve()),
         "sha256": digest,
         "parameters": echo_eqx.num_parameters(model),

@@ -15,7 +15,7 @@ import tyro
 from echo_eqx.command import run
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.voice.espeak import MANIFEST, speak_corpus
-from echo_eqx.voice.grammar import endless_training_texts
+from echo_eqx.voice.grammar import SMALL_SHARE, endless_training_texts
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Args:
     """Recordings to make."""
     seed: int = 0
     """Of the texts."""
+    small_share: float = SMALL_SHARE
+    """Share of texts of the small domain: numbers, dates, times, prices, household commands."""
     max_seconds: float = 5.0
     """A longer recording is left out, and the next text takes its place."""
     workers: int = os.cpu_count() or 1
@@ -38,11 +40,13 @@ def main() -> None:
         raise UsageError(f"count is {args.count}; wanted 1 to 999999")
     if not 1 <= args.max_seconds < 1e9:
         raise UsageError(f"max_seconds is {args.max_seconds}; wanted at least 1")
+    if not 0 <= args.small_share <= 1:
+        raise UsageError(f"small_share is {args.small_share}; wanted 0 to 1")
     if not 1 <= args.workers <= 1000:
         raise UsageError(f"workers is {args.workers}; wanted 1 to 1000")
     try:
         rows = speak_corpus(
-            endless_training_texts(args.seed),
+            endless_training_texts(args.seed, args.small_share),
             args.output,
             count=args.count,
             max_seconds=args.max_seconds,

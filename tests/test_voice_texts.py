@@ -23,6 +23,7 @@ from echo_eqx.voice.grammar import (
     training_texts,
     words_of,
 )
+from echo_eqx.voice.measure import word_errors
 
 KINDS = ("small", "seen", "unseen")
 needs_espeak = pytest.mark.skipif(
@@ -216,3 +217,9 @@ def test_without_espeak_one_sentence_says_so(monkeypatch):
 def test_a_text_without_speech_is_refused():
     with pytest.raises(EchoError, match=r"says nothing|no audio"):
         espeak.speak("", espeak.VOICES[0])
+
+
+def test_word_errors_are_words_to_change():
+    assert word_errors("a b c".split(), "a b c".split()) == 0
+    assert word_errors("a x c d".split(), "a b c".split()) == 2
+    assert word_errors([], "a b".split()) == 2

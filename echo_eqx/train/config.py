@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from echo_eqx import voice
 from echo_eqx.config import DIT_PRESETS, DiTConfig
 from echo_eqx.errors import UsageError
 from echo_eqx.train.settings import (
@@ -36,7 +37,7 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     model: str = "1.3B"
-    """Architecture, by the name of its preset: 1.3B, 840M, 2.4B, tiny."""
+    """Architecture, by the name of its preset: 1.3B, 840M, 2.4B, tiny, voice."""
     data: str | None = None
     """Tar shards: a folder, a glob in quotes, one file, or hf://datasets/owner/name[@revision]."""
     silence: str | None = None
@@ -123,5 +124,19 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         keep_every=0,
         eval_every=200,
         eval_batches=4,
+    ),
+    # The small voice that scripts/build_voice.py makes, on the shards it leaves in the package.
+    "voice": TrainConfig(
+        model="voice",
+        data=str(voice.SHARDS),
+        run_dir=Path("runs/voice"),
+        num_steps=400,
+        batch_size=16,
+        checkpoint_every=100,
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, ema=0.99),
+        keep_every=0,
+        eval_every=100,
+        sample_every=100,
+        codec=str(voice.CODEC),
     ),
 }

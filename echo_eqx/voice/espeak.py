@@ -41,6 +41,8 @@ class Voice:
     """0 to 99 of the range of the voice."""
 
 
+REFERENCE_TEXT = "The quick brown fox jumps over the lazy dog."
+"""What the reference of each voice says."""
 VOICES = (
     Voice("anna", "en-us+f3", speed=165, pitch=30),
     Voice("ben", "en-us", speed=160, pitch=78),

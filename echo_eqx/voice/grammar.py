@@ -56,13 +56,13 @@ def training_texts(seed: int, count: int) -> list[str]:
     return list(texts)
 
 
-def endless_training_texts(seed: int) -> Iterator[str]:
+def endless_training_texts(seed: int, small_share: float = SMALL_SHARE) -> Iterator[str]:
     """What `training_texts` begins with, without an end; no text comes twice."""
     rng = random.Random(seed)
     writer = Writer(rng)
     given: set[str] = set()
     while True:
-        text = writer.write("small" if rng.random() < SMALL_SHARE else "open")
+        text = writer.write("small" if rng.random() < small_share else "open")
         if text in given or _is_held_out(text) or held_out_words(text):
             writer.put_back(keep=_held_out_forms())
         else:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soxr
 
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.data.audio import load_audio
 from echo_eqx.errors import EchoError
 from echo_eqx.flow.sampler import SamplerSettings
 from echo_eqx.model.dit import EchoDiT
@@ -63,11 +63,13 @@ def generate(
     settings: SamplerSettings,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """(samples,) of each text in its voice, or in any without `references`."""
-    voices: dict[str, np.ndarray | None] = {voice.name: None for voice in VOICES}
+    """(samples,) of each text, with one reference after the other; in any voice without."""
+    voices: list[np.ndarray | None] = [None]
     if references is not None:
-        voices = {name: speaker_latents(dit, codec, path) for name, path in references.items()}
-    utterances = [Utterance(text, voices[voice_of(i)], seed + i) for i, text in enumerate(texts)]
+        voices = [speaker_latents(dit, codec, path) for path in references.values()]
+    utterances = [
+        Utterance(text, voices[i % len(voices)], seed + i) for i, text in enumerate(texts)
+    ]
     longest = dit.config.max_frames / codec.config.frame_rate
     return synthesize_all(
         dit, codec, utterances, duration=longest, settings=settings, batch_size=16
@@ -76,8 +78,6 @@ def generate(
 
 def through_codec(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:
     """(samples,) at the codec's rate: what encoding and decoding alone make of it."""
-    import soxr
-
     audio = soxr.resample(audio, rate, codec.config.sample_rate).astype(np.float32)
     padded = np.pad(audio, (0, -len(audio) % codec.config.hop))
     return np.asarray(codec.decode(encode_padded(codec, padded)))[: len(audio)]
@@ -159,8 +159,6 @@ def recogniser(texts: Sequence[str]) -> Callable[[np.ndarray, int], str]:
         sphinx = importlib.import_module("pocketsphinx")
     except ImportError:
         raise EchoError("PocketSphinx is not installed; try: pip install pocketsphinx") from None
-    import soxr
-
     lines = " | ".join(" ".join(spoken_words(text)) for text in texts)
     decoder = sphinx.Decoder(samprate=16000, loglevel="FATAL", lm=None)
     decoder.add_jsgf_string("texts", f"#JSGF V1.0;\ngrammar g;\npublic <s> = {lines};")

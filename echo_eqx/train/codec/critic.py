@@ -108,7 +108,7 @@ class Critic(eqx.Module):
 
     def __call__(self, audio: Float[Array, " samples"]) -> list[list[Array]]:
         """What each discriminator's layers give, the last of them its verdict: 1 for a recording,
-        0 for what was decoded."""
+        0 for what was decoded. Windows longer than the audio are left out."""
         audio = audio - jnp.mean(audio)
         audio = 0.8 * audio / (jnp.max(jnp.abs(audio)) + 1e-9)
         seen = []
@@ -116,6 +116,8 @@ class Critic(eqx.Module):
             padded = jnp.pad(audio, (0, -audio.shape[0] % period), mode="reflect")
             seen.append(stack(padded.reshape(-1, period, 1)))
         for window, stacks in zip(WINDOWS, self.bands, strict=True):
+            if window > audio.shape[0]:
+                continue
             parts = spectrum(audio, window)
             edges = [int(edge * parts.shape[1]) for edge in BANDS]
             for low, high, stack in zip(edges[:-1], edges[1:], stacks, strict=True):

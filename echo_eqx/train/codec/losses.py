@@ -5,6 +5,7 @@ arXiv:1910.11480; Kumar et al., 2023, arXiv:2306.06546), here on log10 alone.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def mel_filters(sample_rate: int, window: int) -> np.ndarray:
     """(bins, bands) triangles of height 1 at equal distances in mel, 2595 log10(1 + f / 700)."""
     bands = 5 * window // 32
 
-    def mel(hertz: np.ndarray) -> np.ndarray:
+    def mel(hertz: Any) -> Any:
         return 2595 * np.log10(1 + hertz / 700)
 
     edges = np.linspace(0, mel(np.array(sample_rate / 2)), bands + 2)

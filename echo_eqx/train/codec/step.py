@@ -79,9 +79,9 @@ def pass_through(
 ) -> Decoded:
     """Encode, draw latents around their mean (without a `key` take the mean), and decode."""
     mean, deviation = codec.bottleneck.moments(codec.encoder(audio))
-    latents = mean if key is None else mean + deviation * jr.normal(key, mean.shape)
     if freeze_encoder:
-        latents = jax.lax.stop_gradient(latents)
+        mean, deviation = jax.lax.stop_gradient((mean, deviation))
+    latents = mean if key is None else mean + deviation * jr.normal(key, mean.shape)
     return Decoded(codec.decoder(codec.bottleneck.out_proj(latents)), mean, deviation)
 
 

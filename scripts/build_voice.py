@@ -1,0 +1,144 @@
+"""Build the small voice of the package, from nothing: hours on two cores.
+
+    python scripts/build_voice.py --work runs/build_voice
+
+espeak-ng speaks sentences of a grammar; a codec is trained on the recordings, turns them into
+shards, and EchoDiT is trained on those. Each step is a command of this folder, printed as it runs,
+and goes on where it was stopped when this is started again. Needs espeak-ng.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import echo_eqx
+from echo_eqx import voice
+from echo_eqx.command import run
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
+from echo_eqx.data.audio import save_audio
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.sources import list_clips
+from echo_eqx.train.codec.standardise import standardise
+from echo_eqx.voice.espeak import MANIFEST, REFERENCE_TEXT, VOICES, speak
+
+SCRIPTS = Path(__file__).parent
+STANDARD_CLIPS = 400
+"""Recordings by which latents are brought to mean 0 and deviation 1."""
+
+
+@dataclass(frozen=True)
+class Args:
+    work: Path = Path("runs/build_voice")
+    """Recordings, shards and runs."""
+    output: Path = Path(voice.__file__).parent
+    """Where weights, references and shards go; by default into the package."""
+    clips: int = 9000
+    """Recordings of all kinds of sentences."""
+    small_clips: int = 1800
+    """Recordings of the small domain alone, which training ends with."""
+    codec_steps: int = 1500
+    """Steps of the codec's training."""
+    steps: int = 1400
+    """Steps of EchoDiT's training on all kinds of sentences."""
+    small_steps: int = 1300
+    """Steps on the small domain."""
+    batch_size: int = 16
+    """Of EchoDiT's training."""
+    embedded_shards: int = 1
+    """Shards that come with the package."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    work = args.work
+    everything, small = work / "recordings" / MANIFEST, work / "recordings_small" / MANIFEST
+    command("speak.py", output=everything.parent, count=args.clips)
+    command(
+        "speak.py", output=small.parent, count=args.small_clips, small_share=1.0, max_seconds=3.2
+    )
+    command("train_codec.py", data=everything, run_dir=work / "codec", num_steps=args.codec_steps)
+    codec = work / "codec.safetensors"
+    if not codec.is_file():
+        clips, _ = list_clips(str(everything), max_seconds=30.0, cache=work)
+        trained = echo_eqx.load_codec(work / "codec")
+        echo_eqx.save(standardise(trained, clips[:STANDARD_CLIPS]), codec)
+    first, last = work / "dit", work / "dit_small"
+    shards = prepare(everything, work / "shards", codec)
+    train(shards, first, args.steps, args.batch_size)
+    shards = prepare(small, work / "shards_small", codec)
+    train(shards, last, args.small_steps, args.batch_size, init_from=first)
+    pack(codec, last, shards, args.output, args.embedded_shards)
+    command("judge_voice.py", output=work / "judged")
+
+
+def prepare(manifest: Path, shards: Path, codec: Path) -> Path:
+    """Shards of what fits the model's window."""
+    sizes = DIT_PRESETS["voice"]
+    rate = CODEC_PRESETS["24khz"].frame_rate
+    command(
+        "prepare.py",
+        input=manifest,
+        output=shards,
+        codec=codec,
+        max_seconds=sizes.max_frames / rate,
+        ref_seconds=sizes.max_speaker_frames / rate,
+        batch_size=8,
+    )
+    return shards
+
+
+def train(shards: Path, run_dir: Path, steps: int, batch_size: int, **flags: object) -> None:
+    command(
+        "train.py",
+        model="voice",
+        data=shards,
+        run_dir=run_dir,
+        num_steps=steps,
+        batch_size=batch_size,
+        ema=0.995,
+        sample_every=0,
+        **flags,
+    )
+
+
+def command(script: str, **flags: object) -> None:
+    """Run a script of this folder.
+
+    **Raises**: `EchoError` if it fails.
+    """
+    words = [sys.executable, str(SCRIPTS / script)]
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)]
+    print(shlex.join(words), flush=True)
+    code = subprocess.run(words).returncode
+    if code:
+        raise EchoError(f"{script} ended with code {code}; this command goes on from there")
+
+
+def pack(codec: Path, dit: Path, made: Path, output: Path, num_shards: int) -> None:
+    """Put what ships into `output`: weights in float16, a recording of each voice, shards."""
+    weights, references, shards = (
+        output / path.name for path in (voice.WEIGHTS, voice.REFERENCES, voice.SHARDS)
+    )
+    for folder in (references, shards):
+        folder.mkdir(parents=True, exist_ok=True)
+    echo_eqx.save(echo_eqx.load_codec(codec), weights / voice.CODEC.name, dtype="float16")
+    echo_eqx.save(echo_eqx.load_dit(dit), weights / voice.CHECKPOINT.name, dtype="float16")
+    for one in VOICES:
+        save_audio(references / f"{one.name}.flac", *speak(REFERENCE_TEXT, one))
+    names = [path.name for path in sorted(made.glob("*.tar"))][:num_shards]
+    for name in [*names, "silence.safetensors", "codec.json"]:
+        shutil.copy(made / name, shards / name)
+    for path in (*weights.iterdir(), *references.iterdir(), *shards.iterdir()):
+        os.chmod(path, 0o644)
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -6,20 +6,27 @@
     python scripts/benchmark.py step             # trace and compile the 1.3B training step
     python scripts/benchmark.py stream           # records a second, beside a plain tarfile loop
     python scripts/benchmark.py save             # how long a checkpoint holds up the loop
+    python scripts/benchmark.py monitor          # a page of a long run, from start to curves
 
 Weights are random: they cost the same.
 """
 
+import contextlib
 import io
 import json
+import math
 import os
 import resource
+import shutil
 import statistics
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import psutil
 import tyro
 
 import echo_eqx
@@ -109,6 +117,14 @@ class Save:
     runs: int = 5
 
 
+@dataclass(frozen=True)
+class Monitor:
+    """The monitor's page of one long run: until all is read, until its curves are drawn."""
+
+    lines: int = 1_000_000
+    runs: int = 3
+
+
 def main() -> None:
     command = tyro.cli(
         Annotated[Codec, tyro.conf.subcommand("codec")]
@@ -116,7 +132,8 @@ def main() -> None:
         | Annotated[Cache, tyro.conf.subcommand("cache")]
         | Annotated[Step, tyro.conf.subcommand("step")]
         | Annotated[Stream, tyro.conf.subcommand("stream")]
-        | Annotated[Save, tyro.conf.subcommand("save")],
+        | Annotated[Save, tyro.conf.subcommand("save")]
+        | Annotated[Monitor, tyro.conf.subcommand("monitor")],
         description=__doc__,
     )
     match command:
@@ -132,6 +149,8 @@ def main() -> None:
             stream(command)
         case Save():
             save(command)
+        case Monitor():
+            monitor(command)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_gib = peak / 2**30 if sys.platform == "darwin" else peak / 2**20
     print(f"peak memory of this process: {peak_gib:.2f} GiB")
@@ -347,6 +366,137 @@ def save(args: Save) -> None:
         f"checkpoint of {args.preset}, {size / 2**20:.0f} MiB: the loop waits "
         f"{statistics.median(stalls):.3f} s, it is on disk after {statistics.median(totals):.2f} s "
         f"(medians of {args.runs})"
+    )
+
+
+def monitor(args: Monitor) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run" / "metrics.jsonl"
+        file.parent.mkdir()
+        with file.open("w") as out:
+            out.writelines(metrics_line(step) for step in range(1, args.lines + 1))
+        print(f"{args.lines} lines, {file.stat().st_size / 1e6:.0f} MB; each time a new monitor")
+        measure_reading(file, args)
+        measure_drawing(file, args)
+
+
+def metrics_line(step: int) -> str:
+    """As the trainer writes it."""
+    loss = 0.3 + 2.0 / step**0.5 + 0.05 * math.sin(step)
+    line: dict[str, Any] = {
+        "step": step,
+        "loss": loss,
+        "gradient_norm": loss / 3,
+        "parameter_norm": 300 + loss / 7,
+        "learning_rate": 1e-4 * math.cos(1e-6 * step),
+        "updated": True,
+    }
+    if step % 10 == 0:
+        seconds = 0.9 + 0.01 * math.sin(step)
+        line |= {
+            "samples_seen": 256 * step,
+            "skipped_updates": 0,
+            "broken_records": 0,
+            "time": 1.7e9 + step,
+            "step_seconds": seconds,
+            "data_wait": 0.001 * loss,
+            "samples_per_second": 256 / seconds,
+            "audio_hours_per_second": 1 / seconds,
+            "flops_per_device": 1e14 / seconds,
+            "mfu": 0.4 / seconds,
+            "device_memory_bytes": 3e10,
+        }
+    if step % 1000 == 0:
+        line |= {"eval_loss": loss, "eval_loss_by_time": [loss] * 8}
+    return json.dumps(line) + "\n"
+
+
+@contextlib.contextmanager
+def monitoring(file: Path) -> Iterator[tuple[str, int]]:
+    """Address and process of a monitor that has just begun to listen."""
+    script = Path(__file__).with_name("monitor.py")
+    command = [sys.executable, str(script), "--runs", str(file.parent), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            yield process.stderr.readline().split(" at ")[1].split(" until ")[0], process.pid
+        finally:
+            process.kill()
+
+
+def measure_reading(file: Path, args: Monitor) -> None:
+    whole, cpu, refresh, read = [], [], [], []
+    for _ in range(args.runs):
+        with monitoring(file) as (address, pid):
+            used, started = cpu_seconds(pid), time.perf_counter()
+            news, curves = ask_monitor(address, 0, {})
+            while news["read"] < 1:
+                news, curves = ask_monitor(address, news["version"], curves)
+            whole.append(time.perf_counter() - started)
+            cpu.append(cpu_seconds(pid) - used)
+            with file.open("a") as out:
+                out.writelines(metrics_line(args.lines + i) for i in range(1, 11))
+            before, started = bytes_read(pid), time.perf_counter()
+            ask_monitor(address, news["version"], curves)
+            refresh.append(time.perf_counter() - started)
+            read.append(bytes_read(pid) - before)
+    print(
+        f"over HTTP: all curves after {statistics.median(whole):.2f} s, of which the monitor "
+        f"computes {statistics.median(cpu):.2f} s; 10 lines more after "
+        f"{1e3 * statistics.median(refresh):.0f} ms, {statistics.median(read) / 1e3:.1f} kB read "
+        f"(medians of {args.runs})"
+    )
+
+
+def ask_monitor(address: str, version: int, curves: dict[str, str]) -> tuple[Any, dict[str, str]]:
+    """What the page would ask for and keep."""
+    query = urllib.parse.urlencode({"version": version, "have": ",".join(curves.values())})
+    with urllib.request.urlopen(f"{address}data.json?run=run&{query}") as answer:
+        news = json.load(answer)
+    found = {name: f"{name}:{c['stride']}:{c['full']}" for name, c in news["curves"].items()}
+    return news, curves | found
+
+
+def cpu_seconds(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def bytes_read(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/io").read_text().split()
+    return int(fields[fields.index("rchar:") + 1])
+
+
+def measure_drawing(file: Path, args: Monitor) -> None:
+    """In Chromium without a window, by its own clock: to curves, and to the first with its axes."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        print("in a browser: not measured, since chromium and chromedriver are not on PATH")
+        return
+    from selenium import webdriver  # of the extra dev
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    times = "return performance.getEntriesByName(arguments[0]).map(mark => mark.startTime / 1000)"
+    first, again = ([], []), ([], [])
+    try:
+        for _ in range(args.runs):
+            with monitoring(file) as (address, _):
+                for both in (first, again):  # the second time Plotly is known to the browser
+                    browser.get(address)
+                    for seconds, mark in zip(both, ("sketched", "drawn"), strict=True):
+                        while not (found := browser.execute_script(times, mark)):
+                            time.sleep(0.1)
+                        seconds.append(found[0])
+    finally:
+        browser.quit()
+    median = [statistics.median(seconds) for both in (first, again) for seconds in both]
+    print(
+        f"in a browser: the first time, curves after {median[0]:.2f} s, with axes after "
+        f"{median[1]:.2f} s; again, after {median[2]:.2f} s and {median[3]:.2f} s"
     )
 
 

@@ -20,7 +20,8 @@ import tyro
 
 from echo_eqx.command import run
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.ops.disk import DiskWatchdog, JsonLines
+from echo_eqx.ops.disk.log import JsonLines
+from echo_eqx.ops.disk.watchdog import DiskWatchdog
 from echo_eqx.train.checkpoint import Retention
 
 

@@ -207,6 +207,29 @@ def test_a_million_lines_become_buckets_with_their_extremes(tmp_path: Path):
     assert page.sent <= 10  # the last bucket of two curves
 
 
+def test_a_long_run_is_previewed_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("echo_eqx.ops.runs._LONG", 10_000)
+    monkeypatch.setattr("echo_eqx.ops.runs._CHUNK", 1 << 20)
+    file = tmp_path / "metrics.jsonl"
+    n = 50_000
+    file.write_text("".join(line(step, loss=1 + step / n) for step in range(1, n + 1)))
+    metrics = Metrics(file)
+    preview = metrics.news(0, {}, 0.0)
+    loss = preview["curves"]["loss"]
+    assert preview["version"] < 0 and preview["read"] == 0
+    assert loss["step"] == sorted(loss["step"]) and loss["step"][-1] == n
+    assert loss["step"][0] < n / 100 and len(loss["step"]) > 100
+    for step, mean in zip(loss["step"], loss["mean"], strict=True):
+        assert mean == pytest.approx(1 + step / n, abs=0.01)
+    later = metrics.news(preview["version"], {"loss": (1, 3)}, 0.0)
+    assert later["version"] == preview["version"] and later["curves"] == {}
+    assert 0 < later["read"] < 1
+    whole = metrics.news(preview["version"], {"loss": (1, 3)}, 60.0)
+    assert whole["version"] == -preview["version"] and whole["read"] == 1
+    assert whole["curves"]["loss"]["start"] == 0
+    assert whole["curves"]["loss"] == Page(file).refresh()["loss"]
+
+
 def test_runs_are_the_folder_or_its_sub_folders(tmp_path: Path):
     make_run(tmp_path / "runs" / "a")
     make_run(tmp_path / "runs" / "b", steps=100)

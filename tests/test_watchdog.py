@@ -14,8 +14,9 @@ import pytest
 
 from echo_eqx.command import run
 from echo_eqx.errors import EchoError
-from echo_eqx.ops import disk as disk_module
-from echo_eqx.ops.disk import DiskWatchdog, JsonLines
+from echo_eqx.ops.disk import checkpoints as checkpoints_module
+from echo_eqx.ops.disk.log import JsonLines
+from echo_eqx.ops.disk.watchdog import DiskWatchdog
 from echo_eqx.train.checkpoint import Retention
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "watchdog.py"
@@ -276,7 +277,7 @@ def test_links_and_mounts_are_not_followed(disk, tmp_path):
 
 def test_an_error_is_told_once_and_the_next_one_goes(disk, monkeypatch):
     steps = [step(disk / "runs" / "one", n) for n in (1, 2, 3, 4)]
-    remove = disk_module._remove_checkpoint
+    remove = checkpoints_module._remove_checkpoint
 
     def hindered(name: str, handle: int) -> None:
         if name == steps[0].name:
@@ -285,7 +286,7 @@ def test_an_error_is_told_once_and_the_next_one_goes(disk, monkeypatch):
             remove(name, handle)  # another watchdog is quicker
         remove(name, handle)
 
-    monkeypatch.setattr(disk_module, "_remove_checkpoint", hindered)
+    monkeypatch.setattr(checkpoints_module, "_remove_checkpoint", hindered)
     watched = Watched(disk, ALL)
     for _ in range(3):
         watched.check()

@@ -267,7 +267,7 @@ def _data(run: Run, query: dict[str, list[str]]) -> dict[str, Any]:
         if match and match[1] in FIELDS:
             have[match[1]] = int(match[2]), int(match[3])
     version = query.get("version", [""])[0]
-    known = int(version) if re.fullmatch(r"\d{1,18}", version) else 0
+    known = int(version) if re.fullmatch(r"-?\d{1,18}", version) else 0
     return run.metrics.news(known, have, _READ_SECONDS)
 
 

@@ -1,6 +1,8 @@
 """Run folders as the monitor sees them: which there are, how they fare, and their curves."""
 
+import contextlib
 import json
+import os
 import re
 import threading
 import time
@@ -26,6 +28,10 @@ FIELDS = (
 MAX_BUCKETS = 1000
 """Of a curve. Each is drawn from its lowest to its highest value: two points."""
 _CHUNK = 8 << 20
+_LONG = 32 << 20
+"""Bytes left to read above which a preview is shown until then."""
+_GLANCES, _GLANCE = 256, 4 << 10
+"""Places of a long file that its preview is made of, and bytes of each."""
 _TAIL = 64 << 10
 _SAMPLE_FILE = re.compile(r"(\d{1,6})(\.wav|\.ref\.wav|\.txt)")
 
@@ -162,26 +168,60 @@ class Metrics:
         """Read on for `seconds`, then return what someone with `have` of `version` lacks.
 
         `have` gives the stride and the number of full buckets by field. `read` in the result is
-        the part of the file that has been read.
+        the part of the file that has been read. Of a long file there is a preview at once, with
+        the negative version, and then nothing until all is read.
         """
+        size = self._size()
+        if abs(version) != self._version and size - self._offset > _LONG:
+            # Without the lock, which whoever reads on has for a while.
+            return self._news(-self._version, self._offset / size, self._preview(size), {})
         with self._lock:
             read = self._advance(seconds)
-            if version != self._version:
-                have = {}
-            curves = {
-                name: curve.buckets(*have.get(name, (0, 0))) for name, curve in self._curves.items()
-            }
-            return {
-                "version": self._version,
-                "read": read,
-                "unreadable": self._unreadable,
-                "curves": {name: news for name, news in curves.items() if news is not None},
-            }
+            if version == -self._version and read < 1:
+                return self._news(version, read, {}, {})
+            known = have if version == self._version else {}
+            return self._news(self._version, read, self._curves, known)
+
+    def _news(
+        self,
+        version: int,
+        read: float,
+        curves: dict[str, Curve],
+        have: dict[str, tuple[int, int]],
+    ) -> dict[str, Any]:
+        found = {name: curve.buckets(*have.get(name, (0, 0))) for name, curve in curves.items()}
+        return {
+            "version": version,
+            "read": read,
+            "unreadable": self._unreadable,
+            "curves": {name: news for name, news in found.items() if news is not None},
+        }
+
+    def _preview(self, size: int) -> dict[str, Curve]:
+        """Curves from a few lines at places all over the file, up to its end."""
+        curves = {name: Curve() for name in FIELDS}
+        lines = bytearray()
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            for start in np.linspace(0, size - _GLANCE, _GLANCES).astype(int).tolist():
+                piece = os.pread(file.fileno(), _GLANCE, start)
+                lines += piece[piece.find(b"\n") + 1 if start else 0 : piece.rfind(b"\n") + 1]
+        for name, (steps, values) in read_lines(bytes(lines))[0].items():
+            curves[name].extend(steps, values)
+        return curves
+
+    def _size(self) -> int:
+        try:
+            return self._path.stat().st_size if self._is_inside() else 0
+        except OSError:
+            return 0
+
+    def _is_inside(self) -> bool:
+        return self._path.resolve().is_relative_to(self._path.parent)
 
     def _advance(self, seconds: float) -> float:
         until = time.monotonic() + seconds
         try:
-            if not self._path.resolve().is_relative_to(self._path.parent):
+            if not self._is_inside():
                 return 1.0
             with self._path.open("rb") as file:
                 if self._was_cut(file):
@@ -330,10 +370,12 @@ class Runs:
     def __init__(self, root: Path):
         self.root = root.resolve()
         self._runs: dict[str, Run] = {}
+        self._asked = 0.0
         self._lock = threading.Lock()
 
     def all(self) -> dict[str, Run]:
         """By name. Looks anew, since runs may begin at any time."""
+        self._asked = time.monotonic()
         with self._lock:
             found = {}
             for path in self._folders():
@@ -343,10 +385,12 @@ class Runs:
             return found
 
     def read_ahead(self) -> None:
-        """Read the runs there are, so that a page finds them read."""
+        """Read the runs there are, while no page asks for them, so that one finds them read."""
         for run in self.all().values():
             while not run.metrics.read_on(0.1):
-                time.sleep(0.001)  # lets a page have its turn
+                time.sleep(0.001)
+                while time.monotonic() - self._asked < 1.0:
+                    time.sleep(0.1)
 
     def _folders(self) -> list[Path]:
         try:

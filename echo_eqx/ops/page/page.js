@@ -217,12 +217,70 @@ function draw(chart) {
     layout.annotations = [{ text: "none reported", showarrow: false, x: 0.5, xref: "paper", y: 0.5, yref: "paper" }];
   }
   const settings = { responsive: true, displaylogo: false, displayModeBar: false };
-  return Plotly.react(`plot-${chart.field}`, traces, layout, settings);
+  const plot = element(`plot-${chart.field}`);
+  plot.querySelector(":scope > svg")?.remove();
+  return Plotly.react(plot, traces, layout, settings);
+}
+
+// Until the browser has shown what was changed, unless no one looks.
+function shown() {
+  if (document.hidden) return null;
+  return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+}
+
+// A curve without axes, since a browser works on Plotly for a second or two when it first comes.
+function sketch(chart) {
+  const curves = [...runs.values()].map((run) => run.shown && run.curves[chart.field]);
+  const points = curves.map((curve) =>
+    curve ? curve.step.map((x, i) => [x, curve.mean[i]]).filter(([, y]) => y !== null) : [],
+  );
+  const span = (values) => {
+    const low = values.reduce((a, b) => Math.min(a, b), Infinity);
+    const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
+    return (value) => (high > low ? (100 * (value - low)) / (high - low) : 50);
+  };
+  const across = span(points.flat().map(([x]) => x));
+  const up = span([...points.flat().map(([, y]) => y), ...(chart.zero ? [0] : [])]);
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 100 100");
+  svg.setAttribute("preserveAspectRatio", "none");
+  [...runs.values()].forEach((run, i) => {
+    const path = document.createElementNS(svg.namespaceURI, "path");
+    path.setAttribute("d", `M${points[i].map(([x, y]) => `${across(x)} ${100 - up(y)}`).join("L")}`);
+    path.style.stroke = color(run);
+    if (points[i].length) svg.append(path);
+  });
+  element(`plot-${chart.field}`).replaceChildren(svg);
+}
+
+let plotly = null;
+
+// Asked for only now: until it has run, nothing else does.
+function loadPlotly() {
+  plotly ??= new Promise((done, failed) => {
+    const script = make("script", { src: "plotly.js", onload: done });
+    script.onerror = () => {
+      plotly = null;
+      failed(new Error("plotly.js did not come"));
+    };
+    document.head.append(script);
+  });
+  return plotly;
 }
 
 async function drawStale() {
+  if (!stale.size) return;
+  if (!window.Plotly) {
+    CHARTS.forEach(sketch);
+    await shown();
+    performance.mark("sketched");
+    await loadPlotly();
+  }
   for (const chart of CHARTS) {
-    if (stale.delete(chart.field)) await draw(chart);
+    if (!stale.delete(chart.field)) continue;
+    await draw(chart);
+    await shown();
+    performance.mark("drawn");
   }
 }
 

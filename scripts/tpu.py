@@ -1,0 +1,436 @@
+"""Train on pods of Cloud TPU, by gcloud; on several machines, by ssh; on a cluster, by SLURM.
+
+    python scripts/tpu.py create --name echo --zone us-central2-b --accelerator_type v4-64 --spot
+    python scripts/tpu.py setup --name echo --zone us-central2-b
+    python scripts/tpu.py launch --name echo --zone us-central2-b -- --data ... --run_dir /mnt/echo
+    python scripts/tpu.py logs --name echo --zone us-central2-b --follow
+    python scripts/tpu.py supervise --name echo --zone us-central2-b --accelerator_type v4-64 \\
+        --spot --max_hours 48 -- --data ... --run_dir /mnt/echo
+
+Behind -- stand the flags of train.py. Every command is printed before it runs, and --dry_run only
+prints. setup, launch, status, logs and stop also take --hosts a,b,c in place of a pod. --run_dir
+must be on a disk that all workers see and that outlives the pod, such as a mounted bucket or NFS.
+"""
+
+import os
+import re
+import shlex
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from echo_eqx.command import note, run
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.ops.pods import gcloud
+from echo_eqx.ops.pods.flags import check_train_flags, warn_of_own_disk
+from echo_eqx.ops.pods.launch import LaunchSettings, end, how_it_fares, launch
+from echo_eqx.ops.pods.logs import follow
+from echo_eqx.ops.pods.setup import SetupSettings, set_up
+from echo_eqx.ops.pods.shell import Shell
+from echo_eqx.ops.pods.slurm import Job, batch_script
+from echo_eqx.ops.pods.supervise import SuperviseSettings, Supervisor, Watched, show_round
+from echo_eqx.ops.pods.tally import TallyFile
+from echo_eqx.ops.pods.workers import NotSetUp, TpuWorkers, Workers, ssh_hosts, status
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfPod:
+    name: str
+    """Of the pod, and of the run on its workers."""
+    zone: str | None = None
+    """Such as us-central2-b; by default gcloud's own."""
+    project: str | None = None
+    """By default gcloud's own."""
+    dry_run: bool = False
+    """Print the commands, and run none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfWorkers(OfPod):
+    hosts: str | None = None
+    """Machines in place of a pod, such as a,me@b,c; ssh must reach them without a password."""
+    coordinator: str | None = None
+    """HOST:PORT by which all --hosts reach the first; by default its name, and port 8476."""
+    ssh_flags: str = ""
+    """More of ssh and scp, or of gcloud's: --ssh_flags='--internal-ip'."""
+    timeout: float = 180.0
+    """Seconds for a worker's answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    accelerator_type: str
+    """As gcloud names it: v4-64, v5litepod-16, v5p-32, v6e-16."""
+    runtime_version: str | None = None
+    """Image of the workers; by default the one for the generation."""
+    spot: bool = False
+    """Cheaper, and may be preempted at any time."""
+    valid_until: str | None = None
+    """Give the request up after this time in the queue, such as 6h."""
+    create_flags: str = ""
+    """More of `gcloud compute tpus queued-resources create`: --create_flags='--network=mine'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installing:
+    extra: str | None = None
+    """Of the package: by default tpu on a pod, cuda on --hosts. '' for none."""
+    before: str = ""
+    """Shell text that every worker runs first, such as one that mounts the disk of --run_dir."""
+    setup_tries: int = 5
+    """How often each step of the setup is tried on a worker."""
+    setup_pause: float = 15.0
+    """Seconds between these: a new pod takes a while to let anyone in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launching:
+    tries: int = 3
+    """How often all are started, until none is missing."""
+    settle: float = 15.0
+    """Seconds that all must stay alive."""
+    poll: float = 2.0
+    """Seconds between two looks at the workers."""
+    pause: float = 5.0
+    """Seconds between two tries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Create(Wanted, OfPod):
+    """Ask for a pod, as a queued resource."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup(Installing, OfWorkers):
+    """Install this source tree on all workers, and see that it is the same everywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(Launching, OfWorkers):
+    """Start train.py on all workers at once; a worker that is missing ends all, for another try."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status(OfWorkers):
+    """How the pod and the run on each worker fare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logs(OfWorkers):
+    """What the processes print."""
+
+    follow: bool = False
+    """Go on until the run has ended."""
+    lines: int = 20
+    """Last lines of each worker."""
+    worker: int | None = None
+    """Of this worker alone."""
+    pause: float = 2.0
+    """Seconds until a connection that broke is made again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(OfWorkers):
+    """Stop the run: it saves, and ends with code 76."""
+
+    now: bool = False
+    """End it at once; the steps since the last checkpoint are lost."""
+    wait: float = 900.0
+    """Seconds for all to end in."""
+    poll: float = 2.0
+    """Seconds between two looks at the workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delete(OfPod):
+    """Delete the pod, unless a run is alive on it."""
+
+    now: bool = False
+    """Even then."""
+    timeout: float = 180.0
+    """Seconds for a worker's answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervise(Launching, Installing, Wanted, OfPod):
+    """Make the pod, set it up and launch; do so again after each preemption, until the run is done.
+
+    Started again it goes on where things are. A run that ends with an error ends this too, unless
+    it has saved since it was started.
+    """
+
+    max_hours: float
+    """Hours that pods of this name may exist in all; then the run saves, and the pod is deleted."""
+    max_restarts: int = 3
+    """Restarts in a row without a new checkpoint."""
+    every: float = 30.0
+    """Seconds between two looks at the pod."""
+    grace: float = 120.0
+    """Seconds for the other processes to end when one has."""
+    wait: float = 900.0
+    """Seconds for the run to save in, when the hours are spent."""
+    delete_when_done: bool = False
+    """Delete the pod when supervising ends: the run is done, was stopped, or fails."""
+    state: Path | None = None
+    """File that keeps the hours; by default ~/.echo_eqx/pods/NAME.json."""
+    ssh_flags: str = ""
+    """More of gcloud's ssh and scp: --ssh_flags='--internal-ip'."""
+    timeout: float = 180.0
+    """Seconds for a worker's answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """Submit a job in which srun starts all processes; it goes on by itself when its time is up."""
+
+    name: str = "echo"
+    """Of the job and its log."""
+    nodes: int = 1
+    """Machines."""
+    gpus: int = 8
+    """Of each machine, each with a process of its own; 0: one process without any."""
+    time: str = "24:00:00"
+    """Limit of the job."""
+    save_seconds: int = 300
+    """Before the limit; the run saves in them."""
+    sbatch_flags: str = ""
+    """More of sbatch: --sbatch_flags='--partition=gpu --account=mine'."""
+    timeout: float = 60.0
+    """Seconds for the answer of sbatch."""
+    dry_run: bool = False
+    """Print the script, and submit nothing."""
+
+
+def main() -> None:
+    ours, theirs = sys.argv[1:], None
+    if "--" in ours:
+        at = ours.index("--")
+        ours, theirs = ours[:at], tuple(ours[at + 1 :])
+    command = tyro.cli(
+        Annotated[Create, tyro.conf.subcommand("create")]
+        | Annotated[Setup, tyro.conf.subcommand("setup")]
+        | Annotated[Launch, tyro.conf.subcommand("launch")]
+        | Annotated[Status, tyro.conf.subcommand("status")]
+        | Annotated[Logs, tyro.conf.subcommand("logs")]
+        | Annotated[Stop, tyro.conf.subcommand("stop")]
+        | Annotated[Delete, tyro.conf.subcommand("delete")]
+        | Annotated[Supervise, tyro.conf.subcommand("supervise")]
+        | Annotated[Slurm, tyro.conf.subcommand("slurm")],
+        description=__doc__,
+        args=ours,
+    )
+    check_numbers(command)
+    flags, run_dir = theirs or (), ""
+    if isinstance(command, Launch | Supervise | Slurm):
+        if theirs is None:
+            raise UsageError("there are no flags for train.py; wanted them behind --")
+        run_dir = check_train_flags(flags)
+    elif theirs is not None:
+        raise UsageError(f"-- {shlex.join(flags)} is for launch, supervise and slurm alone")
+    shell = Shell(command.dry_run)
+    match command:
+        case Create():
+            gcloud.create(shell, pod_of(command), request_of(command))
+        case Setup():
+            workers = workers_of(command, shell)
+            check_no_run(shell, workers, command.timeout, "wanted it stopped before")
+            set_up(shell, workers, setup_settings(command, "cuda" if command.hosts else "tpu"))
+        case Launch():
+            if command.hosts is None:
+                warn_of_own_disk(run_dir)
+            launch(shell, workers_of(command, shell), flags, launch_settings(command))
+        case Status():
+            show_status(command, shell)
+        case Logs():
+            try:
+                show_logs(command, shell)
+            except BrokenPipeError:  # | head has seen enough, and nothing more can be printed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        case Stop():
+            workers = workers_of(command, shell)
+            seconds, poll, timeout = command.wait, command.poll, command.timeout
+            end(shell, workers, now=command.now, seconds=seconds, poll=poll, timeout=timeout)
+        case Delete():
+            delete(command, shell)
+        case Supervise():
+            warn_of_own_disk(run_dir)
+            raise SystemExit(supervise(command, shell, flags, run_dir))
+        case Slurm():
+            submit(command, shell, flags)
+
+
+def check_numbers(command: object) -> None:
+    positive = ("max_hours", "timeout", "every")
+    least = {"tries": 1, "setup_tries": 1, "nodes": 1, "lines": 1, "save_seconds": 1}
+    for name, value in vars(command).items():
+        if type(value) is int and value < least.get(name, 0):
+            raise UsageError(f"{name} is {value}; wanted at least {least.get(name, 0)}")
+        if type(value) is float and not 0 <= value < float("inf"):
+            raise UsageError(f"{name} is {value}; wanted a number of at least 0")
+        if name in positive and value == 0:
+            raise UsageError(f"{name} is {value}; wanted a positive number")
+
+
+def pod_of(command: OfPod) -> gcloud.Pod:
+    return gcloud.named_pod(command.name, command.zone, command.project)
+
+
+def request_of(command: Wanted) -> gcloud.Request:
+    return gcloud.request(
+        command.accelerator_type,
+        command.runtime_version,
+        command.spot,
+        command.valid_until,
+        command.create_flags,
+    )
+
+
+def setup_settings(command: Setup | Supervise, usual: str) -> SetupSettings:
+    extra = usual if command.extra is None else command.extra
+    if re.fullmatch(r"[\w,-]*", extra) is None:
+        raise UsageError(f"extra is {extra!r}; wanted names such as tpu")
+    tries, pause = command.setup_tries, command.setup_pause
+    return SetupSettings(extra, command.before, tries, command.timeout, pause)
+
+
+def launch_settings(command: Launch | Supervise) -> LaunchSettings:
+    return LaunchSettings(
+        command.tries, command.timeout, command.settle, command.poll, command.pause
+    )
+
+
+def workers_of(command: OfWorkers, shell: Shell) -> Workers:
+    """The hosts, or the workers of the pod, which must be ready."""
+    pod, flags = pod_of(command), gcloud.split_flags("ssh_flags", command.ssh_flags)
+    if command.hosts is not None:
+        return ssh_hosts(command.name, command.hosts, command.coordinator, flags)
+    if command.coordinator is not None:
+        raise UsageError("--coordinator is for --hosts: the workers of a pod find each other")
+    if shell.dry_run:
+        return TpuWorkers(pod, ("all",), flags)
+    state = gcloud.look(shell, pod)
+    if state.absent:
+        raise gcloud.unknown(pod)
+    if not state.ready or not state.workers:
+        raise EchoError(f"{pod} is {state}; wanted READY")
+    return TpuWorkers(pod, state.worker_ids, flags)
+
+
+def show_status(command: Status, shell: Shell) -> None:
+    if command.hosts is None and not shell.dry_run:
+        pod = pod_of(command)
+        state = gcloud.look(shell, pod)
+        if state.absent:
+            raise gcloud.unknown(pod)
+        print(f"{pod}: {state}")
+        if not state.ready:
+            return
+    workers = workers_of(command, shell)
+    for answer in status(shell, workers, command.timeout, lines=1):
+        last = answer.value["lines"] if answer.value else []
+        print(f"worker {answer.worker}: {'; '.join([how_it_fares(answer), *last])}")
+
+
+def show_logs(command: Logs, shell: Shell) -> None:
+    workers = workers_of(command, shell)
+    ids = workers.ids
+    if command.worker is not None and not shell.dry_run:
+        ids = tuple(worker for worker in ids if worker == str(command.worker))
+        if not ids:
+            raise UsageError(f"worker is {command.worker}; wanted 0 to {len(workers.ids) - 1}")
+    if command.follow:
+        codes = follow(shell, workers, ids, command.lines, command.pause)
+        for worker, code in codes.items():
+            note(f"worker {worker} has ended" + ("" if code is None else f" with code {code}"))
+        return
+    answers = status(shell, workers, command.timeout, lines=command.lines, among=ids)
+    for answer in answers:
+        value = answer.value
+        for line in value["lines"] if value and value["mark"] else [how_it_fares(answer)]:
+            print(f"{answer.worker}| {line}")
+    if answers and all(answer.value is None for answer in answers):
+        raise EchoError(f"no worker of {workers} answers: {answers[0].trouble}")
+
+
+def delete(command: Delete, shell: Shell) -> None:
+    pod = pod_of(command)
+    if not command.now and not shell.dry_run:
+        state = gcloud.look(shell, pod)
+        if state.ready:
+            workers = TpuWorkers(pod, state.worker_ids, ())
+            check_no_run(shell, workers, command.timeout, "wanted it stopped before, or --now")
+    gcloud.delete(shell, pod)
+
+
+def check_no_run(shell: Shell, workers: Workers, timeout: float, wanted: str) -> None:
+    if shell.dry_run:
+        return
+    try:
+        answers = status(shell, workers, timeout)
+    except NotSetUp:
+        return
+    alive = [answer.worker for answer in answers if answer.alive]
+    if alive:
+        raise EchoError(f"a run is alive on worker {alive[0]} of {workers}; {wanted}")
+
+
+def supervise(command: Supervise, shell: Shell, flags: tuple[str, ...], run_dir: str) -> int:
+    watched = Watched(
+        pod_of(command),
+        request_of(command),
+        flags,
+        run_dir,
+        gcloud.split_flags("ssh_flags", command.ssh_flags),
+        setup_settings(command, "tpu"),
+        launch_settings(command),
+    )
+    if shell.dry_run:
+        show_round(shell, watched)
+        return 0
+    settings = SuperviseSettings(
+        command.max_hours,
+        command.max_restarts,
+        command.every,
+        command.grace,
+        command.wait,
+        command.delete_when_done,
+    )
+    state = command.state or Path("~/.echo_eqx/pods") / f"{command.name}.json"
+    with closing(TallyFile(state.expanduser())) as tally:
+        try:
+            return Supervisor(shell, watched, tally, settings).run()
+        except KeyboardInterrupt:
+            note(f"{watched.pod} and its run go on; the same command watches them again")
+            raise
+
+
+def submit(command: Slurm, shell: Shell, flags: tuple[str, ...]) -> None:
+    job = Job(
+        command.name,
+        command.nodes,
+        command.gpus,
+        command.time,
+        command.save_seconds,
+        gcloud.split_flags("sbatch_flags", command.sbatch_flags),
+    )
+    train = Path(__file__).resolve().with_name("train.py")
+    script = batch_script(job, (sys.executable, str(train), *flags))
+    print(script)
+    file = Path(f"{command.name}.sbatch")
+    if not shell.dry_run:
+        try:
+            file.write_text(script)
+        except OSError as error:
+            raise EchoError(f"{file} cannot be written: {error.strerror}") from None
+    for done in shell.run_all([["sbatch", str(file)]], command.timeout):
+        if done.code != 0:
+            raise EchoError(f"{file} was not submitted: {done.reason(command.timeout)}")
+        note(done.out.strip())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,828 @@
+"""Pods and hosts by stand-ins for gcloud and ssh, whose workers are real processes here."""
+
+import contextlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echo_eqx.command import run
+from echo_eqx.ops.pods import gcloud
+from echo_eqx.ops.pods.workers import TpuWorkers
+from echo_eqx.sharding.hosts import code_digest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "tpu.py"
+WORKER = ROOT / "echo_eqx" / "ops" / "pods" / "worker.py"
+
+# One pod of several workers. Each has a home folder here, and what is run on it is really run.
+STAND_IN = r'''
+import fcntl, json, os, shutil, signal, sys, time
+from pathlib import Path
+
+ROOT = Path(os.environ["STAND_IN"])
+NAME, ARGS = Path(sys.argv[0]).name, sys.argv[1:]
+FLAGS = dict(a.partition("=")[::2] for a in ARGS if a.startswith("--"))
+lock = (ROOT / "lock").open("a")
+fcntl.flock(lock, fcntl.LOCK_EX)
+with (ROOT / "calls.jsonl").open("a") as calls:
+    calls.write(json.dumps([NAME, *ARGS]) + "\n")
+PLAY = json.loads((ROOT / "play.json").read_text())
+POD = ROOT / "pod.json"
+
+
+def missing():
+    fail(f"ERROR: {what} NOT_FOUND: Resource 'projects/p/locations/z/nodes/{name}' was not found.")
+
+
+def fail(text, code=1):
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+def played(key):
+    """Whether this is to happen now, which is one time less."""
+    left = PLAY.get(key, 0)
+    if left > 0:
+        PLAY[key] = left - 1
+        (ROOT / "play.json").write_text(json.dumps(PLAY))
+    return left > 0
+
+
+def end_processes():
+    """As when the machines are gone."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"HOME={ROOT / 'homes'}".encode() in (entry / "environ").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            pass
+
+
+def remote(home, command):
+    home.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "HOME": str(home)}
+    if "worker.py start " in command and played(f"refuse {home.name}"):
+        fail("ssh: connect to host 10.0.0.1 port 22: Connection refused", 255)
+    drops = played("drop") if "worker.py follow " in command else False
+    again = played("again") if drops else False
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    if drops:
+        import subprocess
+
+        # The connection breaks within a line.
+        for _ in range(2 if again else 1):
+            child = subprocess.Popen(
+                ["sh", "-c", command], cwd=home, env=environment, stdout=subprocess.PIPE
+            )
+            data = b""
+            while len(data) < 200 and (more := child.stdout.read1(1)):
+                data += more
+            os.write(1, data)
+            child.kill()
+        fail("client_loop: send disconnect: Broken pipe", 255)
+    os.chdir(home)
+    os.execve("/bin/sh", ["sh", "-c", command], environment)
+
+
+if NAME in ("ssh", "scp"):
+    rest = [a for a in ARGS if not a.startswith("-")]
+    if NAME == "ssh":
+        remote(ROOT / "homes" / rest[0], rest[1])
+    host, _, target = rest[1].partition(":")
+    (ROOT / "homes" / host).mkdir(parents=True, exist_ok=True)
+    shutil.copy(rest[0], ROOT / "homes" / host / target)
+    sys.exit()
+
+group, verb, name = ARGS[2:5]
+what = f"(gcloud.compute.tpus.{group}.{verb})"
+if PLAY.get("logged_out"):
+    fail(
+        f"ERROR: {what} You do not currently have an active account selected.\n"
+        "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials."
+    )
+pod = json.loads(POD.read_text()) if POD.exists() else None
+if verb == "create":
+    if played("quota"):
+        fail(f"ERROR: {what} RESOURCE_EXHAUSTED: Quota limit 'TPUV4s' has been exceeded. Limit: 32")
+    if pod:
+        fail(f"ERROR: {what} ALREADY_EXISTS: Resource '{name}' already exists")
+    number = len(list((ROOT / "homes").iterdir()))
+    created = time.time() - PLAY.get("age", 0)
+    pod = {"name": name, "number": number, "created": created, "looks": 0, "state": "WAITING"}
+    POD.write_text(json.dumps(pod))
+    sys.exit()
+if verb == "scp":
+    name = ARGS[5].partition(":")[0]
+if pod is None or pod["name"] != name:
+    missing()
+if verb == "describe" and group == "tpu-vm":
+    pod["looks"] += 1
+    if pod["state"] == "WAITING" and pod["looks"] > PLAY.get("waits", 0):
+        pod["state"] = "READY"
+    elif pod["state"] == "READY" and played("preempt_at") and PLAY["preempt_at"] == 0:
+        pod["state"] = "PREEMPTED"
+        end_processes()
+    POD.write_text(json.dumps(pod))
+    if pod["state"] == "WAITING":
+        missing()
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(pod["created"]))
+    print(json.dumps({
+        "name": f"projects/p/locations/z/nodes/{name}",
+        "state": pod["state"],
+        "health": "HEALTHY",
+        "createTime": moment + ".123456789Z",
+        "networkEndpoints": [{"ipAddress": f"10.0.0.{i}"} for i in range(PLAY.get("workers", 3))],
+    }))
+elif verb == "describe":
+    states = {"WAITING": "WAITING_FOR_RESOURCES", "READY": "ACTIVE", "PREEMPTED": "SUSPENDED"}
+    state = PLAY.get("queue_state") or states[pod["state"]]
+    error = {"failedData": {"error": {"message": "no capacity"}}} if state == "FAILED" else {}
+    print(json.dumps({"name": name, "state": {"state": state, **error}}))
+elif verb == "delete":
+    if group == "queued-resources" and PLAY.get("no_queue"):
+        missing()
+    end_processes()
+    POD.unlink()
+else:
+    if pod["state"] != "READY":
+        fail(f"ERROR: {what} This TPU has terminal state {pod['state']}, so it cannot be used")
+    home = ROOT / "homes" / f"pod{pod['number']}-{FLAGS['--worker']}"
+    if verb == "scp":
+        home.mkdir(parents=True, exist_ok=True)
+        if played(f"refuse copy {home.name}"):
+            fail("ssh: connect to host 10.0.0.1 port 22: Connection refused", 255)
+        shutil.copy(ARGS[4], home / ARGS[5].partition(":")[2])
+    else:
+        remote(home, FLAGS["--command"])
+'''
+
+# In place of scripts/train.py: a checkpoint at every step by the first worker, and none of the
+# arithmetic. The n-th start of a worker waits at the n-th number of `pauses`, for what is to come.
+TRAIN = r"""
+import os, signal, sys, time
+from pathlib import Path
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+run_dir, root, home = Path(flags["--run_dir"]), Path(os.environ["STAND_IN"]), Path.home()
+stopping = []
+signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+found = sorted(run_dir.glob("checkpoints/step_*"))
+step = int(found[-1].name[5:]) if found else 0
+print("began after step", step, "as", *sys.argv[1:])
+starts = root / f"starts {home.name[-1]}"
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+pauses = [int(n) for n in (root / "pauses").read_text().split()]
+count = len(starts.read_text())
+pause = pauses[count - 1] if count <= len(pauses) else 10**9
+crash = root / f"crash {home.name}"
+
+
+def seen():  # how often a supervisor has looked at a worker
+    return (root / "calls.jsonl").read_text().count(f"worker.py status echo 10 {run_dir}")
+
+
+while step < int(flags["--num_steps"]):
+    if stopping:
+        print("saved at step", step)
+        sys.exit(76)
+    if crash.exists():
+        code, at, looks, often, *why = crash.read_text().split()
+        if step >= int(at):
+            if often == "once":
+                crash.unlink()
+            many = seen() + int(looks)
+            while seen() < many:
+                time.sleep(0.05)
+            print("error:", *(why or ["the data are broken"]))
+            sys.exit(int(code))
+    time.sleep(0.02)
+    if step < pause:
+        step += 1
+        if home.name.endswith(("a", "-0")):
+            folder = run_dir / "checkpoints" / f"step_{step:09d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "manifest.json").touch()
+        print("step", step)
+"""
+
+PYTHON = r"""#!/bin/sh
+case "$1 $3" in
+*" versions") cat "$HOME/versions.json" 2>/dev/null || echo '{"jax": "1"}' ;;
+*scripts/train.py\ *) shift; exec REAL -uS "$STAND_IN/train.py" "$@" ;;
+*) exec REAL -S "$@" ;;
+esac
+"""
+
+UV = r"""#!/bin/sh
+echo "$@" >>uv.log
+if [ "$1" = venv ]; then mkdir -p echo_eqx/venv/bin; cp "$STAND_IN/python" echo_eqx/venv/bin; fi
+"""
+
+
+class World:
+    """The stand-ins' folder, the command under test, and what was called."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
+        self.root, self._monkeypatch, self._capfd = root, monkeypatch, capfd
+        self.run_dir = root / "shared" / "run"
+        for name in ("bin", "homes", "me"):
+            (root / name).mkdir(parents=True)
+        self.play()
+        self.write("train.py", TRAIN)
+        self.write("pauses", "")
+        self.write("python", PYTHON.replace("REAL", sys.executable), executable=True)
+        self.write("bin/uv", UV, executable=True)
+        for name in ("gcloud", "ssh", "scp"):
+            self.write(f"bin/{name}", f"#!{sys.executable} -SE\n{STAND_IN}", executable=True)
+        monkeypatch.setenv("STAND_IN", str(root))
+        monkeypatch.setenv("HOME", str(root / "me"))
+        monkeypatch.setenv("PATH", f"{root / 'bin'}:/usr/bin:/bin")
+        self._main = runpy.run_path(str(SCRIPT))["main"]
+
+    def write(self, name: str, text: str, executable: bool = False) -> None:
+        path = self.root / name
+        path.write_text(text)
+        path.chmod(0o755 if executable else 0o644)
+
+    def play(self, **what: Any) -> None:
+        self.write("play.json", json.dumps(what))
+
+    def __call__(self, text: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of `tpu.py` with these arguments."""
+        arguments = [str(SCRIPT), *shlex.split(text.format(run=self.run_dir))]
+        self._monkeypatch.setattr(sys, "argv", arguments)
+        code = 0
+        try:
+            run(self._main)
+        except SystemExit as ended:
+            code = ended.code or 0
+        return code, *self._capfd.readouterr()  # pyright: ignore[reportReturnType]
+
+    @contextlib.contextmanager
+    def supervising(self, flags: str, steps: str) -> Iterator[subprocess.Popen[str]]:
+        """A supervisor in a process of its own, killed in the end."""
+        text = f"{WATCH} --max_hours 1 {flags} {GIVEN} {steps}".format(run=self.run_dir)
+        command = [sys.executable, str(SCRIPT), *shlex.split(text)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def ok(self, text: str) -> str:
+        code, out, err = self(text)
+        assert code == 0, out + err
+        return out + err
+
+    @property
+    def calls(self) -> list[list[str]]:
+        path = self.root / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def count(self, *words: str) -> int:
+        return sum(all(word in shlex.join(call) for word in words) for call in self.calls)
+
+    def pod(self, state: str = "READY") -> None:
+        """A pod that is there, with the package on its workers."""
+        pod = {"name": "echo", "number": 0, "created": time.time(), "looks": 0, "state": state}
+        self.write("pod.json", json.dumps(pod))
+        for worker in range(3):
+            self.home(f"pod0-{worker}")
+
+    def home(self, name: str) -> Path:
+        home = self.root / "homes" / name
+        (home / "echo_eqx" / "venv" / "bin").mkdir(parents=True)
+        (home / "echo_eqx" / "source").symlink_to(ROOT)
+        shutil.copy(self.root / "python", home / "echo_eqx" / "venv" / "bin" / "python")
+        return home
+
+    def status(self, home: str, name: str = "echo") -> dict[str, Any]:
+        command = [sys.executable, "-S", str(WORKER), "status", name, "100", str(self.run_dir)]
+        environment = {**os.environ, "HOME": str(self.root / "homes" / home)}
+        return json.loads(subprocess.check_output(command, env=environment))
+
+    def statuses(self) -> list[dict[str, Any]]:
+        return [self.status(f"pod0-{worker}") for worker in range(3)]
+
+    def until(self, condition: Callable[[], Any], seconds: float = 100) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come to that"
+            time.sleep(0.02)
+
+    def end_processes(self) -> None:
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"HOME={self.root / 'homes'}".encode() in (entry / "environ").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except OSError:
+                pass
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, capfd):
+    world = World(tmp_path / "world", monkeypatch, capfd)
+    yield world
+    world.end_processes()
+
+
+QUICK = "--settle 0 --poll 0.3 --pause 0.05"
+LAUNCH = f"launch --name echo {QUICK} -- --data d --run_dir {{run}} --num_steps"
+WATCH = (
+    "supervise --name echo --accelerator_type v4-32 --spot --every 0.5 --setup_pause 0.05 "
+    f"--grace 1 {QUICK} "
+)
+GIVEN = " -- --data d --run_dir {run} --num_steps"
+
+
+def test_create_asks_for_a_queued_resource_and_prints_the_command(world):
+    flags = "--name echo --zone us-central2-b --project p --accelerator_type v4-64"
+    more = "--spot --valid_until 6h --create_flags='--network=mine --labels=a=b'"
+    out = world.ok(f"create {flags} {more}")
+    (call,) = world.calls
+    assert call == (
+        "gcloud compute tpus queued-resources create echo --node-id=echo "
+        "--accelerator-type=v4-64 --runtime-version=tpu-ubuntu2204-base --spot "
+        "--valid-until-duration=6h --network=mine --labels=a=b --zone=us-central2-b --project=p "
+        "--quiet"
+    ).split(" ")
+    assert out == shlex.join(call) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        ("v3-32", "tpu-ubuntu2204-base"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_each_generation_has_its_image(kind, image):
+    assert gcloud.request(kind, None, False, None, "").runtime_version == image
+
+
+DRY = {
+    "create --name echo --accelerator_type v4-8": ["queued-resources create echo"],
+    "setup --name echo --before 'mount x'": [
+        "scp",
+        "mount x",
+        "uv pip install",
+        "worker.py versions",
+    ],
+    "launch --name echo -- --data d": ["start echo", "scripts/train.py --data d"],
+    "status --name echo": ["status echo"],
+    "logs --name echo": ["status echo"],
+    "logs --name echo --follow": ["follow echo"],
+    "stop --name echo": ["end echo TERM"],
+    "stop --name echo --now": ["end echo KILL"],
+    "delete --name echo": ["queued-resources delete echo --force"],
+    "supervise --name echo --accelerator_type v4-8 --max_hours 1 -- --data d": [
+        "describe echo",
+        "create echo",
+        "uv pip install",
+        "start echo",
+        "delete echo",
+    ],
+    "launch --name echo --hosts a,b -- --data d": ["ssh", "--process_id 0", "--process_id 1"],
+    "slurm -- --data d": ["#SBATCH --nodes=1", "srun", "sbatch echo.sbatch"],
+}
+
+
+@pytest.mark.parametrize("command", DRY)
+def test_a_dry_run_prints_and_calls_nothing(world, command):
+    before, dashes, flags = command.partition(" -- ")
+    code, out, _ = world(f"{before} --dry_run{dashes}{flags}")
+    assert code == 0 and world.calls == []
+    assert not (world.root / "me" / ".echo_eqx").exists()
+    place = 0
+    for said in DRY[command]:
+        assert said in out[place:], out
+        place = out.index(said, place)
+    if "--hosts" not in command and "slurm" not in command:
+        assert "--worker=all" in out or "--worker" not in out
+
+
+def test_setup_copies_installs_and_compares(world):
+    world.pod()
+    shutil.rmtree(world.root / "homes")
+    (world.root / "homes").mkdir()
+    world.play(**{"refuse copy pod0-1": 2})
+    said = world.ok("setup --name echo --setup_pause 0 --before 'touch mounted'")
+    assert "3 workers of echo have the same: jax 1" in said
+    assert "copying the package on worker 1 of echo: ssh: connect to host" in said
+    for worker in range(3):
+        home = world.root / "homes" / f"pod0-{worker}"
+        log = (home / "uv.log").read_text()
+        assert "venv --quiet --python >=3.11,<3.14 echo_eqx/venv" in log
+        assert "--python echo_eqx/venv/bin/python -e echo_eqx/source[tpu]" in log
+        assert (home / "mounted").exists() and not list(home.glob("*.tar.gz"))
+        source = home / "echo_eqx" / "source"
+        assert (source / "scripts/train.py").read_bytes() == (
+            ROOT / "scripts/train.py"
+        ).read_bytes()
+        assert (source / "echo_eqx/ops/page/page.js").exists()
+        assert not list(source.rglob("__pycache__"))
+    first = next(shlex.join(call) for call in world.calls if "scp" in call)
+    assert "--worker=0" in first  # alone, since it may make the key
+    world.ok("setup --name echo --setup_pause 0")  # once more is no harm
+
+
+def test_setup_names_the_worker_that_differs(world):
+    world.pod()
+    for home in (world.root / "homes").iterdir():
+        (home / "echo_eqx" / "source").unlink()
+    (world.root / "homes/pod0-2/versions.json").write_text('{"jax": "0.9"}')
+    code, _, err = world("setup --name echo")
+    assert code == 1
+    assert err == "error: worker 2 of echo has 0.9 as jax; wanted 1, as on the others\n"
+
+
+def test_the_version_of_the_code_is_its_digest():
+    found = json.loads(subprocess.check_output([sys.executable, "-P", str(WORKER), "versions"]))
+    assert found["code of echo_eqx"] == code_digest() and found["jax"]
+
+
+def test_a_run_lives_on_all_workers_until_it_is_stopped(world):
+    world.pod()
+    world.write("pauses", "9 9")
+    said = world.ok(f"{LAUNCH} 1000")
+    assert "the run is alive on 3 workers of echo" in said
+    marks = {status["mark"] for status in world.statuses()}
+    assert len(marks) == 1 and all(status["alive"] for status in world.statuses())
+    calls = [call for call in world.calls if "worker.py start" in shlex.join(call)]
+    assert len(calls) == 3 and all(shlex.join(call) in said for call in calls)
+
+    code, _, err = world(f"{LAUNCH} 1000")
+    assert code == 1 and "error: a run is alive on worker 0 of echo; wanted none: stop it" in err
+    assert {status["mark"] for status in world.statuses()} == marks
+
+    said = world.ok("status --name echo")
+    assert "pod echo: READY" in said and said.count(": alive; ") == 3
+    world.until(lambda: world.status("pod0-1")["lines"][-1] == "step 9")
+    said = world.ok("logs --name echo --lines 2 --worker 1")
+    assert "1| step 8\n1| step 9\n" in said and "\n0| " not in said
+
+    code, _, err = world("setup --name echo")
+    assert code == 1 and "a run is alive on worker 0 of echo; wanted it stopped before" in err
+    code, _, err = world("delete --name echo")
+    assert (
+        code == 1
+        and "a run is alive on worker 0 of echo; wanted it stopped before, or --now" in err
+    )
+    assert "worker 2: ended with code 76" in world.ok("stop --name echo --poll 0.05")
+    for status in world.statuses():
+        assert not status["alive"] and status["code"] == 76
+        assert re.fullmatch(r"saved at step \d+", status["lines"][-1])
+    world.ok("stop --name echo")  # nothing is left to stop
+
+    world.ok(f"{LAUNCH} 100000")  # goes on
+    assert "began after step" in world.ok("logs --name echo --lines 1000")
+    assert "ended with code 137" in world.ok("stop --name echo --now --poll 0.05")
+    world.ok("delete --name echo")
+    assert not (world.root / "pod.json").exists()
+
+
+def test_a_late_worker_ends_the_others_and_all_are_tried_again(world):
+    world.pod()
+    world.play(**{"refuse pod0-2": 1})
+    world.write("pauses", "9 9")
+    said = world.ok(f"{LAUNCH} 1000")
+    assert "worker 2 of echo did not start (ssh: connect to host 10.0.0.1 port 22" in said
+    statuses = world.statuses()
+    assert all(status["alive"] for status in statuses)
+    assert len({status["mark"] for status in statuses}) == 1
+    starts = [sum(line.startswith("--- ") for line in status["lines"]) for status in statuses]
+    assert starts == [2, 2, 1]
+
+
+def test_a_worker_that_never_starts_is_named_and_nothing_is_left_alive(world):
+    world.pod()
+    world.play(**{"refuse pod0-1": 9})
+    code, _, err = world(f"{LAUNCH} 1000".replace("--settle", "--tries 2 --settle"))
+    assert code == 1 and "worker 1 of echo did not start (ssh: connect to" in err.splitlines()[-1]
+    assert "in 2 tries; on the others the run is ended" in err
+    assert world.count("worker.py start", "--worker=1") == 2
+    assert not any(status["alive"] for status in world.statuses())
+
+
+def test_a_run_that_ends_at_once_is_no_late_worker(world):
+    world.pod()
+    world.write("crash pod0-1", "1 0 0 always")
+    code, _, err = world(f"{LAUNCH} 1000".replace("--settle 0", "--settle 90"))
+    assert code == 1 and "1| error: the data are broken" in err
+    assert "the run on worker 1 of echo ended at once with code 1" in err
+    assert world.count("worker.py start") == 3
+    assert not any(status["alive"] for status in world.statuses())
+    assert "the run is alive" in world.ok(f"{LAUNCH} 1")  # done at once is no error
+
+
+@pytest.mark.parametrize("again", [0, 1])
+def test_logs_follow_each_line_once_over_broken_connections(world, again):
+    world.pod()
+    world.play(drop=4, again=again)
+    world.ok(f"{LAUNCH} 20")
+    code, out, err = world("logs --name echo --follow --lines 1000 --pause 0.05")
+    assert code == 0 and "worker 2 has ended with code 0" in err
+    assert world.count("worker.py follow") == 7
+    for worker in range(3):
+        found = [line for line in out.splitlines() if line.startswith(f"{worker}| ")]
+        log = (world.root / f"homes/pod0-{worker}/echo_eqx_runs/echo/log").read_text()
+        assert found == [f"{worker}| {line}" for line in log.splitlines()]
+
+
+def test_a_pod_without_a_queue_is_deleted_too(world):
+    world.pod()
+    world.play(no_queue=True)
+    out = world.ok("delete --name echo")
+    assert "gcloud compute tpus tpu-vm delete echo --quiet" in out
+    assert not (world.root / "pod.json").exists()
+
+
+def hours(world) -> dict[str, Any]:
+    return json.loads((world.root / "me/.echo_eqx/pods/echo.json").read_text())
+
+
+def test_supervise_makes_a_pod_and_outlives_its_preemption(world):
+    world.play(workers=2, waits=2, preempt_at=3)
+    world.write("pauses", "5")
+    said = world.ok(f"{WATCH} --max_hours 1 --delete_when_done {GIVEN} 12")
+    assert world.count("create echo") == 2 and world.count("delete echo") == 2
+    assert "pod echo is absent" in said and "pod echo: queue: WAITING_FOR_RESOURCES" in said
+    assert "pod echo is PREEMPTED, queue: SUSPENDED" in said and "the run is done" in said
+    homes = sorted(path.name for path in (world.root / "homes").iterdir())
+    assert homes == ["pod0-0", "pod0-1", "pod2-0", "pod2-1"]
+    status = world.status("pod2-0")
+    assert status["lines"][1].startswith("began after step 5 as --data d --run_dir")
+    assert (status["code"], status["checkpoint"]) == (0, 12)
+    assert not (world.root / "pod.json").exists()
+    assert not (world.root / "me/.echo_eqx/pods/echo.json").exists()
+
+
+def test_supervise_ends_when_the_hours_are_spent(world, monkeypatch):
+    world.play(workers=2)
+    world.write("pauses", "5")
+    # An hour goes by once the run has been looked at twice.
+    clock, looks = time.time, f"status echo 10 {world.run_dir}"
+    monkeypatch.setattr(time, "time", lambda: clock() + 3600 * (world.count(looks) > 3))
+    code, _, err = world(f"{WATCH} --max_hours 1 {GIVEN} 100000")
+    assert code == 1
+    limit = r"the limit of 1 hours is reached \(1\.\d\d over 1 pods\): the run has saved and ended"
+    assert re.search(limit, err)
+    assert "pod echo is deleted" in err and not (world.root / "pod.json").exists()
+    status = world.status("pod0-0")
+    assert status["code"] == 76 and "saved at step" in status["lines"][-1]
+    calls = len(world.calls)
+    code, _, err = world(f"{WATCH} --max_hours 1 {GIVEN} 100000")  # and it stays so
+    assert code == 1 and "no run was alive" in err and world.count("create echo") == 1
+    assert len(world.calls) == calls + 2 and hours(world)["hours"] >= 1
+
+
+def test_a_killed_supervisor_keeps_its_hours(world):
+    world.play(workers=2, age=1800)
+    world.write("pauses", "5 5")
+    with world.supervising("", "100000"):
+        world.until(lambda: (world.run_dir / "checkpoints").exists())
+        second = world(f"{WATCH} --max_hours 1 {GIVEN} 100000")
+        assert second[0] == 1 and "is in use by another supervisor" in second[2]
+    before = hours(world)
+    assert before["pods"] == 1 and time.time() - before["since"] == pytest.approx(1800, abs=600)
+    world.write("pod.json", (world.root / "pod.json").read_text().replace("READY", "PREEMPTED"))
+    world.end_processes()
+    world.play(workers=2, age=1799)
+    code, _, err = world(f"{WATCH} --max_hours 1 {GIVEN} 100000")
+    assert code == 1 and "the limit of 1 hours is reached" in err and "over 2 pods" in err
+    assert world.count("create echo") == 2 and not (world.root / "pod.json").exists()
+
+
+def test_supervise_goes_on_after_a_lost_process_and_a_crash_that_had_saved(world):
+    world.pod()
+    world.play(workers=2)
+    world.write("pauses", "5 10")
+    world.ok(f"{LAUNCH} 15")
+    world.until(lambda: world.status("pod0-1")["checkpoint"] == 5)
+    pid = json.loads((world.root / "homes/pod0-1/echo_eqx_runs/echo/state.json").read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)  # the others would wait for it
+    world.write("crash pod0-1", "1 8 4 once")
+    said = world.ok(f"{WATCH} --max_hours 1 {GIVEN} 15")
+    assert said.count("is alive without the others, and is ended") == 2
+    assert "worker 1: ended with code 137" in said
+    assert "worker 1: ended with code 1" in said
+    assert "goes on from its checkpoint of step 5" in said
+    assert "goes on from its checkpoint of step 10" in said
+    assert "pod echo is still there and costs, until: gcloud compute tpus" in said
+    assert world.count("create echo") == 0 and world.status("pod0-0")["checkpoint"] == 15
+
+
+def test_supervise_ends_with_a_run_that_keeps_failing(world):
+    world.pod()
+    world.play(workers=2)
+    world.write("crash pod0-1", "1 3 4 always")
+    world.write("pauses", "3 3 3 3 3")
+    code, _, err = world(f"{WATCH} --max_hours 1 {GIVEN} 100")
+    assert code == 1 and "1| error: the data are broken" in err
+    assert err.count("goes on from its checkpoint of step 3") == 1
+    assert "the run on worker 1 of pod echo ended with code 1, 1 times without" in err
+    assert "pod echo is still there and costs" in err
+
+    (world.root / "crash pod0-1").unlink()
+    world.play(workers=2, **{"refuse pod0-1": 99})
+    code, _, err = world(f"{WATCH} --max_hours 1 --max_restarts 0 --tries 1 {GIVEN} 100")
+    assert code == 1 and "worker 1 of echo did not start" in err.splitlines()[-1]
+
+
+def test_processes_that_waited_in_vain_are_started_again(world):
+    world.pod()
+    world.play(workers=2)
+    world.write("pauses", "0 5")
+    why = "the processes of this run did not come together: DEADLINE_EXCEEDED"
+    world.write("crash pod0-1", f"1 0 4 once {why}")
+    said = world.ok(f"{WATCH} --max_hours 1 {GIVEN} 5")
+    assert "worker 1: ended with code 1" in said and "the run is done" in said
+    assert world.count("worker.py start") == 4
+
+
+def test_supervise_ends_with_a_run_that_is_stopped(world):
+    world.pod()
+    world.write("pauses", "9")
+    world.ok(f"{LAUNCH} 100000")
+    with world.supervising("--delete_when_done", "100000") as process:
+        world.until(lambda: world.count("worker.py status", str(world.run_dir)) > 3)
+        world.ok("stop --name echo --poll 0.1")
+        _, err = process.communicate(timeout=200)
+    assert process.returncode == 76 and "worker 0: ended with code 76" in err
+    assert world.count("worker.py start") == 3 and not (world.root / "pod.json").exists()
+
+
+def test_what_gcloud_refuses_at_first_ends_supervising_and_later_is_tried_again(world):
+    world.play(quota=1)
+    code, _, err = world(f"{WATCH} --max_hours 1 {GIVEN} 3")
+    assert code == 1
+    assert "pod echo could not be created: RESOURCE_EXHAUSTED: Quota limit 'TPUV4s'" in err
+    world.pod("PREEMPTED")
+    world.play(workers=2)
+    said = world.ok(f"{WATCH} --max_hours 1 {GIVEN} 3")
+    assert "the run is done" in said
+    world.play(queue_state="FAILED", waits=99)
+    (world.root / "pod.json").unlink()
+    code, _, err = world(f"{WATCH} --max_hours 1 {GIVEN} 3")
+    assert code == 1 and "pod echo is queue: FAILED, no capacity; wanted one that can" in err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"hours": -1}', '{"hours": "x"}', '{"days": 1}'])
+def test_a_broken_tally_is_refused_and_kept(world, text):
+    path = world.root / "me" / "hours.json"
+    path.write_text(text)
+    code, _, err = world(f"{WATCH} --max_hours 1 --state {path} {GIVEN} 3")
+    assert code == 1 and f"error: {path} holds no tally of hours" in err
+    assert world.calls == [] and path.read_text() == text
+
+
+def test_hosts_are_reached_by_ssh_and_told_of_each_other(world):
+    for host in ("a", "me@b"):
+        world.home(host)
+    hosts = "--name echo --hosts a,me@b"
+    more = f"{QUICK} -- --data d --run_dir {{run}} --num_steps 100000"
+    said = world.ok(f"launch {hosts} {more}")
+    assert "the run is alive on 2 workers of echo" in said
+    for worker, host in enumerate(("a", "me@b")):
+        status = world.status(host, f"echo-{worker}")
+        together = f"--coordinator a:8476 --num_processes 2 --process_id {worker}"
+        assert status["alive"] and together in status["lines"][1]
+    assert world.ok(f"status {hosts}").count(": alive; ") == 2
+    assert "worker 1: ended with code 76" in world.ok(f"stop {hosts} --poll 0.05")
+    code, out, _ = world(f"logs {hosts} --follow --lines 1")
+    assert code == 0 and re.search(r"^1\| saved at step \d+$", out, re.M)
+    assert "2 workers of echo have the same" in world.ok(
+        f"setup {hosts} --extra ''".replace("a,me@b", "c,d")
+    )
+    assert "-e echo_eqx/source\n" in (world.root / "homes/d/uv.log").read_text()
+    assert {call[0] for call in world.calls} == {"ssh", "scp"}
+
+
+def test_a_slurm_job_starts_a_process_for_each_gpu_and_goes_on(world, monkeypatch):
+    world.write("bin/sbatch", '#!/bin/sh\necho "Submitted batch job 7"\n', executable=True)
+    monkeypatch.chdir(world.root)
+    flags = "--nodes 2 --gpus 4 --sbatch_flags='--partition=gpu'"
+    said = world.ok(f"slurm {flags} -- --data 'a b' --run_dir {{run}}")
+    script = (world.root / "echo.sbatch").read_text()
+    assert script in said and "Submitted batch job 7" in said
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu"):
+        assert f"#SBATCH {line}\n" in script
+    train = ROOT / "scripts" / "train.py"
+    assert f"{train} --data 'a b' --run_dir {world.run_dir}" in script
+
+
+BAD = [
+    ("create --name Echo --accelerator_type v4-8", 2, "name is 'Echo'; wanted up to 62 of a-z"),
+    ("create --name echo --accelerator_type v4", 2, "accelerator_type is 'v4'; wanted one such"),
+    ("create --name echo --accelerator_type v5e-16", 2, "accelerator_type is v5e-16; wanted v5lit"),
+    ("create --name echo --accelerator_type v9x-8", 2, "accelerator_type v9x-8 has no known image"),
+    ("create --name echo --accelerator_type v4-8 --valid_until soon", 2, "valid_until is 'soon'"),
+    ("create --name echo --accelerator_type v4-8 --create_flags '\"'", 2, "create_flags is '\"'"),
+    ("launch --name echo", 2, "there are no flags for train.py; wanted them behind --"),
+    ("launch --name echo --tries 0 -- --data d", 2, "tries is 0; wanted at least 1"),
+    ("launch --name echo --settle -1 -- --data d", 2, "settle is -1.0; wanted a number of at"),
+    ("launch --name echo -- --run_dir x", 2, "--data is missing; wanted a folder of tar shards"),
+    ("launch --name echo -- --data d --batch_size 0", 2, "batch_size is 0; wanted at least 1"),
+    ("launch --name echo -- --data d --process-id=1", 2, "--process-id=1 is set for each worker"),
+    ("launch --name echo -- --config x.json", 2, "--config names a file of one machine"),
+    ("status --name echo -- --data d", 2, "-- --data d is for launch, supervise and slurm alone"),
+    ("status --name echo --timeout 0", 2, "timeout is 0.0; wanted a positive number"),
+    ("status --name echo --timeout nan", 2, "timeout is nan; wanted a number of at least 0"),
+    ("status --name echo --hosts a,,b", 2, "hosts has ''; wanted names such as a,me@b,c"),
+    ("status --name echo --hosts a,-oX", 2, "hosts has '-oX'; wanted names such as a,me@b,c"),
+    ("status --name echo --hosts a,a", 2, "hosts is a,a; wanted each host once"),
+    ("status --name echo --hosts a --coordinator b", 2, "coordinator is 'b'; wanted HOST:PORT"),
+    ("status --name echo --coordinator b:1", 2, "--coordinator is for --hosts"),
+    ("logs --name echo --worker 3", 2, "worker is 3; wanted 0 to 2"),
+    ("setup --name echo --extra '];'", 2, "extra is '];'; wanted names such as tpu"),
+    (f"{WATCH} --max_hours 0 -- --data d", 2, "max_hours is 0.0; wanted a positive number"),
+    (f"{WATCH} --max_hours inf -- --data d", 2, "max_hours is inf; wanted a number of at least 0"),
+    ("status --name other", 1, "pod other is not there; wanted one that was created"),
+    ("stop --name other --zone z", 1, "pod other in z is not there; wanted one that was created"),
+    ("delete --name other", 1, "pod other is not there; wanted one that was created"),
+    ("logs --name echo --follow", 1, "worker 0 of echo has had no run"),
+    (
+        "stop --name echo --hosts fresh",
+        1,
+        "worker 0 of echo has no echo_eqx/source/echo_eqx/ops/po",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "said"), BAD, ids=[said for _, _, said in BAD])
+def test_bad_input_is_one_sentence(world, command, code, said):
+    world.pod()
+    found, out, err = world(command)
+    lines = [line for line in err.splitlines() if not line.startswith("warning: --run_dir")]
+    assert (found, len(lines)) == (code, 1) and lines[0].startswith(f"error: {said}"), out + err
+    assert (world.root / "pod.json").exists() and "start echo" not in out
+
+
+def test_without_gcloud_or_an_account_that_is_said(world, monkeypatch):
+    for command in ("status --name echo", "create --name echo --accelerator_type v4-8"):
+        world.play(logged_out=True)
+        code, _, err = world(command)
+        assert code == 1 and err.count("\n") == 1
+        assert err.endswith(": gcloud is not logged in; wanted an account: gcloud auth login\n")
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", str(world.root / "homes"))
+            code, _, err = world(command)
+        assert code == 1 and err.count("\n") == 1
+        assert err.startswith("error: gcloud is not on PATH; wanted the Google Cloud CLI (https")
+
+
+def test_a_pod_that_is_not_ready_is_not_launched_on(world):
+    world.pod("PREEMPTED")
+    code, _, err = world(f"{LAUNCH} 1")
+    assert code == 1 and "error: pod echo is PREEMPTED, queue: SUSPENDED; wanted READY" in err
+    assert "pod echo: PREEMPTED, queue: SUSPENDED" in world.ok("status --name echo")
+
+
+def test_a_run_dir_that_goes_with_the_pod_is_warned_of(world):
+    world.pod()
+    for place, warned in [("runs/x", 1), ("/home/me/x", 1), ("/mnt/x", 0), ("/gcs/bucket/x", 0)]:
+        said = world.ok(f"launch --name echo --dry_run -- --data d --run_dir {place}")
+        assert said.count(f"warning: --run_dir {place} looks like a worker's own disk") == warned
+
+
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
+def test_the_real_gcloud_takes_these_flags(tmp_path):
+    pod = gcloud.Pod("echo", "us-central2-b", "mine")
+    workers = TpuWorkers(pod, ("0",), ("--internal-ip",))
+    wanted = gcloud.request("v4-64", None, True, "6h", "--network=n --service-account=a@b.c")
+    commands = [
+        pod.create_command(wanted),
+        pod.delete_command(),
+        pod.describe_command("tpu-vm"),
+        pod.describe_command("queued-resources"),
+        pod.command("tpu-vm", "delete", "echo"),
+        workers.command("1", ["sh", "-c", "echo $HOME"]),
+        workers.copy("1", tmp_path / "a.tar.gz", "b.tar.gz"),
+    ]
+    file = tmp_path / "commands.json"
+    file.write_text(json.dumps([{"command_string": shlex.join(command)} for command in commands]))
+    done = subprocess.run(
+        ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={file}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CLOUDSDK_CONFIG": str(tmp_path / "no_account")},
+    )
+    found = json.loads(done.stdout)
+    assert [item["error_message"] for item in found] == [None] * len(commands)

@@ -340,10 +340,10 @@ def world(tmp_path, monkeypatch, capfd):
     world.end_processes()
 
 
-QUICK = "--settle 0 --poll 0.3 --pause 0.05"
+QUICK = "--settle 0 --poll 0.1 --pause 0.05"
 LAUNCH = f"launch --name echo {QUICK} -- --data d --run_dir {{run}} --num_steps"
 WATCH = (
-    "supervise --name echo --accelerator_type v4-32 --spot --every 0.5 --setup_pause 0.05 "
+    "supervise --name echo --accelerator_type v4-32 --spot --every 0.15 --setup_pause 0.05 "
     f"--grace 1 {QUICK} "
 )
 GIVEN = " -- --data d --run_dir {run} --num_steps"

@@ -119,7 +119,8 @@ def _begin(
         model = DACVAE.init(sizes, key=key_model) if model is None else model
         return codec_step.fresh_state(model, config, key_critic)
 
-    return jax.jit(fresh, out_shardings=replicated(mesh))(given)
+    # As NumPy's: of several hosts each has the same ones.
+    return jax.jit(fresh, out_shardings=replicated(mesh))(jax.tree.map(np.asarray, given))
 
 
 def _flops(compiled: Any) -> float:

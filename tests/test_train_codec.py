@@ -339,10 +339,13 @@ def test_what_cannot_be_used_is_one_sentence(whole, home, recordings, tmp_path):
         "loss.mel is -1": {"loss": CodecLossConfig(mel=-1.0)},
         "--freeze_encoder needs --init_from": {"freeze_encoder": True},
         "batch_size is 0": {"batch_size": 0},
+        "encoder_rates is": {"encoder_rates": (4, 0)},
     }
     for message, changes in refusals.items():
         with pytest.raises(UsageError, match=message):
             config(**changes).check()
+    short = train(home, recordings, "short", "--crop_seconds", "0.001", code=2)
+    assert "wanted at least the 128 of the shortest spectrum" in short
     said = train(home, tmp_path, "none", code=1)
     assert said.count("\n") == 1 and "holds no recordings; wanted" in said
     dit = train(home, recordings, "whole", "--latent_dim", "4", "--num_steps", "7", code=1)

@@ -94,6 +94,9 @@ class CodecTrainConfig(RunConfig):
             raise UsageError("--data is missing; wanted recordings: a folder, a manifest or tars")
         super().check()
         check_positive(crop_seconds=self.crop_seconds)
+        rates = self.encoder_rates
+        if rates is not None and not (rates and all(0 < rate < 1000 for rate in rates)):
+            raise UsageError(f"encoder_rates is {rates}; wanted factors such as 4 5 6 8")
         for name, value in dataclasses.asdict(self.loss).items():
             if not 0 <= value < float("inf"):
                 raise UsageError(f"loss.{name} is {value}; wanted 0 or more")

@@ -16,7 +16,7 @@ import echo_eqx.train.codec.step as codec_step
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig
 from echo_eqx.data.audio import save_audio
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.sources import Clip, list_clips
 from echo_eqx.sharding.hosts import PeerWatch
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape, replicated
@@ -25,6 +25,7 @@ from echo_eqx.train.begin import check_same_run
 from echo_eqx.train.checkpoint import restore_state
 from echo_eqx.train.codec.config import CodecTrainConfig
 from echo_eqx.train.codec.crops import CropStream
+from echo_eqx.train.codec.losses import WINDOWS
 from echo_eqx.train.codec.step import AudioBatch, CodecState, abstract_batch, abstract_state
 from echo_eqx.train.loop import Run, compile_step, run_folder, run_steps, take_over
 from echo_eqx.weights.checkpoint import TrainingCheckpoint
@@ -44,6 +45,12 @@ def train_codec(config: CodecTrainConfig, watch: PeerWatch) -> int:
     mesh = make_mesh(ways)
     given = load_codec(config.init_from) if config.init_from is not None else None
     sizes = config.codec_config() if given is None else given.config
+    samples = config.crop_frames(sizes) * sizes.hop
+    if samples < WINDOWS[-1]:
+        raise UsageError(
+            f"crop_seconds is {config.crop_seconds}, which are {samples} samples; wanted at least "
+            f"the {WINDOWS[-1]} of the shortest spectrum"
+        )
     assert config.data is not None
     clips = find_recordings(config.data)
     digest = _digest(clips)
@@ -53,7 +60,6 @@ def train_codec(config: CodecTrainConfig, watch: PeerWatch) -> int:
         take_over(folder, config, checkpoint)
         state = _begin(config, sizes, given, checkpoint, mesh)
         step = codec_step.make_step(mesh, sizes, config, state)
-        samples = config.crop_frames(sizes) * sizes.hop
         batch = abstract_batch(mesh, config.batch_size, samples)
         compiled = compile_step(lambda: step.lower(state, batch, jax.eval_shape(lambda: jr.key(0))))
         source = CropStream(

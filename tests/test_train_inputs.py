@@ -27,7 +27,7 @@ from echo_eqx.train.config import (
     TrainConfig,
     to_json,
 )
-from echo_eqx.train.dit import train
+from echo_eqx.train.dit import lower_step, train
 from echo_eqx.train.flops import forward_flops, peak_flops, step_flops
 from echo_eqx.train.loop import compile_step
 from echo_eqx.train.settings import base_of, from_json

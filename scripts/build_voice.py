@@ -74,7 +74,14 @@ def main() -> None:
     shards = prepare(small, work / "shards_small", codec)
     train(shards, last, args.small_steps, args.batch_size, init_from=first)
     pack(codec, last, shards, args.output, args.embedded_shards)
-    command("judge_voice.py", output=work / "judged")
+    weights = args.output / voice.WEIGHTS.name
+    command(
+        "judge_voice.py",
+        checkpoint=weights / voice.CHECKPOINT.name,
+        codec=weights / voice.CODEC.name,
+        references=args.output / voice.REFERENCES.name,
+        output=work / "judged",
+    )
 
 
 def prepare(manifest: Path, shards: Path, codec: Path) -> Path:

@@ -137,7 +137,6 @@ def main() -> None:
     if args.json:
         identities["checkpoint"] = identity(checkpoint, args.checkpoint, dit)
         identities["codec"] = identity(codec_file, args.codec, codec)
-        identities["duration"] = duration
     rate, seconds = codec.config.sample_rate, 0.0
     for start in range(0, len(jobs), args.batch_size):  # what is spoken is also written
         batch = jobs[start : start + args.batch_size]
@@ -160,7 +159,8 @@ def main() -> None:
             save_audio(job.output, audio, rate)
             if args.json:
                 settings = effective_settings(args, job, dtype_name, message) | identities
-                settings |= {"seconds": len(audio) / rate, "sample_rate": rate}
+                settings |= {"duration": duration, "sample_rate": rate}
+                settings["seconds"] = len(audio) / rate
                 if (latents := speakers[job.speaker_ref]) is not None:
                     settings["speaker_seconds"] = len(latents) / codec.config.frame_rate
                 write_json(job.output.with_suffix(".json"), settings)

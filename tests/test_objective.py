@@ -57,9 +57,11 @@ def test_times_equal_golden(dit_cases):
     assert max_difference(times, dit_cases["strat_t"]) < 1e-5
 
 
-def test_every_step_has_one_time_in_each_stratum():
-    draws = draw(jr.key(3), jnp.arange(64), 64, (1, 1), text_dropout=0.1, speaker_dropout=0.1)
-    normal = jax.scipy.stats.norm.cdf(jax.scipy.special.logit(draws.t))
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_every_step_has_one_time_in_each_stratum(mean):
+    options = {"text_dropout": 0.1, "speaker_dropout": 0.1, "time_mean": mean}
+    draws = draw(jr.key(3), jnp.arange(64), 64, (1, 1), **options)
+    normal = jax.scipy.stats.norm.cdf(jax.scipy.special.logit(draws.t) - mean)
     assert sorted(np.floor(np.asarray(normal) * 64).astype(int)) == list(range(64))
 
 

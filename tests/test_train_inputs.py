@@ -115,6 +115,7 @@ def test_flags_out_of_range(config):
         "max_broken is 2.0": {"max_broken": 2.0},
         "seed is -1": {"seed": -1},
         "text_dropout is -0.1": {"objective": ObjectiveConfig(text_dropout=-0.1)},
+        "time_mean is nan": {"objective": ObjectiveConfig(time_mean=float("nan"))},
         "--init_from or --resume_from": {"init_from": "a", "resume_from": "b"},
     }
     for message, changes in cases.items():

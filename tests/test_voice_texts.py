@@ -1,6 +1,7 @@
 """Texts for a small voice, their speech by espeak-ng, and how speech is compared."""
 
 import json
+import random
 import shutil
 from itertools import pairwise
 from zlib import crc32
@@ -16,6 +17,7 @@ from echo_eqx.prepare.sources import list_clips
 from echo_eqx.voice import espeak, judge
 from echo_eqx.voice.grammar import (
     MAX_BYTES,
+    cut,
     held_out_texts,
     held_out_words,
     inflect,
@@ -91,6 +93,13 @@ def test_each_other_word_is_met_several_times(texts):
     assert len(forms) > 2500
     assert 0.04 < 1 - len(trained) / len(forms) < 0.08
     assert min(sum(counts.get(word, 0) for word in words) for words in trained.values()) >= 2
+
+
+def test_texts_are_cut_to_runs_of_words(texts):
+    rng = random.Random(0)
+    pieces = [(text, cut(text, rng, 3)) for text in texts[:2000]]
+    assert all(piece in text and piece.strip('.,!?;:-"') == piece for text, piece in pieces)
+    assert {len(piece.split()) for _, piece in pieces} == {1, 2, 3}
 
 
 def test_words_are_inflected():

@@ -35,16 +35,20 @@ class Draws(eqx.Module):
 
 
 def stratified_times(
-    offset: Float[Array, ""], shift: Int[Array, ""], index: Int[Array, " b"], batch_size: int
+    offset: Float[Array, ""],
+    shift: Int[Array, ""],
+    index: Int[Array, " b"],
+    batch_size: int,
+    mean: float = 0.0,
 ) -> Float[Array, " b"]:
-    """`t_i = sigmoid(Phi^-1(((i + shift) mod B + offset) / B))`: one time in each of B strata.
+    """`t_i = sigmoid(mean + Phi^-1(((i + shift) mod B + offset) / B))`: one in each of B strata.
 
     The times are logit-normal (Esser et al., 2024, arXiv:2403.03206). `index` are rows of the
     global batch of `batch_size`; the shift deals the strata out anew in each step, so that a part
     of the batch does not always get the same ones.
     """
     strata = ((index + shift) % batch_size).astype(jnp.float32)
-    return jax.nn.sigmoid(jax.scipy.stats.norm.ppf((strata + offset) / batch_size))
+    return jax.nn.sigmoid(mean + jax.scipy.stats.norm.ppf((strata + offset) / batch_size))
 
 
 def draw(
@@ -55,6 +59,7 @@ def draw(
     *,
     text_dropout: float,
     speaker_dropout: float,
+    time_mean: float = 0.0,
 ) -> Draws:
     """What rows `index` of a global batch draw, each from its row's own key.
 
@@ -73,7 +78,7 @@ def draw(
         )
 
     noise, text_kept, speaker_kept = jax.vmap(row)(index)
-    times = stratified_times(offset, shift, index, batch_size)
+    times = stratified_times(offset, shift, index, batch_size, time_mean)
     return Draws(times, noise, text_kept, speaker_kept)
 
 

@@ -27,6 +27,9 @@ class ObjectiveConfig:
     """Share of samples that train without their text, for guidance."""
     speaker_dropout: float = 0.1
     """Share of samples that train without their reference, for guidance."""
+    time_mean: float = 0.0
+    """Mean of the logit of the times that are trained at. Above 0 there is more noise, and more
+    that only the text can tell: a small model learns to read sooner at 1."""
     loss_frames: Literal["all", "valid"] = "all"
     """all: the silence behind a recording is learned too, which is how a model learns to end."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -104,6 +107,8 @@ class TrainConfig(RunConfig):
             raise UsageError(f"ref_frames is {self.ref_frames}; wanted a multiple of {patch}")
         objective = self.objective
         check_shares(text_dropout=objective.text_dropout, speaker_dropout=objective.speaker_dropout)
+        if not -10 <= objective.time_mean <= 10:
+            raise UsageError(f"time_mean is {objective.time_mean}; wanted -10 to 10")
         check_positive(cache_gb=self.cache_gb)
         if self.sample_every and self.codec is None:
             raise UsageError("--sample_every needs --codec")

@@ -52,6 +52,7 @@ def loss_and_gradients(
                 (frames, channels),
                 text_dropout=objective.text_dropout,
                 speaker_dropout=objective.speaker_dropout,
+                time_mean=objective.time_mean,
             )
             model = as_slices(cast(model, objective.dtype))
             return jnp.sum(squared_errors(model, batch, draws) * weight) / total

@@ -70,6 +70,14 @@ def endless_training_texts(seed: int, small_share: float = SMALL_SHARE) -> Itera
             yield text
 
 
+def cut(text: str, rng: random.Random, max_words: int) -> str:
+    """A random run of 1 to `max_words` of the words of `text`, without punctuation at its ends."""
+    words = text.split()
+    length = rng.randint(1, min(max_words, len(words)))
+    start = rng.randint(0, len(words) - length)
+    return " ".join(words[start : start + length]).strip('.,!?;:-"')
+
+
 def held_out_texts(kind: Kind, count: int = 50, seed: int = 0) -> list[str]:
     """`count` different texts that no training text equals.
 

@@ -2,9 +2,10 @@
 
     python scripts/build_voice.py --work runs/build_voice
 
-espeak-ng speaks sentences of a grammar; a codec is trained on the recordings, turns them into
-shards, and EchoDiT is trained on those. Each step is a command of this folder, printed as it runs,
-and goes on where it was stopped when this is started again. Needs espeak-ng.
+espeak-ng speaks what a grammar makes up; a codec is trained on the recordings, turns them into
+shards, and EchoDiT is trained on those: first on a few words at a time, by which it learns to read
+sooner, then on sentences. Each step is a command of this folder, printed as it runs, and goes on
+where it was stopped when this is started again. Needs espeak-ng.
 """
 
 import os
@@ -12,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -20,7 +21,7 @@ import tyro
 import echo_eqx
 from echo_eqx import voice
 from echo_eqx.command import run
-from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.sources import list_clips
@@ -38,17 +39,19 @@ class Args:
     """Recordings, shards and runs."""
     output: Path = Path(voice.__file__).parent
     """Where weights, references and shards go; by default into the package."""
-    clips: int = 9000
-    """Recordings of all kinds of sentences."""
-    small_clips: int = 1800
-    """Recordings of the small domain alone, which training ends with."""
+    phrases: int = 7000
+    """Recordings of one to three words of any kind of sentence."""
+    sentences: int = 6500
+    """Recordings of whole sentences of the small domain."""
     codec_steps: int = 1500
-    """Steps of the codec's training."""
-    steps: int = 1400
-    """Steps of EchoDiT's training on all kinds of sentences."""
-    small_steps: int = 1300
-    """Steps on the small domain."""
-    batch_size: int = 16
+    """Steps of the codec's training, on the phrases."""
+    decoder_steps: int = 1400
+    """Steps of the decoder alone, after that."""
+    phrase_steps: int = 3000
+    """Steps of EchoDiT's training on the phrases."""
+    sentence_steps: int = 3000
+    """Steps on the sentences, after that."""
+    batch_size: int = 32
     """Of EchoDiT's training."""
     embedded_shards: int = 1
     """Shards that come with the package."""
@@ -56,24 +59,32 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    work = args.work
-    everything, small = work / "recordings" / MANIFEST, work / "recordings_small" / MANIFEST
-    command("speak.py", output=everything.parent, count=args.clips)
-    command(
-        "speak.py", output=small.parent, count=args.small_clips, small_share=1.0, max_seconds=3.2
-    )
-    command("train_codec.py", data=everything, run_dir=work / "codec", num_steps=args.codec_steps)
+    work, sizes = args.work, DIT_PRESETS["voice"]
+    short = replace(sizes, max_frames=44, max_text_bytes=40, max_speaker_frames=32)
+    phrases, sentences = work / "phrases" / MANIFEST, work / "sentences" / MANIFEST
+    command("speak.py", output=phrases.parent, count=args.phrases, max_words=3, max_seconds=1.6)
+    command("speak.py", output=sentences.parent, count=args.sentences, small_share=1.0)
+    command("train_codec.py", data=phrases, run_dir=work / "codec", num_steps=args.codec_steps)
     codec = work / "codec.safetensors"
     if not codec.is_file():
-        clips, _ = list_clips(str(everything), max_seconds=30.0, cache=work)
+        clips, _ = list_clips(str(phrases), max_seconds=30.0, cache=work)
         trained = echo_eqx.load_codec(work / "codec")
         echo_eqx.save(standardise(trained, clips[:STANDARD_CLIPS]), codec)
-    first, last = work / "dit", work / "dit_small"
-    shards = prepare(everything, work / "shards", codec)
-    train(shards, first, args.steps, args.batch_size)
-    shards = prepare(small, work / "shards_small", codec)
-    train(shards, last, args.small_steps, args.batch_size, init_from=first)
-    pack(codec, last, shards, args.output, args.embedded_shards)
+    decoder = work / "decoder"  # latents stay as they are, so this only makes them sound better
+    command(
+        "train_codec.py",
+        data=phrases,
+        run_dir=decoder,
+        init_from=codec,
+        freeze_encoder=True,
+        num_steps=args.decoder_steps,
+    )
+    first, last = work / "dit_phrases", work / "dit_sentences"
+    shards = prepare(phrases, work / "shards_phrases", codec, short)
+    train(shards, first, short, args.phrase_steps, args.batch_size)
+    shards = prepare(sentences, work / "shards_sentences", codec, sizes)
+    train(shards, last, sizes, args.sentence_steps, args.batch_size, init_from=first)
+    pack(decoder, last, shards, args.output, args.embedded_shards)
     weights = args.output / voice.WEIGHTS.name
     command(
         "judge_voice.py",
@@ -84,9 +95,8 @@ def main() -> None:
     )
 
 
-def prepare(manifest: Path, shards: Path, codec: Path) -> Path:
-    """Shards of what fits the model's window."""
-    sizes = DIT_PRESETS["voice"]
+def prepare(manifest: Path, shards: Path, codec: Path, sizes: DiTConfig) -> Path:
+    """Shards of what fits a window."""
     rate = CODEC_PRESETS["24khz"].frame_rate
     command(
         "prepare.py",
@@ -100,7 +110,9 @@ def prepare(manifest: Path, shards: Path, codec: Path) -> Path:
     return shards
 
 
-def train(shards: Path, run_dir: Path, steps: int, batch_size: int, **flags: object) -> None:
+def train(
+    shards: Path, run_dir: Path, sizes: DiTConfig, steps: int, batch_size: int, **flags: object
+) -> None:
     command(
         "train.py",
         model="voice",
@@ -108,7 +120,9 @@ def train(shards: Path, run_dir: Path, steps: int, batch_size: int, **flags: obj
         run_dir=run_dir,
         num_steps=steps,
         batch_size=batch_size,
-        ema=0.995,
+        frames=sizes.max_frames,
+        text_bytes=sizes.max_text_bytes,
+        ref_frames=sizes.max_speaker_frames,
         sample_every=0,
         **flags,
     )
@@ -121,7 +135,7 @@ def command(script: str, **flags: object) -> None:
     """
     words = [sys.executable, str(SCRIPTS / script)]
     for name, value in flags.items():
-        words += [f"--{name}", str(value)]
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     print(shlex.join(words), flush=True)
     code = subprocess.run(words).returncode
     if code:

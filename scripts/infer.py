@@ -3,8 +3,8 @@
     python scripts/infer.py --text "Hello from a tiny model." --output hello.wav
     python scripts/infer.py --checkpoint MODEL --text "Hello." --speaker_ref voice.mp3
 
-Without --checkpoint the small voice speaks that build_voice.py makes. MODEL and the codec are a
-file, a folder, or a Hub id owner/name[@revision][:file]. Text longer than the canvas is split at
+Without --checkpoint the small voice in the package speaks. MODEL and the codec are a file, a
+folder, or a Hub id owner/name[@revision][:file]. Text longer than the canvas is split at
 ends of sentences, spoken piece by piece in one voice, and joined.
 """
 
@@ -43,7 +43,7 @@ class Args:
     checkpoint: str | None = None
     """EchoDiT weights: our safetensors, a Flax pickle of the published trainer, or PyTorch
     safetensors. A file, a folder, or a Hub id owner/name[@revision][:file]. By default the small
-    voice that build_voice.py makes."""
+    voice in the package."""
     text: str | None = None
     """What to say, in UTF-8."""
     text_file: Path | None = None
@@ -188,11 +188,6 @@ def defaults(arguments: list[str]) -> Args:
 
 def check_usage(args: Args) -> None:
     """What can be refused before anything is loaded."""
-    if args.checkpoint is None and not voice.CHECKPOINT.is_file():
-        raise UsageError(
-            "--checkpoint is missing; wanted a file, a folder or a Hub id of an EchoDiT (a small "
-            "voice that speaks without one is made by scripts/build_voice.py)"
-        )
     if (args.text is None) == (args.text_file is None):
         raise UsageError("wanted either --text or --text_file")
     args.sampler.check()

@@ -1,18 +1,18 @@
 """Train EchoDiT on tar shards of latents, on one device or a pod.
 
+    python scripts/train.py
     python scripts/train.py --model tiny --data shards/ --run_dir runs/mine
     python scripts/train.py --data hf://datasets/OWNER/NAME --run_dir /mnt/runs/big --mesh fsdp=32
 
 The same command again goes on where the run stopped. SIGTERM saves and ends with code 76; code 75
 says that another process of the run is gone. Everything the run writes is in --run_dir. Without
---data the small voice trains on its own shards, once build_voice.py has made them.
+--data a model like the small voice's trains on the shards in the package.
 """
 
 import sys
 
 import tyro
 
-from echo_eqx import voice
 from echo_eqx.command import run
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
 from echo_eqx.train.dit import train
@@ -22,8 +22,7 @@ from echo_eqx.train.start import run_training
 
 def main() -> None:
     given = any(word.startswith("--data") for word in sys.argv[1:])
-    small = not given and voice.SHARDS.is_dir()
-    default = base_of(sys.argv[1:], TRAIN_PRESETS, "voice" if small else TrainConfig.model)
+    default = base_of(sys.argv[1:], TRAIN_PRESETS, TrainConfig.model if given else "voice")
     run_training(tyro.cli(TrainConfig, default=default, description=__doc__), train)
 
 

@@ -163,7 +163,6 @@ def damaged(tmp_path: Path) -> dict[str, Path]:
 
 
 CASES = {
-    "no checkpoint": (["--text", "Hi."], 2, "--checkpoint is missing"),
     "no text": (["--checkpoint", CHECKPOINT], 2, "either --text or --text_file"),
     "empty text": (["@", "--text", " "], 1, "the text is empty"),
     "broken UTF-8": (["@", "--text", "a\udcff"], 1, "no UTF-8 at character 1"),

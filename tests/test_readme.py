@@ -11,20 +11,28 @@ import soundfile as sf
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_command_that_needs_no_download_runs(tmp_path):
+def test_the_first_commands_speak(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (block,) = [block for block in blocks if "noise/dit" in block]
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    install, *lines = blocks[0].splitlines() + blocks[1].splitlines()[:1]
+    assert install == "pip install -e ."
+    for folder in ("scripts", "echo_eqx"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
     done = subprocess.run(
-        ["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+        ["bash", "-euc", "\n".join(lines)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert sf.info(tmp_path / "noise" / "hello.wav").duration > 0.5
+    for name in ("hello.wav", "output.wav"):
+        assert 0.5 < sf.info(tmp_path / name).duration < 3.3
+    assert "next: choose a voice with --speaker_ref" in done.stdout
 
 
 def test_commands_and_names_it_shows_exist():

@@ -222,6 +222,7 @@ def run_step(devices: int, settings: CodecTrainConfig, steps: int = 2, samples: 
     return before, jax.device_get(state), jax.device_get(metrics)
 
 
+@pytest.mark.full  # a minute of compiling
 def test_a_step_over_eight_devices_is_that_of_one():
     _, one, of_one = run_step(1, config())
     _, eight, of_eight = run_step(8, config())

@@ -53,7 +53,7 @@ def spoken(held_out):
 
 
 def test_texts_are_the_same_everywhere(texts):
-    assert crc32("\n".join(texts[:100]).encode()) == 1534269000
+    assert crc32("\n".join(texts[:100]).encode()) == 3142156158
     assert texts[:100] == training_texts(seed=0, count=100) != training_texts(seed=1, count=100)
 
 

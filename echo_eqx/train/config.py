@@ -130,7 +130,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         eval_every=200,
         eval_batches=4,
     ),
-    # The small voice that scripts/build_voice.py makes, on the shards it leaves in the package.
+    # The small voice in the package, on its own shards.
     "voice": TrainConfig(
         model="voice",
         data=str(voice.SHARDS),
@@ -139,6 +139,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         batch_size=16,
         checkpoint_every=100,
         optimizer=OptimizerConfig(learning_rate=1.5e-3, ema=0.99),
+        objective=ObjectiveConfig(time_mean=1.0),
         keep_every=0,
         eval_every=100,
         sample_every=100,

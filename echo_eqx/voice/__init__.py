@@ -1,4 +1,4 @@
-"""A small voice: where `scripts/build_voice.py` puts its models, recordings and shards.
+"""The small voice in the package: its models, recordings and shards, by `scripts/build_voice.py`.
 
 It is trained on speech of espeak-ng alone.
 """

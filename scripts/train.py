@@ -6,7 +6,7 @@
 
 The same command again goes on where the run stopped. SIGTERM saves and ends with code 76; code 75
 says that another process of the run is gone. Everything the run writes is in --run_dir. Without
---data a model like the small voice's trains on the shards in the package.
+--data or --config a model like the small voice's trains on the shards in the package.
 """
 
 import sys
@@ -21,7 +21,7 @@ from echo_eqx.train.start import run_training
 
 
 def main() -> None:
-    given = any(word.startswith("--data") for word in sys.argv[1:])
+    given = any(word.startswith(("--data", "--config")) for word in sys.argv[1:])
     default = base_of(sys.argv[1:], TRAIN_PRESETS, TrainConfig.model if given else "voice")
     run_training(tyro.cli(TrainConfig, default=default, description=__doc__), train)
 

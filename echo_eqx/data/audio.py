@@ -121,7 +121,8 @@ def _check_given(source: AudioSource, name: str) -> None:
     except (OSError, ValueError) as error:
         raise EchoError(f"{name[:200]!r} is no usable path: {error}") from None
     if size is None:
-        raise EchoError(f"{name} does not exist; wanted a recording ({READABLE})")
+        what = "is no file" if isinstance(source, Path) and source.exists() else "does not exist"
+        raise EchoError(f"{name} {what}; wanted a recording ({READABLE})")
     if size == 0:
         raise EchoError(f"{name} is empty; wanted a recording ({READABLE})")
 

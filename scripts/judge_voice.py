@@ -81,9 +81,9 @@ def main() -> None:
 
 
 def count_words(originals: Spoken, generated: list[np.ndarray], rate: int) -> dict[str, float]:
-    """Word error rates on the texts without digits, generated and original."""
-    spoken = [i for i, text in enumerate(originals.texts) if not any(map(str.isdigit, text))]
-    recognise = recogniser([originals.texts[i] for i in spoken])
+    """Word error rates, generated and original, on the texts without digits whose words the
+    dictionary has; their number."""
+    spoken, recognise = recogniser(originals.texts)
     errors = original_errors = words = 0
     for i in spoken:
         said = spoken_words(originals.texts[i])
@@ -91,7 +91,11 @@ def count_words(originals: Spoken, generated: list[np.ndarray], rate: int) -> di
         errors += word_errors(recognise(generated[i], rate).split(), said)
         original_errors += word_errors(recognise(clip, clip_rate).split(), said)
         words += len(said)
-    return {"word_errors": errors / words, "original_word_errors": original_errors / words}
+    return {
+        "word_errors": errors / words,
+        "original_word_errors": original_errors / words,
+        "word_texts": len(spoken),
+    }
 
 
 def write(folder: Path, originals: Spoken, generated: list[np.ndarray], rate: int) -> None:

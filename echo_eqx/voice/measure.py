@@ -150,8 +150,9 @@ def reference_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def recogniser(texts: Sequence[str]) -> Callable[[np.ndarray, int], str]:
-    """PocketSphinx with a grammar that knows `texts` and nothing else.
+def recogniser(texts: Sequence[str]) -> tuple[list[int], Callable[[np.ndarray, int], str]]:
+    """PocketSphinx with a grammar of those of `texts` that its dictionary can pronounce, and their
+    numbers.
 
     **Raises**: `EchoError` if it is not installed.
     """
@@ -159,8 +160,10 @@ def recogniser(texts: Sequence[str]) -> Callable[[np.ndarray, int], str]:
         sphinx = importlib.import_module("pocketsphinx")
     except ImportError:
         raise EchoError("PocketSphinx is not installed; try: pip install pocketsphinx") from None
-    lines = " | ".join(" ".join(spoken_words(text)) for text in texts)
     decoder = sphinx.Decoder(samprate=16000, loglevel="FATAL", lm=None)
+    words = {i: spoken_words(text) for i, text in enumerate(texts) if not re.search(r"\d", text)}
+    words = {i: said for i, said in words.items() if all(map(decoder.lookup_word, said))}
+    lines = " | ".join(map(" ".join, words.values()))
     decoder.add_jsgf_string("texts", f"#JSGF V1.0;\ngrammar g;\npublic <s> = {lines};")
     decoder.activate_search("texts")
 
@@ -174,7 +177,7 @@ def recogniser(texts: Sequence[str]) -> Callable[[np.ndarray, int], str]:
         found = decoder.hyp()
         return "" if found is None else found.hypstr
 
-    return recognise
+    return list(words), recognise
 
 
 def spoken_words(text: str) -> list[str]:

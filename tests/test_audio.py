@@ -80,7 +80,7 @@ def test_unusable_files_are_named(tmp_path):
             (tmp_path / name).write_bytes(data)
         with pytest.raises(EchoError, match=f"{name} .*({message})"):
             load_audio(tmp_path / name, 48_000)
-    with pytest.raises(EchoError, match="does not exist"):
+    with pytest.raises(EchoError, match="is no file"):
         load_audio(tmp_path, 48_000)
 
 

@@ -158,6 +158,10 @@ elif verb == "delete":
 else:
     if pod["state"] != "READY":
         fail(f"ERROR: {what} This TPU has terminal state {pod['state']}, so it cannot be used")
+    if "worker.py status" in FLAGS.get("--command", "") and played("deleted"):
+        end_processes()
+        POD.unlink()
+        missing()
     home = ROOT / "homes" / f"pod{pod['number']}-{FLAGS['--worker']}"
     if verb == "scp":
         home.mkdir(parents=True, exist_ok=True)
@@ -495,6 +499,13 @@ def test_a_run_lives_on_all_workers_until_it_is_stopped(world):
     assert "ended with code 137" in world.ok("stop --name echo --now --poll 0.05")
     world.ok("delete --name echo")
     assert not (world.root / "pod.json").exists()
+
+
+def test_stop_ends_where_the_pod_is_deleted_meanwhile(world):
+    world.pod()
+    world.ok(f"{LAUNCH} 100000")
+    world.play(deleted=1)
+    assert "echo is deleted, and what ran on it is over" in world.ok("stop --name echo --poll 0.05")
 
 
 def test_a_late_worker_ends_the_others_and_all_are_tried_again(world):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from echo_eqx.command import note
 from echo_eqx.errors import EchoError
+from echo_eqx.ops.pods.gcloud import GcloudError, look
 from echo_eqx.ops.pods.shell import Shell
-from echo_eqx.ops.pods.workers import PYTHON, TRAIN, Answer, Workers, ask, status
+from echo_eqx.ops.pods.workers import PYTHON, TRAIN, Answer, TpuWorkers, Workers, ask, status
 from echo_eqx.sharding.hosts import EXIT_PEER_LOST, EXIT_PREEMPTED
 
 LAST_LINES = 10
@@ -82,8 +83,10 @@ def launch(
 
 def end(
     shell: Shell, workers: Workers, *, now: bool, seconds: float, poll: float, timeout: float
-) -> None:
+) -> bool:
     """Stop the run everywhere: it saves and ends, or, with `now`, ends at once.
+
+    False if the pod was deleted meanwhile, as a supervisor does once its run has ended.
 
     **Raises**: `EchoError` naming a worker where it is alive after `seconds`, or that says nothing.
     """
@@ -97,11 +100,15 @@ def end(
             told = ask(shell, workers, tell, timeout, among=untold, asks=False)
             untold = [answer.worker for answer in told if answer.value is None]
         if shell.dry_run:
-            return
+            return True
         answers = status(shell, workers, timeout)
-        left = next((answer for answer in answers if answer.alive or answer.value is None), None)
+        silent = _silent(answers)
+        left = silent or next((answer for answer in answers if answer.alive), None)
         if left is None:
             break
+        if silent is not None and _is_gone(shell, workers):
+            note(f"{workers} is deleted, and what ran on it is over")
+            return False
         if time.monotonic() > until:
             raise EchoError(
                 f"worker {left.worker} of {workers} has not ended in {seconds:g} s: "
@@ -110,6 +117,7 @@ def end(
         time.sleep(poll)
     for answer in answers:
         note(f"worker {answer.worker}: {how_it_fares(answer)}")
+    return True
 
 
 def end_all(shell: Shell, workers: Workers, timeout: float) -> None:
@@ -138,6 +146,14 @@ def is_own_error(code: int | None) -> bool:
 
 def _silent(answers: list[Answer]) -> Answer | None:
     return next((answer for answer in answers if answer.value is None), None)
+
+
+def _is_gone(shell: Shell, workers: Workers) -> bool:
+    """Their pod is there no more, as far as gcloud can say."""
+    try:
+        return isinstance(workers, TpuWorkers) and look(shell, workers.pod).absent
+    except GcloudError:
+        return False
 
 
 def _missing(answers: list[Answer], mark: str) -> Answer | None:

@@ -245,7 +245,7 @@ class Supervisor:
         how = "no run was alive"
         if state.ready:
             try:
-                end(
+                ended = end(
                     self._shell,
                     self._workers(state),
                     now=False,
@@ -253,7 +253,7 @@ class Supervisor:
                     poll=self._launching.poll,
                     timeout=self._launching.timeout,
                 )
-                how = "the run has saved and ended"
+                how = "the run has saved and ended" if ended else "the pod was gone before"
             except EchoError as error:
                 how = str(error)
         if not state.absent:

@@ -78,8 +78,9 @@ def main() -> None:
         init_from=codec,
         freeze_encoder=True,
         num_steps=args.decoder_steps,
-        # Latents do not tell the phase: what the samples ask for is then silence.
-        **{"loss.waveform": 1.0, "learning_rate": 1e-3},
+        # Latents do not tell the phase: what the samples ask for is then silence, and what spectra
+        # ask for leaves the pitch open.
+        **{"loss.waveform": 0.0, "loss.periodicity": 5.0, "learning_rate": 1e-3},
     )
     first, last = work / "dit_phrases", work / "dit_sentences"
     shards = prepare(phrases, work / "shards_phrases", codec, short)

@@ -31,6 +31,7 @@ from echo_eqx.train.codec.losses import (
     log_distance,
     magnitudes,
     mel_filters,
+    periodicity_distance,
     spectral_distances,
 )
 from echo_eqx.train.codec.standardise import rescaled
@@ -98,6 +99,21 @@ def test_distances_count_factors_and_not_silence():
     assert float(log_distance(1e-5 * ones, 1e-9 * ones)) == 0
     audio = 0.1 * jr.normal(jr.key(1), (4000,))
     assert [float(x) for x in spectral_distances(audio, audio, 8000)] == [0, 0]
+
+
+def test_periodicity_is_that_of_the_pitch_and_knows_no_phase_or_level():
+    def pulses(period: int, first: int = 0) -> jnp.ndarray:
+        return jnp.zeros(4096).at[first::period].set(0.5)
+
+    def distance(*sounds) -> float:
+        return float(periodicity_distance(*sounds, 8000))
+
+    voice = pulses(40)
+    assert distance(voice, voice) == 0
+    assert distance(0.3 * pulses(40, 17), voice) < 1e-3
+    octave, third = distance(pulses(80), voice), distance(pulses(50), voice)
+    assert octave > 0.01 and third > 0.03
+    assert distance(pulses(40)[:500], voice[:500]) == 0  # no frame fits
 
 
 def test_divergence_is_that_of_gaussians():
@@ -230,7 +246,7 @@ def test_a_step_over_eight_devices_is_that_of_one():
     # Adam moves every number by about the rate, whatever the gradient's size: the moments tell.
     for a, b in zip(jax.tree.leaves(one.adam.mu), jax.tree.leaves(eight.adam.mu), strict=True):
         assert max_difference(a, b) <= 1e-4 * np.abs(a).max() + 1e-9
-    assert set(of_one.terms) == {"mel", "magnitude", "waveform", "divergence"}
+    assert set(of_one.terms) == {"mel", "magnitude", "periodicity", "waveform", "divergence"}
 
 
 def test_a_frozen_encoder_stays_to_the_bit():

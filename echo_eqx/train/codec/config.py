@@ -20,6 +20,9 @@ class CodecLossConfig:
     """Distance of log mel spectra, summed over five resolutions."""
     magnitude: float = 0.3
     """Distance of log spectra, likewise."""
+    periodicity: float = 0.0
+    """Distance of normalised autocorrelations, over the lags of a voice's pitch: for a decoder that
+    makes harmonics at the rates of its own stages in place of the voice's. 5 is much."""
     waveform: float = 10.0
     """Mean absolute difference of the samples."""
     divergence: float = 0.01

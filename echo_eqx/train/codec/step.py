@@ -17,7 +17,7 @@ from echo_eqx.config import CodecConfig
 from echo_eqx.sharding.mesh import batch_sharding, replicated
 from echo_eqx.train.codec.config import CodecTrainConfig
 from echo_eqx.train.codec.critic import Critic, critic_loss, decoder_losses
-from echo_eqx.train.codec.losses import divergence, spectral_distances
+from echo_eqx.train.codec.losses import divergence, periodicity_distance, spectral_distances
 from echo_eqx.train.metrics import StepMetrics
 from echo_eqx.train.optimizer import adam, adamw_update, global_norm, learning_rate, moved_average
 
@@ -91,6 +91,9 @@ def distances(decoded: Decoded, audio: Float[Array, "b samples"], rate: int) -> 
     return {
         "mel": jnp.mean(mel),
         "magnitude": jnp.mean(magnitude),
+        "periodicity": jnp.mean(
+            jax.vmap(lambda a, b: periodicity_distance(a, b, rate))(decoded.audio, audio)
+        ),
         "waveform": jnp.mean(jnp.abs(decoded.audio - audio)),
         "divergence": jnp.mean(jax.vmap(divergence)(decoded.mean, decoded.deviation)),
     }

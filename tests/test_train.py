@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from shards import make_dataset
 
 import echo_eqx
 
-TRAIN = Path(__file__).parent.parent / "scripts" / "train.py"
+TRAIN = Path(__file__).parent / "small_train.py"
 STEPS = 12
 
 
@@ -31,7 +32,7 @@ def home(tmp_path_factory):
 
 
 def start(home: Path, run: str, *flags: str, devices: int = 1, folder=None) -> subprocess.Popen:
-    command = [sys.executable, str(TRAIN), "--model", "tiny", "--data", str(home / "data")]
+    command = [sys.executable, str(TRAIN), "--model", "nano", "--data", str(home / "data")]
     lengths = ["--frames", "24", "--text_bytes", "32", "--ref_frames", "16", "--batch_size", "8"]
     where = ["--run_dir", str(home / run), "--cache_dir", str(home / "shards")]
     steps = ["--num_steps", str(STEPS), "--checkpoint_every", "3"]
@@ -88,7 +89,7 @@ def test_a_run_leaves_what_explains_it(home, uninterrupted):
     assert first["learning_rate"] == pytest.approx(3e-4) and last["samples_seen"] == STEPS * 8
     assert 0 <= last["data_wait"] <= 1 and last["audio_hours_per_second"] > 0
     config = json.loads((folder / "config.json").read_text())
-    assert config["model"] == "tiny" and config["frames"] == 24
+    assert config["model"] == "nano" and config["frames"] == 24
     assert json.loads((folder / "environment.json").read_text())[0]["packages"]["jax"]
     assert echo_eqx.load_dit(folder).config.max_frames == 24
     assert len(list((folder / "checkpoints").glob("step_*/manifest.json"))) == 3
@@ -191,8 +192,9 @@ def test_hosts_that_differ_are_named(home):
 
 
 def test_a_run_folder_in_use_is_refused(home, uninterrupted):
-    first = start(home, "busy", "--num_steps", "100000")
+    first = start(home, "busy")
     wait_for((home / "busy" / "config.json").is_file, first)
+    first.send_signal(signal.SIGSTOP)
     said = finish(start(home, "busy"), code=1)
     assert re.search(rf"error: \S+busy is in use by process {first.pid} on \S+\n", said)
     first.kill()
@@ -263,6 +265,6 @@ def test_a_run_folder_that_hosts_do_not_share_is_refused(home, tmp_path):
 
 
 def test_weights_of_another_run_begin_a_new_one(home, uninterrupted):
-    finish(start(home, "heir", "--init_from", str(home / "whole"), "--num_steps", "1"))
+    finish(start(home, "heir", "--init_from", str(home / "whole")))
     first = lines_of(home, "heir")[0]
     assert first["samples_seen"] == 8 and first["loss"] != uninterrupted[1]

@@ -136,6 +136,8 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
 
     try:
         placed = feeder.next() if step < config.num_steps else None
+        # From here processes meet in every step, and for the first time wait for only 30 s.
+        multihost_utils.sync_global_devices("begin")
         log.restart_clock(feeder.waited)
         while placed is not None:
             with jax.transfer_guard_device_to_host("disallow"):  # nothing here waits for it

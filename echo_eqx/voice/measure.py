@@ -154,7 +154,7 @@ def recogniser(texts: Sequence[str]) -> tuple[list[int], Callable[[np.ndarray, i
     """PocketSphinx with a grammar of those of `texts` that its dictionary can pronounce, and their
     numbers.
 
-    **Raises**: `EchoError` if it is not installed.
+    **Raises**: `EchoError` if it is not installed, or can pronounce none.
     """
     try:
         sphinx = importlib.import_module("pocketsphinx")
@@ -163,6 +163,10 @@ def recogniser(texts: Sequence[str]) -> tuple[list[int], Callable[[np.ndarray, i
     decoder = sphinx.Decoder(samprate=16000, loglevel="FATAL", lm=None)
     words = {i: spoken_words(text) for i, text in enumerate(texts) if not re.search(r"\d", text)}
     words = {i: said for i, said in words.items() if all(map(decoder.lookup_word, said))}
+    if not words:
+        raise EchoError(
+            f"PocketSphinx can pronounce none of {len(texts)} texts; wanted a larger --count"
+        )
     lines = " | ".join(map(" ".join, words.values()))
     decoder.add_jsgf_string("texts", f"#JSGF V1.0;\ngrammar g;\npublic <s> = {lines};")
     decoder.activate_search("texts")

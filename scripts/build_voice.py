@@ -41,8 +41,8 @@ class Args:
     """Where weights, references and shards go; by default into the package."""
     phrases: int = 7000
     """Recordings of one to three words of any kind of sentence."""
-    sentences: int = 15_000
-    """Recordings of whole sentences, half of them of the small domain."""
+    sentences: int = 25_000
+    """Recordings of whole sentences, a third of them of the small domain."""
     codec_steps: int = 1500
     """Steps of the codec's training, on the phrases."""
     decoder_steps: int = 7000
@@ -63,7 +63,7 @@ def main() -> None:
     short = replace(sizes, max_frames=44, max_text_bytes=40, max_speaker_frames=32)
     phrases, sentences = work / "phrases" / MANIFEST, work / "sentences" / MANIFEST
     command("speak.py", output=phrases.parent, count=args.phrases, max_words=3, max_seconds=1.6)
-    command("speak.py", output=sentences.parent, count=args.sentences, small_share=0.5)
+    command("speak.py", output=sentences.parent, count=args.sentences, small_share=0.35)
     command("train_codec.py", data=phrases, run_dir=work / "codec", num_steps=args.codec_steps)
     codec = work / "codec.safetensors"
     if not codec.is_file():

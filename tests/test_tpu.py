@@ -505,7 +505,8 @@ def test_stop_ends_where_the_pod_is_deleted_meanwhile(world):
     world.pod()
     world.ok(f"{LAUNCH} 100000")
     world.play(deleted=1)
-    assert "echo is deleted, and what ran on it is over" in world.ok("stop --name echo --poll 0.05")
+    said = world.ok("stop --name echo --poll 0.05 --wait 20")
+    assert "echo is deleted, and what ran on it is over" in said
 
 
 def test_a_late_worker_ends_the_others_and_all_are_tried_again(world):

@@ -322,7 +322,8 @@ def whole(home, recordings):
 def test_a_run_leaves_a_codec_that_everything_takes(whole):
     lines = lines_of(whole.parent, "whole")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert all(line["mel"] > 0 and line["loss"] > 0 for line in lines)
+    assert all(line["mel"] > 0 and line["periodicity"] > 0 for line in lines)
+    assert all(line["loss"] > 0 for line in lines)
     assert {"eval_loss", "eval_mel", "eval_si_sdr"} <= set(lines[3])
     codec = echo_eqx.load_codec(whole)
     assert codec.config == dataclasses.replace(SIZES, hidden_dim=256)

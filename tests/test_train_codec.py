@@ -27,12 +27,14 @@ from echo_eqx.train.codec.config import CodecLossConfig, CodecTrainConfig
 from echo_eqx.train.codec.critic import critic_loss, decoder_losses
 from echo_eqx.train.codec.crops import CropStream
 from echo_eqx.train.codec.losses import (
+    WINDOWS,
     divergence,
     log_distance,
     magnitudes,
     mel_filters,
     periodicity_distance,
     spectral_distances,
+    spectrum,
 )
 from echo_eqx.train.codec.standardise import rescaled
 from echo_eqx.train.codec.step import (
@@ -99,6 +101,16 @@ def test_distances_count_factors_and_not_silence():
     assert float(log_distance(1e-5 * ones, 1e-9 * ones)) == 0
     audio = 0.1 * jr.normal(jr.key(1), (4000,))
     assert [float(x) for x in spectral_distances(audio, audio, 8000)] == [0, 0]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_spectrum_is_the_fourier_transform_under_a_hann_window(window):
+    audio = np.random.default_rng(window).standard_normal(3 * window).astype(np.float32)
+    hann = np.hanning(window + 1)[:-1]
+    frames = np.lib.stride_tricks.sliding_window_view(audio, window)[:: window // 4]
+    wanted = np.fft.rfft(frames * hann / np.linalg.norm(hann))
+    ours = spectrum(jnp.asarray(audio), window)
+    assert max_difference(ours, np.stack([wanted.real, wanted.imag], axis=-1)) < 1e-5
 
 
 def test_periodicity_is_that_of_the_pitch_and_knows_no_phase_or_level():

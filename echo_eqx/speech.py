@@ -58,7 +58,7 @@ def synthesize(
     text: str,
     speaker: Speaker | None = None,
     *,
-    duration: float = 15.0,
+    duration: float | None = None,
     seed: int = 42,
     settings: SamplerSettings | None = None,
     message: Sequence[int] | np.ndarray | None = None,
@@ -70,9 +70,10 @@ def synthesize(
 
     **Arguments**: `speaker` the voice to take, a recording or its latents, None for any voice;
     `duration` seconds of the canvas that a piece of text is spoken on, which the model fills with
-    speech and then silence; `message` bits to embed as a watermark, None for none; `trim` cuts the
-    silence at the end; `normalise` cleans the text as in training; `progress` is called after each
-    step. Text that does not fit is split at ends of sentences, spoken in one voice and joined.
+    speech and then silence, None for 15 or the longest it knows; `message` bits to embed as a
+    watermark, None for none; `trim` cuts the silence at the end; `normalise` cleans the text as in
+    training; `progress` is called after each step. Text that does not fit is split at ends of
+    sentences, spoken in one voice and joined.
 
     **Raises**: `EchoError` naming what cannot be used.
     """
@@ -96,7 +97,7 @@ def synthesize_all(
     codec: DACVAE,
     utterances: Sequence[Utterance],
     *,
-    duration: float = 15.0,
+    duration: float | None = None,
     settings: SamplerSettings | None = None,
     message: Sequence[int] | np.ndarray | None = None,
     trim: bool = True,
@@ -115,8 +116,9 @@ def synthesize_all(
     for utterance in utterances:
         if not 0 <= utterance.seed < 2**32:
             raise UsageError(f"seed is {utterance.seed}; wanted 0 to 2^32 - 1")
-    num_frames = canvas_frames(dit, codec, duration)
-    pieces = [_pieces_of(utterance, dit, duration, normalise) for utterance in utterances]
+    seconds = canvas_seconds(dit, codec, duration)
+    num_frames = max(1, round(seconds * codec.config.frame_rate))
+    pieces = [_pieces_of(utterance, dit, seconds, normalise) for utterance in utterances]
 
     # Without a reference the first piece of a text finds a voice, which the others then take.
     first, second = [], []
@@ -162,15 +164,20 @@ def check_pair(dit: EchoDiT, codec: DACVAE) -> None:
         )
 
 
-def canvas_frames(dit: EchoDiT, codec: DACVAE, duration: float) -> int:
-    """Latent frames in `duration` seconds; `UsageError` if that is no canvas the model knows."""
+def canvas_seconds(dit: EchoDiT, codec: DACVAE, duration: float | None = None) -> float:
+    """`duration`, by default 15 or the longest canvas the model was trained with.
+
+    **Raises**: `UsageError` if the model knows no such canvas.
+    """
     longest = dit.config.max_frames / codec.config.frame_rate
+    if duration is None:
+        return min(15.0, longest)
     if not 0 < duration <= longest + 1e-6:
         raise UsageError(
             f"duration is {duration} s; wanted more than 0 and at most the {longest:.2f} s the "
             "model was trained with (longer texts are split and joined)"
         )
-    return max(1, round(duration * codec.config.frame_rate))
+    return duration
 
 
 # --- Reference ----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.text import check_text
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import write_whole
-from echo_eqx.speech import canvas_frames, check_pair
+from echo_eqx.speech import canvas_seconds, check_pair
 from echo_eqx.weights.checkpoint import MANIFEST
 from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.own_format import array_dtype
@@ -120,9 +120,7 @@ def main() -> None:
     dit = echo_eqx.load_dit(checkpoint, dtype=array_dtype(dtype_name))
     codec = echo_eqx.load_codec(codec_file)
     check_pair(dit, codec)
-    longest = dit.config.max_frames / codec.config.frame_rate
-    duration = min(15.0, longest) if args.duration is None else args.duration
-    canvas_frames(dit, codec, duration)
+    duration = canvas_seconds(dit, codec, args.duration)
     message = message_bits(args, codec)
 
     speakers: dict[Path | None, np.ndarray | None] = {None: None}

@@ -9,10 +9,10 @@ import pytest
 from conftest import DATA, GOLDEN, max_difference, random_model
 
 import echo_eqx
-from echo_eqx import EchoError, SamplerSettings, UsageError, Utterance
+from echo_eqx import EchoError, SamplerSettings, UsageError, Utterance, voice
 from echo_eqx.config import CodecConfig, WatermarkConfig
 from echo_eqx.data.audio import load_audio
-from echo_eqx.speech import _join, silence_latent, speech_end
+from echo_eqx.speech import _join, canvas_seconds, silence_latent, speech_end
 
 QUICK = SamplerSettings(steps=2)
 HOP = 1920
@@ -113,6 +113,13 @@ def test_references_that_cannot_be_used_are_named(dit, codec, speaker, message):
 def test_models_that_do_not_belong_together_are_named(dit, golden_codec):
     with pytest.raises(EchoError, match="128 channels, the codec decodes 12"):
         speak(dit, golden_codec)
+
+
+def test_the_canvas_is_15_seconds_or_the_longest_a_model_knows(dit, codec):
+    assert canvas_seconds(dit, codec) == 15
+    small = echo_eqx.load_dit(voice.CHECKPOINT), echo_eqx.load_codec(voice.CODEC)
+    assert canvas_seconds(*small) == pytest.approx(3.2)
+    assert canvas_seconds(*small, 2.0) == 2
 
 
 @pytest.mark.parametrize("duration", [0.0, -1.0, 31.0, float("nan")])

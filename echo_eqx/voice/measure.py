@@ -70,10 +70,7 @@ def generate(
     utterances = [
         Utterance(text, voices[i % len(voices)], seed + i) for i, text in enumerate(texts)
     ]
-    longest = dit.config.max_frames / codec.config.frame_rate
-    return synthesize_all(
-        dit, codec, utterances, duration=longest, settings=settings, batch_size=16
-    )
+    return synthesize_all(dit, codec, utterances, settings=settings, batch_size=16)
 
 
 def through_codec(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from echo_eqx.train.codec.critic import critic_loss, decoder_losses
 from echo_eqx.train.codec.crops import CropStream
 from echo_eqx.train.codec.losses import (
     WINDOWS,
+    _autocorrelation,
     divergence,
     log_distance,
     magnitudes,
@@ -111,6 +112,12 @@ def test_a_spectrum_is_the_fourier_transform_under_a_hann_window(window):
     wanted = np.fft.rfft(frames * hann / np.linalg.norm(hann))
     ours = spectrum(jnp.asarray(audio), window)
     assert max_difference(ours, np.stack([wanted.real, wanted.imag], axis=-1)) < 1e-5
+
+
+def test_autocorrelations_are_the_transform_of_the_power():
+    power = np.random.default_rng(0).uniform(size=(3, 129)).astype(np.float32)
+    lags = (0, 1, 40, 128)
+    assert max_difference(power @ _autocorrelation(256, lags), np.fft.irfft(power)[:, lags]) < 1e-6
 
 
 def test_periodicity_is_that_of_the_pitch_and_knows_no_phase_or_level():

@@ -39,8 +39,8 @@ def spectrum(audio: Float[Array, " samples"], window: int) -> Float[Array, "fram
 def _transform(window: int) -> tuple[np.ndarray, np.ndarray]:
     """(window // 2, bins) and a row less: cosines for what is even about the middle of a frame and
     sines for what is odd, under a Hann window of norm 1, whose sample 0 is zero."""
-    # As matrices: accelerators multiply faster than they transform, and on CPU two FFTs at a time
-    # wait for ever for each other's thread (jaxlib 0.11 on two cores).
+    # As matrices: on CPU as many FFTs at a time as there are threads wait for ever for each other's
+    # thread (jaxlib 0.11).
     hann = np.hanning(window + 1)[1 : window // 2 + 1, None]
     hann = hann / np.sqrt(2 * np.sum(hann[:-1] ** 2) + 1)
     bins, rows = np.arange(window // 2 + 1), np.arange(1, window // 2 + 1)

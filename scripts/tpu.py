@@ -1,24 +1,30 @@
-"""Train on pods of Cloud TPU, by gcloud; on several machines, by ssh; on a cluster, by SLURM.
+"""Train on Cloud TPU pods (gcloud), on machines reached by ssh, or under a job engine.
 
     python scripts/tpu.py create --name echo --zone us-central2-b --accelerator_type v4-64 --spot
     python scripts/tpu.py setup --name echo --zone us-central2-b
     python scripts/tpu.py launch --name echo --zone us-central2-b -- --data ... --run_dir /mnt/echo
     python scripts/tpu.py logs --name echo --zone us-central2-b --follow
-    python scripts/tpu.py supervise --name echo --zone us-central2-b --accelerator_type v4-64 \\
-        --spot --max_hours 48 -- --data ... --run_dir /mnt/echo
 
-Behind -- stand the flags of train.py. Every command is printed before it runs, and --dry_run only
-prints. setup, launch, status, logs and stop also take --hosts a,b,c in place of a pod. --run_dir
-must be on a disk that all workers see and that outlives the pod, such as a mounted bucket or NFS.
+These work on one pod until it is preempted. SkyPilot, Kubernetes and SLURM restart a run by
+themselves; these commands print the job file:
+
+    python scripts/tpu.py skypilot --accelerators tpu-v4-64 --spot --bucket gs://MINE \\
+        -- --data ... --run_dir /mnt/echo/run > echo.yaml && sky jobs launch echo.yaml
+    python scripts/tpu.py kubernetes --image IMAGE --tpu tpu-v4-podslice --topology 2x4x4 \\
+        --nodes 8 --chips 4 --claim runs -- --data ... --run_dir /mnt/echo/run | kubectl apply -f -
+    python scripts/tpu.py slurm --nodes 4 --gpus 8 -- --data ... --run_dir /shared/run | sbatch
+
+The flags of train.py follow --. Every command is printed before it runs; --dry_run only prints.
+setup, launch, status, logs and stop also take --hosts a,b,c instead of a pod. --run_dir must be on
+a disk that all workers see and that outlives the pod, such as a mounted bucket or NFS.
 """
 
 import os
 import re
 import shlex
 import sys
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import tyro
@@ -27,13 +33,18 @@ from echo_eqx.command import note, run
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.ops.pods import gcloud
 from echo_eqx.ops.pods.flags import check_train_flags, warn_of_own_disk
+from echo_eqx.ops.pods.jobs import (
+    KubernetesJob,
+    SkyPilotJob,
+    SlurmJob,
+    jobset_yaml,
+    skypilot_yaml,
+    slurm_script,
+)
 from echo_eqx.ops.pods.launch import LaunchSettings, end, how_it_fares, launch
 from echo_eqx.ops.pods.logs import follow
 from echo_eqx.ops.pods.setup import SetupSettings, set_up
 from echo_eqx.ops.pods.shell import Shell
-from echo_eqx.ops.pods.slurm import Job, batch_script
-from echo_eqx.ops.pods.supervise import SuperviseSettings, Supervisor, Watched, show_round
-from echo_eqx.ops.pods.tally import TallyFile
 from echo_eqx.ops.pods.workers import NotSetUp, TpuWorkers, Workers, ssh_hosts, status
 
 
@@ -156,53 +167,59 @@ class Delete(OfPod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Supervise(Launching, Installing, Wanted, OfPod):
-    """Make the pod, set it up and launch; do so again after each preemption, until the run is done.
-
-    Started again it goes on where things are. A run that ends with an error ends this too, unless
-    it has saved since it was started.
-    """
-
-    max_hours: float
-    """Hours that pods of this name may exist in all; then the run saves, and the pod is deleted."""
-    max_restarts: int = 3
-    """Restarts in a row without a new checkpoint."""
-    every: float = 30.0
-    """Seconds between two looks at the pod."""
-    grace: float = 120.0
-    """Seconds for the other processes to end when one has."""
-    wait: float = 900.0
-    """Seconds for the run to save in, when the hours are spent."""
-    delete_when_done: bool = False
-    """Delete the pod when supervising ends: the run is done, was stopped, or fails."""
-    state: Path | None = None
-    """File that keeps the hours; by default ~/.echo_eqx/pods/NAME.json."""
-    ssh_flags: str = ""
-    """More of gcloud's ssh and scp: --ssh_flags='--internal-ip'."""
-    timeout: float = 180.0
-    """Seconds for a worker's answer."""
+class JobFile:
+    name: str = "echo"
+    """Of the job."""
+    nodes: int = 1
+    """Machines. For SkyPilot a TPU pod counts as one."""
+    max_restarts: int = 20
+    """Restarts before the job fails. SkyPilot counts errors only, not preemptions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slurm:
-    """Submit a job in which srun starts all processes; it goes on by itself when its time is up."""
+class SkyPilot(JobFile):
+    """Print a managed job for `sky jobs launch`; it restarts after preemptions."""
 
-    name: str = "echo"
-    """Of the job and its log."""
-    nodes: int = 1
-    """Machines."""
+    accelerators: str
+    """As SkyPilot names them: tpu-v4-64, tpu-v6e-16, H100:8."""
+    spot: bool = False
+    """Cheaper, and may be preempted at any time."""
+    bucket: str | None = None
+    """Bucket to mount at the parent folder of --run_dir, such as gs://MINE."""
+    max_hourly_cost: float | None = None
+    """US dollars; SkyPilot takes no machine that costs more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kubernetes(JobFile):
+    """Print a JobSet for `kubectl apply -f -`, for GKE TPU slices or GPU nodes."""
+
+    image: str
+    """Container image with echo_eqx installed and its source tree as the working folder."""
+    chips: int = 4
+    """TPU chips or GPUs of each node."""
+    tpu: str | None = None
+    """GKE's name of the TPU, such as tpu-v4-podslice or tpu-v6e-slice; leave it out for GPUs."""
+    topology: str | None = None
+    """Topology of the TPU slice, such as 2x4x4."""
+    claim: str | None = None
+    """PersistentVolumeClaim to mount at the parent folder of --run_dir."""
+    spot: bool = False
+    """Run on GKE spot nodes."""
+    max_hours: float = 168.0
+    """Limit of each attempt; after it the job fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm(JobFile):
+    """Print a batch script for `sbatch`; srun starts one process for each GPU."""
+
     gpus: int = 8
-    """Of each machine, each with a process of its own; 0: one process without any."""
+    """GPUs of each node; 0 starts one process on each node."""
     time: str = "24:00:00"
-    """Limit of the job."""
-    save_seconds: int = 300
-    """Before the limit; the run saves in them."""
+    """Limit of each attempt. The run saves before it and is queued again."""
     sbatch_flags: str = ""
-    """More of sbatch: --sbatch_flags='--partition=gpu --account=mine'."""
-    timeout: float = 60.0
-    """Seconds for the answer of sbatch."""
-    dry_run: bool = False
-    """Print the script, and submit nothing."""
+    """Further options of sbatch: --sbatch_flags='--partition=gpu --account=mine'."""
 
 
 def main() -> None:
@@ -218,19 +235,23 @@ def main() -> None:
         | Annotated[Logs, tyro.conf.subcommand("logs")]
         | Annotated[Stop, tyro.conf.subcommand("stop")]
         | Annotated[Delete, tyro.conf.subcommand("delete")]
-        | Annotated[Supervise, tyro.conf.subcommand("supervise")]
+        | Annotated[SkyPilot, tyro.conf.subcommand("skypilot")]
+        | Annotated[Kubernetes, tyro.conf.subcommand("kubernetes")]
         | Annotated[Slurm, tyro.conf.subcommand("slurm")],
         description=__doc__,
         args=ours,
     )
     check_numbers(command)
     flags, run_dir = theirs or (), ""
-    if isinstance(command, Launch | Supervise | Slurm):
+    if isinstance(command, Launch | JobFile):
         if theirs is None:
-            raise UsageError("there are no flags for train.py; wanted them behind --")
+            raise UsageError("expected the flags of train.py after --, got none")
         run_dir = check_train_flags(flags)
     elif theirs is not None:
-        raise UsageError(f"-- {shlex.join(flags)} is for launch, supervise and slurm alone")
+        raise UsageError(f"-- {shlex.join(flags)}: expected no flags of train.py here")
+    if isinstance(command, JobFile):
+        print(job_file(command, flags, run_dir), end="")
+        return
     shell = Shell(command.dry_run)
     match command:
         case Create():
@@ -256,16 +277,11 @@ def main() -> None:
             end(shell, workers, now=command.now, seconds=seconds, poll=poll, timeout=timeout)
         case Delete():
             delete(command, shell)
-        case Supervise():
-            warn_of_own_disk(run_dir)
-            raise SystemExit(supervise(command, shell, flags, run_dir))
-        case Slurm():
-            submit(command, shell, flags)
 
 
 def check_numbers(command: object) -> None:
-    positive = ("max_hours", "timeout", "every")
-    least = {"tries": 1, "setup_tries": 1, "nodes": 1, "lines": 1, "save_seconds": 1}
+    positive = ("max_hours", "max_hourly_cost", "timeout")
+    least = {"tries": 1, "setup_tries": 1, "nodes": 1, "lines": 1, "chips": 1}
     for name, value in vars(command).items():
         if type(value) is int and value < least.get(name, 0):
             raise UsageError(f"{name} is {value}; wanted at least {least.get(name, 0)}")
@@ -289,7 +305,7 @@ def request_of(command: Wanted) -> gcloud.Request:
     )
 
 
-def setup_settings(command: Setup | Supervise, usual: str) -> SetupSettings:
+def setup_settings(command: Setup, usual: str) -> SetupSettings:
     extra = usual if command.extra is None else command.extra
     if re.fullmatch(r"[\w,-]*", extra) is None:
         raise UsageError(f"extra is {extra!r}; wanted names such as tpu")
@@ -297,7 +313,7 @@ def setup_settings(command: Setup | Supervise, usual: str) -> SetupSettings:
     return SetupSettings(extra, command.before, tries, command.timeout, pause)
 
 
-def launch_settings(command: Launch | Supervise) -> LaunchSettings:
+def launch_settings(command: Launch) -> LaunchSettings:
     return LaunchSettings(
         command.tries, command.timeout, command.settle, command.poll, command.pause
     )
@@ -378,58 +394,61 @@ def check_no_run(shell: Shell, workers: Workers, timeout: float, wanted: str) ->
         raise EchoError(f"a run is alive on worker {alive[0]} of {workers}; {wanted}")
 
 
-def supervise(command: Supervise, shell: Shell, flags: tuple[str, ...], run_dir: str) -> int:
-    watched = Watched(
-        pod_of(command),
-        request_of(command),
-        flags,
-        run_dir,
-        gcloud.split_flags("ssh_flags", command.ssh_flags),
-        setup_settings(command, "tpu"),
-        launch_settings(command),
-    )
-    if shell.dry_run:
-        show_round(shell, watched)
-        return 0
-    settings = SuperviseSettings(
-        command.max_hours,
-        command.max_restarts,
-        command.every,
-        command.grace,
-        command.wait,
-        command.delete_when_done,
-    )
-    state = command.state or Path("~/.echo_eqx/pods") / f"{command.name}.json"
-    with closing(TallyFile(state.expanduser())) as tally:
-        try:
-            return Supervisor(shell, watched, tally, settings).run()
-        except KeyboardInterrupt:
-            note(f"{watched.pod} and its run go on; the same command watches them again")
-            raise
+def job_file(command: JobFile, flags: tuple[str, ...], run_dir: str) -> str:
+    name, nodes, restarts = command.name, command.nodes, command.max_restarts
+    gcloud.named_pod(name, None, None)
+    match command:
+        case SkyPilot():
+            if command.bucket is None:
+                warn_of_own_disk(run_dir)
+            else:
+                check_mount("bucket", run_dir)
+            job = SkyPilotJob(
+                name,
+                command.accelerators,
+                nodes,
+                command.spot,
+                command.bucket,
+                command.max_hourly_cost,
+                restarts,
+            )
+            return skypilot_yaml(job, flags, run_dir)
+        case Kubernetes():
+            if (command.tpu is None) != (command.topology is None):
+                raise UsageError("expected --tpu and --topology together, got one of them")
+            if command.claim is None:
+                warn_of_own_disk(run_dir)
+            else:
+                check_mount("claim", run_dir)
+            job = KubernetesJob(
+                name,
+                command.image,
+                nodes,
+                command.chips,
+                command.tpu,
+                command.topology,
+                command.claim,
+                command.spot,
+                restarts,
+                command.max_hours,
+            )
+            return jobset_yaml(job, flags, run_dir)
+        case Slurm():
+            options = gcloud.split_flags("sbatch_flags", command.sbatch_flags)
+            job = SlurmJob(name, nodes, command.gpus, command.time, restarts, options)
+            train = Path(__file__).resolve().with_name("train.py")
+            return slurm_script(job, (sys.executable, str(train), *flags))
+        case _:
+            raise TypeError(command)
 
 
-def submit(command: Slurm, shell: Shell, flags: tuple[str, ...]) -> None:
-    job = Job(
-        command.name,
-        command.nodes,
-        command.gpus,
-        command.time,
-        command.save_seconds,
-        gcloud.split_flags("sbatch_flags", command.sbatch_flags),
-    )
-    train = Path(__file__).resolve().with_name("train.py")
-    script = batch_script(job, (sys.executable, str(train), *flags))
-    print(script)
-    file = Path(f"{command.name}.sbatch")
-    if not shell.dry_run:
-        try:
-            file.write_text(script)
-        except OSError as error:
-            raise EchoError(f"{file} cannot be written: {error.strerror}") from None
-    for done in shell.run_all([["sbatch", str(file)]], command.timeout):
-        if done.code != 0:
-            raise EchoError(f"{file} was not submitted: {done.reason(command.timeout)}")
-        note(done.out.strip())
+def check_mount(flag: str, run_dir: str) -> None:
+    """A volume is mounted at the parent folder of --run_dir, which must not hide the system's."""
+    if not run_dir.startswith("/") or len(PurePosixPath(run_dir).parts) < 4:
+        raise UsageError(
+            f"--{flag} is mounted at the parent folder of --run_dir: expected --run_dir such as "
+            f"/mnt/echo/run, got {run_dir}"
+        )
 
 
 if __name__ == "__main__":

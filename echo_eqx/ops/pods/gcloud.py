@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from echo_eqx.errors import EchoError, UsageError
@@ -22,10 +21,6 @@ RUNTIMES = {
 """Image of a worker by generation (https://cloud.google.com/tpu/docs/runtimes)."""
 
 _ASK_SECONDS, _CHANGE_SECONDS = 120.0, 1800.0
-# States of a node (tpu.googleapis.com/v2 Node.State) and of a queued resource.
-_NODE_COMES = {"CREATING", "STARTING", "RESTARTING", "REPAIRING"}
-_LEAVES = {"DELETING", "STOPPING", "SUSPENDING", "HIDING"}
-_QUEUE_WAITS = {"CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"}
 
 
 class GcloudError(EchoError):
@@ -84,12 +79,11 @@ class Pod:
 
 @dataclass(frozen=True)
 class PodState:
-    """States as gcloud names them, None where there is no such thing; `created` in Unix time."""
+    """States as gcloud names them, None if the pod has no such resource."""
 
     node: str | None = None
     queued: str | None = None
     workers: int = 0
-    created: float | None = None
     reason: str = ""
 
     @property
@@ -103,18 +97,6 @@ class PodState:
     @property
     def absent(self) -> bool:
         return self.node is None and self.queued is None
-
-    @property
-    def waiting(self) -> bool:
-        """It may yet become ready by itself."""
-        if self.node is not None:
-            return self.node in _NODE_COMES
-        return self.queued in _QUEUE_WAITS
-
-    @property
-    def leaving(self) -> bool:
-        """It will be gone, and until then can be neither deleted nor made."""
-        return self.node in _LEAVES or self.queued in _LEAVES
 
     def __str__(self) -> str:
         if self.absent:
@@ -212,7 +194,6 @@ def _node(shell: Shell, pod: Pod) -> PodState:
     return PodState(
         node=str(node.get("state")),
         workers=len(endpoints) // len(networks),
-        created=_moment(node.get("createTime")),
         reason=str(node.get("healthDescription") or ""),
     )
 
@@ -244,10 +225,3 @@ def _failure(done: Done, seconds: float, what: str) -> GcloudError:
         return GcloudError(f"{what}: gcloud is not logged in; wanted an account: gcloud auth login")
     reason = re.sub(r"^ERROR: (\(gcloud[\w.-]*\) )?", "", done.reason(seconds))
     return GcloudError(f"{what}: {reason}")
-
-
-def _moment(text: str | None) -> float | None:
-    try:
-        return datetime.fromisoformat(text or "").timestamp()
-    except ValueError:
-        return None

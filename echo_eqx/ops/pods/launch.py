@@ -27,10 +27,6 @@ class LaunchSettings:
     """Seconds between tries."""
 
 
-class Crashed(EchoError):
-    """The process ended by itself with an error, and would do so again."""
-
-
 def launch(
     shell: Shell, workers: Workers, flags: tuple[str, ...], settings: LaunchSettings
 ) -> None:
@@ -39,8 +35,8 @@ def launch(
     A worker on which it does not begin would leave the others waiting: they are ended, and all are
     tried again.
 
-    **Raises**: `EchoError` if a run is alive already, or a worker is missing at every try;
-    `Crashed` if a process ends with an error.
+    **Raises**: `EchoError` if a run is alive already, a worker is missing at every try, or a
+    process ends with an error.
     """
     ours: set[str] = set()
     reason = ""
@@ -86,7 +82,7 @@ def end(
 ) -> bool:
     """Stop the run everywhere: it saves and ends, or, with `now`, ends at once.
 
-    False if the pod was deleted meanwhile, as a supervisor does once its run has ended.
+    False if the pod was deleted meanwhile.
 
     **Raises**: `EchoError` naming a worker where it is alive after `seconds`, or that says nothing.
     """
@@ -186,10 +182,10 @@ def _settle(shell: Shell, workers: Workers, mark: str, settings: LaunchSettings)
         time.sleep(settings.poll)
 
 
-def _crashed(shell: Shell, workers: Workers, answer: Answer, timeout: float) -> Crashed:
+def _crashed(shell: Shell, workers: Workers, answer: Answer, timeout: float) -> EchoError:
     assert answer.value is not None
     show_last_lines(shell, workers, answer.worker, timeout)
-    return Crashed(
+    return EchoError(
         f"the run on worker {answer.worker} of {workers} ended at once with code "
         f"{answer.value['code']}; its last lines are above"
     )

@@ -1,7 +1,7 @@
 """What runs on a worker, by the standard library alone: a process that stays, and how it fares.
 
     python worker.py start RUN MARK COMMAND...   begin COMMAND, unless this run is alive
-    python worker.py status RUN LINES [RUN_DIR]  how it fares, as a line of JSON
+    python worker.py status RUN LINES            how it fares, as a line of JSON
     python worker.py end RUN TERM|KILL [stopped] it saves and ends, or ends; by someone's wish
     python worker.py follow RUN OFFSET LINES     what it prints, until it has ended
     python worker.py versions                    what must be the same everywhere
@@ -14,7 +14,6 @@ another. Any of this may be asked twice, since gcloud repeats a command whose co
 import fcntl
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -43,7 +42,7 @@ def main(arguments: list[str]) -> None:
     elif action == "keep":
         _keep(path, rest[0], rest[1:])
     elif action == "status":
-        _answer(_status(path, int(rest[0]), "".join(rest[1:])))
+        _answer(_status(path, int(rest[0])))
     elif action == "end":
         _end(path, rest[0], rest[1:] == ["stopped"])
     elif action == "follow":
@@ -73,7 +72,7 @@ def _start(path: Path, mark: str, command: list[str]) -> None:
             if _state(path).get("mark") == mark:
                 break
             time.sleep(0.02)
-    _answer(_status(path, 0, ""))
+    _answer(_status(path, 0))
 
 
 def _keep(path: Path, mark: str, command: list[str]) -> NoReturn:
@@ -99,7 +98,7 @@ def _keep(path: Path, mark: str, command: list[str]) -> NoReturn:
     raise SystemExit(0)
 
 
-def _status(path: Path, lines: int, run_dir: str) -> dict[str, Any]:
+def _status(path: Path, lines: int) -> dict[str, Any]:
     """`code` is that of the process that ended; None if it was lost with its machine."""
     alive = _is_held(path)
     state = _state(path)
@@ -109,7 +108,6 @@ def _status(path: Path, lines: int, run_dir: str) -> dict[str, Any]:
         "code": None if alive else state.get("code"),
         "stopped": (path / "stopped").exists(),
         "lines": [line.decode(errors="replace") for line in _last_lines(path / "log", lines)],
-        "checkpoint": _newest_checkpoint(run_dir) if run_dir else None,
     }
 
 
@@ -123,7 +121,7 @@ def _end(path: Path, name: str, stopped: bool) -> None:
                 os.killpg(pid, signal.SIGKILL)
             elif pid:
                 os.kill(pid, signal.SIGTERM)
-    _answer(_status(path, 0, ""))
+    _answer(_status(path, 0))
 
 
 def _follow(path: Path, offset: int, lines: int) -> None:
@@ -213,15 +211,6 @@ def _last_lines(log: Path, count: int) -> list[bytes]:
         file.seek(max(0, size - _LONGEST))
         lines = file.read(_LONGEST).split(b"\n")
     return lines[1 if size > _LONGEST else 0 : -1][-count:]
-
-
-def _newest_checkpoint(run_dir: str) -> int | None:
-    folder = Path.home() / Path(run_dir).expanduser() / "checkpoints"
-    try:
-        names = [path.name for path in folder.iterdir() if (path / "manifest.json").is_file()]
-    except OSError:
-        return None
-    return max((int(m[1]) for m in (re.fullmatch(r"step_(\d+)", n) for n in names) if m), default=0)
 
 
 def _versions() -> dict[str, Any]:

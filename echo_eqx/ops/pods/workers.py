@@ -162,14 +162,12 @@ def status(
     timeout: float,
     *,
     lines: int = 0,
-    run_dir: str = "",
     among: Iterable[str] | None = None,
 ) -> list[Answer]:
     """How the run fares on each worker."""
 
     def remote(worker: str) -> list[str]:
-        place = [run_dir] if run_dir else []
-        return ["status", workers.run_name(worker), str(lines), *place]
+        return ["status", workers.run_name(worker), str(lines)]
 
     return ask(shell, workers, remote, timeout, among=among)
 

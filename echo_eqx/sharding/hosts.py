@@ -5,9 +5,12 @@ process 0 on which both say that they live; the end of it, or silence, ends the 
 one sentence and `EXIT_PEER_LOST`.
 """
 
+import contextlib
 import hashlib
+import hmac
 import json
 import os
+import selectors
 import socket
 import sys
 import threading
@@ -28,8 +31,10 @@ EXIT_PEER_LOST = 75
 EXIT_PREEMPTED = 76
 """Asked to stop by SIGTERM; the state is saved."""
 
-_BEAT, _SILENCE = 1.0, 20.0
-"""Seconds between signs of life, and without one until a process counts as gone."""
+_BEAT, _SILENCE = 1.0, 100.0
+"""Seconds between signs of life, and without one until a process counts as gone: JAX's default."""
+_CONNECT = 300.0
+"""Seconds for all processes to connect."""
 
 
 def start_processes(
@@ -72,7 +77,7 @@ def start_processes(
         if isinstance(error, ValueError) and coordinator is None:
             return  # a TPU outside of any cluster
         raise EchoError(
-            f"the processes of this run did not come together: {str(error).splitlines()[0][:200]}"
+            f"the processes of this run could not connect: {str(error).splitlines()[0][:200]}"
         ) from None
 
 
@@ -130,19 +135,19 @@ class PeerWatch:
         if jax.process_index() == 0:
             host = coordinator.rpartition(":")[0] if coordinator else _own_address()
             with socket.create_server((host, 0)) as server:
-                server.settimeout(60)
                 secret = os.urandom(16).hex()
                 _broadcast(json.dumps([secret, *server.getsockname()[:2]]))
-                while len(self._peers) < jax.process_count() - 1:
-                    peer, _ = server.accept()
-                    peer.settimeout(60)
-                    hello = peer.recv(36, socket.MSG_WAITALL)
-                    if hello[:32] == secret.encode():  # anything else is no part of the run
-                        self._peers[int.from_bytes(hello[32:], "little")] = peer
+                self._peers = accept_peers(server, secret, jax.process_count() - 1)
         else:
             secret, *address = json.loads(_broadcast(""))
-            peer = socket.create_connection(tuple(address), timeout=60)
-            peer.sendall(secret.encode() + jax.process_index().to_bytes(4, "little"))
+            try:
+                peer = socket.create_connection(tuple(address), timeout=60)
+                peer.sendall(secret.encode() + jax.process_index().to_bytes(4, "little"))
+            except OSError as error:
+                raise EchoError(
+                    f"cannot reach process 0 at {address[0]}:{address[1]} ({error}); check that "
+                    "the hosts reach each other on every port"
+                ) from None
             self._peers[0] = peer
         for process, peer in self._peers.items():
             peer.settimeout(_SILENCE)
@@ -196,6 +201,50 @@ class PeerWatch:
             if code == EXIT_PEER_LOST and "start" not in reason:
                 reason += "; start all processes again to go on from the last checkpoint"
             self.fail(reason, code)  # the main thread may hang in a collective
+
+
+def accept_peers(
+    server: socket.socket, secret: str, count: int, seconds: float = _CONNECT
+) -> dict[int, socket.socket]:
+    """The connections of `count` processes by their index.
+
+    A process sends `secret` and its index in 4 bytes. Anyone else who connects is sent away, and
+    whoever is silent delays no one.
+
+    **Raises**: `EchoError` if they have not all connected in `seconds`.
+    """
+    peers: dict[int, socket.socket] = {}
+    until = time.monotonic() + seconds
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ, None)
+        while len(peers) < count:
+            if time.monotonic() > until:
+                raise EchoError(
+                    f"timed out waiting for all processes to connect: expected {count}, got "
+                    f"{len(peers)} in {seconds:g} s"
+                )
+            for key, _ in selector.select(1.0):
+                if key.data is None:
+                    peer, _ = server.accept()
+                    selector.register(peer, selectors.EVENT_READ, bytearray())
+                    continue
+                peer, hello = key.fileobj, key.data
+                assert isinstance(peer, socket.socket)
+                with contextlib.suppress(OSError):
+                    if data := peer.recv(36 - len(hello)):
+                        hello += data
+                        if len(hello) < 36:
+                            continue
+                selector.unregister(peer)
+                index = int.from_bytes(hello[32:], "little")
+                if len(hello) == 36 and hmac.compare_digest(bytes(hello[:32]), secret.encode()):
+                    peers[index] = peer
+                else:
+                    peer.close()
+        for key in list(selector.get_map().values()):
+            if key.data is not None:
+                key.fileobj.close()  # type: ignore[union-attr]
+    return peers
 
 
 def _send(peer: socket.socket, data: bytes) -> None:

@@ -1,22 +1,36 @@
-"""What every command shares: errors as one line and an exit code, compilation cache, clocks."""
+"""What every command shares: flags, output, errors as one line, compilation cache, clocks."""
 
+import contextlib
+import dataclasses
+import io
+import itertools
 import os
+import select
+import shlex
 import sys
 import time
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
+import tyro
 from tqdm import tqdm
 
 from echo_eqx.errors import EchoError
+from echo_eqx.files import expand
+
+T = TypeVar("T")
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a command; what a user can cause ends as one sentence on stderr.
 
-    Exit codes: 0 done, 1 something given could not be used, 2 usage, 130 interrupted.
+    Exit codes: 0 done, 1 something given could not be used, 2 usage, 130 interrupted. They do not
+    depend on stdout and stderr: see `_Dropping`.
     """
+    _guard_output()
     try:
         main()
     except EchoError as error:
@@ -36,12 +50,171 @@ def _fail(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
+# --- Flags --------------------------------------------------------------------------------------
+
+
+def parse(
+    kind: type[T],
+    description: str | None,
+    *,
+    default: T | None = None,
+    arguments: Sequence[str] | None = None,
+) -> T:
+    """The flags of a command as a dataclass, or as one of a union of subcommands.
+
+    In every path `~` is the home folder, in `--flag=~/x` too, which no shell expands.
+
+    **Raises**: `EchoError` for `~` where there is no home folder; exits with 2 for bad flags.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    given = {} if default is None else {"default": default}
+    try:
+        return _expanded(tyro.cli(kind, description=description, args=words, **given))
+    except SystemExit:
+        _explain_dashes(kind, words)
+        raise
+
+
+def flag_value(arguments: Sequence[str], name: str) -> str | None:
+    """What a flag is set to, for defaults that depend on it; None if it is not given."""
+    value = None
+    for word, after in zip(arguments, [*arguments[1:], None], strict=True):
+        flag, equals, rest = word.partition("=")
+        if flag.replace("-", "_") == f"__{name}":
+            value = rest if equals else after
+    return value
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, Path):
+        return expand(value)
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(map(_expanded, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        changed = {name: new for name, old in fields.items() if (new := _expanded(old)) != old}
+        return dataclasses.replace(value, **changed) if changed else value
+    return value
+
+
+def _explain_dashes(kind: Any, words: Sequence[str]) -> None:
+    """After refused flags: a value that begins with a dash was taken for a flag."""
+    takes_value = dict(_flags(kind))
+    for word, value in itertools.pairwise(words):
+        flag, name = value.partition("=")[0], _field_name(word)
+        is_flag = flag.startswith("--") and _field_name(flag).removeprefix("no_") in takes_value
+        if not value.startswith("-") or is_flag or flag == "--help" or not takes_value.get(name):
+            continue
+        with contextlib.suppress(ValueError):
+            float(value)  # a negative number is taken for a value
+            continue
+        note(f"if {value!r} is the value of {word}, write {shlex.quote(f'{word}={value}')}")
+
+
+def _field_name(flag: str) -> str:
+    return flag.removeprefix("--").rpartition(".")[2].replace("-", "_")
+
+
+def _flags(kind: Any) -> Iterator[tuple[str, bool]]:
+    """Names of fields, and whether a value follows the flag."""
+    if not dataclasses.is_dataclass(kind):
+        for part in typing.get_args(kind):
+            yield from _flags(part)
+        return
+    for name, hint in typing.get_type_hints(kind).items():
+        yield name, hint is not bool
+        yield from _flags(hint)
+
+
+# --- Output -------------------------------------------------------------------------------------
+
+
+class _Dropping(io.RawIOBase):
+    """Writes to a file descriptor. What cannot be written is dropped: a closed pipe, a full disk or
+    a terminal that is gone must not end hours of work."""
+
+    def __init__(self, number: int):
+        self._number = number
+
+    def fileno(self) -> int:
+        return self._number
+
+    def isatty(self) -> bool:
+        return os.isatty(self._number)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        while True:
+            try:
+                return os.write(self._number, data)
+            except BlockingIOError:  # a slow reader is no reason to drop anything
+                select.select([], [self._number], [])
+            except OSError:
+                return len(data)
+
+
+def _guard_output() -> None:
+    """Let neither stdout nor stderr fail, whatever they are."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would get what is printed
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, number)
+            os.set_inheritable(number, True)
+            if nothing != number:
+                os.close(nothing)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue  # a caller has redirected it
+        # What the terminal cannot show is escaped.
+        new = io.TextIOWrapper(
+            io.BufferedWriter(_Dropping(number)),
+            encoding=stream.encoding if stream else "utf-8",
+            errors="backslashreplace",
+            line_buffering=True,
+        )
+        setattr(sys, name, new)
+
+
+def reader_left() -> bool:
+    """Whether stdout is a pipe whose reader has closed it, as `head` does once it has enough."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def note(message: str) -> None:
+    """A line for the person at the command, on stderr."""
+    print(message, file=sys.stderr)
+
+
+# --- Compilation and progress -------------------------------------------------------------------
+
+
 def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, so that the next start is quick."""
+    """Keep compiled programs in the user's cache folder, so that the next start is quick.
+
+    Without a folder that can be written to, programs are compiled at every start.
+    """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(root / "echo_eqx" / "xla"))
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = root / "echo_eqx" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        return
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -81,12 +254,3 @@ class StepBar:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def on_terminal() -> bool:
-    return sys.stderr.isatty()
-
-
-def note(message: str) -> None:
-    """A line for the person at the command, on stderr."""
-    print(message, file=sys.stderr)

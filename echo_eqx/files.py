@@ -1,13 +1,33 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and paths as a user writes them."""
 
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from echo_eqx.errors import EchoError
+
 # It can only be read by being set, which other threads would notice later on.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+
+def expand(path: Path) -> Path:
+    """`path` with `~` as the home folder; `~name` of an unknown user stays as it is.
+
+    A cache below `~/.cache` of a user without a home folder is among the temporary files.
+
+    **Raises**: `EchoError` for any other `~` of such a user.
+    """
+    found = Path(os.path.expanduser(path))
+    if path.parts[:1] != ("~",) or found != path:
+        return found
+    if path.parts[1:2] == (".cache",):
+        return Path(tempfile.gettempdir(), f"cache-{os.getuid()}", *path.parts[2:])
+    raise EchoError(
+        f"{path}: expected a home folder in place of ~, but this user has none; set HOME, or write "
+        "the path without ~"
+    )
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

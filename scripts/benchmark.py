@@ -40,7 +40,7 @@ import psutil
 import tyro
 
 import echo_eqx
-from echo_eqx.command import run
+from echo_eqx.command import parse, run
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, to_json
 from echo_eqx.data import stream as data_stream
 from echo_eqx.data.fetch import ShardCache
@@ -126,7 +126,7 @@ class Monitor:
 
 
 def main() -> None:
-    command = tyro.cli(
+    command = parse(
         Annotated[Codec, tyro.conf.subcommand("codec")]
         | Annotated[DiT, tyro.conf.subcommand("dit")]
         | Annotated[Cache, tyro.conf.subcommand("cache")]
@@ -134,7 +134,7 @@ def main() -> None:
         | Annotated[Stream, tyro.conf.subcommand("stream")]
         | Annotated[Save, tyro.conf.subcommand("save")]
         | Annotated[Monitor, tyro.conf.subcommand("monitor")],
-        description=__doc__,
+        __doc__,
     )
     match command:
         case Codec():

@@ -16,11 +16,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import run
+from echo_eqx.command import parse, run
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError
@@ -58,7 +56,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     work, sizes = args.work, DIT_PRESETS["voice"]
     short = replace(sizes, max_frames=44, max_text_bytes=40, max_speaker_frames=32)
     phrases, sentences = work / "phrases" / MANIFEST, work / "sentences" / MANIFEST

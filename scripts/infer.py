@@ -8,7 +8,6 @@ folder, or a Hub id owner/name[@revision][:file]. Text longer than the canvas is
 ends of sentences, spoken piece by piece in one voice, and joined.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -25,11 +24,20 @@ import tyro
 
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import CompileClock, StepBar, note, on_terminal, run, use_compilation_cache
+from echo_eqx.command import (
+    CompileClock,
+    StepBar,
+    flag_value,
+    note,
+    on_terminal,
+    parse,
+    run,
+    use_compilation_cache,
+)
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.text import check_text
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.files import write_whole
+from echo_eqx.files import expand, write_whole
 from echo_eqx.speech import canvas_seconds, check_pair
 from echo_eqx.weights.checkpoint import MANIFEST
 from echo_eqx.weights.hub import find_weights
@@ -101,7 +109,7 @@ class Job:
 
 
 def main() -> None:
-    args = tyro.cli(Args, default=defaults(sys.argv[1:]), description=__doc__)
+    args = parse(Args, __doc__, default=defaults(sys.argv[1:]))
     started = time.perf_counter()
     use_compilation_cache()
     clock = CompileClock()
@@ -178,10 +186,8 @@ def main() -> None:
 
 def defaults(arguments: list[str]) -> Args:
     """The small voice has sampler settings of its own."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoint")
-    known, _ = parser.parse_known_args(arguments)
-    return Args() if known.checkpoint is not None else Args(sampler=voice.SETTINGS)
+    own = flag_value(arguments, "checkpoint") is not None
+    return Args() if own else Args(sampler=voice.SETTINGS)
 
 
 def check_usage(args: Args) -> None:
@@ -258,10 +264,14 @@ def job_from_json(line: str, where: str, base: Job, output: Path) -> Job:
         if name not in kinds or type(value) is not kinds[name]:
             raise EchoError(f"{where}: {name} is {value!r}; wanted {', '.join(kinds)}")
     speaker = fields.get("speaker_ref")
+    if "output" in fields:
+        output = base.output.parent / expand(Path(fields["output"]))
     return Job(
         text=fields["text"],
-        output=base.output.parent / fields["output"] if "output" in fields else output,
-        speaker_ref=base.speaker_ref if speaker is None else Path(speaker),
+        output=base.output.parent / expand(Path(fields["output"]))
+        if "output" in fields
+        else output,
+        speaker_ref=base.speaker_ref if speaker is None else expand(Path(speaker)),
         seed=fields.get("seed", base.seed),
     )
 

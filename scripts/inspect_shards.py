@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 import echo_eqx
-from echo_eqx.command import StepBar, run, use_compilation_cache
+from echo_eqx.command import StepBar, parse, run, use_compilation_cache
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import Listing, list_shards
@@ -59,10 +58,10 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     check_usage(args)
     assert args.data is not None
-    folder = args.cache_dir.expanduser()
+    folder = args.cache_dir
     listing = list_shards(args.data, folder)
     cache = ShardCache(folder, int(args.cache_gb * 1e9))
     try:

@@ -19,7 +19,7 @@ import tyro
 
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import note, run, use_compilation_cache
+from echo_eqx.command import note, parse, run, use_compilation_cache
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import UsageError
 from echo_eqx.voice.grammar import Kind
@@ -56,7 +56,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     if not 2 <= args.count <= 10_000:
         raise UsageError(f"count is {args.count}; wanted 2 to 10000")
     args.sampler.check()

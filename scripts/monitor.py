@@ -10,9 +10,7 @@ internet, and nothing in it can change a run.
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from echo_eqx.command import note, run
+from echo_eqx.command import note, parse, run
 from echo_eqx.ops.monitor import MonitorServer
 
 
@@ -29,7 +27,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     server = MonitorServer(args.runs, args.host, args.port, args.token)
     name = f"[{args.host}]" if ":" in args.host else args.host
     once = "/?token=TEXT" if args.token else "/"

@@ -11,9 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
-from echo_eqx.command import note, run
+from echo_eqx.command import note, parse, run
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
 from echo_eqx.train.plan import FULL, GIB, Plan, make_plan, use_virtual_devices
 
@@ -49,7 +47,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     config = train_config(args)
     config.check()
     use_virtual_devices(args.devices)

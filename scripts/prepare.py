@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 from tqdm import tqdm
 
 import echo_eqx
-from echo_eqx.command import note, on_terminal, run, use_compilation_cache
+from echo_eqx.command import note, on_terminal, parse, run, use_compilation_cache
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.deal import deal
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
@@ -65,7 +64,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     part, parts = check_usage(args)
     assert args.output is not None
     use_compilation_cache()
@@ -101,9 +100,7 @@ def check_usage(args: Args) -> tuple[int, int]:
 
 
 def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> None:
-    clips, refused = list_clips(
-        source, max_seconds=args.max_seconds, cache=args.cache_dir.expanduser()
-    )
+    clips, refused = list_clips(source, max_seconds=args.max_seconds, cache=args.cache_dir)
     if not clips:
         counts = Counter(refusal.kind for refusal in refused)
         raise EchoError(f"{source} holds no recording that can be used ({dict(counts)} left out)")

@@ -11,9 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from echo_eqx.command import run
+from echo_eqx.command import parse, run
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.voice.espeak import MANIFEST, speak_corpus
 from echo_eqx.voice.grammar import SMALL_SHARE, cut, endless_training_texts
@@ -39,7 +37,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     if not 0 < args.count < 10**6:
         raise UsageError(f"count is {args.count}; wanted 1 to 999999")
     if not 1 <= args.max_seconds < 1e9:

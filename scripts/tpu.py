@@ -19,7 +19,6 @@ setup, launch, status, logs and stop also take --hosts a,b,c instead of a pod. -
 a disk that all workers see and that outlives the pod, such as a mounted bucket or NFS.
 """
 
-import os
 import re
 import shlex
 import sys
@@ -29,7 +28,7 @@ from typing import Annotated
 
 import tyro
 
-from echo_eqx.command import note, run
+from echo_eqx.command import note, parse, run
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.ops.pods import gcloud
 from echo_eqx.ops.pods.flags import check_train_flags, warn_of_own_disk
@@ -227,7 +226,7 @@ def main() -> None:
     if "--" in ours:
         at = ours.index("--")
         ours, theirs = ours[:at], tuple(ours[at + 1 :])
-    command = tyro.cli(
+    command = parse(
         Annotated[Create, tyro.conf.subcommand("create")]
         | Annotated[Setup, tyro.conf.subcommand("setup")]
         | Annotated[Launch, tyro.conf.subcommand("launch")]
@@ -238,8 +237,8 @@ def main() -> None:
         | Annotated[SkyPilot, tyro.conf.subcommand("skypilot")]
         | Annotated[Kubernetes, tyro.conf.subcommand("kubernetes")]
         | Annotated[Slurm, tyro.conf.subcommand("slurm")],
-        description=__doc__,
-        args=ours,
+        __doc__,
+        arguments=ours,
     )
     check_numbers(command)
     flags, run_dir = theirs or (), ""
@@ -267,10 +266,7 @@ def main() -> None:
         case Status():
             show_status(command, shell)
         case Logs():
-            try:
-                show_logs(command, shell)
-            except BrokenPipeError:  # | head has seen enough, and nothing more can be printed
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            show_logs(command, shell)
         case Stop():
             workers = workers_of(command, shell)
             seconds, poll, timeout = command.wait, command.poll, command.timeout

@@ -11,9 +11,7 @@ hosts are as in train.py; `--codec runs/codec` takes the result anywhere.
 
 import sys
 
-import tyro
-
-from echo_eqx.command import run
+from echo_eqx.command import parse, run
 from echo_eqx.train.codec.config import CODEC_TRAIN_PRESETS, CodecTrainConfig
 from echo_eqx.train.codec.run import train_codec
 from echo_eqx.train.settings import base_of
@@ -22,7 +20,7 @@ from echo_eqx.train.start import run_training
 
 def main() -> None:
     default = base_of(sys.argv[1:], CODEC_TRAIN_PRESETS, CodecTrainConfig.model)
-    run_training(tyro.cli(CodecTrainConfig, default=default, description=__doc__), train_codec)
+    run_training(parse(CodecTrainConfig, __doc__, default=default), train_codec)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from echo_eqx.command import run
+from echo_eqx.command import parse, run
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.ops.disk.log import JsonLines
 from echo_eqx.ops.disk.watchdog import DiskWatchdog
@@ -52,12 +50,12 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     check_usage(args)
     free = int(args.free_gb * 1e9)
     watchdog = DiskWatchdog(
         free,
-        JsonLines(args.log.expanduser() if args.log else None),
+        JsonLines(args.log),
         runs=tuple(dict.fromkeys(given_folder(path, "runs", free) for path in args.runs)),
         cache=args.cache and given_folder(args.cache, "cache", free),
         hub_cache=args.hub_cache and given_folder(args.hub_cache, "hub_cache", free),
@@ -94,7 +92,6 @@ def check_usage(args: Args) -> None:
 
 def given_folder(path: Path, name: str, free: int) -> Path:
     """The folder itself, with no link on the way to it."""
-    path = path.expanduser()
     try:
         if path.is_symlink():
             raise EchoError(f"{name} {path} is a link; wanted the folder itself")

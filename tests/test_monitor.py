@@ -21,8 +21,9 @@ pytest.importorskip("plotly")
 pytest.importorskip("pyarrow")
 
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.ops.curves import MAX_BUCKETS, Metrics, read_lines
 from echo_eqx.ops.monitor import MonitorServer
-from echo_eqx.ops.runs import MAX_BUCKETS, Metrics, Run, read_lines
+from echo_eqx.ops.runs import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -208,8 +209,8 @@ def test_a_million_lines_become_buckets_with_their_extremes(tmp_path: Path):
 
 
 def test_a_long_run_is_previewed_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("echo_eqx.ops.runs._LONG", 10_000)
-    monkeypatch.setattr("echo_eqx.ops.runs._CHUNK", 1 << 20)
+    monkeypatch.setattr("echo_eqx.ops.curves._LONG", 10_000)
+    monkeypatch.setattr("echo_eqx.ops.curves._CHUNK", 1 << 20)
     file = tmp_path / "metrics.jsonl"
     n = 50_000
     file.write_text("".join(line(step, loss=1 + step / n) for step in range(1, n + 1)))
@@ -306,6 +307,7 @@ def test_files_of_a_run_that_link_outside_are_not_read(tmp_path: Path):
     found = Run(run)
     assert found.json("config.json") is None
     assert found.status()["step"] is None
+    assert len(found.status()["trouble"]) == 3
     assert Page(run / "metrics.jsonl").refresh() == {}
 
 
@@ -346,7 +348,7 @@ def test_parts_of_a_recording_can_be_had(tmp_path: Path):
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
 def test_without_a_token_other_host_names_are_refused(tmp_path: Path, host: str):
     with serving(tmp_path) as port:
-        assert ask(port, "/runs.json", Host=host)[0] == 403
+        assert ask(port, "/runs.json", Host=host)[0] == 400
         for own in ("localhost", f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
             assert ask(port, "/runs.json", Host=own)[0] == 200
 

@@ -238,7 +238,9 @@ def test_held_out_loss_and_samples(home, tmp_path):
     assert len(evaluated[0]["eval_loss_by_time"]) == 4
     samples = home / "heard" / "samples" / "step_000000012"
     names = sorted(path.name for path in samples.iterdir())
-    assert names == ["0.ref.wav", "0.txt", "0.wav", "1.ref.wav", "1.txt", "1.wav"]
+    assert names == [
+        f"{i}.{end}" for i in (0, 1) for end in ("original.wav", "ref.wav", "txt", "wav")
+    ]
     assert (samples / "0.txt").read_text().startswith("This is record")
 
 

@@ -349,7 +349,7 @@ def test_a_run_leaves_a_codec_that_everything_takes(whole):
     exported = echo_eqx.load_codec(whole / "checkpoints" / "step_000000006.safetensors")
     assert max_difference(exported.decoder.conv_in.weight, codec.decoder.conv_in.weight) < 0.01
     names = sorted(path.name for path in (whole / "samples" / "step_000000006").iterdir())
-    assert names == ["0.ref.wav", "0.txt", "0.wav", "1.ref.wav", "1.txt", "1.wav"]
+    assert names == [f"{i}.{end}" for i in (0, 1) for end in ("original.wav", "txt", "wav")]
     with pytest.raises(EchoError, match="holds a codec; wanted an EchoDiT"):
         echo_eqx.load_dit(whole)
 

@@ -15,6 +15,7 @@ from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.records import load_silence
 from echo_eqx.data.shards import Listing, list_shards
 from echo_eqx.errors import EchoError
+from echo_eqx.files import expand
 from echo_eqx.train.batches import owned_lanes
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.weights.own_format import SafetensorsFile
@@ -25,7 +26,7 @@ class TrainData:
 
     def __init__(self, source: str, config: TrainConfig, sizes: DiTConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
-        self._cache_dir = config.cache_dir.expanduser()
+        self._cache_dir = expand(config.cache_dir)
         self.listing = list_shards(source, self._cache_dir)
         width = stream.first_width(self.listing)
         if width not in (None, sizes.latent_dim):
@@ -87,7 +88,7 @@ def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.nda
     if flag == "zeros":
         return np.zeros((1, latent_dim), np.float32)
     names = ("silence.safetensors", "silence.npy")
-    paths = [Path(flag)] if flag is not None else [beside(listing, name) for name in names]
+    paths = [expand(Path(flag))] if flag is not None else [beside(listing, name) for name in names]
     for path in paths:
         if path is not None:
             silence = load_silence(path, latent_dim)

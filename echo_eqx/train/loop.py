@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from echo_eqx.train.begin import newest_restorable
 from echo_eqx.train.checkpoint import CheckpointWriter, Retention, State, remove_leftovers
 from echo_eqx.train.metrics import MetricsLog
 from echo_eqx.train.plan import check_memory
-from echo_eqx.train.run_folder import MetricsFile, RunFolder
+from echo_eqx.train.run_folder import MetricsFile, RunFolder, note_end
 from echo_eqx.train.settings import RunConfig, to_json
 from echo_eqx.weights.checkpoint import TrainingCheckpoint
 
@@ -170,6 +171,7 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
         feeder.close()
     multihost_utils.sync_global_devices("saved")
     if first:
+        note_end(config.run_dir, step)
         note(f"step {step} is saved in {config.run_dir}")
     watch.close()
     return 0 if step >= config.num_steps else stop.exit_code
@@ -198,15 +200,21 @@ def _tensorboard(config: RunConfig) -> Any:
 
 
 class _StopSignal:
-    """SIGTERM, on all hosts at the same step; in a single process also Ctrl-C."""
+    """SIGTERM or SIGHUP, on all hosts at the same step; in a single process also Ctrl-C.
+
+    A signal that was ignored at the start, as nohup ignores SIGHUP, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.exit_code = EXIT_PREEMPTED
         self._asked = False
         # With several processes JAX listens for SIGTERM itself, and a handler would hide it.
+        handlers = {signal.SIGHUP: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._ask)
-            signal.signal(signal.SIGINT, self._ask)
+            handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), self._ask)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT:

@@ -1,5 +1,6 @@
 """The folder of a run: its lock, what it says of itself, and its metrics."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,11 +24,11 @@ _README = """\
 # A training run of echo_eqx
 
 - `config.json`: all settings; `--config` takes this file or this folder
-- `environment.json`: command, versions, git revision and devices of each start
+- `environment.json`: command, versions, git revision and devices of each start, and its end
 - `metrics.jsonl`: a line for each step; at some also speed and evaluation
 - `checkpoints/step_N/`: weights, moments and position in the data, to go on from
 - `checkpoints/step_N.safetensors`: weights in bfloat16, for `scripts/infer.py`
-- `samples/step_N/`: what the model says, beside references; of a codec, beside the originals
+- `samples/step_N/`: what the model says, with the original recordings and the references
 - `broken-P.jsonl`: records that process P could not read
 - `nonfinite-P.jsonl`: samples in process P's part of batches whose update was skipped
 
@@ -97,6 +98,19 @@ class RunFolder:
         write_whole(self.path / "README.md", lambda file: file.write_text(_README))
 
 
+def note_end(run_dir: Path, step: int) -> None:
+    """Add to the last start in `environment.json` that the run has ended, and is saved at `step`.
+
+    The monitor tells a run that was stopped from one that is gone by it.
+    """
+    file = run_dir / "environment.json"
+    history = _read_list(file)
+    if history and isinstance(history[-1], dict):
+        history[-1]["end"] = {"time": _now(), "step": step}
+        with contextlib.suppress(OSError):  # the run is saved all the same
+            write_whole(file, lambda path: path.write_text(json.dumps(history, indent=2) + "\n"))
+
+
 class MetricsFile:
     """`metrics.jsonl`, a JSON object for each step; on resuming, later lines are cut off."""
 
@@ -131,7 +145,7 @@ def _end_of_step(path: Path, step: int) -> int:
 def _environment() -> dict[str, Any]:
     packages = ("jax", "jaxlib", "equinox", "optax", "numpy", "safetensors", "huggingface_hub")
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": _now(),
         "command": sys.argv,
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -140,6 +154,10 @@ def _environment() -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
     }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _git_revision() -> str | None:
@@ -158,6 +176,6 @@ def _git_revision() -> str | None:
 def _read_list(path: Path) -> list[Any]:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return found if isinstance(found, list) else []

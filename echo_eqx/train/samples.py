@@ -1,4 +1,4 @@
-"""A few texts spoken by the model in training, beside their references."""
+"""A few texts spoken by the model in training, with their recordings and references."""
 
 from pathlib import Path
 
@@ -60,12 +60,13 @@ class Samples:
             text = bytes(rows.text_ids[i][rows.text_mask[i]][1:].astype(np.uint8))
             (folder / f"{i}.txt").write_text(text.decode(errors="replace") + "\n")
             self._save(folder / f"{i}.wav", latent)
+            self._save(folder / f"{i}.original.wav", rows.latents[i][rows.frame_mask[i]])
             if rows.speaker_mask[i].any():
                 self._save(folder / f"{i}.ref.wav", rows.speaker_latents[i][rows.speaker_mask[i]])
 
     def _save(self, path: Path, latents: np.ndarray) -> None:
         assert self._codec is not None
-        if not np.isfinite(latents).all():  # a model at its beginning may run away
+        if not len(latents) or not np.isfinite(latents).all():  # a new model may run away
             return
         audio = np.asarray(self._codec.decode(latents))
         save_audio(path, audio, self._codec.config.sample_rate)

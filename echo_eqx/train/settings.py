@@ -1,6 +1,5 @@
 """Settings that every training run has, whatever it trains, as frozen data."""
 
-import argparse
 import dataclasses
 import json
 import types
@@ -11,7 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from echo_eqx.command import flag_value
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.files import expand
 from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, find_checkpoints
 
 Config = TypeVar("Config", bound="RunConfig")
@@ -178,13 +179,11 @@ def saved_settings(source: Path) -> tuple[Any, str]:
 
 def base_of(arguments: list[str], presets: dict[str, Config], default: str) -> Config:
     """What the flags of a command override: --config, or else the preset of --model."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--model", default=default)
-    known, _ = parser.parse_known_args(arguments)
-    if known.config is not None:
-        return from_json(presets, default, *saved_settings(known.config))
-    return presets.get(known.model, presets[default])
+    config = flag_value(arguments, "config")
+    if config is not None:
+        return from_json(presets, default, *saved_settings(expand(Path(config))))
+    model = flag_value(arguments, "model")
+    return presets.get(default if model is None else model, presets[default])
 
 
 def _filled(default: Any, data: dict[str, Any]) -> Any:

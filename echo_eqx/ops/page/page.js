@@ -62,16 +62,18 @@ function duration(seconds) {
 }
 
 // Whether a run is alive: reports come at a pace, though evaluation and saving take their time.
-function liveness({ step, num_steps, age, every }) {
+function liveness({ step, num_steps, age, every, left, saved }) {
   if (step === null) return ["waiting", "no step yet"];
   const place = `step ${step}${num_steps ? ` of ${num_steps}` : ""}`;
   if (num_steps && step >= num_steps) return ["finished", `finished, ${place}`];
+  if (saved) return ["stopped", `stopped and saved, ${place}`];
   const ago = `${place}, reported ${duration(age)} ago`;
   if (!every) return [age < 600 ? "running" : "late", ago];
-  const left = every - age;
-  const next = left >= 0 ? `next in ${duration(left)}` : `next expected ${duration(-left)} ago`;
-  const late = age > Math.max(60, 5 * every);
-  return [late ? "late" : "running", `${late ? "silent" : "running"}, ${ago}, ${next}`];
+  const wait = every - age;
+  const next = wait >= 0 ? `next in ${duration(wait)}` : `next expected ${duration(-wait)} ago`;
+  if (age > Math.max(60, 5 * every)) return ["late", `silent, ${ago}, ${next}`];
+  const end = left === null ? "" : `, about ${duration(left)} left`;
+  return ["running", `running, ${ago}, ${next}${end}`];
 }
 
 function color(run) {
@@ -90,7 +92,9 @@ function addRun(name) {
   });
   run.title = make("b", { textContent: name });
   run.line = make("span");
-  run.card = make("label", { className: "run" }, box, make("div", {}, run.title, run.line));
+  run.trouble = make("span", { className: "trouble" });
+  const lines = make("div", {}, run.title, run.line, run.trouble);
+  run.card = make("label", { className: "run" }, box, lines);
   element("runs").append(run.card);
   element("run").append(make("option", { value: name, textContent: name }));
   runs.set(name, run);
@@ -114,15 +118,26 @@ function showRuns(overview) {
     if (run.unreadable) notes.push(`${run.unreadable} lines cannot be read`);
     run.line.textContent = notes.join("; ");
     run.line.className = kind;
+    run.trouble.textContent = [...status.trouble, ...(run.failed ? [run.failed] : [])].join("; ");
     run.title.style.borderColor = color(run);
   }
   const free = overview.disk_free_bytes;
   const disk = free === null ? "" : `${(free / 2 ** 30).toFixed(1)} GiB of disk free`;
   element("state").textContent = runs.size ? disk : `There is no run yet. ${disk}`;
-  element("charts").hidden = element("details").hidden = !runs.size;
+  for (const id of ["listen", "charts", "settings"]) element(id).hidden = !runs.size;
 }
 
+// What goes wrong with one run is told at it, and keeps no other from being shown.
 async function readCurves(name, run) {
+  try {
+    await readNews(name, run);
+    run.failed = null;
+  } catch (error) {
+    run.failed = `its curves cannot be read: ${error.message}`;
+  }
+}
+
+async function readNews(name, run) {
   const have = Object.entries(run.curves).map(([field, c]) => `${field}:${c.stride}:${c.full}`);
   const news = await ask("data.json", { run: name, version: run.version, have: have.join() });
   if (news.version !== run.version) {
@@ -278,7 +293,11 @@ async function drawStale() {
   }
   for (const chart of CHARTS) {
     if (!stale.delete(chart.field)) continue;
-    await draw(chart);
+    try {
+      await draw(chart);
+    } catch (error) {
+      element(`plot-${chart.field}`).textContent = `cannot be drawn: ${error.message}`;
+    }
     await shown();
     performance.mark("drawn");
   }
@@ -289,12 +308,14 @@ async function showAbout(name) {
   const text = JSON.stringify([name, about]);
   if (text === aboutShown) return;
   aboutShown = text;
+  element("settings-run").textContent = name;
   element("config").textContent = JSON.stringify(about.config, null, 2);
   element("environment").textContent = JSON.stringify(about.environment, null, 2);
 }
 
 function player(label, url) {
-  return make("label", { textContent: label }, make("audio", { controls: true, preload: "metadata", src: url }));
+  const audio = make("audio", { controls: true, preload: "metadata", src: url });
+  return make("label", { textContent: label }, audio);
 }
 
 async function showSamples(name, step) {
@@ -309,11 +330,14 @@ async function showSamples(name, step) {
   element("step-label").hidden = !found.steps.length;
   const cards = found.samples.map((row) => {
     const url = (end) => `samples/${encodeURIComponent(name)}/${found.step}/${row.index}${end}`;
-    const card = make("article", { className: "sample" }, make("p", { textContent: row.text ?? "" }));
-    if (row.wav) card.append(player("spoken", url(`.wav?${row.wav}`)));
-    if (row.ref) card.append(player("reference", url(`.ref.wav?${row.ref}`)));
-    return card;
+    const players = make("div", { className: "players" });
+    if (row.wav) players.append(player("by the model", url(`.wav?${row.wav}`)));
+    if (row.original) players.append(player("original", url(`.original.wav?${row.original}`)));
+    if (row.ref) players.append(player("voice to take", url(`.ref.wav?${row.ref}`)));
+    const text = make("p", { textContent: row.text ?? "" });
+    return make("article", { className: "sample" }, text, players);
   });
+  if (found.count > cards.length) cards.push(`${cards.length} of ${found.count} are shown`);
   element("samples").replaceChildren(...(cards.length ? cards : ["none yet"]));
 }
 

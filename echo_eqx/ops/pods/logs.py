@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import IO, Any
 
+from echo_eqx.command import reader_left
 from echo_eqx.errors import EchoError
 from echo_eqx.ops.pods.shell import Done, Shell, start, stop
 from echo_eqx.ops.pods.worker import HEADER
@@ -117,6 +118,8 @@ def follow(
             for follower in followers:
                 connect(follower)
             while any(follower.ended is None for follower in followers):
+                if reader_left():  # such as | head, and the log may grow for days
+                    return {}
                 for key, _ in selector.select(0.1):
                     if data := os.read(key.fd, 1 << 16):
                         key.data.take(data)

@@ -94,7 +94,7 @@ def find_recordings(source: str) -> list[Clip]:
 
     **Raises**: `EchoError` if it holds none.
     """
-    cache = Path("~/.cache/echo_eqx/recordings").expanduser()
+    cache = expand(Path("~/.cache/echo_eqx/recordings"))
     clips, refused = list_clips(source, max_seconds=LONGEST, cache=cache)
     if not clips:
         raise EchoError(
@@ -194,7 +194,7 @@ def _evaluation(
 def _speaker(
     crops: list[jax.Array], config: CodecTrainConfig, sizes: CodecConfig
 ) -> Callable[[Any, int], None]:
-    """Writes held-out crops as they are (`.ref.wav`) and as they come back (`.wav`)."""
+    """Writes held-out crops as they are (`.original.wav`) and as they come back (`.wav`)."""
     audio = jnp.concatenate(crops)[: config.sample_count]
 
     def speak(state: CodecState, step: int) -> None:
@@ -206,6 +206,6 @@ def _speaker(
         for i, (ours, theirs) in enumerate(zip(decoded, np.asarray(audio), strict=True)):
             (folder / f"{i}.txt").write_text(f"held-out crop {i}\n")
             save_audio(folder / f"{i}.wav", ours, sizes.sample_rate)
-            save_audio(folder / f"{i}.ref.wav", theirs, sizes.sample_rate)
+            save_audio(folder / f"{i}.original.wav", theirs, sizes.sample_rate)
 
     return speak

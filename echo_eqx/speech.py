@@ -1,9 +1,11 @@
 """Text to audio: reference, sampling, decoding, trimming, and joining of long texts."""
 
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import jax
@@ -18,7 +20,11 @@ from echo_eqx.data.text import (
     CHARACTERS_PER_SECOND,
     check_text,
     encode_text,
+    expand_english,
+    halve_text,
     normalise_text,
+    says_something,
+    speaking_width,
     split_text,
 )
 from echo_eqx.errors import EchoError, UsageError
@@ -40,6 +46,12 @@ FLAT_FRAMES, FLAT_DEVIATION = 20, 0.05
 CROSSFADE_SECONDS = 0.05
 _DECODED_BEHIND_END = 16
 _TEXT_CLASSES = (64, 128, 256, 512)
+CROWDED = 0.5
+"""Speech that fills its canvas is spoken again in halves if its text, by its width, needs more than
+this part of it. If it needs less, the model does not end, and halves would not either."""
+
+_NAMED = 5
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ def synthesize(
     message: Sequence[int] | np.ndarray | None = None,
     trim: bool = True,
     normalise: bool = True,
+    expand_text: bool = False,
     progress: Progress | None = None,
 ) -> Float[np.ndarray, " samples"]:
     """Speak `text`: (samples,) float32, mono, at `codec.config.sample_rate`.
@@ -72,8 +85,13 @@ def synthesize(
     `duration` seconds of the canvas that a piece of text is spoken on, which the model fills with
     speech and then silence, None for 15 or the longest it knows; `message` bits to embed as a
     watermark, None for none; `trim` cuts the silence at the end; `normalise` cleans the text as in
-    training; `progress` is called after each step. Text that does not fit is split at ends of
+    training; `expand_text` writes out numbers, dates, money, addresses and abbreviations, as
+    English; `progress` is called after each step. Text that does not fit is split at ends of
     sentences, spoken in one voice and joined.
+
+    If the speech of a piece fills its canvas to the last frame, its end may be missing, and the
+    piece is spoken again as two smaller ones. A warning of the logger `echo_eqx.speech` names the
+    pieces that still fill it. Without `trim`, which keeps the canvases as they are, it only warns.
 
     **Raises**: `EchoError` naming what cannot be used.
     """
@@ -87,6 +105,7 @@ def synthesize(
         message=message,
         trim=trim,
         normalise=normalise,
+        expand_text=expand_text,
         progress=progress,
     )
     return audio
@@ -102,6 +121,7 @@ def synthesize_all(
     message: Sequence[int] | np.ndarray | None = None,
     trim: bool = True,
     normalise: bool = True,
+    expand_text: bool = False,
     batch_size: int = 8,
     block_frames: int | None = None,
     progress: Progress | None = None,
@@ -118,26 +138,45 @@ def synthesize_all(
             raise UsageError(f"seed is {utterance.seed}; wanted 0 to 2^32 - 1")
     seconds = canvas_seconds(dit, codec, duration)
     num_frames = max(1, round(seconds * codec.config.frame_rate))
-    pieces = [_pieces_of(utterance, dit, seconds, normalise) for utterance in utterances]
+    pieces = [_pieces_of(u, dit, seconds, normalise, expand_text) for u in utterances]
 
     # Without a reference the first piece of a text finds a voice, which the others then take.
     first, second = [], []
     for i, (utterance, parts) in enumerate(zip(utterances, pieces, strict=True)):
-        for j, ids in enumerate(parts):
-            row = _Row(i, j, ids, utterance.speaker, utterance.seed)
+        for j, part in enumerate(parts):
+            row = _Row((i, j), part, utterance.speaker, utterance.seed)
             (second if utterance.speaker is None and j > 0 else first).append(row)
     silence = silence_latent(codec)
     blocks = _blocks(num_frames, block_frames, dit.config.patch_size)
     steps = settings.steps * max(1, len(blocks))
     count = _Counter(progress, steps, _num_batches([first, second], batch_size))
-    spoken = _sample_rows(dit, first, num_frames, blocks, settings, batch_size, count)
-    for i, row in enumerate(second):
-        voice = spoken[row.utterance, 0]
-        end = speech_end(voice, silence) or len(voice)
-        voice = _whole_patches(voice[: min(end, dit.config.max_speaker_frames)], dit)
-        second[i] = dataclasses.replace(row, speaker=voice)
+
+    def sample_rows(rows: list[_Row]) -> dict[_Place, np.ndarray]:
+        return _sample_rows(dit, rows, num_frames, blocks, settings, batch_size, count)
+
+    spoken = sample_rows(first)
+    voices = [
+        _voice_of(spoken[i, 0], silence, dit) if utterance.speaker is None else utterance.speaker
+        for i, utterance in enumerate(utterances)
+    ]
+    second = [dataclasses.replace(row, speaker=voices[row.utterance]) for row in second]
     count.batches = _num_batches([first, second], batch_size)
-    spoken |= _sample_rows(dit, second, num_frames, blocks, settings, batch_size, count)
+    spoken |= sample_rows(second)
+
+    rows, unended = first + second, []
+    while full := [row for row in rows if speech_end(spoken[row.place], silence) == num_frames]:
+        rows = []
+        for row in full:
+            halves = _halves(row, voices[row.utterance], seconds) if trim else []
+            if halves:
+                del spoken[row.place]
+                rows += halves
+            else:
+                unended.append(row)
+        count.batches += _num_batches([rows], batch_size)
+        spoken |= sample_rows(rows)
+    if unended:
+        _warn_of_full_canvases(unended, seconds)
 
     def clip_of(latents: np.ndarray) -> tuple[np.ndarray, int]:
         end = (speech_end(latents, silence) if trim else 0) or len(latents)
@@ -147,8 +186,8 @@ def synthesize_all(
 
     fade = int(CROSSFADE_SECONDS * codec.config.sample_rate)
     return [
-        _join([clip_of(spoken[i, j]) for j in range(len(parts))], fade)
-        for i, parts in enumerate(pieces)
+        _join([clip_of(spoken[place]) for place in sorted(spoken) if place[0] == i], fade)
+        for i in range(len(pieces))
     ]
 
 
@@ -310,13 +349,24 @@ def _join(clips: list[tuple[np.ndarray, int]], fade: int) -> np.ndarray:
 # --- Rows of a batch ----------------------------------------------------------------------------
 
 
+_Place = tuple[int, ...]
+"""An utterance's number, the piece's within it, and which half of the piece, and of that half."""
+
+
 @dataclass(frozen=True)
 class _Row:
-    utterance: int
-    piece: int
-    ids: np.ndarray
+    place: _Place
+    text: str
     speaker: np.ndarray | None
     seed: int
+
+    @property
+    def utterance(self) -> int:
+        return self.place[0]
+
+    @property
+    def ids(self) -> np.ndarray:
+        return encode_text(self.text)
 
 
 class _Counter:
@@ -334,13 +384,45 @@ class _Counter:
 
 
 def _pieces_of(
-    utterance: Utterance, dit: EchoDiT, duration: float, normalise: bool
-) -> list[np.ndarray]:
+    utterance: Utterance, dit: EchoDiT, duration: float, normalise: bool, expand: bool
+) -> list[str]:
     check_text(utterance.text)
-    text = normalise_text(utterance.text) if normalise else utterance.text
+    text = expand_english(utterance.text) if expand else utterance.text
+    text = normalise_text(text) if normalise else text
     width = duration * CHARACTERS_PER_SECOND
     pieces = split_text(text, dit.config.max_text_bytes - 1, width)
-    return [encode_text(piece) for piece in pieces]
+    return [piece for piece in pieces if says_something(piece)]
+
+
+def _halves(row: _Row, voice: np.ndarray, duration: float) -> list[_Row]:
+    """A piece that filled its canvas as two smaller ones in the same voice.
+
+    There are none if it cannot be cut, or is so short that the canvas must have been enough.
+    """
+    if speaking_width(row.text) < CROWDED * duration * CHARACTERS_PER_SECOND:
+        return []
+    halves = halve_text(row.text)
+    if len(halves) == 1:
+        return []
+    return [_Row((*row.place, i), text, voice, row.seed) for i, text in enumerate(halves)]
+
+
+def _warn_of_full_canvases(rows: list[_Row], duration: float) -> None:
+    named = ", ".join(repr(row.text) for row in sorted(rows, key=lambda row: row.place)[:_NAMED])
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    _log.warning(
+        "the speech of %s%s fills its canvas of %.2f s to the last frame, so its end may be "
+        "missing; try another seed, a longer duration, or shorter sentences",
+        named,
+        more,
+        duration,
+    )
+
+
+def _voice_of(latents: np.ndarray, silence: np.ndarray, dit: EchoDiT) -> np.ndarray:
+    """Of what was spoken, as a reference for other pieces."""
+    end = speech_end(latents, silence) or len(latents)
+    return _whole_patches(latents[: min(end, dit.config.max_speaker_frames)], dit)
 
 
 def _blocks(num_frames: int, block_frames: int | None, patch_size: int) -> list[int]:
@@ -384,8 +466,8 @@ def _sample_rows(
     settings: SamplerSettings,
     batch_size: int,
     count: _Counter,
-) -> dict[tuple[int, int], np.ndarray]:
-    """Latents of every row, by utterance and piece."""
+) -> dict[_Place, np.ndarray]:
+    """Latents of every row, by its place."""
     out = {}
     for (text_length, speaker_length), members in _batches(rows, batch_size):
         # Batches have a power of two of rows; the last one is filled up with its first row.
@@ -423,13 +505,13 @@ def _sample_rows(
                 "(guidance scales, rescale_k, noise_scale) or other weights"
             )
         for row, latent in zip(members, latents, strict=False):
-            out[row.utterance, row.piece] = latent
+            out[row.place] = latent
     return out
 
 
 def _noise(rows: list[_Row], num_frames: int, latent_dim: int) -> Array:
     """Unit normals for each row from its seed and its place in the text, whatever the batch."""
-    keys = jnp.stack([jr.fold_in(jr.key(row.seed), row.piece) for row in rows])
+    keys = jnp.stack([reduce(jr.fold_in, row.place[1:], jr.key(row.seed)) for row in rows])
     return jax.vmap(lambda key: jr.normal(key, (num_frames, latent_dim)))(keys)
 
 

@@ -88,6 +88,9 @@ class Args:
     normalize_text: bool = True
     """Clean the text the way the community's models were trained: straight quotes, commas for
     colons, a speaker tag [S1] in front."""
+    expand_text: bool = False
+    """Write out numbers, dates, money, addresses and abbreviations, as they are read in English. On
+    by default for the small voice in the package, which has read nothing else."""
     speaker_seconds: float | None = None
     """Use so many seconds of the reference, up to 120. By default as many as in training."""
     speaker_lufs: float | None = None
@@ -156,6 +159,7 @@ def main() -> None:
             message=message,
             trim=args.trim,
             normalise=args.normalize_text,
+            expand_text=args.expand_text,
             batch_size=args.batch_size,
             block_frames=args.block_frames,
             progress=bar if on_terminal() else None,
@@ -185,9 +189,10 @@ def main() -> None:
 
 
 def defaults(arguments: list[str]) -> Args:
-    """The small voice has sampler settings of its own."""
-    own = flag_value(arguments, "checkpoint") is not None
-    return Args() if own else Args(sampler=voice.SETTINGS)
+    """The small voice has sampler settings of its own, and has read English words alone."""
+    if flag_value(arguments, "checkpoint") is not None:
+        return Args()
+    return Args(sampler=voice.SETTINGS, expand_text=True)
 
 
 def check_usage(args: Args) -> None:
@@ -207,6 +212,7 @@ def jobs_of(args: Args) -> list[Job]:
     """The results to make, in order."""
     base = Job(args.text or "", args.output, args.speaker_ref, args.seed)
     if args.text_file is None:
+        check_text(base.text)
         lines = [base]
     else:
         lines = read_text_file(args.text_file, base)
@@ -224,7 +230,6 @@ def jobs_of(args: Args) -> list[Job]:
     for job in jobs:
         if not 0 <= job.seed < 2**32:
             raise UsageError(f"seed is {job.seed}; wanted 0 to 2^32 - 1")
-        check_text(job.text)
     if len({job.output.with_suffix("") if args.json else job.output for job in jobs}) < len(jobs):
         raise UsageError("two utterances would be written to the same file")
     return jobs
@@ -246,9 +251,14 @@ def read_text_file(path: Path, base: Job) -> list[Job]:
     for index, (n, line) in enumerate(lines, 1):
         output = numbered(base.output, f"{index:04d}")
         if path.suffix == ".jsonl":
-            jobs.append(job_from_json(line, f"{path} line {n}", base, output))
+            job = job_from_json(line, f"{path} line {n}", base, output)
         else:
-            jobs.append(dataclasses.replace(base, text=line, output=output))
+            job = dataclasses.replace(base, text=line, output=output)
+        try:
+            check_text(job.text)
+        except EchoError as error:
+            raise EchoError(f"{path} line {n}: {error}") from None
+        jobs.append(job)
     return jobs
 
 

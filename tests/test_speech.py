@@ -179,11 +179,51 @@ def test_without_a_reference_all_pieces_take_the_voice_of_the_first(dit, codec, 
         return out
 
     monkeypatch.setattr(speech, "sample", listening)
-    speak(dit, codec, LONG, duration=2.0)
+    speak(dit, codec, LONG, duration=2.0, trim=False)
     (none, _, first), (voice, mask, _) = given
     assert none is None and mask.sum() == 2 * 48  # two pieces, 50 frames in whole patches
     assert np.array_equal(voice[0, :48], first[0, :48])
     assert np.array_equal(voice[0], voice[1])
+
+
+def test_speech_that_fills_its_canvas_is_spoken_again_in_halves(dit, codec, caplog):
+    # Random weights never end: each canvas is full to its last frame.
+    text = "We speak about many things, and other people listen."
+    voice = echo_eqx.speaker_latents(dit, codec, DATA / "speech.wav")
+    options = {"duration": 4.0, "speaker": voice}
+    audio = speak(dit, codec, text, **options)
+    assert len(audio) == 2 * 100 * HOP  # both halves, each on a canvas of its own
+    assert np.array_equal(audio, speak(dit, codec, text, **options))
+    assert not np.array_equal(audio, speak(dit, codec, text, **options, seed=43))
+    (warning, *_) = caplog.messages
+    assert "We speak about many things," in warning and "other people listen." in warning
+    assert "fills its canvas of 4.00 s" in warning and "try another seed" in warning
+
+
+@pytest.mark.parametrize(
+    "text, options", [("Hello.", {}), ("Hello everybody out there.", {"trim": False})]
+)
+def test_one_warning_names_what_is_not_spoken_again(dit, codec, caplog, text, options):
+    audio = speak(dit, codec, text, duration=2.0, **options)
+    assert len(audio) == 50 * HOP
+    assert [record.name for record in caplog.records] == ["echo_eqx.speech"]
+    assert f"[S1] {text}" in caplog.text
+
+
+def test_speech_that_ends_in_silence_is_kept_without_a_warning(dit, codec, caplog):
+    import echo_eqx.speech as speech
+
+    silence = silence_latent(codec)
+    original, calls = speech.sample, []
+
+    def ending(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs).at[:, 30:].set(silence)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speech, "sample", ending)
+        audio = speak(dit, codec, "Hello everybody out there.", duration=2.0)
+    assert len(audio) == 30 * HOP and len(calls) == 1 and not caplog.records
 
 
 def test_joined_clips_keep_every_sample_but_at_the_seams():
@@ -207,7 +247,7 @@ def test_batches_of_utterances_give_what_each_gives_alone(dit, codec):
         Utterance("Good bye.", voice, 3),
         Utterance("Yes.", None, 4),
     ]
-    options = {"duration": 3.0, "settings": QUICK}
+    options = {"duration": 3.0, "settings": QUICK, "trim": False}
     calls = []
     together = echo_eqx.synthesize_all(
         dit, codec, utterances, **options, progress=lambda *step: calls.append(step)

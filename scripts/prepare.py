@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import echo_eqx
 from echo_eqx.command import note, on_terminal, parse, run, use_compilation_cache
+from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.deal import deal
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
@@ -130,7 +131,11 @@ def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> Non
         results = encode([place.clip for place in dealt], bar.update)
         latents = {k: v for k, v in results.items() if not isinstance(v, EchoError)}
         broken = [
-            {"kind": "audio", "name": key, "detail": str(error)}
+            {
+                "kind": "silent" if isinstance(error, SilentAudioError) else "audio",
+                "name": key,
+                "detail": str(error),
+            }
             for key, error in sorted(results.items())
             if isinstance(error, EchoError)
         ]

@@ -72,7 +72,7 @@ def test_unusable_files_are_named(tmp_path):
         "missing.wav": (None, "does not exist"),
         "empty.wav": (b"", "is empty"),
         "text.wav": (b"hello " * 100, "cannot be decoded"),
-        "song.m4a": (b"\0\0\0 ftypM4A " + bytes(200), "cannot be decoded.*wanted wav"),
+        "song.m4a": (b"\0\0\0 ftypM4A " + bytes(200), "cannot be decoded.*expected"),
         "header.wav": (header, "no samples|cannot be decoded"),
     }
     for name, (data, message) in cases.items():
@@ -80,7 +80,7 @@ def test_unusable_files_are_named(tmp_path):
             (tmp_path / name).write_bytes(data)
         with pytest.raises(EchoError, match=f"{name} .*({message})"):
             load_audio(tmp_path / name, 48_000)
-    with pytest.raises(EchoError, match="is no file"):
+    with pytest.raises(EchoError, match="is not a file"):
         load_audio(tmp_path, 48_000)
 
 

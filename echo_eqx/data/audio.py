@@ -1,37 +1,54 @@
 """Audio files: read to mono at a given rate, and written whole or not at all."""
 
-import contextlib
 import io
-import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import soxr
 
-from echo_eqx.data.ffmpeg import READABLE, AudioSource, ffmpeg_samples, ffmpeg_seconds
+from echo_eqx.data.decode import decode as _decode
+from echo_eqx.data.decode import seconds_of
+from echo_eqx.data.ffmpeg import HEADERLESS, AudioSource
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 
-SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".w64")
-FFMPEG_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".wma", ".amr", ".ac3", ".3gp")
+# What a folder is searched for: the usual suffixes of every kind that is read.
+SOUNDFILE_SUFFIXES = (
+    *(".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
+    *(".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph", ".nist"),
+)
+FFMPEG_SUFFIXES = (
+    *(".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".aac", ".adts", ".latm", ".webm"),
+    *(".mka", ".mkv", ".wma", ".wmv", ".asf", ".xwma", ".amr", ".awb", ".ac3", ".eac3", ".ec3"),
+    *(".dts", ".avi", ".flv", ".mpg", ".mpeg", ".vob", ".ts", ".m2ts", ".mts"),
+    *(".nut", ".spx", ".ogv", ".ogx", ".mp2", ".mpga", ".voc", ".ape", ".wv", ".tta", ".tak"),
+    *(".mpc", ".ra", ".rm", ".qcp", ".oma", ".dsf", ".dff", ".8svx", ".sox"),
+    *HEADERLESS,
+)
 AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
-MIN_RATE, MAX_RATE = 1000, 768_000
 SILENT_PEAK = 1e-3
 CLIPPED_SHARE = 0.01
 MIN_SECONDS = 0.5
-_RUN_UP = 0.5
-"""Seconds decoded and dropped before a start: a frame of mp3 or Vorbis needs those before it."""
+_LEAST_SOUND = 0.05
+"""Seconds of sound that speech has at least."""
+_EMPTY_CHANNEL = 0.01
+"""A channel below this part of the loudest one's level does not count."""
+_CANCELLED = 0.3
+"""A mean below this part of the loudest channel's level has lost it."""
+
+
+class SilentAudioError(EchoError):
+    """A recording without sound, where speech was expected."""
 
 
 def load_audio(path: str | Path, sample_rate: int, max_seconds: float | None = None) -> np.ndarray:
     """(samples,) float32, mono, at `sample_rate`; at most the first `max_seconds`.
 
-    Channels are averaged; louder than full scale is brought down to it.
+    Channels are joined by `mix_down`; louder than full scale is brought down to it.
 
     **Raises**: `EchoError` naming the file if it is missing, of no known kind, damaged, truncated,
-    without samples or with values that are not finite.
+    without samples, with values that are not finite, or too long to be decoded at once.
     """
     return decode_audio(Path(path), str(path), sample_rate, stop=max_seconds)
 
@@ -42,31 +59,30 @@ def decode_audio(
     sample_rate: int,
     start: float = 0.0,
     stop: float | None = None,
+    *,
+    must_sound: bool = False,
 ) -> np.ndarray:
-    """`load_audio` of the seconds [start, stop); only they are decoded and held in memory.
+    """`load_audio` of the seconds [start, stop); only they are held in memory.
 
-    Kinds that libsndfile does not know go through `ffmpeg`, where that is installed.
+    Kinds that libsndfile does not read go through `ffmpeg`, where that is installed. A kind that
+    only its suffix tells, such as g722, has it in `name`.
 
-    **Raises**: `EchoError` with `name` as `load_audio` does, and if nothing is there from `start`.
+    **Raises**: `EchoError` with `name` as `load_audio` does, and if nothing is there from `start`;
+    `SilentAudioError` if it `must_sound` and does not.
     """
-    return _mono(*_decode(source, name, sample_rate, start, stop), sample_rate)
+    audio, rate = _decode(source, name, sample_rate, start, stop)
+    if must_sound:
+        _check_sound(audio, rate, name)
+    return _mono(audio, rate, sample_rate)
 
 
 def audio_seconds(source: AudioSource, name: str) -> float:
-    """Length in seconds as the header tells; only where it does not is the audio decoded.
+    """Length in seconds of what `decode_audio` gives, whatever a header claims.
 
-    **Raises**: `EchoError` with `name` if it is missing, of no known kind or without samples.
+    **Raises**: `EchoError` with `name` if it is missing, of no known kind, truncated or without
+    samples.
     """
-    _check_given(source, name)
-    try:
-        with _open(source) as file:
-            seconds = file.frames / _checked_rate(file.samplerate, name)
-    except (sf.LibsndfileError, OSError, RuntimeError, TypeError) as error:
-        _check_for_ffmpeg(source, name, error)
-        seconds = ffmpeg_seconds(source, name)
-    if not seconds > 0:
-        raise EchoError(f"{name} has a header but no samples; wanted a recording")
-    return seconds
+    return seconds_of(source, name)
 
 
 def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np.ndarray:
@@ -80,104 +96,39 @@ def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np
     return _mono(audio, rate, sample_rate)
 
 
-def _decode(
-    source: AudioSource, name: str, sample_rate: int, start: float, stop: float | None
-) -> tuple[np.ndarray, int]:
-    """Samples (n, channels) as decoded, and their rate; ffmpeg is asked for `sample_rate`."""
-    _check_given(source, name)
-    try:
-        with _open(source) as file:
-            rate, info = _checked_rate(file.samplerate, name), file.extra_info
-            end = file.frames if stop is None else min(file.frames, round(stop * rate))
-            begin = min(round(start * rate), end)
-            run_up = min(begin, round(_RUN_UP * rate))
-            file.seek(begin - run_up)
-            audio = file.read(end - begin + run_up, dtype="float32", always_2d=True)[run_up:]
-        is_whole = len(audio) == end - begin and not _is_cut_off(source, info)
-    except (sf.LibsndfileError, OSError, RuntimeError, TypeError) as error:
-        _check_for_ffmpeg(source, name, error)
-        audio, rate = ffmpeg_samples(source, name, sample_rate, start, stop), sample_rate
-        is_whole = True
-    if not is_whole:
-        raise EchoError(f"{name} is truncated; wanted a whole recording")
-    if len(audio) == 0 and start > 0:
-        raise EchoError(f"{name} has no samples from {start:g} s on")
-    if len(audio) == 0:
-        raise EchoError(f"{name} has a header but no samples; wanted a recording")
-    if not np.isfinite(audio).all():
-        raise EchoError(f"{name} has samples that are not finite")
-    return audio, rate
+def mix_down(audio: np.ndarray) -> np.ndarray:
+    """(samples,): the mean of the channels of (samples, channels) that are not empty.
+
+    Where they cancel each other, the loudest channel is taken. A constant is no level.
+    """
+    if audio.shape[1] == 1:
+        return audio[:, 0]
+    levels = audio.std(axis=0, dtype=np.float64)
+    loudest = levels.max()
+    if loudest < SILENT_PEAK:
+        return audio.mean(axis=1)
+    mono = audio[:, levels >= _EMPTY_CHANNEL * loudest].mean(axis=1)
+    return audio[:, levels.argmax()] if mono.std() < _CANCELLED * loudest else mono
 
 
-def _check_given(source: AudioSource, name: str) -> None:
-    size = None
-    try:
-        if isinstance(source, bytes):
-            size = len(source)
-        elif isinstance(source, io.BufferedReader):
-            size = source.seek(0, io.SEEK_END)
-        elif source.is_file():
-            size = source.stat().st_size
-    except (OSError, ValueError) as error:
-        raise EchoError(f"{name[:200]!r} is no usable path: {error}") from None
-    if size is None:
-        what = "is no file" if isinstance(source, Path) and source.exists() else "does not exist"
-        raise EchoError(f"{name} {what}; wanted a recording ({READABLE})")
-    if size == 0:
-        raise EchoError(f"{name} is empty; wanted a recording ({READABLE})")
-
-
-def _open(source: AudioSource) -> sf.SoundFile:
-    if isinstance(source, io.BufferedReader):
-        source.seek(0)
-    return sf.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
-
-
-def _checked_rate(rate: int, name: str) -> int:
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise EchoError(f"{name} has a rate of {rate} Hz; wanted {MIN_RATE} to {MAX_RATE}")
-    return rate
-
-
-def _check_for_ffmpeg(source: AudioSource, name: str, error: Exception) -> None:
-    """Refuse what libsndfile could not read and ffmpeg is not asked for either."""
-    reason = str(error).partition(": ")[2] or str(error)
-    if isinstance(source, Path):
-        reason = str(error).replace(f"Error opening {str(source)!r}: ", "")
-    reason = reason.rstrip(". ") or "its header is damaged"
-    # Not recognised, or a known container with an unknown encoding; anything else is damage.
-    is_unknown = isinstance(error, TypeError) or getattr(error, "code", None) in (1, 4)
-    if is_unknown and shutil.which("ffmpeg") and shutil.which("ffprobe"):
-        return
-    wanted = f"{READABLE}, or ffmpeg installed for other kinds" if is_unknown else READABLE
-    raise EchoError(f"{name} cannot be decoded ({reason}); wanted {wanted}") from None
+def _check_sound(audio: np.ndarray, rate: int, name: str) -> None:
+    """Refuse (samples, channels) that is silent or constant but for moments."""
+    block = max(1, rate // 100)
+    whole = audio[: len(audio) // block * block].reshape(-1, block, audio.shape[1])
+    ranges = np.ptp(whole, axis=1).max(axis=1, initial=0.0)
+    sound = block / rate * np.count_nonzero(ranges >= 2 * SILENT_PEAK)
+    if sound < _LEAST_SOUND:
+        what = "silent" if np.abs(audio).max() < SILENT_PEAK else "constant or silent"
+        raise SilentAudioError(
+            f"{name} is {what}: {sound:.2f} of its {len(audio) / rate:.2f} s have sound; expected "
+            "speech; record it again or leave it out"
+        )
 
 
 def _mono(audio: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
-    audio = np.mean(audio, axis=1)
+    audio = mix_down(audio)
     audio = audio / max(1.0, float(np.abs(audio).max()))
     return soxr.resample(audio, rate, sample_rate).astype(np.float32)
-
-
-def _is_cut_off(source: AudioSource, info: str) -> bool:
-    """Whether the file ends before its own header or stream says; the reader does not tell."""
-    if match := re.search(r"^data : (\d+) \(should be (\d+)\)", info, re.MULTILINE):
-        # A length of 0 or 2^32 - 1 is what a program writes that cannot seek back.
-        return int(match[1]) > int(match[2]) and int(match[1]) < 2**32 - 1
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, Path):
-            file = stack.enter_context(source.open("rb"))
-        else:
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        if file.read(4) != b"OggS":
-            return False
-        file.seek(max(0, size - 65_536 - 282))
-        tail = file.read()
-    page = tail[tail.rfind(b"OggS") :]
-    is_last = len(page) > 27 and page[5] & 4
-    return not is_last or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:

@@ -1,10 +1,16 @@
-"""Kinds of audio that libsndfile does not know, through the programs ffmpeg and ffprobe."""
+"""Kinds of audio that libsndfile does not read, through the programs ffmpeg and ffprobe."""
 
+import contextlib
 import io
+import json
+import os
 import re
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,71 +18,170 @@ import numpy as np
 from echo_eqx.errors import EchoError
 
 READABLE = "wav, flac, ogg, opus or mp3"
+NEEDED = f"{READABLE}, or ffmpeg installed for other kinds (apt install ffmpeg)"
+HEADERLESS = {".g722": "g722", ".gsm": "gsm", ".g729": "g729"}
+"""Demuxers of kinds that only the suffix tells."""
 # Playlists are not among them: they could name any other file of the machine.
-_FFMPEG_KINDS = "mov,matroska,aac,asf,amr,ac3,eac3,avi,caf,wav,mpegts,ape,wv,tta"
-_FFMPEG_SECONDS = 900
-_COARSE_RATE = 1000
+_DEMUXERS = (
+    *("mov", "matroska", "aac", "loas", "asf", "amr", "ac3", "eac3", "dts"),
+    *("avi", "flv", "mpeg", "mpegts", "nut", "ogg", "mp3", "flac", "wav", "w64", "aiff", "au"),
+    *("caf", "nistsphere", "voc", "ape", "wv", "tta", "tak", "mpc", "mpc8", "rm", "qcp", "oma"),
+    *("dsf", "iff", "xwma", "sox", *HEADERLESS.values()),
+)
+_LENGTH_IS_A_GUESS = ("aac", "loas", "asf", "amr", "ac3", "eac3", "dts", "mp3", "flac")
+"""Their header has no length, or counts some delay; ffprobe guesses."""
+_LIMIT_SECONDS = 900
+_MAX_ALLOCATION = 2**28
+_BLOCK_BYTES = 2**22
 
 AudioSource = Path | bytes | io.BufferedReader
 """A file, its bytes, or an open file that can seek."""
 
 
-def ffmpeg_seconds(source: AudioSource, name: str) -> float:
-    """Length in seconds by the header, or decoded where that does not say.
+@dataclass(frozen=True)
+class Decoding:
+    """Audio that is being decoded."""
 
-    **Raises**: `EchoError` with `name` if it cannot be read.
+    rate: int
+    channels: int
+    blocks: Iterator[np.ndarray]
+    """(samples, channels) float32 each."""
+
+
+def has_ffmpeg() -> bool:
+    """Whether both programs are installed."""
+    return bool(shutil.which("ffmpeg") and shutil.which("ffprobe"))
+
+
+@contextlib.contextmanager
+def ffmpeg_decoding(source: AudioSource, name: str) -> Iterator[Decoding]:
+    """The first audio stream of `source`, decoded from its begin.
+
+    **Raises**: `EchoError` with `name` if it cannot be decoded without an error, or ends before its
+    header says, at the latest at the last block.
     """
-    entry = ["-show_entries", "format=duration", "-of", "default=nw=1:nk=1"]
-    said = _run("ffprobe", source, name, [], entry).decode(errors="replace").strip()
-    try:
-        return float(said)
-    except ValueError:  # a recorder that wrote to a pipe could not say
-        return len(ffmpeg_samples(source, name, _COARSE_RATE, 0.0, None)) / _COARSE_RATE
-
-
-def ffmpeg_samples(
-    source: AudioSource, name: str, sample_rate: int, start: float, stop: float | None
-) -> np.ndarray:
-    """(samples, 1) float32 at `sample_rate`, channels averaged, of the seconds [start, stop).
-
-    **Raises**: `EchoError` with `name` if it cannot be decoded without an error.
-    """
-    cut = ["-ss", f"{start:.6f}"] if start else []
-    cut += [] if stop is None else ["-t", f"{stop - start:.6f}"]
-    out = ["-map", "0:a:0", "-f", "f32le", "-ac", "1", "-ar", str(sample_rate), "pipe:1"]
-    data = _run("ffmpeg", source, name, ["-nostdin", *cut], out)
-    return np.frombuffer(data[: len(data) // 4 * 4], "<f4").reshape(-1, 1).astype(np.float32)
-
-
-def _run(
-    program: str, source: AudioSource, name: str, before: list[str], after: list[str]
-) -> bytes:
-    """What `ffmpeg` or `ffprobe` writes about `source`."""
-    limits = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _FFMPEG_KINDS]
-    # m4a can only be read where one can seek, so bytes go through a file without a name.
-    with tempfile.TemporaryFile() as file:
+    with contextlib.ExitStack() as stack:
         place, handles = f"file:{source}", ()
-        if not isinstance(source, Path):
+        if not isinstance(source, Path):  # through a file without a name: m4a must seek
+            file = stack.enter_context(tempfile.TemporaryFile())
             given = io.BytesIO(source) if isinstance(source, bytes) else source
             given.seek(0)
             shutil.copyfileobj(given, file)
             file.flush()
-            file.seek(0)
             place, handles = f"file:/dev/fd/{file.fileno()}", (file.fileno(),)
-        command = [program, *before, "-v", "error", *limits, "-i", place, *after]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                pass_fds=handles,
-                timeout=_FFMPEG_SECONDS,
-            )
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            raise EchoError(f"{name} cannot be decoded ({program}: {error})") from None
-    # It goes on after damage and only writes about it.
-    said = done.stderr.decode(errors="replace").replace(place, name).strip().splitlines()
-    if done.returncode or said:
-        reason = re.sub(r" @ 0x[0-9a-f]+", "", said[0]) if said else f"exit {done.returncode}"
-        raise EchoError(f"{name} cannot be decoded by ffmpeg ({reason[:200]}); wanted {READABLE}")
-    return done.stdout
+        kind = HEADERLESS.get(Path(name).suffix.lower())
+        given_as = [
+            *("-v", "error", "-max_alloc", str(_MAX_ALLOCATION), "-err_detect", "crccheck"),
+            *("-protocol_whitelist", "file,pipe", "-format_whitelist", ",".join(_DEMUXERS)),
+            *(("-f", kind) if kind else ()),
+            *("-i", place),
+        ]
+        rate, channels, seconds = _probe(given_as, handles, name, place)
+        out = ["-map", "0:a:0", "-vn", "-af", "asetpts=N/SR/TB", "-ar", str(rate)]
+        out += ["-ac", str(channels), "-c:a", "pcm_f32le", "-f", "f32le", "pipe:1"]
+        command = ["ffmpeg", "-nostdin", "-xerror", *given_as, *out]
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        process = stack.enter_context(_started(command, handles, errors, name))
+        blocks = _blocks(process, errors, (rate, channels, seconds), name, place)
+        yield Decoding(rate, channels, blocks)
+
+
+def _blocks(
+    process: subprocess.Popen[bytes],
+    errors: io.BufferedIOBase,
+    facts: tuple[int, int, float | None],
+    name: str,
+    place: str,
+) -> Iterator[np.ndarray]:
+    rate, channels, seconds = facts
+    width, count = 4 * channels, 0
+    assert process.stdout is not None
+    while data := process.stdout.read(_BLOCK_BYTES // width * width):
+        block = np.frombuffer(data[: len(data) // width * width], "<f4").reshape(-1, channels)
+        count += len(block)
+        yield block.astype(np.float32)
+    code = process.wait()
+    errors.seek(0)
+    # It goes on after some kinds of damage and only writes about it.
+    if (said := errors.read(4096).decode(errors="replace").strip()) or code:
+        raise _refusal(name, place, said or f"exit {code}")
+    if seconds is not None and count / rate < 0.99 * seconds - 0.1:
+        raise EchoError(
+            f"{name} is truncated: its header says {seconds:.2f} s and {count / rate:.2f} s are "
+            "there; expected a whole recording"
+        )
+
+
+@contextlib.contextmanager
+def _started(
+    command: list[str], handles: tuple[int, ...], errors: io.BufferedIOBase, name: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`command` while it runs; it is ended with the block, or when it takes too long."""
+    _rewind(handles)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            pass_fds=handles,
+        )
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{name} cannot be decoded ({command[0]}: {error})") from None
+    timer = threading.Timer(_LIMIT_SECONDS, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+    finally:
+        timer.cancel()
+
+
+def _probe(
+    given_as: list[str], handles: tuple[int, ...], name: str, place: str
+) -> tuple[int, int, float | None]:
+    """Rate, channels, and the length in seconds if the header has it."""
+    wanted = "stream=codec_type,sample_rate,channels,duration:format=duration,format_name"
+    command = ["ffprobe", *given_as, "-show_entries", wanted, "-of", "json"]
+    _rewind(handles)
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            pass_fds=handles,
+            timeout=_LIMIT_SECONDS,
+        )
+        found = json.loads(done.stdout or b"{}")
+        streams = found.get("streams", [])
+        audio = next(stream for stream in streams if stream.get("codec_type") == "audio")
+        rate, channels = int(audio["sample_rate"]), int(audio["channels"])
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise EchoError(f"{name} cannot be decoded (ffprobe: {error})") from None
+    except (StopIteration, KeyError):
+        said = done.stderr.decode(errors="replace").strip() or "it has no audio"
+        raise _refusal(name, place, said) from None
+    if rate < 1 or channels < 1:
+        raise _refusal(name, place, f"{channels} channels at {rate} Hz")
+    format_ = found.get("format", {})
+    is_guess = format_.get("format_name") in (*_LENGTH_IS_A_GUESS, *HEADERLESS.values())
+    said = audio.get("duration") or (format_.get("duration") if len(streams) == 1 else None)
+    return rate, channels, None if is_guess or said is None else float(said)
+
+
+def _rewind(handles: tuple[int, ...]) -> None:
+    """Both programs read from the same open file, and each leaves it where it stopped."""
+    for handle in handles:
+        os.lseek(handle, 0, os.SEEK_SET)
+
+
+def _refusal(name: str, place: str, said: str) -> EchoError:
+    reason = re.sub(r" @ 0x[0-9a-f]+", "", said.splitlines()[0].replace(place, name))
+    return EchoError(
+        f"{name} cannot be decoded by ffmpeg ({reason[:200]}); expected a whole recording "
+        f"({READABLE}, or another kind that ffmpeg reads)"
+    )

@@ -17,13 +17,12 @@ from echo_eqx.prepare.recordings import (
     Member,
     Record,
     Refusal,
-    Row,
     decode,
-    parquet,
     parse_object,
     stem,
     take,
 )
+from echo_eqx.prepare.rows import Row, audio_column, parquet, parquet_errors, rows_beside
 
 HUB = "hf://"
 _HUB_SOURCE = re.compile(
@@ -106,41 +105,23 @@ def from_parquet(files: Files) -> Found:
     parquet()
     for name, path in files:
         try:
-            file = parquet().ParquetFile(path)
-            column = _audio_column(file.schema_arrow)
-            for group in range(file.num_row_groups if column else 0):
-                yield from _from_rows(name, path, str(column), group, file)
-        except (OSError, ValueError, NotImplementedError) as error:
-            yield Refusal("manifest", name, f"cannot be read as Parquet: {str(error)[:100]}")
-        else:
+            column = audio_column(path)
             if column is None:
                 yield Refusal("manifest", name, "has no column of audio {bytes, path}")
-
-
-def _audio_column(schema: Any) -> str | None:
-    names = sorted(schema.names, key=lambda name: name != "audio")
-    kinds = ((name, schema.field(name).type) for name in names)
-    fields = ((name, {kind.field(i).name for i in range(kind.num_fields)}) for name, kind in kinds)
-    return next((name for name, have in fields if {"bytes", "path"} <= have), None)
-
-
-def _from_rows(name: str, path: Path, column: str, group: int, file: Any) -> Found:
-    first = sum(file.metadata.row_group(i).num_rows for i in range(group))
-    others = [other for other in file.schema_arrow.names if other != column]
-    rows = file.read_row_group(group, columns=[*others, f"{column}.path"]).to_pylist()
-    for number, fields in enumerate(rows):
-        place = f"{name}#{first + number}"
-        given = (fields.pop(column) or {}).get("path")
-        key = take(fields, KEY_FIELDS)
-        full_name = place
-        if isinstance(key, str | int) and not isinstance(key, bool):
-            full_name = key = str(key)
-        elif given:
-            posix = PurePosixPath(given)
-            key = stem(posix.name if posix.is_absolute() else str(posix))
-        else:
-            key = f"{stem(name)}_{first + number:06d}"
-        yield Record(full_name, key, place, Row(path, column, group, number), fields)
+                continue
+            for number, (group, row, given, fields) in enumerate(rows_beside(path, column)):
+                key = take(fields, KEY_FIELDS)
+                place = full_name = f"{name}#{number}"
+                if isinstance(key, str | int) and not isinstance(key, bool):
+                    full_name = key = str(key)
+                elif given:
+                    posix = PurePosixPath(given)
+                    key = stem(posix.name if posix.is_absolute() else str(posix))
+                else:
+                    key = f"{stem(name)}_{number:06d}"
+                yield Record(full_name, key, place, Row(path, column, group, row), fields)
+        except parquet_errors() as error:
+            yield Refusal("manifest", name, f"cannot be read as Parquet: {str(error)[:100]}")
 
 
 def download(source: str, cache: Path) -> Path:

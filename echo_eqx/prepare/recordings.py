@@ -5,28 +5,13 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from echo_eqx.data.audio import AudioSource
-from echo_eqx.errors import EchoError
+from echo_eqx.prepare.rows import Row
 
 MAX_TEXT_BYTES = 2**24
-
-
-def parquet() -> Any:
-    """The module `pyarrow.parquet`.
-
-    **Raises**: `EchoError` if it is not installed.
-    """
-    try:
-        import pyarrow.parquet  # optional, and few sources need it
-    except ImportError:
-        raise EchoError(
-            "Parquet needs pyarrow, which is not installed; wanted pip install 'echo_eqx[parquet]'"
-        ) from None
-    return pyarrow.parquet
 
 
 @dataclass(frozen=True)
@@ -43,29 +28,6 @@ class Member:
         **Raises**: `OSError`.
         """
         return io.BufferedReader(_Part(self.path, self.offset, self.size))
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of column `column`, {bytes, path}, counted from the begin of a row group."""
-
-    path: Path
-    column: str
-    group: int
-    row: int
-
-    def read(self) -> bytes:
-        """The encoded audio.
-
-        **Raises**: `EchoError` if there is none, the file cannot be read or pyarrow is missing.
-        """
-        try:
-            value = _audio_group(self.path, self.column, self.group)[self.row].as_py()
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise EchoError(f"{self.path.name} cannot be read: {error}") from None
-        if value is None or value["bytes"] is None:
-            raise EchoError("the row has no bytes of audio")
-        return value["bytes"]
 
 
 class _Part(io.RawIOBase):
@@ -96,12 +58,6 @@ class _Part(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-# Rows are asked for in order, and a row group can only be read whole.
-@lru_cache(2)
-def _audio_group(path: Path, column: str, group: int) -> Any:
-    return parquet().ParquetFile(path).read_row_group(group, columns=[column]).column(column)
 
 
 Audio = Path | Member | Row

@@ -47,12 +47,15 @@ class Clip:
     def load(self, sample_rate: int) -> np.ndarray:
         """(samples,) float32, mono, at `sample_rate`.
 
-        **Raises**: `EchoError` naming the source of the clip if it cannot be decoded.
+        **Raises**: `EchoError` naming the source of the clip if it cannot be decoded, and
+        `SilentAudioError` if it has no sound.
         """
         name = self.metadata["source"]
         try:
             with opened(self.audio) as source:
-                return decode_audio(source, name, sample_rate, self.start, self.stop)
+                return decode_audio(
+                    source, name, sample_rate, self.start, self.stop, must_sound=True
+                )
         except OSError as error:
             raise EchoError(f"{name} cannot be read: {error.strerror}") from None
 

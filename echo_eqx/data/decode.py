@@ -1,0 +1,294 @@
+"""Samples of any file of audio, read by blocks to the end of its data."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+from echo_eqx.data.containers import find_parts
+from echo_eqx.data.ffmpeg import (
+    HEADERLESS,
+    NEEDED,
+    READABLE,
+    AudioSource,
+    Decoding,
+    ffmpeg_decoding,
+    has_ffmpeg,
+)
+from echo_eqx.data.splice import Part, cut_off
+from echo_eqx.errors import EchoError
+
+MIN_RATE, MAX_RATE = 1000, 768_000
+MAX_CHANNELS = 64
+MAX_SAMPLES = 2**29
+"""Decoded at once, in all channels: 2 GiB."""
+_BLOCK = 2**20
+_RUN_UP = 0.5
+"""Seconds decoded and dropped before a start: a frame of mp3 or Vorbis needs those before it."""
+_SAMPLE_BYTES = {
+    **{"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4},
+    **{"FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1},
+}
+
+
+class _Misread(Exception):
+    """libsndfile opens a recording and would not read all of it."""
+
+
+_NOT_READ = (sf.LibsndfileError, OSError, RuntimeError, TypeError, ValueError, _Misread)
+
+
+def decode(
+    source: AudioSource, name: str, sample_rate: int, start: float, stop: float | None
+) -> tuple[np.ndarray, int]:
+    """(samples, channels) float32 of the seconds [start, stop) and their rate, as in the file.
+
+    **Raises**: `EchoError` with `name` if it is missing, of no known kind, damaged, cut off,
+    without samples there, with values that are not finite, or with more than `MAX_SAMPLES`, also
+    once resampled to `sample_rate`.
+    """
+    _check_given(source, name)
+    limit = _Limit(name, sample_rate, start, stop)
+    with _opened(source, name) as (file, parts, reason):
+        try:
+            if parts is None:
+                raise _Misread(reason)
+            audio, rate = _from_parts(file, parts, name, limit)
+        except _NOT_READ as error:
+            _check_for_ffmpeg(source, name, error)
+            with ffmpeg_decoding(source, name) as decoding:
+                audio, rate = _from_ffmpeg(decoding, name, limit)
+    if len(audio) == 0 and start > 0:
+        raise EchoError(f"{name} has no samples from {start:g} s on")
+    if len(audio) == 0:
+        raise _without_samples(name)
+    if not np.isfinite(audio).all():
+        raise EchoError(f"{name} has samples that are not finite")
+    return audio, rate
+
+
+def seconds_of(source: AudioSource, name: str) -> float:
+    """Length in seconds of what `decode` gives.
+
+    **Raises**: `EchoError` with `name` if it is missing, of no known kind, cut off or without
+    samples.
+    """
+    _check_given(source, name)
+    try:
+        facts = source.stat() if isinstance(source, Path) else None
+    except OSError as error:
+        raise EchoError(f"{name} cannot be read: {error.strerror}") from None
+    if isinstance(source, Path) and facts is not None:
+        seconds = _seconds_of_file(source, name, facts.st_mtime_ns, facts.st_size)
+    else:
+        seconds = _seconds(source, name)
+    if not seconds > 0:
+        raise _without_samples(name)
+    return seconds
+
+
+@lru_cache(1024)
+def _seconds_of_file(path: Path, name: str, changed: int, size: int) -> float:
+    """Many clips may be cut from one file."""
+    return _seconds(path, name)
+
+
+def _seconds(source: AudioSource, name: str) -> float:
+    with _opened(source, name) as (file, parts, reason):
+        try:
+            if parts is None:
+                raise _Misread(reason)
+            rate = total = 0
+            for part in parts:
+                with _sound(file, part, name) as sound:
+                    rate = rate or sound.samplerate
+                    total += round(sound.frames * rate / sound.samplerate)
+            return total / max(1, rate)
+        except _NOT_READ as error:
+            _check_for_ffmpeg(source, name, error)
+    with ffmpeg_decoding(source, name) as decoding:
+        rate = _checked_rate(decoding.rate, decoding.channels, name)
+        return sum(map(len, decoding.blocks)) / rate
+
+
+class _Limit:
+    """Which samples are asked for, and how many there may be."""
+
+    def __init__(self, name: str, sample_rate: int, start: float, stop: float | None):
+        self.name, self.sample_rate, self.start, self.stop = name, sample_rate, start, stop
+
+    def begin(self, rate: int) -> int:
+        return round(self.start * rate)
+
+    def end(self, rate: int, frames: int) -> int:
+        return frames if self.stop is None else min(frames, round(self.stop * rate))
+
+    def check(self, frames: int, rate: int, channels: int) -> None:
+        samples = max(frames * channels, frames * self.sample_rate // rate)
+        if samples > MAX_SAMPLES:
+            raise EchoError(
+                f"{self.name} has {frames / rate:.0f} s in {channels} channels to decode at once; "
+                f"expected at most {MAX_SAMPLES} samples; take it in parts with start and end, or "
+                "write it with one channel"
+            )
+
+
+def _from_parts(
+    file: io.BufferedIOBase | Path, parts: list[Part], name: str, limit: _Limit
+) -> tuple[np.ndarray, int]:
+    rate = channels = position = 0
+    found: list[np.ndarray] = []
+    for part in parts:
+        with _sound(file, part, name) as sound:
+            rate, channels = rate or sound.samplerate, channels or sound.channels
+            ratio = rate / sound.samplerate
+            length = round(sound.frames * ratio)
+            begin = max(0, limit.begin(rate) - position)
+            end = limit.end(rate, position + length) - position
+            position += length
+            if begin >= end:
+                continue
+            limit.check(end - begin + sum(map(len, found)), rate, channels)
+            if ratio == 1:
+                samples = _samples(sound, begin, end, name)
+            else:  # joined from files of several rates
+                whole = _samples(sound, 0, sound.frames, name)
+                samples = soxr.resample(whole, sound.samplerate, rate)[begin:end]
+            found.append(_with_channels(samples, channels))
+    return (np.concatenate(found) if found else np.zeros((0, 1), np.float32)), rate
+
+
+def _samples(sound: sf.SoundFile, begin: int, end: int, name: str) -> np.ndarray:
+    """(end - begin, channels) float32, seeking there if that can be done."""
+    run_up = min(begin, round(_RUN_UP * sound.samplerate)) if sound.seekable() else begin
+    if begin > run_up:
+        sound.seek(begin - run_up)
+    audio = np.empty((end - begin, sound.channels), np.float32)
+    at = -run_up
+    while at < len(audio):
+        block = sound.read(min(_BLOCK, len(audio) - at), dtype="float32", always_2d=True)
+        if len(block) == 0:
+            raise cut_off(name, f"{sound.frames} samples were expected, {begin + at} decoded")
+        audio[max(0, at) : at + len(block)] = block[max(0, -at) :]
+        at += len(block)
+    return audio
+
+
+def _with_channels(audio: np.ndarray, channels: int) -> np.ndarray:
+    if audio.shape[1] == channels:
+        return audio
+    return np.repeat(audio.mean(axis=1, keepdims=True), channels, axis=1)
+
+
+def _from_ffmpeg(decoding: Decoding, name: str, limit: _Limit) -> tuple[np.ndarray, int]:
+    rate = _checked_rate(decoding.rate, decoding.channels, name)
+    begin, at = limit.begin(rate), 0
+    found: list[np.ndarray] = []
+    for block in decoding.blocks:
+        end = limit.end(rate, at + len(block))
+        found.append(block[max(0, begin - at) : max(0, end - at)])
+        at += len(block)
+        limit.check(at - begin, rate, decoding.channels)
+        if end < at:
+            break
+    return np.concatenate([*found, np.zeros((0, decoding.channels), np.float32)]), rate
+
+
+def _check_given(source: AudioSource, name: str) -> None:
+    size = None
+    try:
+        if isinstance(source, bytes):
+            size = len(source)
+        elif isinstance(source, io.BufferedReader):
+            size = source.seek(0, io.SEEK_END)
+        elif source.is_file():
+            size = source.stat().st_size
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{name[:200]!r} is not a usable path: {error}") from None
+    if size is None:
+        is_there = isinstance(source, Path) and source.exists()
+        what = "is not a file" if is_there else "does not exist"
+        raise EchoError(f"{name} {what}; expected a recording ({READABLE})")
+    if size == 0:
+        raise EchoError(f"{name} is empty; expected a recording ({READABLE})")
+
+
+@contextlib.contextmanager
+def _opened(
+    source: AudioSource, name: str
+) -> Iterator[tuple[io.BufferedIOBase | Path, list[Part] | None, str]]:
+    """The file, its recordings for libsndfile, and why there are none."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if isinstance(source, Path):
+                file = stack.enter_context(source.open("rb"))
+            else:
+                file = io.BytesIO(source) if isinstance(source, bytes) else source
+            parts = None
+            if Path(name).suffix.lower() not in HEADERLESS:
+                parts = find_parts(file, name)
+            size = file.seek(0, io.SEEK_END)
+        except OSError as error:
+            raise EchoError(f"{name} cannot be read: {error.strerror or error}") from None
+        is_plain = parts is not None and [part.pieces for part in parts] == [((0, size),)]
+        reason = "its kind is not recognised"
+        # By its path libsndfile reads faster.
+        yield (source if isinstance(source, Path) and is_plain else file), parts, reason
+
+
+@contextlib.contextmanager
+def _sound(file: io.BufferedIOBase | Path, part: Part, name: str) -> Iterator[sf.SoundFile]:
+    """A recording opened by libsndfile, if that would read all of it."""
+    given = os.fsencode(file) if isinstance(file, Path) else part.open(file)
+    with _open(given) as sound:
+        _checked_rate(sound.samplerate, sound.channels, name)
+        frames, width = part.frames, _SAMPLE_BYTES.get(sound.subtype)
+        if part.audio_bytes is not None and width is not None:
+            frames = part.audio_bytes // (width * sound.channels)
+        if frames is not None and frames != sound.frames:
+            raise _Misread(f"{frames} samples are there and its header counts {sound.frames}")
+        yield sound
+
+
+class _Forward(sf.SoundFile):
+    """For kinds in which libsndfile says it can seek, and then cannot."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _open(given: bytes | io.BufferedIOBase) -> sf.SoundFile:
+    sound = sf.SoundFile(given)
+    return _Forward(given) if sound.subtype.startswith("DWVW") else sound
+
+
+def _checked_rate(rate: int, channels: int, name: str) -> int:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise EchoError(f"{name} has a rate of {rate} Hz; expected {MIN_RATE} to {MAX_RATE}")
+    if channels > MAX_CHANNELS:
+        raise EchoError(f"{name} has {channels} channels; expected at most {MAX_CHANNELS}")
+    return rate
+
+
+def _without_samples(name: str) -> EchoError:
+    return EchoError(f"{name} has a header but no samples; expected a recording")
+
+
+def _check_for_ffmpeg(source: AudioSource, name: str, error: Exception) -> None:
+    """Refuse what libsndfile does not read if ffmpeg is not there to be asked.
+
+    **Raises**: `EchoError` with `name`, the reason and what to install.
+    """
+    if has_ffmpeg():
+        return
+    reason = str(error)
+    if isinstance(error, sf.LibsndfileError):
+        reason = error.error_string
+    reason = reason.rstrip(". ") or "its header is damaged"
+    raise EchoError(f"{name} cannot be decoded ({reason}); expected {NEEDED}") from None

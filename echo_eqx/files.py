@@ -1,8 +1,10 @@
 """Files that appear whole or not at all, and paths as a user writes them."""
 
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from echo_eqx.errors import EchoError
@@ -48,6 +50,19 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove what `write_whole` left in `folder` when it was killed while writing one of `names`.
+
+    Nothing else goes: a temporary file is known by the whole of its name, and links stay.
+
+    **Raises**: `OSError`.
+    """
+    for path in folder.iterdir():
+        match = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", path.name, re.DOTALL)
+        if match and match[1] in names and stat.S_ISREG(path.lstat().st_mode):
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

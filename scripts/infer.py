@@ -11,6 +11,7 @@ ends of sentences, spoken piece by piece in one voice, and joined.
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ from echo_eqx.command import (
 )
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.text import check_text
+from echo_eqx.data.text_file import JSON_LINES, decode
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import expand, write_whole
 from echo_eqx.speech import canvas_seconds, check_pair
@@ -55,8 +57,8 @@ class Args:
     text: str | None = None
     """What to say, in UTF-8."""
     text_file: Path | None = None
-    """Instead of --text: a file with one utterance a line, or JSONL (*.jsonl) with "text" and, if
-    wanted, "output", "speaker_ref" and "seed" a line. The models are loaded once."""
+    """Instead of --text: a file with one utterance a line, or JSON lines (*.jsonl) with "text" and,
+    if wanted, "output", "speaker_ref" and "seed" a line. The models are loaded once."""
     output: Path = Path("output.wav")
     """Where to write, *.wav or *.flac. Several results are numbered: output_0001.wav ..."""
     speaker_ref: Path | None = None
@@ -237,20 +239,24 @@ def jobs_of(args: Args) -> list[Job]:
 
 def read_text_file(path: Path, base: Job) -> list[Job]:
     try:
-        content = path.read_text("utf-8-sig")
+        content = decode(path.read_bytes(), errors="strict")
     except FileNotFoundError:
         raise EchoError(f"{path} does not exist; wanted a text file") from None
     except UnicodeDecodeError as error:
-        raise EchoError(f"{path} is no UTF-8 at byte {error.start}") from None
-    except OSError as error:
+        kind = error.encoding.upper()
+        raise EchoError(f"{path} is no {kind} at byte {error.start}; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
         raise EchoError(f"{path} cannot be read: {error}") from None
-    lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+    lines = [
+        (n, line) for n, line in enumerate(re.split(r"\r\n|\n|\r", content), 1) if line.strip()
+    ]
     if not lines:
         raise EchoError(f"{path} is empty; wanted one utterance a line")
+    is_json = path.suffix.lower() in JSON_LINES or _is_object(lines[0][1])
     jobs = []
     for index, (n, line) in enumerate(lines, 1):
         output = numbered(base.output, f"{index:04d}")
-        if path.suffix == ".jsonl":
+        if is_json:
             job = job_from_json(line, f"{path} line {n}", base, output)
         else:
             job = dataclasses.replace(base, text=line, output=output)
@@ -262,27 +268,38 @@ def read_text_file(path: Path, base: Job) -> list[Job]:
     return jobs
 
 
+def _is_object(line: str) -> bool:
+    """Whether a line is JSON whatever the file is called: nobody wants braces read out."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def job_from_json(line: str, where: str, base: Job, output: Path) -> Job:
     kinds = {"text": str, "output": str, "speaker_ref": str, "seed": int}
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise EchoError(f"{where} is no JSON: {error}") from None
+        raise EchoError(f"{where} is no JSON: {str(error)[:200]}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise EchoError(f'{where} has no "text"; wanted an object with "text"')
     for name, value in fields.items():
         if name not in kinds or type(value) is not kinds[name]:
-            raise EchoError(f"{where}: {name} is {value!r}; wanted {', '.join(kinds)}")
+            is_plain = isinstance(value, str | int | float | None)
+            given = repr(value)[:100] if is_plain else f"a {type(value).__name__}"
+            raise EchoError(f"{where}: {name[:50]} is {given}; wanted {', '.join(kinds)}")
+    seed = fields.get("seed", base.seed)
+    if not 0 <= seed < 2**32:
+        raise EchoError(f"{where}: seed is {str(seed)[:50]}; wanted 0 to 2^32 - 1")
     speaker = fields.get("speaker_ref")
     if "output" in fields:
         output = base.output.parent / expand(Path(fields["output"]))
     return Job(
         text=fields["text"],
-        output=base.output.parent / expand(Path(fields["output"]))
-        if "output" in fields
-        else output,
+        output=output,
         speaker_ref=base.speaker_ref if speaker is None else expand(Path(speaker)),
-        seed=fields.get("seed", base.seed),
+        seed=seed,
     )
 
 

@@ -3,9 +3,10 @@
     python scripts/prepare.py --input recordings/ --output shards/ --codec WEIGHTS
     python scripts/prepare.py --input clips.jsonl --output shards/ --codec WEIGHTS --part 2/8
 
-The input is a folder of audio with a NAME.txt beside each NAME.wav, an LJSpeech metadata.csv, a
-JSONL or CSV manifest, tars of audio and json, or a Hugging Face audio dataset in Parquet. The same
-command again goes on where it stopped. Several machines share the work with --part.
+The input is a folder of audio with a NAME.txt beside each NAME.wav, a JSONL manifest, a list in
+columns (of LJSpeech, Common Voice, F5-TTS, XTTS, VITS and others), tars of audio and json, or a
+Hugging Face audio dataset in Parquet. The same command again goes on where it stopped. Several
+machines share the work with --part.
 """
 
 import re
@@ -21,21 +22,24 @@ import echo_eqx
 from echo_eqx.command import note, on_terminal, parse, run, use_compilation_cache
 from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.files import remove_leftovers
 from echo_eqx.prepare.deal import deal
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
 from echo_eqx.prepare.push import push
+from echo_eqx.prepare.recordings import printable
 from echo_eqx.prepare.sources import list_clips
 from echo_eqx.prepare.write import PartIndex, write_json, write_shard, write_silence
 
 SILENCE, SILENCE_SECONDS = "silence.safetensors", 30
+CODEC = "codec.json"
 
 
 @dataclass(frozen=True)
 class Args:
     input: str | None = None
-    """Recordings: a folder, metadata.csv, a manifest (*.jsonl, *.csv), tars, Parquet files, or
-    hf://datasets/owner/name[@revision]. Without it only silence.safetensors is made: 30 s of
-    encoded digital silence, which training pads with."""
+    """Recordings: a folder, a manifest (*.jsonl), a list (*.csv, *.tsv, *.txt), tars, Parquet
+    files, or hf://datasets/owner/name[@revision]. Without it only silence.safetensors is made: 30 s
+    of encoded digital silence, which training pads with."""
     output: Path | None = None
     """Folder for the shards."""
     codec: str = "facebook/dacvae-watermarked"
@@ -49,6 +53,9 @@ class Args:
     """mean of the bottleneck, or a sample with its deviation."""
     lufs: float | None = None
     """Bring every recording to this loudness, such as -16, as far as its peak allows."""
+    normalize_text: bool = True
+    """Write the text as infer.py gives it to a model: cleaned, with a speaker tag [S1] in front.
+    With --no-normalize_text it stays as it is."""
     shard_samples: int = 256
     """Samples in a shard, about. A kill costs at most the shard that was being made."""
     batch_size: int | None = None
@@ -75,8 +82,9 @@ def main() -> None:
         elif args.push is None:
             codec = echo_eqx.load_codec(args.codec)
             args.output.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(args.output, {SILENCE, CODEC})
             describe_codec(codec, args.output)
-            print(f"{args.output / SILENCE}; for shards give --input")
+            print(f"{printable(str(args.output / SILENCE))}; for shards give --input")
     except OSError as error:
         raise EchoError(f"{args.output} cannot be written: {error.strerror}") from None
     if args.push is not None:
@@ -101,16 +109,30 @@ def check_usage(args: Args) -> tuple[int, int]:
 
 
 def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> None:
-    clips, refused = list_clips(source, max_seconds=args.max_seconds, cache=args.cache_dir)
+    clips, refused = list_clips(
+        source,
+        max_seconds=args.max_seconds,
+        cache=args.cache_dir,
+        normalise=args.normalize_text,
+        output=output,
+        say=note,
+    )
     if not clips:
         counts = Counter(refusal.kind for refusal in refused)
-        raise EchoError(f"{source} holds no recording that can be used ({dict(counts)} left out)")
+        first = f"; the first: {refused[0].name}: {refused[0].detail}" if refused else ""
+        raise EchoError(
+            f"{printable(source)} holds no recording that can be used ({dict(counts)} left out"
+            f"{first})"
+        )
     codec = echo_eqx.load_codec(args.codec)
     config = codec.config
     made_by = codec_facts(codec)
     settings = {
         name: getattr(args, name)
-        for name in ("max_seconds", "ref_seconds", "latents", "lufs", "shard_samples", "seed")
+        for name in (
+            *("max_seconds", "ref_seconds", "latents", "lufs", "normalize_text"),
+            *("shard_samples", "seed"),
+        )
     }
     output.mkdir(parents=True, exist_ok=True)
     index = PartIndex(output, part, parts, made_by, settings | {"clips": len(clips)})
@@ -122,9 +144,12 @@ def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> Non
     batch_size = args.batch_size or (1 if jax.default_backend() == "cpu" else 8)
     encode = ClipEncoder(codec, EncodeSettings(args.latents, args.lufs, batch_size, args.seed))
     shards = list(enumerate(deal(clips, seed=args.seed, per_shard=args.shard_samples)))[part::parts]
+    # Other machines may be writing the other parts.
+    own = {index.path.name, *(shard_name(number) for number, _ in shards)}
+    remove_leftovers(output, own | ({SILENCE, CODEC} if part == 0 else set()))
     bar = tqdm(total=sum(len(s) for _, s in shards), unit="clip", disable=not on_terminal())
     for number, dealt in shards:
-        path = output / f"{number:06d}.tar"
+        path = output / shard_name(number)
         if index.is_done(path):
             bar.update(len(dealt))
             continue
@@ -153,6 +178,10 @@ def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> Non
     report(index, config.frame_rate)
 
 
+def shard_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
 def codec_facts(codec: echo_eqx.DACVAE) -> dict[str, Any]:
     config = codec.config
     return {
@@ -168,7 +197,7 @@ def describe_codec(codec: echo_eqx.DACVAE, output: Path) -> None:
     facts = codec_facts(codec)
     latents = encode_silence(codec, round(SILENCE_SECONDS * codec.config.frame_rate))
     write_silence(output / SILENCE, latents, facts)
-    write_json(output / "codec.json", facts)
+    write_json(output / CODEC, facts)
 
 
 def report(index: PartIndex, frame_rate: float) -> None:
@@ -184,7 +213,7 @@ def report(index: PartIndex, frame_rate: float) -> None:
     if refused:
         counts = Counter(refusal["kind"] for refusal in refused)
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-        print(f"left out: {listed} (each is named in {index.path})")
+        print(f"left out: {listed} (each is named in {printable(str(index.path))})")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """From recordings to shards: each clip once, the same bytes after a kill and in parts."""
 
+import importlib.util
 import io
 import json
 import os
@@ -18,10 +19,13 @@ from safetensors import safe_open
 
 import echo_eqx
 from echo_eqx.data.shards import list_shards
+from echo_eqx.data.text import normalise_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.deal import CLUSTER, deal
 from echo_eqx.prepare.encode import codec_identity
+from echo_eqx.prepare.push import _read_folder
 from echo_eqx.prepare.sources import list_clips
+from echo_eqx.prepare.write import PartIndex, write_silence
 from echo_eqx.train.data import check_codec
 
 PREPARE = Path(__file__).parent.parent / "scripts" / "prepare.py"
@@ -33,7 +37,7 @@ def write_clip(path: Path, seconds: float, pitch: float, rate: int = 24_000) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     t = np.arange(int(seconds * rate)) / rate
     tone = sum(np.sin(2 * np.pi * pitch * k * t) / k for k in (1, 2, 3))
-    sf.write(path, 0.2 * tone * np.sin(np.pi * t / seconds) ** 2, rate)
+    sf.write(os.fsencode(path), 0.2 * tone * np.sin(np.pi * t / seconds) ** 2, rate)
     path.with_suffix(".txt").write_text(f"A tone of {pitch:.0f} hertz, größer.\n", "utf-8")
 
 
@@ -78,6 +82,17 @@ def prepared(recordings, tmp_path_factory):
     return output
 
 
+def prepare_here(source: Path, output: Path, **flags: object) -> dict:
+    """`prepare.py` in this process; its index."""
+    spec = importlib.util.spec_from_file_location("prepare_script", PREPARE)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["prepare_script"] = script  # where dataclasses look
+    spec.loader.exec_module(script)
+    script.SILENCE_SECONDS = 1
+    script.prepare(script.Args(codec=str(CODEC), **flags), str(source), output, 0, 1)
+    return json.loads((output / "index-000-of-001.json").read_text())
+
+
 def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
     samples: dict[str, dict[str, bytes]] = {}
     for shard in sorted(folder.glob("*.tar")):
@@ -102,6 +117,7 @@ def test_every_clip_is_there_once_with_its_text_and_voice(prepared):
     assert len(samples) == 31
     for key, parts in samples.items():
         fields = json.loads(parts["json"])
+        assert fields["text"].startswith("[S1] A tone of")
         assert fields["text"].endswith("hertz, größer.")
         assert fields["speaker"] == key.split("_")[0]
         own = latents(parts["npy"])
@@ -258,3 +274,123 @@ def test_clips_are_dealt_in_company(recordings, tmp_path):
             assert len(place.companions) < 2 * CLUSTER
     other = deal(clips, seed=1, per_shard=10)
     assert [place.clip.key for shard in other for place in shard] != keys
+
+
+TYPED = "\u201cHi\u201d \u2014 it\u2019s\u2026\nme: you; we"
+NAMES = (b"good", b"K\xe4se", b"K\xf6se", b"two\nlines", b"red\x1b[31m", "\u4f60.\u597d".encode())
+
+
+@pytest.fixture(scope="module")
+def oddly_named(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    for name in NAMES:
+        below = os.fsencode(folder) + b"/" + name
+        os.mkdir(below)
+        for number in (b"1", b"2"):
+            path = Path(os.fsdecode(below + b"/" + name + number + b".wav"))
+            write_clip(path, 0.4, 200.0)
+            path.with_suffix(".txt").write_text(TYPED, "utf-8")
+    (folder / "good" / "good1.txt").write_text("[S1] [S2]")
+    prepare_here(folder, folder / "shards" / "a")
+    return folder
+
+
+def test_texts_are_written_as_a_model_is_given_them_and_the_index_says_so(oddly_named, tmp_path):
+    output = oddly_named / "shards" / "a"
+    index = json.loads((output / "index-000-of-001.json").read_text())
+    texts = [json.loads(parts["json"])["text"] for parts in samples_of(output).values()]
+    assert set(texts) == {normalise_text(TYPED)} and len(texts) == 11
+    assert index["settings"]["normalize_text"] is True
+    assert [refusal["kind"] for refusal in index["refused"]["input"]] == ["text"]
+    index = prepare_here(oddly_named, tmp_path / "raw", normalize_text=False)
+    texts = [json.loads(parts["json"])["text"] for parts in samples_of(tmp_path / "raw").values()]
+    assert set(texts) == {TYPED} and index["settings"]["normalize_text"] is False
+    with pytest.raises(EchoError, match="normalize_text False there, True here"):
+        prepare_here(oddly_named, tmp_path / "raw")
+
+
+def test_what_prepare_writes_can_be_pushed(oddly_named):
+    holds = _read_folder(oddly_named / "shards" / "a")
+    assert holds.samples == 11 and holds.seconds == pytest.approx(11 * 0.4)
+
+
+def test_names_of_any_bytes_are_kept_apart(oddly_named):
+    output = oddly_named / "shards" / "a"
+    samples = [json.loads(parts["json"]) for parts in samples_of(output).values()]
+    assert len({fields["speaker"] for fields in samples}) == len(NAMES)
+    assert len({fields["source"] for fields in samples}) == len(samples)
+    assert all(value.isprintable() for fields in samples for value in map(str, fields.values()))
+
+
+def test_an_output_inside_the_input_resumes_and_leaves_no_temporary_files(oddly_named, tmp_path):
+    output = oddly_named / "shards" / "a"
+    first = json.loads((output / "index-000-of-001.json").read_text())
+    expected = bytes_of(output)
+    leftovers = [".000000.tar.ab_3x9zq", ".index-000-of-001.json.abcdefgh"]
+    kept = [
+        ".000000.tar.backup",
+        ".000001.tar.abcdefgh",
+        ".notes.abcdefgh",
+        "x.000000.tar.abcdefgh",
+    ]
+    for name in leftovers + kept:
+        (output / name).write_text("x")
+    (output / ".silence.safetensors.abcdefgh").symlink_to(oddly_named / "good" / "good1.txt")
+    (output / ".codec.json.abcdefgh").mkdir()
+    assert prepare_here(oddly_named, output) == first and bytes_of(output) == expected
+    assert not [name for name in leftovers if (output / name).exists()]
+    assert all((output / name).exists() for name in kept)
+    assert (output / ".silence.safetensors.abcdefgh").is_symlink()
+    assert (output / ".codec.json.abcdefgh").is_dir()
+    # For another output the recordings are the same, and those inside an output are recordings.
+    for name, other, count in ((".", "x", 11), ("good", ".", 1)):
+        source, output_here = oddly_named / name, oddly_named / other
+        clips, _ = list_clips(str(source), max_seconds=30.0, cache=tmp_path, output=output_here)
+        assert len(clips) == count
+    for source, message in (
+        (output, "holds shards that prepare made"),
+        (oddly_named, "expected another folder for --output"),
+    ):
+        with pytest.raises(EchoError, match=message):
+            list_clips(str(source), max_seconds=30.0, cache=tmp_path, output=oddly_named)
+
+
+def test_what_is_saved_has_the_same_bytes_every_time(tmp_path):
+    codec = echo_eqx.load_codec(CODEC)
+    written = set()
+    for _ in range(5):  # with metadata in a random order, all five agree once in 1,296 times
+        write_silence(tmp_path / "silence.safetensors", np.zeros((4, 8)), {"id": "x"})
+        echo_eqx.save(codec, tmp_path / "codec.safetensors")
+        files = ("silence.safetensors", "codec.safetensors")
+        written.add(tuple((tmp_path / name).read_bytes() for name in files))
+    assert len(written) == 1
+
+
+HEAD = '{"format": "echo_eqx", "kind": "shards", "codec": {}, "settings": {}, "shards": '
+SHARD = '{"a.tar": {"sha256": "", "samples": %s, "frames": 1, "with_reference": 0}}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        HEAD + "[" * 100_000,
+        HEAD + SHARD % ("9" * 5000),
+        HEAD + SHARD % ("9" * 400),
+        HEAD + SHARD % "1e999",
+        HEAD + SHARD % "NaN",
+        HEAD + '{"a.tar": null}}',
+        HEAD + "[]}",
+        HEAD + '{}, "refused": {"input": [1]}}',
+        HEAD + '{}, "refused": [1]}',
+        '{"format": "echo_eqx", "kind": "silence", "shards": {}}',
+        "\0" * 100,
+        "null",
+    ],
+    ids=range(13),
+)
+def test_an_index_of_another_make_is_one_sentence(tmp_path, text):
+    (tmp_path / "index-000-of-001.json").write_text(text)
+    with pytest.raises(EchoError, match="expected an index of shards, got another") as caught:
+        PartIndex(tmp_path, 0, 1, {}, {})
+    assert len(str(caught.value)) < 600

@@ -254,8 +254,9 @@ def folder(tmp_path) -> Path:
 
 def write_index(folder: Path, name: str, numbers, **fields: object) -> None:
     names = [f"{number:05d}.tar" for number in numbers]
+    frames = round(2400.0 * CODEC["sample_rate"] / CODEC["hop"])
     shards = {
-        name: {"sha256": sha256(folder / name), "samples": 3, "seconds": 2400.0} for name in names
+        name: {"sha256": sha256(folder / name), "samples": 3, "frames": frames} for name in names
     }
     index = {"format": "echo_eqx", "kind": "shards", "shards": shards, "codec": CODEC, **fields}
     (folder / name).write_text(json.dumps(index))

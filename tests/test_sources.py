@@ -216,6 +216,11 @@ def test_manifest_lines_that_cannot_be_used_are_refused(tmp_path):
         '{"audio": "a.wav", "text": "words", "segments": [{"start": 1}], "key": "seg"}',
         '{"audio": "a.wav"',
         "[" * 100_000,
+        '{"audio": "a.wav", "text": "words", "key": "deep", "x": ' + "[" * 700 + "]" * 700 + "}",
+        '{"audio": "a.wav", "text": "words", "key": "digits", "x": ' + "9" * 5000 + "}",
+        '{"audio": "a.wav", "text": "words", "key": "huge", "start": ' + "9" * 400 + "}",
+        '{"audio": "a.wav", "text": "words", "key": "late", "offset": 0, "duration": 1e999}',
+        '{"audio": "' + "a" * 5000 + '.wav", "text": "words"}',
         "[1]",
         "",
     ]
@@ -227,8 +232,8 @@ def test_manifest_lines_that_cannot_be_used_are_refused(tmp_path):
         "key": 1,
         "text": 2,
         "utf8": 1,
-        "audio": 1,
-        "manifest": 8,
+        "audio": 2,
+        "manifest": 12,
     }
     table = 'audio,text\na.wav,words\na.wav\n"a.wav","' + "w" * 200_000 + '"\nb.wav,x\n,x\n'
     clips, refusals = listed(put(tmp_path / "list.csv", table))
@@ -375,6 +380,18 @@ def test_long_recordings_are_cut_in_the_pauses(tmp_path):
     assert len(cut[1].load(RATE)) == pytest.approx(2.45 * RATE, abs=2)
     clips, _ = listed(source, 20.0)
     assert [clip.text for clip in clips if clip.speaker] == ["a b c d e"]
+
+
+def test_segments_of_no_length_are_left_out_and_not_their_recording(tmp_path):
+    put(tmp_path / "a.wav", wav(10.0))
+    times = [(0.4, 2.0, "a"), (2.0, 2.0, "b"), (3.0, 2.9, "c"), (7.0, 8.0, "d")]
+    segments = [dict(zip(("start", "end", "text"), part, strict=True)) for part in times]
+    row = json.dumps({"audio": "a.wav", "segments": segments})
+    clips, refusals = listed(put(tmp_path / "list.jsonl", row), 3.5)
+    assert [clip.text for clip in clips] == ["a", "d"]
+    assert kinds(refusals) == {"segment": 2} and "'b'" in refusals[0].detail
+    clips, _ = listed(tmp_path / "list.jsonl", 30.0)
+    assert [clip.text for clip in clips] == ["a d"]
 
 
 def test_segments_that_overlap_or_have_no_text_part_clips():

@@ -9,15 +9,16 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from echo_eqx.data.audio import AUDIO_SUFFIXES
+from echo_eqx.data.text_file import decode
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.formats import KEY_FIELDS
+from echo_eqx.prepare.locate import nfc
 from echo_eqx.prepare.recordings import (
+    KEY_FIELDS,
     MAX_TEXT_BYTES,
     Found,
     Member,
     Record,
     Refusal,
-    decode,
     parse_object,
     stem,
     take,
@@ -48,7 +49,9 @@ def _from_tar(tar_name: str, path: Path) -> Found:
             for member in tar:
                 place = f"{tar_name}/{member.name}"
                 posix = PurePosixPath(member.name)
-                kind = "audio" if posix.name.lower().endswith(AUDIO_SUFFIXES) else posix.suffix
+                lower = posix.suffix.lower()
+                kind = "audio" if posix.name.lower().endswith(AUDIO_SUFFIXES) else lower
+                name = nfc(stem(str(posix)))
                 if member.isdir():
                     continue
                 if posix.is_absolute() or ".." in posix.parts or not posix.name:
@@ -59,10 +62,10 @@ def _from_tar(tar_name: str, path: Path) -> Found:
                     continue
                 elif member.offset_data + member.size > end:
                     yield Refusal("audio", place, "is cut off by the end of the tar")
-                elif kind in groups.setdefault(stem(str(posix)), {}):
+                elif kind in groups.setdefault(name, {}):
                     yield Refusal("duplicate", place, "is the second of this name")
                 else:
-                    groups[stem(str(posix))][kind] = member
+                    groups[name][kind] = member
     except Exception as error:  # damaged headers fail in many ways; what came before is good
         yield Refusal("manifest", tar_name, f"cannot be read as a tar: {str(error)[:100]}")
     for name, members in sorted(groups.items()):

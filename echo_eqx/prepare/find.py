@@ -1,97 +1,132 @@
 """Which kind of recordings a source is: decided from what is there."""
 
-import csv
 import glob
-import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from echo_eqx.data.audio import AUDIO_SUFFIXES
+from echo_eqx.data.text_file import JSON_LINES
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.archives import HUB, download, from_parquet, from_tars
-from echo_eqx.prepare.formats import (
-    AUDIO_FIELDS,
-    csv_heading,
-    from_folder,
-    from_ljspeech,
-    from_manifest,
+from echo_eqx.prepare.archives import HUB, Files, download, from_parquet, from_tars
+from echo_eqx.prepare.formats import from_folder, from_manifest
+from echo_eqx.prepare.lists import LIST_SUFFIXES
+from echo_eqx.prepare.locate import files_below, has_shards_of_ours, nfc
+from echo_eqx.prepare.recordings import Found, printable, stem
+
+_EXPECTED = (
+    "a folder, *.tar, *.parquet, *.jsonl, a list in columns (*.csv, *.tsv, *.txt), a glob of tars "
+    "or Parquet files, or hf://..."
 )
-from echo_eqx.prepare.recordings import Found, decode
-
-_WANTED = "a folder, *.tar, *.parquet, *.jsonl, *.csv, a glob of tars or Parquet files, or hf://..."
 
 
-def find_records(source: str, cache: Path) -> Found:
+def find_records(
+    source: str,
+    cache: Path,
+    output: Path | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> Found:
     """The records of `source`, read while they are asked for.
+
+    What lies in the folder `output` is not part of it. `say` is told how a list is read.
 
     **Raises**: `EchoError` if it is of no known kind, and `OSError` while they are read.
     """
+    shown = printable(source)
     if source.startswith(HUB):
-        if files := _below(download(source, cache), (".parquet",)):
+        folder = download(source, cache)
+        if files := _ending(folder, files_below(folder)[0], (".parquet",)):
             return from_parquet(files)
         raise EchoError(f"{source} holds no *.parquet; wanted at least one")
     try:
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
-        raise EchoError(f"{source[:200]!r} is no usable path: {error}") from None
-    if is_folder and (path / "metadata.csv").is_file():
-        path, is_file = path / "metadata.csv", True
+        raise EchoError(f"{shown[:200]!r} is no usable path: {error}") from None
     if is_file:
-        return _from_file(path)
+        return _from_file(path, say)
     if is_folder:
-        return _from_folder(path)
+        return _from_folder(path, output, say)
     if not glob.has_magic(source):
-        raise EchoError(f"{source} does not exist; wanted {_WANTED}")
+        raise EchoError(f"{shown} does not exist; wanted {_EXPECTED}")
     fixed = list(path.parts[:-1])
     while any(glob.has_magic(part) for part in fixed):
         fixed.pop()
     folder = Path(*fixed)
     names = sorted(glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True))
-    files = [(name, folder / name) for name in names]
-    if names and all(name.endswith(".tar") for name in names):
+    own = set() if output is None else {n for n in names if _is_inside(folder / n, output)}
+    files = [(name, folder / name) for name in names if name not in own]
+    if files and all(name.lower().endswith(".tar") for name, _ in files):
         return from_tars(files)
-    if names and all(name.endswith(".parquet") for name in names):
+    if files and all(name.lower().endswith(".parquet") for name, _ in files):
         return from_parquet(files)
-    raise EchoError(f"{source} matches {len(names)} files; wanted only *.tar or only *.parquet")
+    left = f" besides {len(own)} in --output" if own else ""
+    raise EchoError(
+        f"{shown} matches {len(files)} files{left}; wanted only *.tar or only *.parquet"
+    )
 
 
-def _from_file(path: Path) -> Found:
+def _from_file(path: Path, say: Callable[[str], object]) -> Found:
     suffix = path.suffix.lower()
     if suffix == ".tar":
         return from_tars([(path.name, path)])
     if suffix == ".parquet":
         return from_parquet([(path.name, path)])
-    if suffix == ".jsonl":
-        return from_manifest(path)
-    if suffix == ".csv":
-        with path.open("rb") as file:
-            line = decode(file.readline(2**16))
-        if "|" in line:
-            return from_ljspeech(path)
-        if set(csv_heading(csv.reader(io.StringIO(line, newline="")))) & set(AUDIO_FIELDS):
-            return from_manifest(path)
+    if suffix in (*JSON_LINES, *LIST_SUFFIXES):
+        return from_manifest(path, say)
+    raise EchoError(f"{printable(str(path))} is of no known kind; wanted {_EXPECTED}")
+
+
+def _from_folder(path: Path, output: Path | None, say: Callable[[str], object]) -> Found:
+    shown = printable(str(path))
+    if output is not None and output.is_dir() and path.samefile(output):
         raise EchoError(
-            f"{path} has neither id|raw|normalised nor a heading with one of "
-            f"{', '.join(AUDIO_FIELDS)}"
+            f"{shown}: expected another folder for --output than --input, got the same; give a new "
+            f"one, such as {path / 'shards'}"
         )
-    raise EchoError(f"{path} is of no known kind; wanted {_WANTED}")
-
-
-def _from_folder(path: Path) -> Found:
-    tars, tables = _below(path, (".tar",)), _below(path, (".parquet",))
-    audios = _below(path, AUDIO_SUFFIXES)
+    if has_shards_of_ours(path):
+        raise EchoError(f"{shown} holds shards that prepare made; expected recordings")
+    # Other files than lists also end in .json and .txt.
+    suffixes = tuple({*JSON_LINES, *LIST_SUFFIXES} - {".json", ".txt"})
+    top = sorted(file for file in path.iterdir() if file.name.lower().endswith(suffixes))
+    if lists := [file for file in top if file.stem.lower() == "metadata" and file.is_file()]:
+        return from_manifest(_single(shown, lists), say)
+    names, unread = files_below(path, output)
+    tars = _ending(path, names, (".tar",))
+    tables = _ending(path, names, (".parquet",))
+    audios = {nfc(stem(name)) for name in names if name.lower().endswith(AUDIO_SUFFIXES)}
     if bool(tars) + bool(tables) + bool(audios) > 1:
-        raise EchoError(f"{path} holds several of audio, *.tar and *.parquet; wanted one kind")
-    if tars:
-        return from_tars(tars)
-    if tables:
-        return from_parquet(tables)
-    if audios:
-        return from_folder(path)
-    raise EchoError(f"{path} holds no recordings; wanted audio with *.txt, *.tar or *.parquet")
+        raise EchoError(f"{shown} holds several of audio, *.tar and *.parquet; wanted one kind")
+    if (path / "wav.scp").is_file():
+        raise EchoError(
+            f"{shown} is a Kaldi folder (wav.scp), which is not read; give a *.jsonl with audio, "
+            "text and speaker in each line"
+        )
+    texts = {nfc(name[:-4]) for name in names if name.lower().endswith(".txt")}
+    if audios and top and audios.isdisjoint(texts):
+        return from_manifest(_single(shown, top), say)
+
+    def records() -> Found:
+        yield from unread
+        if audios:
+            yield from from_folder(path, names)
+        else:
+            yield from from_tars(tars) if tars else from_parquet(tables)
+
+    if audios or tars or tables:
+        return records()
+    raise EchoError(f"{shown} holds no recordings; wanted audio with *.txt, *.tar or *.parquet")
 
 
-def _below(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    names = sorted(glob.glob("**/*", root_dir=folder, recursive=True))
-    files = [(Path(name).as_posix(), folder / name) for name in names]
-    return [file for file in files if file[0].lower().endswith(suffixes) and file[1].is_file()]
+def _single(folder: str, lists: Sequence[Path]) -> Path:
+    if len(lists) > 1:
+        named = ", ".join(printable(path.name) for path in lists[:5])
+        raise EchoError(f"{folder} holds several lists ({named}); give the one that is meant")
+    return lists[0]
+
+
+def _ending(folder: Path, names: Sequence[str], suffixes: tuple[str, ...]) -> Files:
+    return [(name, folder / name) for name in names if name.lower().endswith(suffixes)]
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())

@@ -1,46 +1,47 @@
-"""Transcribed recordings as they lie in a folder, an LJSpeech list or a manifest."""
+"""Transcribed recordings as they lie in a folder, a list or a manifest."""
 
-import csv
-import glob
-import io
+import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from echo_eqx.data.audio import AUDIO_SUFFIXES
+from echo_eqx.data.text_file import JSON_LINES, decode, lines_of
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.lists import read_list
+from echo_eqx.prepare.locate import AudioFiles, bare, nfc
 from echo_eqx.prepare.recordings import (
+    AUDIO_FIELDS,
+    KEY_FIELDS,
     MAX_TEXT_BYTES,
+    TEXT_FIELDS,
     Found,
     Record,
     Refusal,
-    decode,
     parse_object,
+    printable,
     stem,
     take,
 )
 
-AUDIO_FIELDS = ("audio", "audio_filepath", "path", "file", "file_name")
-TEXT_FIELDS = ("text", "transcript", "transcription", "sentence")
-KEY_FIELDS = ("key", "id")
 
+def from_folder(folder: Path, names: Sequence[str]) -> Found:
+    """`NAME.txt` beside `NAME.wav`; the speaker is the folder it lies in, if there are several.
 
-def from_folder(folder: Path) -> Found:
-    """`NAME.txt` beside `NAME.wav`; the speaker is the folder it lies in, if there are several."""
-    names = [
-        Path(name).as_posix()
-        for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True))
-        if (folder / name).is_file()
-    ]
-    texts = {stem(name): name for name in names if name.lower().endswith(".txt")}
+    `names` are those of the files below `folder`, sorted.
+    """
+    texts = {nfc(name[:-4]): name for name in names if name.lower().endswith(".txt")}
     audios = [name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
-    for name in sorted(texts.keys() - {stem(name) for name in audios}):
-        yield Refusal("audio", texts[name], "a transcript without audio")
-    for name in audios:
-        text = texts.get(stem(name))
-        if text is None:
+    choices = {name: [t for t in _transcripts(nfc(stem(name))) if t in texts] for name in audios}
+    for key in sorted(texts.keys() - {key for found in choices.values() for key in found}):
+        yield Refusal("audio", texts[key], "a transcript without audio")
+    for name, found in choices.items():
+        if not found:
             yield Refusal("orphan", name, "audio without a transcript")
             continue
+        text = texts[found[0]]
         try:
             with (folder / text).open("rb") as file:
                 fields: dict[str, Any] = {"text": decode(file.read(MAX_TEXT_BYTES))}
@@ -52,103 +53,119 @@ def from_folder(folder: Path) -> Found:
         yield Record(stem(name), stem(name), name, folder / name, fields)
 
 
-def from_ljspeech(path: Path) -> Found:
-    """Lines `id|raw|normalised` for the recordings in `wavs/`."""
-    audios: dict[str, str] = {}
-    for name in sorted(glob.glob("wavs/*", root_dir=path.parent)):
-        if name.lower().endswith(AUDIO_SUFFIXES):
-            audios.setdefault(stem(name).removeprefix("wavs/"), name)
-    named = set()
-    for number, line in enumerate(decode(path.read_bytes()).split("\n"), start=1):
-        place = f"{path.name}:{number}"
-        parts = [part.strip() for part in line.split("|")]
-        if parts == [""]:
-            continue
-        if len(parts) not in (2, 3):
-            yield Refusal("manifest", place, f"has {len(parts)} fields; wanted id|raw|normalised")
-            continue
-        name = parts[0]
-        named.add(name)
-        if name not in audios:
-            yield Refusal("audio", place, f"wavs/ has no audio for {name!r}")
-            continue
-        fields = {"text": parts[-1] or parts[1]}
-        yield Record(name, name, audios[name], path.parent / audios[name], fields)
-    for name in sorted(audios.keys() - named):
-        yield Refusal("orphan", audios[name], "audio without a transcript")
+def _transcripts(name: str) -> Iterator[str]:
+    """Where the transcript of a recording may be, the best place first."""
+    yield name
+    yield f"{name}.normalized"  # LibriTTS
+    yield f"{name}.original"
+    _, _, below = name.partition("/")  # VCTK: wav48/p225/p225_001_mic1, txt/p225/p225_001
+    yield f"txt/{below}"
+    yield f"txt/{re.sub(r'_mic[12]$', '', below)}"
 
 
-def from_manifest(path: Path) -> Found:
-    """Lines of JSON, or rows of CSV under a heading; paths are relative to the manifest."""
-    rows: list[tuple[str, dict[str, Any], Path]] = []
-    here = path.parent.absolute()
-    for place, row in _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path):
-        if isinstance(row, Refusal):
-            yield row
-            continue
-        audio = take(row, AUDIO_FIELDS)
-        if not isinstance(audio, str) or not audio or "\0" in audio:
-            yield Refusal("manifest", place, f"has no path of audio in {', '.join(AUDIO_FIELDS)}")
-            continue
-        given = Path(audio)
-        is_below = given.is_absolute() and given.is_relative_to(here)
-        rows.append((place, row, given.relative_to(here) if is_below else given))
+def from_manifest(path: Path, say: Callable[[str], object] = lambda _: None) -> Found:
+    """Lines of JSON, or rows of a list; paths are relative to it.
+
+    `say` is told how a list is read.
+
+    **Raises**: `EchoError` if it cannot be told which columns a list has.
+    """
+    audio = AudioFiles(path.parent.absolute())
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    try:
+        if path.suffix.lower() in JSON_LINES:
+            given_rows = _json_rows(path)
+        else:
+            given_rows = read_list(path, audio.count, say)
+        for place, row in given_rows:
+            given = row if isinstance(row, Refusal) else take(row, AUDIO_FIELDS)
+            if isinstance(given, Refusal):
+                yield given
+            elif not isinstance(given, str) or not given or "\0" in given:
+                detail = f"has no path of audio in {', '.join(AUDIO_FIELDS[:7])}"
+                yield Refusal("manifest", place, detail)
+            elif not isinstance(row, Refusal):
+                rows.append((place, given, row))
+    except UnicodeDecodeError as error:
+        raise EchoError(
+            f"{path}: expected text, got bytes that are not {error.encoding}; save it as UTF-8"
+        ) from None
+    files = {given: audio.find(given) for _, given, _ in rows}
+    missing = [given for given, file in files.items() if file is None]
+    if missing and (moved := audio.moved(missing)):
+        found = {given: audio.find_moved(given, *moved) for given in missing}
+        files |= found
+        count = sum(file is not None for file in found.values())
+        say(
+            f"{path.name}: {count} files below {printable(moved[0])} are not there; those in "
+            f"{audio.folder / moved[1]} are used"
+        )
+    yield from _records(path, audio, rows, files)
+    for name in audio.unused(file for file in files.values() if file is not None):
+        yield Refusal("orphan", name, "audio without a transcript")
+
+
+def _records(
+    path: Path,
+    audio: AudioFiles,
+    rows: Sequence[tuple[str, str, dict[str, Any]]],
+    files: dict[str, str | None],
+) -> Found:
     # Where things are mounted is no part of a name: elsewhere they are named from what they share.
-    elsewhere = [given.parent for _, _, given in rows if given.is_absolute()]
-    shared = os.path.commonpath(elsewhere) if elsewhere else here
-    for place, row, given in rows:
-        source = (given.relative_to(shared) if given.is_absolute() else given).as_posix()
-        text = take(row, TEXT_FIELDS)
-        row["text"] = text
+    places = {given: _below(audio.folder, Path(file or given)) for given, file in files.items()}
+    elsewhere = [place.parent for place in places.values() if place.is_absolute()]
+    shared = os.path.commonpath(elsewhere) if elsewhere else audio.folder
+    for place, given, row in rows:
+        file = places[given]
+        source = (file.relative_to(shared) if file.is_absolute() else file).as_posix()
+        row["text"] = take(row, TEXT_FIELDS)
         key = take(row, KEY_FIELDS)
         if key is None or key == "":
             start = row.get("start", row.get("offset"))
-            name = key = stem(source) + (f"_{start}" if start not in (None, "") else "")
+            is_id = "/" not in given and "\\" not in given
+            name = bare(given) if is_id else stem(source)
+            name = key = name + (f"_{start}" if start not in (None, "") else "")
         elif isinstance(key, str | int) and not isinstance(key, bool):
             name = key = str(key)
         else:
-            yield Refusal("key", place, f"its key is a {type(key).__name__}; wanted a string")
+            detail = f"expected a string as its key, got a {type(key).__name__}"
+            yield Refusal("key", place, detail)
             continue
-        try:
-            is_there = (path.parent / given).is_file()
-        except OSError:
-            is_there = False
-        if is_there:
-            yield Record(name, key, source, path.parent / given, row)
+        if files[given] is None:
+            looked = f"(looked for below {path.parent.name or path.parent}/)"
+            yield Refusal("audio", place, f"{source[:200]} does not exist {looked}")
         else:
-            yield Refusal("audio", place, f"{source} does not exist")
+            yield Record(name, key, source, audio.folder / file, row)
+
+
+def _below(folder: Path, file: Path) -> Path:
+    """`file` from `folder` on, if it is below it."""
+    is_below = file.is_absolute() and file.is_relative_to(folder)
+    return file.relative_to(folder) if is_below else file
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"{path.name}:{number}"
-                yield place, parse_object(line, place)
+    """A JSON object a line, or all of them in one array."""
+    head = next((line for line in lines_of(path) if line is None or line.strip()), None) or ""
+    if path.suffix.lower() == ".json" and head.lstrip().startswith("["):
+        yield from _json_array(path)
+        return
+    for number, line in enumerate(lines_of(path), start=1):
+        place = f"{path.name}:{number}"
+        if line is None:
+            yield place, Refusal("manifest", place, "is too long for a line of JSON")
+        elif line.strip():
+            yield place, parse_object(line, place)
 
 
-def csv_heading(rows: Iterator[list[str]]) -> list[str]:
-    """The names in the first of `rows`; none where it is no CSV."""
+def _json_array(path: Path) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
     try:
-        return [name.strip() for name in next(rows, [])]
-    except csv.Error:
-        return []
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
-    rows = csv.reader(io.StringIO(decode(path.read_bytes()), newline=""))
-    heading = csv_heading(rows)
-    while True:
-        place = f"{path.name}:{rows.line_num + 1}"
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield place, Refusal("manifest", place, f"is no CSV: {error}")
-            continue
-        if len(row) == len(heading):
-            yield place, {name: value for name, value in zip(heading, row, strict=True) if value}
-        elif row:
-            detail = f"has {len(row)} fields; wanted {len(heading)}"
-            yield place, Refusal("manifest", place, detail)
+        rows = json.loads(decode(path.read_bytes()))
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise EchoError(
+            f"{path}: expected JSON, got what cannot be parsed ({str(error)[:100]})"
+        ) from None
+    for number, row in enumerate(rows):
+        place = f"{path.name}[{number}]"
+        detail = f"is a {type(row).__name__}; expected a JSON object"
+        yield place, row if isinstance(row, dict) else Refusal("manifest", place, detail)

@@ -26,6 +26,8 @@ MAX_RETRY_AFTER = 300.0
 """Longest that the Hub's own wish to wait is heeded."""
 _BEGIN, _END = b"<!-- echo_eqx:begin -->", b"<!-- echo_eqx:end -->"
 _CARD = "README.md"
+# Of JSON that is too deep, too large or not an index at all.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 # 412: someone else's commit came in between.
 _PASSING = (408, 412, 429, 500, 502, 503, 504)
 # The error that everything the HTTP library raises derives from; its module changes its name.
@@ -266,13 +268,14 @@ def _read_index(path: Path, data: bytes) -> tuple[_Codec, dict[str, tuple[str, i
         sizes = [int(codec[name]) for name in ("sample_rate", "hop", "latent_dim")]
         if min(sizes) < 1:
             raise ValueError(f"a size of its codec is {min(sizes)}")
+        seconds = sizes[1] / sizes[0]  # of a frame
         shards = {
-            name: (str(facts["sha256"]), int(facts["samples"]), float(facts["seconds"]))
+            name: (str(facts["sha256"]), int(facts["samples"]), int(facts["frames"]) * seconds)
             for name, facts in index["shards"].items()
         }
         return _Codec(str(codec["id"]), *sizes), shards
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+    except _UNREADABLE as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:200]
         raise EchoError(f"{path} is no index of shards: {reason}") from None
 
 
@@ -348,7 +351,7 @@ def _description(repo: str, holds: _Holdings) -> str:
 
 Latents are those of the codec `{codec.id}`: {codec.sample_rate:,} Hz, {codec.hop:,} audio samples \
 a frame, {codec.latent_dim} channels.{silence}
-`index*.json` list SHA-256, samples and seconds of each shard.
+`index*.json` list SHA-256, samples and frames of each shard.
 
 Train on them with echo_eqx:
 

@@ -9,9 +9,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from echo_eqx.data.audio import AudioSource
+from echo_eqx.data.text_file import decode
 from echo_eqx.prepare.rows import Row
 
 MAX_TEXT_BYTES = 2**24
+# What lists and manifests call the same things; where several are there, the first counts.
+AUDIO_FIELDS = (
+    *("audio", "audio_filepath", "audio_file", "audio_path", "path", "file", "file_name"),
+    *("filename", "file_path", "filepath", "wav", "wav_path", "wav_file", "wav_filename"),
+)
+TEXT_FIELDS = (
+    *("text", "transcript", "transcription", "sentence"),
+    *("normalized_text", "text_normalized", "normalized_transcription", "raw_text"),
+)
+KEY_FIELDS = ("key", "id")
+SPEAKER_FIELDS = ("speaker", "speaker_id", "client_id", "speaker_name", "spk", "spk_id", "sid")
+LANGUAGE_FIELDS = ("language", "lang", "locale")
 
 
 @dataclass(frozen=True)
@@ -106,15 +119,26 @@ Found = Iterator[Record | Refusal]
 
 
 def take(fields: dict[str, Any], names: Sequence[str]) -> Any:
-    """Remove and return the first of `names` that is in `fields`, or None."""
+    """Remove and return the first of `names` that is in `fields`, or None.
+
+    `Text` and `TEXT` are `text`, unless that is there as well.
+    """
     found = next((name for name in names if name in fields), None)
+    if found is None:
+        lower = {name.strip().lower(): name for name in fields}
+        found = next((lower[name] for name in names if name in lower), None)
     return None if found is None else fields.pop(found)
 
 
-def decode(data: bytes) -> str:
-    """Text whose bytes that are no UTF-8 are kept as surrogates, for the check of the transcript
-    to find."""
-    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+def printable(text: str) -> str:
+    """`text` as one line: what cannot be printed is escaped, so that names stay different."""
+
+    def escaped(char: str) -> str:
+        if "\udc80" <= char <= "\udcff":  # a byte of a file name that is not UTF-8
+            return f"\\x{ord(char) - 0xDC00:02x}"
+        return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+    return text if text.isprintable() else "".join(map(escaped, text))
 
 
 def stem(name: str) -> str:
@@ -122,11 +146,11 @@ def stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix("")) if PurePosixPath(name).name else name
 
 
-def parse_object(data: bytes, place: str) -> dict[str, Any] | Refusal:
+def parse_object(data: bytes | str, place: str) -> dict[str, Any] | Refusal:
     """A JSON object with text keys."""
     try:
-        fields = json.loads(decode(data))
-    except (ValueError, RecursionError) as error:
+        fields = json.loads(decode(data) if isinstance(data, bytes) else data)
+    except (ValueError, RecursionError, MemoryError) as error:
         return Refusal("manifest", place, f"is no JSON: {str(error)[:100]}")
     if not isinstance(fields, dict):
         return Refusal("manifest", place, f"is a {type(fields).__name__}; wanted a JSON object")

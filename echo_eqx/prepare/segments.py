@@ -20,23 +20,28 @@ class Segment:
     text: str
 
 
-def read_segments(given: Any) -> list[Segment]:
-    """Segments {start, end, text} as a manifest has them, by start; none if `given` is None.
+def read_segments(given: Any) -> tuple[list[Segment], list[Segment]]:
+    """Segments {start, end, text} as a manifest has them, by start, and those of no length.
+
+    Both are empty if `given` is None.
 
     **Raises**: `ValueError` if they are not that.
     """
     if isinstance(given, str):  # a field of CSV
         given = json.loads(given)
     if given is None:
-        return []
+        return [], []
     try:
         segments = [Segment(float(x["start"]), float(x["end"]), x["text"] or "") for x in given]
     except (KeyError, TypeError) as error:
         raise ValueError(f"its segments are not {{start, end, text}}: {error}") from None
     for segment in segments:
-        if not 0 <= segment.start < segment.end < math.inf or not isinstance(segment.text, str):
+        are_times = 0 <= segment.start < math.inf and 0 <= segment.end < math.inf
+        if not are_times or not isinstance(segment.text, str):
             raise ValueError(f"has a segment from {segment.start} to {segment.end} s")
-    return sorted(segments, key=lambda segment: (segment.start, segment.end))
+    segments.sort(key=lambda segment: (segment.start, segment.end))
+    # Recognisers write them for words that they could not place.
+    return [s for s in segments if s.end > s.start], [s for s in segments if s.end <= s.start]
 
 
 def join_segments(

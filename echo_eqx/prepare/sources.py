@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,24 @@ from typing import Any
 import numpy as np
 
 from echo_eqx.data.audio import audio_seconds, decode_audio
-from echo_eqx.data.text import check_text
+from echo_eqx.data.text import check_text, normalise_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.find import find_records
-from echo_eqx.prepare.formats import TEXT_FIELDS
-from echo_eqx.prepare.recordings import Audio, Record, Refusal, opened, take
+from echo_eqx.prepare.recordings import (
+    LANGUAGE_FIELDS,
+    SPEAKER_FIELDS,
+    TEXT_FIELDS,
+    Audio,
+    Record,
+    Refusal,
+    opened,
+    printable,
+    take,
+)
 from echo_eqx.prepare.segments import Segment, join_segments, read_segments
 
 __all__ = ["Clip", "Refusal", "list_clips"]
 
-SPEAKER_FIELDS = ("speaker", "speaker_id", "client_id")
 MIN_SECONDS = 0.1
 MAX_KEY = 200
 
@@ -60,26 +68,38 @@ class Clip:
             raise EchoError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def list_clips(source: str, *, max_seconds: float, cache: Path) -> tuple[list[Clip], list[Refusal]]:
+def list_clips(
+    source: str,
+    *,
+    max_seconds: float,
+    cache: Path,
+    normalise: bool = False,
+    output: Path | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> tuple[list[Clip], list[Refusal]]:
     """All clips of `source`, sorted by key, and what of it is not used.
 
-    `source` is a folder of audio with transcripts beside it, an LJSpeech folder, a manifest
-    (*.jsonl, *.csv), tars, Parquet files, or `hf://datasets/owner/name[@revision][/folder]`, whose
-    Parquet files are kept in `cache`. The result is the same wherever the source lies. Recordings
-    longer than `max_seconds` are cut between their `segments`, if they have any. Only headers are
-    read; what decoding shows is raised by `Clip.load`.
+    `source` is a folder of audio with transcripts beside it, a list in columns (LJSpeech and the
+    lists of other trainers), a manifest (*.jsonl), tars, Parquet files, or
+    `hf://datasets/owner/name[@revision][/folder]`, whose Parquet files are kept in `cache`. The
+    result is the same wherever the source lies. Recordings longer than `max_seconds` are cut
+    between their `segments`, if they have any. `normalise` cleans the texts as they are cleaned
+    before they are spoken. What lies in the folder `output` is not part of the source. `say` is
+    told how a list is read. Only headers are read; what decoding shows is raised by `Clip.load`.
 
     **Raises**: `EchoError` if it is of no known kind, or cannot be read at all.
     """
     refusals: list[Refusal] = []
     records: list[tuple[Record, list[Clip]]] = []
     try:
-        for found in find_records(source, cache):
+        for found in find_records(source, cache, output, say):
             if isinstance(found, Refusal):
                 refusals.append(found)
                 continue
             clips: list[Clip] = []
             for piece in _cut(found, max_seconds):
+                if normalise and isinstance(piece, Clip):
+                    piece = _normalised(piece)
                 if isinstance(piece, Refusal):
                     refusals.append(piece)
                 else:
@@ -87,10 +107,11 @@ def list_clips(source: str, *, max_seconds: float, cache: Path) -> tuple[list[Cl
             if clips:
                 records.append((found, clips))
     except OSError as error:
-        raise EchoError(f"{error.filename or source} cannot be read: {error.strerror}") from None
+        place = printable(str(error.filename or source))
+        raise EchoError(f"{place} cannot be read: {error.strerror}") from None
     clips, repeated = _with_keys(records)
     refusals = [
-        Refusal(refusal.kind, _printable(refusal.name), _printable(refusal.detail))
+        Refusal(refusal.kind, printable(refusal.name), printable(refusal.detail))
         for refusal in refusals + repeated
     ]
     return clips, sorted(refusals, key=lambda refusal: (refusal.name, refusal.kind, refusal.detail))
@@ -100,19 +121,22 @@ def _cut(record: Record, max_seconds: float) -> Iterator[Clip | Refusal]:
     """The clips of a record, still with the key of the record, or why there are none."""
     fields = dict(record.fields)
     text = take(fields, TEXT_FIELDS)
-    speaker, language = take(fields, SPEAKER_FIELDS), take(fields, ("language",))
+    speaker, language = take(fields, SPEAKER_FIELDS), take(fields, LANGUAGE_FIELDS)
     try:
         start, stop = _limits(fields)
-        segments = read_segments(fields.pop("segments", None))
-        metadata = {**_plain(fields), "source": _printable(record.source)}
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        segments, empty = read_segments(fields.pop("segments", None))
+        metadata = {**_plain(fields), "source": printable(record.source)}
+    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         yield Refusal("manifest", record.source, str(error)[:200])
         return
+    for segment in empty:
+        detail = f"has a segment of no length at {segment.start:g} s: {segment.text[:60]!r}"
+        yield Refusal("segment", record.source, detail)
     if segments and (not isinstance(text, str) or not text.strip()):
         text = " ".join(segment.text for segment in segments)
     try:
         with opened(record.audio) as source:
-            whole = audio_seconds(source, _printable(record.source))
+            whole = audio_seconds(source, printable(record.source))
     except (EchoError, OSError) as error:
         yield Refusal("audio", record.source, str(error))
         return
@@ -150,6 +174,14 @@ def _cut(record: Record, max_seconds: float) -> Iterator[Clip | Refusal]:
                 language=_label(language),
                 metadata=metadata,
             )
+
+
+def _normalised(clip: Clip) -> Clip | Refusal:
+    """`clip` with the text that a model is given, or why nothing of it is left."""
+    text = normalise_text(clip.text)
+    if problem := _problem(text):
+        return Refusal(problem[0], clip.metadata["source"], f"after cleaning {problem[1]}")
+    return replace(clip, text=text)
 
 
 def _limits(fields: dict[str, Any]) -> tuple[float, float | None]:
@@ -205,11 +237,7 @@ def _with_keys(records: list[tuple[Record, list[Clip]]]) -> tuple[list[Clip], li
 
 def _label(value: Any) -> str | None:
     is_label = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
-    return _printable(str(value)) if is_label else None
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return printable(str(value)) if is_label else None
 
 
 def _plain(value: Any) -> Any:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.deal import Dealt
+from echo_eqx.prepare.recordings import printable
+from echo_eqx.weights.stream_file import save_arrays
 
 FORMAT = "echo_eqx"
 
@@ -135,7 +136,7 @@ def write_silence(path: Path, latents: np.ndarray, codec: dict[str, Any]) -> Non
     """Latents of silence, (frames, channels), with the codec that made them."""
     metadata = {"format": FORMAT, "kind": "silence", "codec": codec["id"]}
     tensors = {"silence": np.asarray(latents, np.float16, order="C")}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, lambda temporary: save_arrays(temporary, tensors, metadata))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -157,17 +158,44 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
         found = json.loads(path.read_bytes())
-        if found["format"] != FORMAT or not isinstance(found["shards"], dict):
+        if found["format"] != FORMAT or found["kind"] != "shards":
             raise ValueError("it is of another kind")
-        return {"refused": {}, **found}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EchoError(f"{path} is no index of shards: {error}") from None
+        found = {"refused": {}, **found}
+        for name, listed in found["shards"].items():
+            _check_listed(name, listed)
+        for name, refusals in found["refused"].items():
+            for refusal in refusals:
+                if not all(isinstance(refusal[key], str) for key in ("kind", "name", "detail")):
+                    raise ValueError(f"{name[:50]!r} has a refusal that is not text")
+        # The indexes of before texts were cleaned do not say so.
+        found["settings"] = {"normalize_text": False, **found["settings"]}
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error)[:200] if isinstance(error, OSError | ValueError) else "it is damaged"
+        raise EchoError(
+            f"{path}: expected an index of shards, got another file ({reason}); move it away or "
+            "give another --output"
+        ) from None
+
+
+def _check_listed(name: str, listed: Any) -> None:
+    """Refuse what no writer of ours says of a shard.
+
+    **Raises**: `ValueError`, `KeyError` or `TypeError`.
+    """
+    counts = [listed[key] for key in ("samples", "frames", "with_reference")]
+    are_counts = all(type(count) is int and 0 <= count < 2**53 for count in counts)
+    if not are_counts or not isinstance(listed["sha256"], str):
+        raise ValueError(f"what it says of {name[:50]!r} is not a shard")
 
 
 def _difference(there: Any, here: Any) -> str:
     if isinstance(there, dict) and isinstance(here, dict):
         for name in sorted({*there, *here}):
             if there.get(name) != here.get(name):
-                return f"{name} {there.get(name)} there, {here.get(name)} here"
+                ours, theirs = str(here.get(name))[:100], str(there.get(name))[:100]
+                return printable(f"{name[:50]} {theirs} there, {ours} here")
     return "unlike these"

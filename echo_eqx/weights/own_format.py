@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import (
@@ -25,6 +24,7 @@ from echo_eqx.files import write_whole
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.names import to_pytorch
+from echo_eqx.weights.stream_file import save_arrays
 
 FORMAT = "echo_eqx"
 DTYPES = {
@@ -68,11 +68,11 @@ def save(
     file = path if is_file else path / "model.safetensors"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda temporary: save_file(leaves, temporary, metadata))
+        write_whole(file, lambda temporary: save_arrays(temporary, leaves, metadata))
         if not is_file:
             text = json.dumps(metadata | {"config": to_json(model.config)}, indent=2) + "\n"
             write_whole(path / "config.json", lambda temporary: temporary.write_text(text))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise EchoError(f"{file} cannot be written: {error}") from None
 
 

@@ -59,6 +59,18 @@ def write_safetensors(
         return {tensor.name: _write(file, tensor) for tensor in tensors}
 
 
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write whole arrays, sorted by name: the same content is the same bytes every time.
+
+    The library's own writer puts the metadata in a random order.
+    """
+    tensors = [
+        Tensor(name, array.dtype, array.shape, lambda array=array: [array])
+        for name, array in sorted(arrays.items())
+    ]
+    write_safetensors(path, tensors, dict(sorted(metadata.items())))
+
+
 def _write(file: BinaryIO, tensor: Tensor) -> int:
     crc = written = 0
     for part in tensor.parts():

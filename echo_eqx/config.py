@@ -175,6 +175,12 @@ DIT_PRESETS["voice"] = dataclasses.replace(
     DIT_PRESETS["tiny"], latent_dim=32, max_frames=80, max_text_bytes=64, max_speaker_frames=48
 )
 
+
+def presets_of_width(latent_dim: int | None) -> list[str]:
+    """Names of the models for latents of so many channels."""
+    return [name for name, config in DIT_PRESETS.items() if config.latent_dim == latent_dim]
+
+
 CODEC_PRESETS: dict[str, CodecConfig] = {
     "48khz": CodecConfig(),
     "tiny": CodecConfig(

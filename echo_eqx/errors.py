@@ -11,3 +11,9 @@ class UsageError(EchoError):
     """A setting or flag is out of its range, or two of them contradict each other."""
 
     exit_code = 2
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what cannot be printed: names in files may hold commands to a
+    terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -304,3 +304,74 @@ def test_a_plot_without_matplotlib_says_what_to_install(command, tmp_path, monke
     done = command("--data", data, "--plot", tmp_path / "a.png")
     assert done.returncode == 1 and "pip install 'echo_eqx[plots]'" in done.stderr
     assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_members_in_no_record_are_named_and_end_with_1(command, tmp_path):
+    samples = [("k.1", parts()), ("k.2", parts()), ("K.3", {"NPY": parts()["npy"], "JSON": b"{}"})]
+    write_shard(tmp_path / "data" / "a.tar", [*samples, ("good", {**parts(), "flac": b"sound"})])
+    done = command("--data", tmp_path / "data")
+    assert "samples     3" in done.stdout and "a.tar K.3: text: " in done.stdout
+    assert "extras      .flac 1: further files of records" in done.stdout
+    write_shard(
+        tmp_path / "data" / "a.tar", [("good", {**parts(), "old.npy": b"?"}), ("x", {"b": b""})]
+    )
+    done = command("--data", tmp_path / "data")
+    assert done.returncode == 1 and "samples     1" in done.stdout
+    assert "a.tar good.old.npy: member: good is a key as well" in done.stdout
+    assert "a.tar x.b: member: expected KEY.npy" in done.stdout
+
+
+def test_a_model_gives_the_window_and_must_fit_the_width(command, tmp_path):
+    rng = np.random.default_rng(0)
+    for key, frames, reference, text in [("a", 80, 48, "x" * 63), ("b", 90, 49, "x" * 64)]:
+        sample = sample_parts(rng, frames, 32, reference, text)
+        write_shard(tmp_path / "data" / f"{key}.tar", [(key, sample)])
+    done = command("--data", tmp_path / "data", "--model", "voice")
+    assert done.returncode == 0 and "1 of 2 (50.0%) in 80 frames and 64 bytes" in done.stdout
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 3
+    assert "1 of 2 (50.0%) recordings are longer than 80 frames" in warnings[0]
+    assert "texts are longer than 64 bytes" in warnings[1]
+    assert "references are longer than 48 frames" in warnings[2]
+    facts = json.loads(command("--data", tmp_path / "data", "--model", "voice", "--json").stdout)
+    assert facts["longer_recordings"] == facts["longer_texts"] == facts["longer_references"] == 1
+    assert facts["frames_cut"] == 10
+    done = command("--data", tmp_path / "data", "--model", "voice", "--frames", 99)
+    assert "WARNING     1 of 2 (50.0%) recordings" not in done.stdout
+    done = command("--data", tmp_path / "data", "--model", "840M")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "latents of 32 channels; --model 840M has 128; --model voice fits" in done.stderr
+    assert command("--data", tmp_path / "data", "--model", "none").returncode == 2
+
+
+def test_many_samples_without_a_reference_are_told(command, tmp_path):
+    write_shard(tmp_path / "a.tar", [("a", parts()), ("b", parts(reference=9))])
+    done = command("--data", tmp_path)
+    assert "WARNING     1 of 2 (50.0%) samples have no reference" in done.stdout
+    write_shard(tmp_path / "a.tar", [("b", parts(reference=9))])
+    assert "WARNING" not in command("--data", tmp_path).stdout
+
+
+def test_hours_are_by_the_frame_rate_of_the_codec(command, tmp_path):
+    write_shard(tmp_path / "a.tar", [("a", parts(4321))])
+    usual = command("--data", tmp_path).stdout
+    assert "hours       0.05 (25 latent frames a second, as no codec.json says otherwise)" in usual
+    (tmp_path / "codec.json").write_text('{"sample_rate": 24000, "hop": 1920}')
+    assert "hours       0.10 (12.5 latent frames a second)" in command("--data", tmp_path).stdout
+    facts = json.loads(command("--data", tmp_path, "--json").stdout)
+    assert facts["frame_rate"] == 12.5 and facts["seconds"]["max"] == 4321 / 12.5
+    (tmp_path / "codec.json").write_text("[]")
+    done = command("--data", tmp_path)
+    assert done.returncode == 1 and "codec.json: codec: it does not say" in done.stdout
+
+
+def test_names_of_any_bytes_are_read_and_shown(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xfc\x1b"))
+    made = {**parts(), "json": b'{"text": "a", "speaker": "\\ud800"}'}
+    write_shard(folder / os.fsdecode(b"\xe4\n.tar"), [("ü\udce4", made), ("bad", {"npy": b""})])
+    environment = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = in_process(
+        "--data", os.fsencode(folder).decode("utf-8", "surrogateescape"), **environment
+    )
+    assert done.returncode == 1 and not done.stderr and "samples     1" in done.stdout
+    assert "\\udce4\\n.tar bad: missing: no .json" in done.stdout

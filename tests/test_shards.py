@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,22 @@ def test_hub_is_listed_at_a_commit_and_kept_for_offline(tmp_path, server):
     assert moved[0] == at_commit[0] == server.commit and moved[1] != everything[1]
     server.stop()
     assert list_in_process(server, cache, whole)[0] == moved
+
+
+def test_a_name_is_found_in_either_spelling_of_its_letters(tmp_path):
+    for here, there in (("NFC", "NFD"), ("NFD", "NFC")):
+        stored = tmp_path / here / unicodedata.normalize(here, "größer é")
+        make_dataset(stored, shards=1, per_shard=1)
+        asked = tmp_path / here / unicodedata.normalize(there, "größer é")
+        assert list_shards(str(asked), tmp_path).shards[0].path == stored / "00000.tar"
+
+
+def test_no_file_that_is_named_like_a_shard_is_passed_over(tmp_path):
+    data = make_dataset(tmp_path / "data", shards=1, per_shard=1)
+    (data / "00000.tar").rename(data / "A.TAR")
+    (data / "folder.tar").mkdir()
+    assert [shard.name for shard in list_shards(str(data), tmp_path).shards] == ["A.TAR"]
+    assert len(list_shards(str(data / "A.TAR"), tmp_path).shards) == 1
+    (data / "gone.tar").symlink_to("nowhere.tar")
+    with pytest.raises(EchoError, match=r"gone.tar: expected a file, got a link to nothing"):
+        list_shards(str(data), tmp_path)

@@ -14,7 +14,13 @@ from safetensors.numpy import save_file
 from shards import DataServer, make_dataset, npy_bytes, sample_parts, sha256, write_shard
 
 from echo_eqx.data.fetch import ShardCache
-from echo_eqx.data.records import BrokenRecord, index_tar, load_silence, read_sample
+from echo_eqx.data.records import (
+    MAX_JSON,
+    BrokenRecord,
+    index_tar,
+    load_silence,
+    read_sample,
+)
 from echo_eqx.data.shards import Listing, Shard, list_shards
 from echo_eqx.data.stream import Step, Stream, Window, first_width, num_lanes
 from echo_eqx.errors import EchoError, UsageError
@@ -190,6 +196,14 @@ def test_every_half_keeps_its_value(tmp_path):
     assert a.latents.dtype == b.latents.dtype == np.float32 and a.reference is None
 
 
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    parts = sample_parts(np.random.default_rng(0), 3, WIDTH)
+    marked = {**parts, "json": b"\xef\xbb\xbf" + parts["json"]}
+    path = write_shard(tmp_path / "a.tar", [("a", marked)])
+    with path.open("rb") as file:
+        assert read_sample(file.fileno(), index_tar(path)[0], WIDTH).text == "Hello."
+
+
 def header(shape: str, descr: str = "'<f2'", values: bytes = bytes(48)) -> bytes:
     """A .npy whose header says what it likes."""
     text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
@@ -219,13 +233,23 @@ def broken_samples() -> dict[str, tuple[str, dict[str, bytes]]]:
             "negative": header(f"(-3, {WIDTH})"),
             "nested": header("(" * 3000 + ")" * 3000),
             "words": header("__import__('os')"),
+            "long": header(f"(0x{'f' * 9000}, {WIDTH})"),
+            "unary": header("-" * 9000 + "1"),
+            "wide": header(f"(3, {10**300})"),
             "empty": b"",
             "noise": bytes(range(200)),
         },
         "nan": {"nan": npy_bytes(bad), "inf": npy_bytes(endless)},
     }
     texts = {
-        "json": {"no": b"", "cut": b'{"text": "a', "list": b'["a"]', "deep": b"[" * 10**5},
+        "json": {
+            "no": b"",
+            "digits": b'{"text": ' + b"1" * 5000 + b"}",
+            "cut": b'{"text": "a',
+            "list": b'["a"]',
+            "deep": b"[" * 10**5,
+        },
+        "size": {"lists": b'{"a": [' + b"[]," * (MAX_JSON // 3) + b'[]], "text": "a"}'},
         "text": {"missing": b"{}", "number": b'{"text": 5}', "blank": b'{"text": " \\n"}'},
         "utf8": {"bytes": b'{"text": "\xff"}', "half": b'{"text": "\\ud800"}'},
     }
@@ -278,7 +302,7 @@ def test_more_broken_records_than_allowed_end_the_run(tmp_path, opened):
         take(opened(listing, num_lanes=2, batch_size=10), 30)
     assert "records are broken (nan 2); wanted at most 1.0%" in str(caught.value)
     stream = opened(listing, num_lanes=2, batch_size=10, max_broken=0.05)
-    assert len(take(stream, 30)) == 30 and stream.seen >= 300
+    assert len(take(stream, 30)) == 30 and stream.log.seen >= 300
 
 
 def test_a_lane_without_one_good_record_ends_the_run(tmp_path, opened):
@@ -305,8 +329,6 @@ def damaged(path: Path, damage: str) -> None:
         del data[last.offset_data + last.size // 2 :]
     elif damage == "cut in a header":
         del data[last.offset + 100 :]
-    elif damage == "cut between records":
-        del data[last.offset :]
     elif damage == "bad header":
         data[members[-2].offset + 20] ^= 255
     elif damage == "zeros in the middle":
@@ -332,7 +354,6 @@ def damaged(path: Path, damage: str) -> None:
         ("", 4),
         ("cut in a record", 4),
         ("cut in a header", 4),
-        ("cut between records", 4),
         ("bad header", 3),
         ("zeros in the middle", 3),
         ("negative size", 3),
@@ -362,6 +383,78 @@ def test_a_damaged_tar_gives_what_comes_before_and_says_so(tmp_path, opened, dam
     stream = opened(listing, num_lanes=1, batch_size=4, max_broken=1.0)
     take(stream, 8)
     assert stream.broken["tar"] >= 2
+
+
+def test_what_is_longer_than_the_window_is_counted_and_told(dataset, opened):
+    samples = samples_of(dataset)
+    stream = opened(dataset)
+    expected = Counter()
+    for step in take(stream, 6):
+        for key in step.keys:
+            recording, reference, text = samples[key]
+            expected["cut_recordings"] += len(recording) > 24
+            expected["cut_texts"] += len(text.encode()) + 1 > 31
+            expected["cropped_references"] += reference is not None and len(reference) > 20
+        assert step.counts == {**expected, "broken_records": 0}
+    assert min(expected.values()) > 0
+    assert set(stream.first) == set(expected)
+    assert "its text stays whole" in stream.first["cut_recordings"]
+    assert "24" in stream.first["cut_recordings"] and "31" in stream.first["cut_texts"]
+
+
+def test_longer_samples_are_left_out_on_request(tmp_path, opened):
+    rng = np.random.default_rng(0)
+    kept = {"fits": (24, "x" * 30)}
+    others = {"long": (25, "x"), "wordy": (3, "x" * 31)}
+    records = [
+        (key, sample_parts(rng, frames, WIDTH, 30, text))
+        for key, (frames, text) in (kept | others).items()
+    ]
+    write_shard(tmp_path / "data" / "a.tar", records)
+    listing = list_shards(str(tmp_path / "data"), tmp_path)
+    settings = {"num_lanes": 1, "batch_size": 1, "skip_longer": True}
+    steps = take(opened(listing, **settings), 5)
+    assert [step.keys for step in steps] == [["a.tar:fits"]] * 5
+    assert steps[-1].counts["left_out"] >= 8 and "cut_recordings" not in steps[-1].counts
+    write_shard(tmp_path / "data" / "a.tar", records[1:])
+    with pytest.raises(EchoError, match="one good record: 2 samples longer than the window left"):
+        take(opened(list_shards(str(tmp_path / "data"), tmp_path), **settings), 1)
+
+
+def test_members_in_no_record_are_counted_once_and_listed(tmp_path, opened):
+    data = make_dataset(tmp_path / "data", shards=2, per_shard=3)
+    write_shard(data / "b.tar", [("good", sample_parts(np.random.default_rng(0), 3, WIDTH))])
+    with tarfile.open(data / "b.tar", "a") as tar:
+        for name in ("READ\x1bME", "a\x1b.b.npy"):
+            tar.addfile(tarfile.TarInfo(name))
+    log = tmp_path / "broken.jsonl"
+    stream = opened(list_shards(str(data), tmp_path), num_lanes=1, batch_size=7, broken_log=log)
+    assert take(stream, 6)[-1].counts["skipped_members"] == 2
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted((line["shard"], line["key"], line["kind"]) for line in lines) == [
+        ("b.tar", "READ\x1bME", "member"),
+        ("b.tar", "a\x1b.b.npy", "member"),
+    ]
+    sentence = stream.first["skipped_members"]
+    assert "2 members of b.tar are in no record" in sentence and "such as a\\x1b.b.npy" in sentence
+
+
+def test_a_run_whose_records_all_vanish_says_so_at_once(tmp_path, opened):
+    data = tmp_path / "data"
+    for shard in range(3):
+        write_shard(data / f"{shard}.tar", [(f"k{n}", {"npz": b"", "txt": b""}) for n in range(60)])
+    listing = list_shards(str(data), tmp_path)
+    stream = opened(listing, num_lanes=1, batch_size=1)
+    with pytest.raises(EchoError) as caught:
+        take(stream, 1)
+    message = str(caught.value)
+    assert "have no record: 120 members of shards in no record" in message
+    assert "k0.npz: expected KEY.npy, KEY.ref.npy or KEY.json" in message
+    # Of fewer members all shards are looked at, once.
+    for shard in range(3):
+        write_shard(data / f"{shard}.tar", [("k", {"npz": b""})])
+    with pytest.raises(EchoError, match="all of its 3 shards without one good record: 3 members"):
+        take(opened(list_shards(str(data), tmp_path), num_lanes=1, batch_size=1), 1)
 
 
 def test_what_goes_wrong_in_the_background_comes_to_the_front(tmp_path, opened):

@@ -21,12 +21,14 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.hosts import PeerWatch, start_processes
 from echo_eqx.sharding.mesh import make_mesh, mesh_shape
 from echo_eqx.train import dit
+from echo_eqx.train.begin import check_same_run, newest_restorable
 from echo_eqx.train.config import (
     TRAIN_PRESETS,
     ObjectiveConfig,
     TrainConfig,
     to_json,
 )
+from echo_eqx.train.data import TrainData
 from echo_eqx.train.dit import lower_step, train
 from echo_eqx.train.flops import forward_flops, peak_flops, step_flops
 from echo_eqx.train.loop import compile_step
@@ -248,3 +250,94 @@ def test_known_chips():
     assert peak_flops("TPU v4") == 275e12 and peak_flops("TPU v5 lite") == 197e12
     assert peak_flops("TPU v5") == 459e12 and peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("TPU v6 lite") == 918e12 and peak_flops("cpu") is None
+
+
+def resumed(config: TrainConfig, **changes) -> None:
+    """Go on from the checkpoint of `saved_run` with other settings."""
+    from test_checkpoint import CONFIG
+
+    changed = dataclasses.replace(config, **changes)
+    checkpoint = newest_restorable(config.run_dir)
+    assert checkpoint is not None
+    check_same_run(checkpoint, CONFIG, changed, {"digest": "same"}, "shards")
+
+
+@pytest.fixture
+def saved_run(tmp_path) -> TrainConfig:
+    """Settings of a run with a moving average that has a checkpoint after step 4 of 10."""
+    from test_checkpoint import CONFIG, make_state, writer_in
+
+    optimizer = dataclasses.replace(TRAIN_PRESETS["tiny"].optimizer, ema=0.9)
+    config = dataclasses.replace(
+        TRAIN_PRESETS["tiny"], data="a", run_dir=tmp_path / "run", num_steps=10, optimizer=optimizer
+    )
+    settings = to_json(config)
+    del settings["skip_longer"]  # as an earlier version, which did not have it yet
+    manifest = {"step": 4, "samples_seen": 8, "model": dataclasses.asdict(CONFIG), "seed": 0}
+    manifest |= {"settings": settings, "data": {"digest": "same"}}
+    writer = writer_in(config.run_dir)
+    writer.save(make_state(), manifest, {"0": [0, 0, 0]})
+    writer.wait()
+    return config
+
+
+def test_what_a_resumed_run_does_otherwise_is_told_in_a_line_each(saved_run, capsys):
+    elsewhere = {"data": "b", "checkpoint_every": 7, "mesh": "fsdp=8", "log_every": 1}
+    resumed(saved_run, **elsewhere)
+    assert capsys.readouterr().err == "", "the same run, started again"
+    cases = {
+        "--batch_size was 16 up to step 4 and is 32 from there on": {"batch_size": 32},
+        "--skip_longer was False up to step 4 and is True": {"skip_longer": True},
+        "--text_dropout was 0.1 up": {"objective": ObjectiveConfig(text_dropout=0.2)},
+        "--eval_data was None up": {"eval_data": "c"},
+        "--silence was None up": {"silence": "zeros"},
+        "--init_from other.pkl is not used: the run goes on from its own step 4": {
+            "init_from": "other.pkl"
+        },
+        "the run has 4 steps and --num_steps is 3: it is at its end": {"num_steps": 3},
+    }
+    for message, changed in cases.items():
+        resumed(saved_run, **changed)
+        said = capsys.readouterr().err
+        assert said.startswith("warning: ") and message in said and said.count("\n") == 1
+    optimizer = dataclasses.replace(saved_run.optimizer, learning_rate=1e-2, ema=0.99)
+    resumed(saved_run, optimizer=optimizer)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == ["--learning_rate", "--ema"]
+
+
+def test_a_stretched_schedule_is_told_with_the_rates(saved_run, capsys):
+    resumed(saved_run, num_steps=1000)
+    said = capsys.readouterr().err
+    # After step 4 of 10 the cosine is at 0.4; of 1000 the warm-up of 50 steps is at 4.
+    assert "--num_steps was 10 up to step 4 and is 1000" in said
+    assert "step 5 has 8e-05 in place of 0.000655" in said and said.count("\n") == 1
+
+
+def test_a_moving_average_is_not_dropped(saved_run):
+    optimizer = dataclasses.replace(saved_run.optimizer, ema=0.0)
+    with pytest.raises(EchoError, match=r"--ema is 0; go on with --ema 0.9, or begin another"):
+        resumed(saved_run, optimizer=optimizer)
+
+
+def test_another_latent_width_names_the_models_that_fit(config, tmp_path):
+    narrow = make_dataset(tmp_path / "narrow", shards=1, latent_dim=32)
+    assert "(--latent_dim); --model voice fits" in refusal(config, data=str(narrow))
+    odd = make_dataset(tmp_path / "odd", shards=1, latent_dim=7)
+    assert "no --model fits; --latent_dim 7 makes" in refusal(config, data=str(odd))
+
+
+def test_the_frame_rate_is_that_of_the_codec_beside_the_shards(config, data, tmp_path):
+    mesh = make_mesh(mesh_shape("fsdp=8", 8))
+
+    def rate(source: Path) -> float:
+        return TrainData(str(source), config, config.dit_config(), mesh).frame_rate
+
+    assert rate(data) == 25
+    other = make_dataset(tmp_path / "data", shards=4, per_shard=1, latent_dim=128)
+    np.save(other / "silence.npy", np.zeros((4, 128), np.float16))
+    (other / "codec.json").write_text('{"id": "x", "sample_rate": 44100, "hop": 512}')
+    assert rate(other) == pytest.approx(86.13, abs=0.01)
+    for damaged in ('{"sample_rate": 1, "hop": 0}', '{"sample_rate": "1"}', "[", '{"hop": 1e400}'):
+        (other / "codec.json").write_text(damaged)
+        assert rate(other) == 25

@@ -1,32 +1,42 @@
-"""Records of a tar shard: where their parts lie, reading and checking one, and silence.
+"""Records of a tar shard, read and checked, and latents of silence.
 
 A record `key` has `key.npy` latents (frames, c), `key.json` with "text", and perhaps `key.ref.npy`,
-reference latents (frames, c). As in WebDataset, a key ends at the first dot of the file name.
+reference latents (frames, c).
 """
 
 import io
 import json
 import os
-import re
-import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from echo_eqx.data.shard_index import Entry, index_tar
 from echo_eqx.errors import EchoError
 
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-_PARTS = {"npy": "latents", "ref.npy": "reference", "json": "json"}
-_BLOCK = tarfile.BLOCKSIZE
+__all__ = [
+    "BrokenRecord",
+    "Entry",
+    "Sample",
+    "index_tar",
+    "latent_width",
+    "load_silence",
+    "read_sample",
+]
+
+MAX_LATENTS = 1 << 30
+"""Largest array of latents that is read, in bytes: 46 hours of 128 channels in float16."""
+MAX_JSON = 1 << 22
+"""Largest json that is read, in bytes: parsing takes up to thirty times as much memory."""
 _DTYPES = (np.dtype("<f2"), np.dtype("<f4"))
 
 
 class BrokenRecord(Exception):
-    """A record that is skipped. `kind` is one of tar, missing, dtype, shape, nan, json, text, utf8.
+    """A record that is skipped. `kind` is one of tar, missing, size, dtype, shape, nan, json, text,
+    utf8.
 
     `detail` says what came, in a few words.
     """
@@ -34,20 +44,6 @@ class BrokenRecord(Exception):
     def __init__(self, kind: str, detail: str):
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail = kind, detail
-
-
-@dataclass(slots=True)
-class Entry:
-    """Where a record lies in its shard: (offset, size) of each part in bytes.
-
-    `damage` says why the shard could not be read on; nothing else is then set.
-    """
-
-    key: str
-    latents: tuple[int, int] | None = None
-    reference: tuple[int, int] | None = None
-    json: tuple[int, int] | None = None
-    damage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,62 +56,6 @@ class Sample:
     reference: np.ndarray | None
 
 
-def index_tar(source: Path | int) -> list[Entry]:
-    """All records of a shard in file order; one more with `damage` where it is cut or damaged.
-
-    `source` is a path or the descriptor of an open file, which stays open.
-
-    **Raises**: `OSError` if the file cannot be read.
-    """
-    # Of the usual 8 KiB at a time, a header of 512 bytes would be all that is used.
-    with open(source, "rb", buffering=1024, closefd=not isinstance(source, int)) as file:
-        file.seek(0)
-        return _index(file)
-
-
-def _index(file: BinaryIO) -> list[Entry]:
-    entries: dict[str, Entry] = {}
-    size = os.fstat(file.fileno()).st_size
-    damage = None
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            end = 0
-            while (member := tar.next()) is not None:
-                # A negative size would lead the reader in circles.
-                if member.size < 0 or member.offset < end:
-                    raise tarfile.ReadError(f"{member.name[:100]} has an absurd size")
-                end = member.offset_data
-                if not member.isreg() or member.sparse is not None:
-                    continue
-                if end + member.size > size:
-                    raise tarfile.ReadError(f"{member.name[:100]} is cut off")
-                match = _NAME.fullmatch(member.name)
-                if match and match[2] in _PARTS:
-                    entry = entries.setdefault(match[1], Entry(match[1]))
-                    setattr(entry, _PARTS[match[2]], (end, member.size))
-            damage = _damage_after(file, tar.offset)
-    except OSError:
-        raise  # of the disk, not of the tar
-    except Exception as error:  # a damaged header can raise nearly anything
-        damage = str(error) or type(error).__name__
-    found = list(entries.values())
-    if damage is not None:
-        found.append(Entry("", damage=damage))
-    return found
-
-
-def _damage_after(file: BinaryIO, offset: int) -> str | None:
-    """A tar ends with zeros; the reader also stops, silently, at a header it cannot read."""
-    descriptor = file.fileno()
-    if len(os.pread(descriptor, _BLOCK, offset)) < _BLOCK:
-        return "it ends without a closing block"
-    while chunk := os.pread(descriptor, 1 << 20, offset):
-        if chunk.count(0) != len(chunk):
-            return f"no header can be read at byte {offset}"
-        offset += len(chunk)
-    return None
-
-
 def read_sample(descriptor: int, entry: Entry, latent_dim: int) -> Sample:
     """The record at `entry` of an open shard, from any thread.
 
@@ -125,32 +65,36 @@ def read_sample(descriptor: int, entry: Entry, latent_dim: int) -> Sample:
         raise BrokenRecord("tar", entry.damage)
     if entry.latents is None or entry.json is None:
         raise BrokenRecord("missing", f"no .{'npy' if entry.latents is None else 'json'}")
-    latents = _read_npy(_read(descriptor, entry.latents), latent_dim, ".npy")
+    latents = _read_npy(_read(descriptor, entry.latents, MAX_LATENTS), latent_dim, ".npy")
     if not len(latents):
         raise BrokenRecord("shape", ".npy has no frames")
     reference = None
     if entry.reference is not None:
-        reference = _read_npy(_read(descriptor, entry.reference), latent_dim, ".ref.npy")
-    text = _read_text(_read(descriptor, entry.json))
+        data = _read(descriptor, entry.reference, MAX_LATENTS)
+        reference = _read_npy(data, latent_dim, ".ref.npy")
+    text = _read_text(_read(descriptor, entry.json, MAX_JSON))
     return Sample(entry.key, text, latents, reference)
 
 
 def latent_width(descriptor: int, entry: Entry) -> int | None:
-    """Channels of a record, from the header of its latents; None if that cannot be read."""
+    """Channels of a record, from the header of its latents; None if that cannot be right."""
     if entry.latents is None:
         return None
     offset, size = entry.latents
     try:
-        shape, *_ = _npy_header(os.pread(descriptor, min(size, 16_384), offset))
+        shape, _, dtype, begin = _npy_header(os.pread(descriptor, min(size, 16_384), offset))
     except Exception:
         return None
-    return shape[1] if len(shape) == 2 else None
+    is_whole = len(shape) == 2 and shape[0] and shape[0] * shape[1] * dtype.itemsize == size - begin
+    return shape[1] if is_whole else None
 
 
-def _read(descriptor: int, part: tuple[int, int]) -> bytes:
+def _read(descriptor: int, part: tuple[int, int], most: int) -> bytes:
     offset, size = part
+    if size > most:
+        raise BrokenRecord("size", f"a part has {size} bytes; expected at most {most}")
     data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # one call reads at most 2 GiB
+    while len(data) < size:  # one call may read less than asked
         more = os.pread(descriptor, size - len(data), offset + len(data))
         if not more:
             raise BrokenRecord("tar", f"{len(data)} of {size} bytes are left")
@@ -162,14 +106,17 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, Fortran order, dtype, and where the values begin. Nothing is unpickled."""
     # Versions above 1.0 are for headers of more than 64 KiB, which an array of floats never has.
     if data[:8] != np.lib.format.magic(1, 0):
-        raise ValueError("it is no .npy of version 1.0")
+        raise ValueError("expected a .npy of version 1.0")
     length = 10 + int.from_bytes(data[8:10], "little")
     return *_parse_header(data[8:length]), length
 
 
 @lru_cache(1024)  # one for each length of a recording, and parsing costs as much as reading
 def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return np.lib.format.read_array_header_1_0(io.BytesIO(header))
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
+    if not all(0 <= size < 2**48 for size in shape):  # nor could a longer number be printed
+        raise ValueError("its shape is negative or absurd")
+    return shape, fortran, dtype
 
 
 def _widen(half: np.ndarray) -> np.ndarray:
@@ -195,8 +142,7 @@ def _read_npy(data: bytes, latent_dim: int, name: str) -> np.ndarray:
         raise BrokenRecord("dtype", f"{name} is {str(dtype)[:50]}; wanted float16 or float32")
     if len(shape) != 2 or shape[1] != latent_dim:
         raise BrokenRecord("shape", f"{name} is {str(shape)[:50]}; wanted (frames, {latent_dim})")
-    wanted = shape[0] * shape[1] * dtype.itemsize
-    if shape[0] < 0 or wanted != len(data) - begin:
+    if shape[0] * shape[1] * dtype.itemsize != len(data) - begin:
         raise BrokenRecord(
             "shape", f"{name} is {str(shape)[:50]} but has {len(data) - begin} bytes of values"
         )
@@ -213,13 +159,13 @@ def _read_npy(data: bytes, latent_dim: int, name: str) -> np.ndarray:
 
 def _read_text(data: bytes) -> str:
     try:
-        fields = json.loads(data.decode("utf-8"))
+        fields = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BrokenRecord("utf8", f".json is no UTF-8 at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:
+        raise BrokenRecord("utf8", f".json is not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
         raise BrokenRecord("json", f".json cannot be parsed: {str(error)[:100]}") from None
     if not isinstance(fields, dict):
-        raise BrokenRecord("json", f".json is a {type(fields).__name__}; wanted an object")
+        raise BrokenRecord("json", f".json is a {type(fields).__name__}; expected an object")
     text = fields.get("text")
     if not isinstance(text, str):
         came = "no text" if text is None else f"a {type(text).__name__} for text"
@@ -229,7 +175,7 @@ def _read_text(data: bytes) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BrokenRecord("utf8", f"the text is no UTF-8 at character {error.start}") from None
+        raise BrokenRecord("utf8", f"the text is not UTF-8 at character {error.start}") from None
     return text
 
 

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 
+FRAME_RATE = 25.0
+"""Latent frames a second, where the shards do not say."""
 _HUB = "hf://"
 _HUB_SOURCE = re.compile(
     r"hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -50,6 +53,16 @@ class Listing:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def frame_rate(codec_json: bytes) -> float | None:
+    """Latent frames a second by the content of codec.json, None if it does not say."""
+    try:
+        codec = json.loads(codec_json)
+        rate = codec["sample_rate"] / codec["hop"]
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+        return None
+    return rate if isinstance(rate, float) and 0 < rate < 1e6 else None
+
+
 def list_shards(source: str, cache: Path) -> Listing:
     """All *.tar behind `source`: below a folder, matched by a glob, one file, or
     `hf://datasets/owner/name[@revision][/folder]`.
@@ -62,16 +75,16 @@ def list_shards(source: str, cache: Path) -> Listing:
     if source.startswith(_HUB):
         return _list_hub(source, cache)
     try:
-        path = Path(source).expanduser()
+        path = _as_stored(Path(source).expanduser())
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
         raise EchoError(f"{source[:200]!r} is no usable path: {error}") from None
     if is_file:
-        if path.suffix != ".tar":
+        if path.suffix.lower() != ".tar":
             raise EchoError(f"{path} is no *.tar; wanted a shard, a folder, a glob or {_HUB}...")
         return _local(source, path.parent, [path.name])
     if is_folder:
-        names = glob.glob("**/*.tar", root_dir=path, recursive=True)
+        names = glob.glob("**/*.[tT][aA][rR]", root_dir=path, recursive=True)
         return _local(source, path, names)
     if not glob.has_magic(source):
         raise EchoError(f"{source} does not exist; wanted a folder, a glob, a *.tar or {_HUB}...")
@@ -80,17 +93,27 @@ def list_shards(source: str, cache: Path) -> Listing:
         fixed.pop()
     folder = Path(*fixed)
     names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
-    return _local(source, folder, [name for name in names if name.endswith(".tar")])
+    return _local(source, folder, [name for name in names if name.lower().endswith(".tar")])
+
+
+def _as_stored(path: Path) -> Path:
+    """`path`, or its spelling with composed (NFC) or decomposed (NFD) letters that exists."""
+    spellings = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
+    return next((found for found in (path, *spellings) if found.exists()), path)
 
 
 def _local(source: str, folder: Path, names: list[str]) -> Listing:
-    paths = [(name, folder / name) for name in sorted(names)]
+    shards = []
     try:
-        shards = [
-            Shard(name, path.stat().st_size, path=path.absolute())
-            for name, path in paths
-            if path.is_file()
-        ]
+        for name in sorted(names):
+            path = folder / name
+            if path.is_file():
+                shards.append(Shard(name, path.stat().st_size, path=path.absolute()))
+            elif not path.is_dir():
+                raise EchoError(
+                    f"{path}: expected a file, got a link to nothing, a pipe or the like; "
+                    "repair or remove it"
+                )
     except OSError as error:
         raise EchoError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not shards:

@@ -1,35 +1,41 @@
-"""Batches from shards in an order that is a function of the seed and the position alone.
+"""Batches of samples from shards, in an order that depends on the seed and the position alone.
 
-Shards are dealt to lanes once, for the whole run; a lane goes through its own at its own pace, each
-epoch in another order, and through the records of each in another order. A global batch takes as
-many samples of every lane, lane after lane, so it does not matter which host owns which lanes.
-Where a lane stands is (epoch, shard, record), and the cursor is that of every lane.
+A global batch takes as many samples of every lane, lane after lane, so it does not matter which
+host owns which lanes.
 """
 
-import json
 import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from echo_eqx.data.fetch import CLOSE_WAIT, ShardCache
-from echo_eqx.data.records import BrokenRecord, Entry, Sample, index_tar, latent_width, read_sample
-from echo_eqx.data.shards import Listing, Shard
+from echo_eqx.data.lanes import (
+    CROP,
+    DEAL,
+    BarrenLane,
+    Drawn,
+    Lane,
+    check_cursor,
+    permutation,
+    random_bits,
+)
+from echo_eqx.data.record_log import RecordLog
+from echo_eqx.data.records import Sample, latent_width
+from echo_eqx.data.shard_index import index_tar
+from echo_eqx.data.shards import Listing
 from echo_eqx.data.text import encode_text
-from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.errors import EchoError, UsageError, printable
 
 MAX_LANES = 64
 AHEAD = 2
 """Batches built before they are asked for."""
-ENOUGH_SEEN = 100
-"""Records after which the share of broken ones says something."""
-_DEAL, _SHARDS, _RECORDS, _CROP = range(4)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Step(NamedTuple):
     batch: Batch
     keys: list[str]
     cursor: dict[str, list[int]]
+    counts: Mapping[str, int] = {}
+    """What was skipped or cut up to here, since this start, by its name in `metrics.jsonl`."""
 
 
 def check_lanes(batch_size: int, num_shards: int, lanes: int) -> None:
@@ -110,122 +118,10 @@ def first_width(listing: Listing) -> int | None:
         os.close(descriptor)
 
 
-def _random(count: int, *entropy: int) -> np.ndarray:
-    """(count,) uint64. Raw bits stay the same from one NumPy version to the next, which the
-    methods of a generator need not."""
-    return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
-
-
-def _permutation(count: int, *entropy: int) -> np.ndarray:
-    return np.argsort(_random(count, *entropy), kind="stable")
-
-
-class _Drawn(NamedTuple):
-    shard: Shard
-    key: str
-    result: Sample | BrokenRecord
-    place: tuple[int, int, int]
-    """Index of the shard, epoch, and number of the record in its shard."""
-
-
-class _Lane:
-    """A walk through the shards with indices `shards`; used by one thread at a time."""
-
-    def __init__(self, number: int, shards: Sequence[int], listing: Listing, seed: int):
-        self.number, self.shards, self.listing, self.seed = number, shards, listing, seed
-        self.epoch = self.shard = self.record = 0
-        self.ahead: Shard | None = None
-        """The shard after the one being read, once one is."""
-        self._had_good = True  # of the epoch a cursor leads into, not all was seen
-        self._descriptor: int | None = None
-        self._index = 0
-        self._entries: list[Entry] = []
-        self._order = np.zeros(0, np.int64)
-
-    @property
-    def position(self) -> list[int]:
-        """Epoch, shard and record of what is read next."""
-        return [self.epoch, self.shard, self.record]
-
-    def all_shards(self) -> list[Shard]:
-        return [self.listing.shards[index] for index in self.shards]
-
-    def index_at(self, epoch: int, shard: int) -> int:
-        """Index in the listing of the shard that is visited there."""
-        order = _permutation(len(self.shards), self.seed, _SHARDS, self.number, epoch)
-        return self.shards[int(order[shard])]
-
-    def current(self) -> Shard:
-        return self.listing.shards[self.index_at(self.epoch, self.shard)]
-
-    def read(self, cache: ShardCache, latent_dim: int) -> _Drawn:
-        """The next record, good or broken.
-
-        **Raises**: `EchoError` if a shard cannot be had or read, or a whole epoch had none good.
-        """
-        while self._descriptor is None:
-            self._open(cache)
-        shard = self.listing.shards[self._index]
-        number = int(self._order[self.record])
-        entry = self._entries[number]
-        try:
-            result = read_sample(self._descriptor, entry, latent_dim)
-            self._had_good = True
-        except BrokenRecord as error:
-            result = error
-        except OSError as error:
-            raise EchoError(f"shard {shard.name} cannot be read: {error.strerror}") from None
-        place = (self._index, self.epoch, number)
-        self.record += 1
-        if self.record == len(self._order):
-            self._leave()
-        return _Drawn(shard, entry.key, result, place)
-
-    def _open(self, cache: ShardCache) -> None:
-        self._index = self.index_at(self.epoch, self.shard)
-        shard = self.listing.shards[self._index]
-        self._descriptor = cache.open(shard)
-        try:
-            self._entries = index_tar(self._descriptor)
-        except OSError as error:
-            raise EchoError(f"shard {shard.name} cannot be read: {error.strerror}") from None
-        self._order = _permutation(len(self._entries), self.seed, _RECORDS, self._index, self.epoch)
-        self.ahead = self.listing.shards[self.index_at(*self._next_shard())]
-        if self.record >= max(len(self._entries), 1):
-            raise EchoError(
-                f"the cursor of lane {self.number} is at record {self.record} of shard "
-                f"{shard.name}, which has {len(self._entries)}"
-            )
-        if not self._entries:
-            self._leave()
-
-    def _next_shard(self) -> tuple[int, int]:
-        last = self.shard + 1 == len(self.shards)
-        return (self.epoch + 1, 0) if last else (self.epoch, self.shard + 1)
-
-    def _leave(self) -> None:
-        self.close()
-        self.epoch, self.shard = self._next_shard()
-        self.record = 0
-        if self.shard == 0:
-            if not self._had_good:
-                raise EchoError(
-                    f"lane {self.number} went through all of its {len(self.shards)} shards without "
-                    "one good record"
-                )
-            self._had_good = False
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
 class Stream:
     """Endless batches of the rows that `lanes` have in the global batch, lane after lane.
 
-    It closes `cache` along with itself. `broken` counts the records skipped by kind, and `seen` all
-    that were read; both run ahead of the batches handed out.
+    It closes `cache` along with itself. `log` counts what is skipped or cut.
     """
 
     def __init__(
@@ -242,11 +138,13 @@ class Stream:
         cursor: dict[str, list[int]] | None = None,
         max_broken: float = 0.01,
         broken_log: Path | None = None,
+        skip_longer: bool = False,
     ):
         """Global `batch_size`; `silence` (n, c) pads a recording, its last frame repeated.
 
         `cursor` is one of a `Step`, or those of all hosts merged. More than `max_broken` of the
-        records broken is an error; each is noted once in `broken_log`, a file of JSON lines.
+        records broken is an error; each is listed once in `broken_log`, a file of JSON lines.
+        Recordings and texts longer than the window are cut, or left out with `skip_longer`.
 
         **Raises**: `EchoError` if cursor or silence do not fit, or the lanes' shards exceed the
         cache. While iterating also whatever the background meets.
@@ -256,30 +154,41 @@ class Stream:
             raise UsageError(f"--seed is {seed}; wanted 0 or more")
         if silence.ndim != 2 or silence.shape[1] != window.latent_dim or not len(silence):
             raise EchoError(f"silence is {silence.shape}; wanted (frames, {window.latent_dim})")
-        deal = _permutation(len(listing.shards), seed, _DEAL).tolist()
-        self._lanes = [_Lane(n, deal[n::num_lanes], listing, seed) for n in sorted(lanes)]
+        self.log = RecordLog(listing.source, max_broken, broken_log)
+        self._skip_longer = skip_longer
+        deal = permutation(len(listing.shards), seed, DEAL).tolist()
+        self._lanes = [
+            Lane(n, deal[n::num_lanes], listing, seed, self._accepts, self.log.add_skipped)
+            for n in sorted(lanes)
+        ]
         largest = [
             max(0 if shard.path else shard.size for shard in lane.all_shards())
             for lane in self._lanes
         ]
         cache.check_fits(sum(largest))
         if cursor is not None:
-            _check_cursor(cursor, num_lanes, self._lanes)
+            check_cursor(cursor, num_lanes, self._lanes)
             for lane in self._lanes:
-                lane.epoch, lane.shard, lane.record = cursor[str(lane.number)]
+                lane.go_to(cursor[str(lane.number)])
         self.window, self.cache = window, cache
-        self.max_broken, self.broken_log = max_broken, broken_log
-        self.broken: Counter[str] = Counter()
-        self.seen = 0
         self._seed = seed
         self._rows_per_lane = batch_size // num_lanes
         self._padding = silence[np.minimum(np.arange(window.max_frames), len(silence) - 1)]
-        self._logged = _read_log(broken_log)
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(AHEAD)
         self._failure: BaseException | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    @property
+    def broken(self) -> Counter[str]:
+        """Records that could not be read, by kind."""
+        return self.log.broken
+
+    @property
+    def first(self) -> dict[str, str]:
+        """A sentence on the first case of everything counted."""
+        return self.log.first
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -330,58 +239,79 @@ class Stream:
                 self.cache.request(lane.ahead)
             for _ in range(self._rows_per_lane):
                 keys.append(self._fill(batch, len(keys), lane))
-        return Step(batch, keys, {str(lane.number): lane.position for lane in self._lanes})
+        cursor = {str(lane.number): lane.position for lane in self._lanes}
+        return Step(batch, keys, cursor, self.log.counts)
 
-    def _fill(self, batch: Batch, row: int, lane: _Lane) -> str:
-        """Put the next good record of `lane` into a fresh row; "shard:key" of it."""
-        while True:
-            drawn = lane.read(self.cache, self.window.latent_dim)
-            self.seen += 1
-            sample = drawn.result
-            if isinstance(sample, BrokenRecord):
-                self._note(drawn, sample)
-            self._check_share()
-            if isinstance(sample, Sample):
-                break
-        frames = min(len(sample.latents), self.window.max_frames)
+    def _fill(self, batch: Batch, row: int, lane: Lane) -> str:
+        """Put the next sample of `lane` into a fresh row; "shard:key" of it."""
+        drawn = self._next_used(lane)
+        sample, window = drawn.result, self.window
+        assert isinstance(sample, Sample)
+        name = f"{drawn.shard.name}:{drawn.key}"
+        frames = min(len(sample.latents), window.max_frames)
         batch.latents[row, :frames] = sample.latents[:frames]
-        batch.latents[row, frames:] = self._padding[: self.window.max_frames - frames]
+        batch.latents[row, frames:] = self._padding[: window.max_frames - frames]
         batch.frame_mask[row, :frames] = True
-        text = encode_text(sample.text)[: self.window.max_text_bytes]
+        if len(sample.latents) > frames:
+            self.log.count(
+                "cut_recordings",
+                f"{printable(name)} has {len(sample.latents)} frames and the window {frames}: such "
+                "audio is cut there and its text stays whole; a larger --frames takes all of it, "
+                "--skip_longer leaves it out",
+            )
+        text = encode_text(sample.text)
+        if len(text) > window.max_text_bytes:
+            self.log.count(
+                "cut_texts",
+                f"{printable(name)} has a text longer than the window, {len(text)} bytes with the "
+                f"leading one of {window.max_text_bytes}: such texts are cut there; a larger "
+                "--text_bytes takes all of it, --skip_longer leaves it out",
+            )
+        text = text[: window.max_text_bytes]
         batch.text_ids[row, : len(text)] = text
         batch.text_mask[row, : len(text)] = True
         if sample.reference is not None:
             have = len(sample.reference)
-            length = min(have, self.window.max_speaker_frames)
+            length = min(have, window.max_speaker_frames)
             start = 0
             if have > length:
-                start = int(_random(1, self._seed, _CROP, *drawn.place)[0]) % (have - length + 1)
-            length -= length % self.window.patch_size
+                start = int(random_bits(1, self._seed, CROP, *drawn.place)[0]) % (have - length + 1)
+                self.log.count(
+                    "cropped_references",
+                    f"{printable(name)} has a reference of {have} frames, longer than the {length} "
+                    "of --ref_frames: each time another part of it is taken at random",
+                )
+            length -= length % window.patch_size
             batch.speaker_latents[row, :length] = sample.reference[start : start + length]
             batch.speaker_mask[row, :length] = True
-        return f"{drawn.shard.name}:{drawn.key}"
+        return name
 
-    def _note(self, drawn: _Drawn, broken: BrokenRecord) -> None:
-        self.broken[broken.kind] += 1
-        name = (drawn.shard.name, drawn.key)
-        if self.broken_log is not None and name not in self._logged:
-            self._logged.add(name)
-            fields = {"shard": name[0], "key": name[1], "kind": broken.kind}
-            line = json.dumps({**fields, "detail": broken.detail}) + "\n"
+    def _next_used(self, lane: Lane) -> Drawn:
+        while True:
             try:
-                with self.broken_log.open("a") as file:
-                    file.write(line)
-            except OSError as error:
-                raise EchoError(f"{self.broken_log} cannot be written: {error.strerror}") from None
+                drawn = lane.read(self.cache, self.window.latent_dim)
+            except BarrenLane:
+                what = (
+                    f"lane {lane.number} went through all of its {len(lane.shards)} shards without "
+                    "one good record"
+                )
+                raise EchoError(self.log.nothing_used(what)) from None
+            self.log.add(drawn)
+            if drawn.used:
+                return drawn
+            if isinstance(drawn.result, Sample):
+                name = printable(f"{drawn.shard.name}:{drawn.key}")
+                self.log.count(
+                    "left_out",
+                    f"{name} is longer than the window of {self.window.max_frames} frames and "
+                    f"{self.window.max_text_bytes} bytes of text: --skip_longer leaves it out",
+                )
 
-    def _check_share(self) -> None:
-        total = self.broken.total()
-        if self.seen >= ENOUGH_SEEN and total > self.max_broken * self.seen:
-            kinds = ", ".join(f"{kind} {count}" for kind, count in self.broken.most_common())
-            raise EchoError(
-                f"{total} of {self.seen} records are broken ({kinds}); wanted at most "
-                f"{self.max_broken:.1%}"
-            )
+    def _accepts(self, sample: Sample) -> bool:
+        return not self._skip_longer or (
+            len(sample.latents) <= self.window.max_frames
+            and len(encode_text(sample.text)) <= self.window.max_text_bytes
+        )
 
 
 def _empty_batch(rows: int, window: Window) -> Batch:
@@ -394,39 +324,3 @@ def _empty_batch(rows: int, window: Window) -> Batch:
         np.zeros((rows, reference, window.latent_dim), np.float32),
         np.zeros((rows, reference), bool),
     )
-
-
-def _read_log(path: Path | None) -> set[tuple[str, str]]:
-    """What an earlier run has noted as broken, so that it is not noted twice."""
-    noted = set()
-    if path is not None and path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                fields = json.loads(line)
-                noted.add((fields["shard"], fields["key"]))
-            except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
-                continue
-    return noted
-
-
-def _check_cursor(cursor: dict[str, list[int]], num_lanes: int, lanes: list[_Lane]) -> None:
-    """A cursor of these lanes, or of all there are, with positions that exist."""
-    every = {str(number) for number in range(num_lanes)}
-    if set(cursor) not in (every, {str(lane.number) for lane in lanes}):
-        raise EchoError(
-            f"the cursor has lanes {', '.join(sorted(map(str, cursor)))[:100]}; wanted "
-            f"0 to {num_lanes - 1}"
-        )
-    for lane in lanes:
-        position: Any = cursor[str(lane.number)]
-        is_position = isinstance(position, list | tuple) and len(position) == 3
-        if not is_position or not all(type(value) is int and value >= 0 for value in position):
-            raise EchoError(
-                f"the cursor of lane {lane.number} is {str(position)[:100]}; wanted "
-                "[epoch, shard, record]"
-            )
-        if position[1] >= len(lane.shards):
-            raise EchoError(
-                f"the cursor of lane {lane.number} is at shard {position[1]} of "
-                f"{len(lane.shards)}; is it that of other data?"
-            )

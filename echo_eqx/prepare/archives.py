@@ -1,13 +1,13 @@
 """Transcribed recordings inside tars and Parquet files, which are read where they are."""
 
 import re
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from echo_eqx.data import tar
 from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.data.text_file import decode
 from echo_eqx.errors import EchoError
@@ -42,38 +42,35 @@ def from_tars(files: Files) -> Found:
 
 
 def _from_tar(tar_name: str, path: Path) -> Found:
-    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    groups: dict[str, dict[str, tar.Member]] = {}
     try:
-        end = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
+        with path.open("rb") as file:
+            for member in tar.read_members(file.fileno()):
                 place = f"{tar_name}/{member.name}"
                 posix = PurePosixPath(member.name)
                 lower = posix.suffix.lower()
                 kind = "audio" if posix.name.lower().endswith(AUDIO_SUFFIXES) else lower
                 name = nfc(stem(str(posix)))
-                if member.isdir():
+                if member.kind == tar.FOLDER:
                     continue
                 if posix.is_absolute() or ".." in posix.parts or not posix.name:
                     yield Refusal("path", place, "is no path inside the tar")
-                elif not member.isreg() or member.issparse():
-                    yield Refusal("path", place, "is a link or no plain file")
+                elif member.kind != tar.FILE:
+                    yield Refusal("path", place, f"is a {member.kind}; expected a file")
                 elif kind not in ("audio", ".json", ".txt"):
                     continue
-                elif member.offset_data + member.size > end:
-                    yield Refusal("audio", place, "is cut off by the end of the tar")
                 elif kind in groups.setdefault(name, {}):
                     yield Refusal("duplicate", place, "is the second of this name")
                 else:
                     groups[name][kind] = member
-    except Exception as error:  # damaged headers fail in many ways; what came before is good
-        yield Refusal("manifest", tar_name, f"cannot be read as a tar: {str(error)[:100]}")
+    except (tar.TarError, OSError) as error:  # what came before is good
+        yield Refusal("manifest", tar_name, f"cannot be read as a tar: {str(error)[:150]}")
     for name, members in sorted(groups.items()):
         yield _from_group(f"{tar_name}/{name}", name, path, members)
 
 
 def _from_group(
-    full_name: str, name: str, path: Path, members: dict[str, tarfile.TarInfo]
+    full_name: str, name: str, path: Path, members: dict[str, tar.Member]
 ) -> Record | Refusal:
     audio = members.get("audio")
     if audio is None:
@@ -86,7 +83,7 @@ def _from_group(
         member = members[kind]
         if member.size > MAX_TEXT_BYTES:
             return Refusal("manifest", full_name + kind, f"has {member.size} bytes")
-        with Member(path, member.offset_data, member.size).open() as file:
+        with Member(path, member.offset, member.size).open() as file:
             data = file.read()
         if kind == ".txt":
             fields["text"] = decode(data)
@@ -97,7 +94,7 @@ def _from_group(
         fields |= parsed
     if len(members) == 1:
         return Refusal("orphan", place, "audio without a transcript")
-    return Record(full_name, name, place, Member(path, audio.offset_data, audio.size), fields)
+    return Record(full_name, name, place, Member(path, audio.offset, audio.size), fields)
 
 
 def from_parquet(files: Files) -> Found:

@@ -3,56 +3,42 @@
 Every record is read once. In memory stay the key and two lengths of each, and all that is broken.
 """
 
-import hashlib
 import json
 import os
-import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import numpy as np
-from huggingface_hub import HfApi, hf_hub_url
 from jaxtyping import Float, Int
 
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.records import (
     BrokenRecord,
-    Entry,
     Sample,
-    index_tar,
     latent_width,
     load_silence,
     read_sample,
 )
-from echo_eqx.data.shards import Listing, Shard
+from echo_eqx.data.shard_index import Entry, Skipped, index_tar
+from echo_eqx.data.shards import FRAME_RATE, Listing
 from echo_eqx.data.text import encode_text
 from echo_eqx.errors import EchoError
+from echo_eqx.prepare.beside import (
+    Broken,
+    files_beside,
+    find_frame_rate,
+    first_silence,
+    folder_of,
+    is_whole,
+    opened,
+    read_indexes,
+    sha256,
+)
 
-FRAME_RATE = 25
-"""Latent frames a second."""
 USUAL_WIDTH = 128
 """Channels that are wanted where no record says how many there are."""
-SILENCE = ("silence.safetensors", "silence.npy")
-_INDEX = re.compile(r"index[^/]*\.json")
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A record, or with an empty `key` a shard or a file beside, that cannot be used.
-
-    `kind` is one of `BrokenRecord`, or duplicate (the key is in an earlier shard); of a shard
-    sha256 (not what its index says), unlisted (not in the index beside it) or lost (listed there,
-    but gone); of another file index or silence (unreadable).
-    """
-
-    shard: str
-    key: str
-    kind: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -68,8 +54,22 @@ class Report:
     """Length of each text in bytes of UTF-8."""
     fitting: int
     """Samples that fit the window with sound and text."""
+    longer_recordings: int
+    """Samples with more frames than the window, whose audio training cuts."""
+    frames_cut: int
+    """Frames of theirs that are outside the window."""
+    longer_texts: int
+    """Samples with more bytes of text than the window, whose text training cuts."""
     references: int
     """Samples with a reference."""
+    longer_references: int
+    """Samples with a reference longer than what training takes at a time."""
+    extras: dict[str, int]
+    """Further members of records, which training does not read, by suffix."""
+    frame_rate: float
+    """Latent frames a second, by codec.json beside the shards."""
+    has_frame_rate: bool
+    """Whether there is such a file; without one the rate is the usual one."""
     speakers: int
     """Different speakers."""
     with_speaker: int
@@ -96,7 +96,7 @@ class Report:
 
     @property
     def hours(self) -> float:
-        return float(self.frames.sum(dtype=np.int64)) / FRAME_RATE / 3600
+        return float(self.frames.sum(dtype=np.int64)) / self.frame_rate / 3600
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -139,10 +139,12 @@ def inspect_shards(
     *,
     max_frames: int = 768,
     max_text_bytes: int = 768,
+    max_speaker_frames: int = 512,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read every record. A window is `max_frames` latent frames and `max_text_bytes` of text with
-    its leading byte; `progress` is called with shards done and in all.
+    """Read every record. The window is `max_frames` latent frames and `max_text_bytes` of text with
+    its leading byte, and `max_speaker_frames` of reference; `progress` is called with shards done
+    and in all.
 
     The latents' width is the usual one of the first shard that has any; records of another are
     broken.
@@ -150,29 +152,38 @@ def inspect_shards(
     **Raises**: `EchoError` if a shard cannot be had or read.
     """
     broken: list[Broken] = []
-    beside, unseen = _files_beside(listing)
-    sums, indexed, indexes = _read_indexes(beside, cache, broken)
-    silence = _first_silence(beside)
+    beside, unseen = files_beside(listing)
+    sums, indexed, indexes = read_indexes(beside, cache, broken)
+    silence = first_silence(beside)
+    rate = find_frame_rate(beside, cache, broken)
     frames, text_bytes = array("i"), array("i")
     seen: dict[str, int] = {}
     speakers: set[str] = set()
     languages: Counter[str] = Counter()
     width: int | None = None
     moments: Moments | None = None
+    extras: Counter[str] = Counter()
     fitting = references = with_speaker = compared = 0
+    longer_recordings = frames_cut = longer_texts = longer_references = 0
     for number, shard in enumerate(listing.shards):
         if number + 1 < len(listing.shards):
             cache.request(listing.shards[number + 1])
-        with _opened(cache, shard) as descriptor:
+        with opened(cache, shard) as descriptor:
             if shard.name in sums:
                 compared += 1
-                digest = _sha256(descriptor)
+                digest = sha256(descriptor)
                 if digest != sums[shard.name]:
                     detail = f"{digest}; the index has {sums[shard.name]}"
                     broken.append(Broken(shard.name, "", "sha256", detail))
-            elif _folder(shard.name) in indexed:
+            elif folder_of(shard.name) in indexed:
                 broken.append(Broken(shard.name, "", "unlisted", "no index beside it has it"))
-            entries = index_tar(descriptor)
+            skipped: list[Skipped] = []
+            entries = index_tar(descriptor, skipped)
+            for member in skipped:
+                if member.kind == "extra":
+                    extras[member.detail] += 1
+                else:
+                    broken.append(Broken(shard.name, member.name, member.kind, member.detail))
             width = width or _usual_width(descriptor, entries)
             for entry in entries:
                 try:
@@ -191,7 +202,12 @@ def inspect_shards(
                 frames.append(len(sample.latents))
                 text_bytes.append(num_text - 1)
                 fitting += len(sample.latents) <= max_frames and num_text <= max_text_bytes
-                references += sample.reference is not None and len(sample.reference) > 0
+                longer_recordings += len(sample.latents) > max_frames
+                frames_cut += max(0, len(sample.latents) - max_frames)
+                longer_texts += num_text > max_text_bytes
+                num_reference = 0 if sample.reference is None else len(sample.reference)
+                references += num_reference > 0
+                longer_references += num_reference > max_speaker_frames
                 speaker, language = _labels(descriptor, entry)
                 if speaker is not None:
                     speakers.add(speaker)
@@ -200,7 +216,7 @@ def inspect_shards(
                     languages[language] += 1
         if progress is not None:
             progress(number + 1, len(listing.shards))
-    if _is_whole(listing):
+    if is_whole(listing):
         there = {shard.name for shard in listing.shards}
         for name in sorted(set(sums) - there):
             broken.append(Broken(name, "", "lost", "an index has it, but it is not there"))
@@ -216,7 +232,14 @@ def inspect_shards(
         frames=np.array(frames, np.int32),
         text_bytes=np.array(text_bytes, np.int32),
         fitting=fitting,
+        longer_recordings=longer_recordings,
+        frames_cut=frames_cut,
+        longer_texts=longer_texts,
         references=references,
+        longer_references=longer_references,
+        extras=dict(extras.most_common()),
+        frame_rate=rate or FRAME_RATE,
+        has_frame_rate=rate is not None,
         speakers=len(speakers),
         with_speaker=with_speaker,
         languages=dict(languages.most_common()),
@@ -237,7 +260,7 @@ def find_sample(listing: Listing, cache: ShardCache, key: str) -> Sample:
     """
     example = None
     for shard in listing.shards:
-        with _opened(cache, shard) as descriptor:
+        with opened(cache, shard) as descriptor:
             for entry in index_tar(descriptor):
                 if entry.damage is not None:
                     continue
@@ -251,17 +274,6 @@ def find_sample(listing: Listing, cache: ShardCache, key: str) -> Sample:
                     raise EchoError(f"{key!r} of {shard.name} is broken ({error})") from None
     wanted = "" if example is None else f"; wanted a key such as {example!r}"
     raise EchoError(f"{listing.source} has no record {key!r}{wanted}")
-
-
-@contextmanager
-def _opened(cache: ShardCache, shard: Shard) -> Iterator[int]:
-    descriptor = cache.open(shard)
-    try:
-        yield descriptor
-    except OSError as error:
-        raise EchoError(f"{shard.name} cannot be read: {error.strerror}") from None
-    finally:
-        os.close(descriptor)
 
 
 def _usual_width(descriptor: int, entries: list[Entry]) -> int | None:
@@ -279,93 +291,3 @@ def _labels(descriptor: int, entry: Entry) -> tuple[str | None, str | None]:
         str(label) if isinstance(label, str | int) and label != "" else None for label in labels
     )
     return speaker, language
-
-
-# --- Files beside the shards --------------------------------------------------------------------
-
-
-def _folder(name: str) -> str:
-    return PurePosixPath(name).parent.as_posix()
-
-
-def _is_whole(listing: Listing) -> bool:
-    """Whether the listing has all shards of a folder, not a part picked by a glob or name."""
-    return listing.shards[0].path is None or Path(listing.source).expanduser().is_dir()
-
-
-def _files_beside(listing: Listing) -> tuple[list[Shard], str | None]:
-    """Indexes and silence in the folders of shards and above all, as files the cache can open, and
-    why they cannot be listed."""
-    folders = sorted({".", *(_folder(shard.name) for shard in listing.shards)})
-    first = listing.shards[0]
-    found = []
-    if first.path is not None:
-        root = first.path.parents[len(Path(first.name).parts) - 1]
-        try:
-            for folder in folders:
-                for path in sorted((root / folder).iterdir()):
-                    if _is_beside(path.name) and path.is_file():
-                        name = path.relative_to(root).as_posix()
-                        found.append(Shard(name, path.stat().st_size, path=path))
-        except OSError as error:
-            return [], f"{error.filename} cannot be read: {error.strerror}"
-        return found, None
-    match = re.match(r"hf://datasets/([^/@]+/[^/@]+)", listing.source)
-    assert match is not None
-    options = {"repo_type": "dataset", "revision": listing.revision}
-    try:
-        for folder in folders:
-            path = None if folder == "." else folder
-            for file in HfApi().list_repo_tree(match[1], path, **options):
-                size = getattr(file, "size", None)  # folders have none
-                name = file.path
-                if size is None or _folder(name) != folder or not _is_beside(Path(name).name):
-                    continue
-                url = hf_hub_url(match[1], name, **options)
-                found.append(Shard(name, size, url=url))
-    except Exception as error:  # the errors of the HTTP library below change between versions
-        return [], next((line for line in str(error).splitlines() if line), type(error).__name__)
-    return sorted(found, key=lambda file: file.name), None
-
-
-def _is_beside(name: str) -> bool:
-    return name in SILENCE or _INDEX.fullmatch(name) is not None
-
-
-def _first_silence(beside: list[Shard]) -> Shard | None:
-    """The one that is taken for training: in the folder above all."""
-    named = {file.name: file for file in beside}
-    return next((named[name] for name in SILENCE if name in named), None)
-
-
-def _read_indexes(
-    beside: list[Shard], cache: ShardCache, broken: list[Broken]
-) -> tuple[dict[str, str], set[str], tuple[str, ...]]:
-    """SHA-256 of each shard that is listed, the folders with an index, and the indexes' names."""
-    sums: dict[str, str] = {}
-    folders, names = set(), []
-    for file in beside:
-        if not file.name.endswith(".json"):
-            continue
-        with _opened(cache, file) as descriptor, open(descriptor, "rb", closefd=False) as content:
-            data = content.read()
-        try:
-            fields = json.loads(data)
-            if (fields["format"], fields["kind"]) != ("echo_eqx", "shards"):
-                continue
-            listed = {str(name): str(facts["sha256"]) for name, facts in fields["shards"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {str(error)[:100]}"
-            broken.append(Broken(file.name, "", "index", f"it cannot be read ({reason})"))
-            continue
-        folder = _folder(file.name)
-        folders.add(folder)
-        names.append(file.name)
-        sums |= {(PurePosixPath(folder) / name).as_posix(): listed[name] for name in listed}
-    return sums, folders, tuple(names)
-
-
-def _sha256(descriptor: int) -> str:
-    with open(descriptor, "rb", closefd=False) as file:
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()

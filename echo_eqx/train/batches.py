@@ -38,11 +38,12 @@ def owned_lanes(mesh: Mesh, batch_size: int, num_lanes: int) -> Sequence[int]:
 
 @runtime_checkable
 class Source(Protocol):
-    """Endless batches: arrays by name, names of this host's rows, and the cursor behind them."""
+    """Endless batches: arrays by name, names of this host's rows, the cursor behind them, and
+    counts of what was skipped or cut."""
 
     @property
-    def broken(self) -> Mapping[str, int]:
-        """How many records could not be read, by the reason."""
+    def first(self) -> Mapping[str, str]:
+        """A sentence on the first case of what is counted."""
         ...
 
     def __next__(self) -> Any: ...
@@ -69,18 +70,24 @@ class Feeder:
         self._rows = owned_rows(mesh, batch_size)
         self._batch_size = batch_size
         self.waited = 0.0
+        self.counts: Mapping[str, int] = {}
+        """What was skipped or cut up to the last batch, by its name in `metrics.jsonl`."""
+        self._told: set[str] = set()
 
     def next(self) -> Placed:
         started = time.perf_counter()
         step = next(self._source)
         self.waited += time.perf_counter() - started
+        self.counts = step.counts
         placed = {name: self._place(array) for name, array in step.batch._asdict().items()}
         return Placed(self._kind(**placed), step.keys, step.cursor)
 
-    @property
-    def broken(self) -> int:
-        """Records that could not be read."""
-        return sum(self._source.broken.values())
+    def news(self) -> list[str]:
+        """Sentences on the first case of what is counted, each once."""
+        found = {name: self._source.first[name] for name in list(self._source.first)}
+        fresh = [sentence for name, sentence in found.items() if name not in self._told]
+        self._told |= set(found)
+        return fresh
 
     def close(self) -> None:
         self._source.close()

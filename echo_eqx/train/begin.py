@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.specs import state_shardings
 from echo_eqx.train.checkpoint import put_on_mesh, restore_state
 from echo_eqx.train.config import TrainConfig
+from echo_eqx.train.optimizer import learning_rate
+from echo_eqx.train.settings import RunConfig, changes
 from echo_eqx.train.state import TrainState, fresh_state, init_state, sharded_abstract_state
 from echo_eqx.trees import leaf_names
 from echo_eqx.weights.checkpoint import FOLDER, TrainingCheckpoint, find_checkpoints
@@ -68,13 +71,15 @@ def pinned_source(config: TrainConfig) -> str:
 def check_same_run(
     checkpoint: TrainingCheckpoint,
     sizes: DiTConfig | CodecConfig,
-    seed: int,
+    config: RunConfig,
     data: dict[str, Any],
     source: str,
 ) -> None:
-    """**Raises**: `EchoError` if the run in the folder is another one.
+    """Refuse to go on with another run, and tell which settings are other ones than before.
 
     `data` is what a checkpoint says of the data, which is in `source`.
+
+    **Raises**: `EchoError` if model, seed or data differ, or a moving average would be dropped.
     """
     path = checkpoint.path
     if type(checkpoint.config) is not type(sizes):
@@ -85,16 +90,48 @@ def check_same_run(
                 f"checkpoint {path} is of another architecture: its {name} is {there}; "
                 f"this run's is {here}"
             )
-    if checkpoint.manifest.get("seed") != seed:
+    if checkpoint.manifest.get("seed") != config.seed:
         raise EchoError(
             f"checkpoint {path} was trained with seed {checkpoint.manifest.get('seed')}; "
-            f"this run's is {seed}"
+            f"this run's is {config.seed}"
         )
     if checkpoint.manifest.get("data", {}).get("digest") != data["digest"]:
         raise EchoError(
             f"the data of {source} are not those that {path} was trained on; wanted the same, or "
             "another --run_dir with --init_from this one"
         )
+    changed = changes(checkpoint.manifest.get("settings"), config)
+    if config.optimizer.ema == 0 and any(name.startswith("ema.") for name in checkpoint.tensors):
+        decay = changed.get("ema", (0.999, 0))[0]
+        raise EchoError(
+            f"checkpoint {path} keeps a moving average of the weights, which exports are made of, "
+            f"and --ema is 0; go on with --ema {decay}, or begin another --run_dir with "
+            f"--init_from {config.run_dir}"
+        )
+    if jax.process_index() == 0:
+        for line in _sentences(changed, config, checkpoint.step):
+            note(f"warning: {line}")
+
+
+def _sentences(changed: dict[str, tuple[Any, Any]], config: RunConfig, step: int) -> Iterator[str]:
+    """What a run that goes on after `step` does otherwise than before, a line for each setting."""
+    if step >= config.num_steps:
+        yield f"the run has {step} steps and --num_steps is {config.num_steps}: it is at its end"
+        return
+    for name, (there, here) in changed.items():
+        line = f"--{name} was {there} up to step {step} and is {here} from there on"
+        if name == "num_steps" and isinstance(there, int) and there > 0:
+            rates = (learning_rate(config.optimizer, n, jnp.array(step)) for n in (there, here))
+            before, now = (f"{float(rate):.3g}" for rate in rates)
+            line += (
+                f": the schedule of the learning rate has another length, and step {step + 1} has "
+                f"{now} in place of {before}"
+            )
+        if name == "ema" and there == 0:
+            line += f": the average begins at the weights of step {step}"
+        if name in ("init_from", "resume_from"):
+            line = f"--{name} {here} is not used: the run goes on from its own step {step}"
+        yield line
 
 
 def begin(

@@ -57,6 +57,9 @@ class TrainConfig(RunConfig):
     """Longest text in bytes; by default the preset's, 768."""
     ref_frames: int | None = None
     """Longest reference in latent frames, a multiple of 4; by default the preset's, 512."""
+    skip_longer: bool = False
+    """Leave out recordings longer than --frames and texts longer than --text_bytes. Otherwise they
+    are cut: of a longer recording the audio, while its text stays whole. Both are counted."""
     latent_dim: int | None = None
     """Channels of a latent frame; by default the preset's, 128."""
     objective: Annotated[ObjectiveConfig, tyro.conf.arg(name="")] = field(

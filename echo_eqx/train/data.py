@@ -1,5 +1,6 @@
 """The data of a run: shards, window, silence and lanes, checked before anything is fetched."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -9,11 +10,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from jax.sharding import Mesh
 
-from echo_eqx.config import DiTConfig
+from echo_eqx.config import DiTConfig, presets_of_width
 from echo_eqx.data import stream
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.records import load_silence
-from echo_eqx.data.shards import Listing, list_shards
+from echo_eqx.data.shards import FRAME_RATE, Listing, frame_rate, list_shards
 from echo_eqx.errors import EchoError
 from echo_eqx.files import expand
 from echo_eqx.train.batches import owned_lanes
@@ -32,7 +33,7 @@ class TrainData:
         if width not in (None, sizes.latent_dim):
             raise EchoError(
                 f"{source} holds latents of {width} channels; the model has {sizes.latent_dim} "
-                "(--latent_dim)"
+                f"(--latent_dim); {_fitting(width)}"
             )
         self.window = stream.Window(
             latent_dim=sizes.latent_dim,
@@ -61,7 +62,23 @@ class TrainData:
             cursor=cursor,
             max_broken=self._config.max_broken,
             broken_log=broken_log,
+            skip_longer=self._config.skip_longer,
         )
+
+    @property
+    def frame_rate(self) -> float:
+        """Latent frames a second, as codec.json beside the shards says, or else the usual 25."""
+        with contextlib.suppress(EchoError, OSError):
+            codec = beside(self.listing, "codec.json")
+            return (codec and frame_rate(codec.read_bytes())) or FRAME_RATE
+        return FRAME_RATE
+
+
+def _fitting(width: int | None) -> str:
+    """How to train on latents of another width."""
+    names = presets_of_width(width)
+    models = f"--model {' or '.join(names)} fits" if names else "no --model fits"
+    return f"{models}; --latent_dim {width} makes any model fit"
 
 
 def beside(listing: Listing, name: str) -> Path | None:
@@ -95,7 +112,7 @@ def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.nda
             check_codec(path, listing)
             return silence
     raise EchoError(
-        f"there is no {' or '.join(names)} beside the shards of {listing.source}; wanted --silence "
+        f"there is no {' or '.join(names)} beside the shards of {listing.source}; give --silence "
         "FILE, the encoded silence that recordings are padded with, or --silence zeros"
     )
 

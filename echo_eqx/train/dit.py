@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from echo_eqx.command import note
 from echo_eqx.data import stream
 from echo_eqx.flow.noising import Batch
 from echo_eqx.model.dit import EchoDiT
@@ -46,7 +47,7 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
     with run_folder(config, both) as (folder, mark, checkpoint):
         facts = {"revision": data.listing.revision, "digest": digest}
         if checkpoint is not None:
-            check_same_run(checkpoint, sizes, config.seed, facts, data.listing.source)
+            check_same_run(checkpoint, sizes, config, facts, data.listing.source)
         take_over(folder, config, checkpoint)
         state, samples_seen, cursor = begin(config, checkpoint, mesh)
         compiled = compile_step(lambda: lower_step(config, mesh))
@@ -67,6 +68,7 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
             samples_seen=samples_seen,
             compiled=compiled,
             step_flops=step_flops(sizes, config.batch_size),
+            frame_rate=data.frame_rate,
             feeder=Feeder(batches, Batch, mesh, config.batch_size),
             evaluate=(lambda state: evaluate(figures, weights(state), eval_batches))
             if eval_batches
@@ -106,6 +108,8 @@ def _held_out(config: TrainConfig, data: TrainData, mesh: Mesh) -> tuple[list, S
         source = data.stream(config.batch_size)
         feeder = Feeder(source, Batch, mesh, config.batch_size)
         batches = [feeder.next().batch for _ in range(config.eval_batches)]
+        for sentence in feeder.news():
+            note(f"warning: held-out data: {sentence}")
         source.close()
     return batches, samples
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from echo_eqx.command import note, on_terminal
 from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.config import to_json as sizes_to_json
+from echo_eqx.data.record_log import describe
 from echo_eqx.errors import EchoError
 from echo_eqx.sharding.hosts import EXIT_PREEMPTED, PeerWatch, check_agreement, code_digest
 from echo_eqx.sharding.mesh import replicated
@@ -47,6 +48,8 @@ class Run:
     compiled: Callable[..., Any]
     """`(state, batch, key) -> (state, metrics)`, from `compile_step`."""
     step_flops: float
+    frame_rate: float
+    """Latent frames a second."""
     feeder: Feeder
     evaluate: Callable[[Any], dict[str, Any]] | None
     """Figures of the held-out data for a state."""
@@ -114,6 +117,7 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
         batch_size=config.batch_size,
         max_nonfinite=config.max_nonfinite,
         samples_seen=run.samples_seen,
+        frame_rate=run.frame_rate,
         tensorboard=_tensorboard(config) if first and config.tensorboard else None,
     )
     key = jax.jit(lambda: jr.key(config.seed + 1), out_shardings=replicated(run.mesh))()
@@ -135,8 +139,13 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
         }
         writer.save(state, manifest, cursor)
 
+    def tell_first() -> None:
+        for sentence in feeder.news():
+            note(f"warning: {sentence}")
+
     try:
         placed = feeder.next() if step < config.num_steps else None
+        tell_first()
         # From here processes meet in every step, and for the first time wait for only 30 s.
         multihost_utils.sync_global_devices("begin")
         log.restart_clock(feeder.waited)
@@ -156,7 +165,8 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
                 with log.aside():
                     log.attach(run.evaluate(state))
             if step % config.log_every == 0 or evaluating or sampling or saving:
-                line.show(step, log.flush(feeder.waited, feeder.broken))
+                line.show(step, log.flush(feeder.waited, feeder.counts))
+                tell_first()
             if run.speak is not None and sampling:
                 with log.aside():
                     run.speak(state, step)
@@ -173,6 +183,8 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
     if first:
         note_end(config.run_dir, step)
         note(f"step {step} is saved in {config.run_dir}")
+        if counted := describe(feeder.counts):
+            note(f"in the data read since this start: {counted}")
     watch.close()
     return 0 if step >= config.num_steps else stop.exit_code
 

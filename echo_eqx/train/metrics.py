@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from echo_eqx.train.flops import peak_flops
 from echo_eqx.train.run_folder import MetricsFile
 
 FRAMES_PER_HOUR = 25 * 3600
-"""Of latents, at 25 a second."""
+"""Of latents, at the 25 a second of the published codec."""
 
 
 class StepMetrics(eqx.Module):
@@ -53,12 +53,15 @@ class MetricsLog:
         batch_size: int,
         max_nonfinite: int,
         samples_seen: int,
+        frame_rate: float,
         tensorboard: Any = None,
     ):
+        """`frame_rate` is that of the latents, in frames a second."""
         self._file, self._nonfinite_log = file, nonfinite_log
         self._step_flops, self._batch_size = step_flops, batch_size
         self._max_nonfinite = max_nonfinite
         self._tensorboard = tensorboard
+        self._frame_rate = frame_rate
         self.samples_seen = samples_seen
         self._pending: list[tuple[int, StepMetrics, list[str]]] = []
         self._extra: dict[str, Any] = {}
@@ -73,11 +76,11 @@ class MetricsLog:
         """Values for the line of the last step."""
         self._extra |= values
 
-    def flush(self, waited: float, broken: int) -> dict[str, Any]:
+    def flush(self, waited: float, counts: Mapping[str, int]) -> dict[str, Any]:
         """Fetch what is pending, write a line for each step, and return the last one.
 
-        `waited` is how long the loop has waited for data, `broken` how many records could not be
-        read, both in all.
+        `waited` is how long the loop has waited for data, `counts` what the data's reader has
+        skipped or cut, both since this start.
 
         **Raises**: `EchoError` after too many steps in a row that were not finite.
         """
@@ -99,7 +102,7 @@ class MetricsLog:
         lines[-1] |= {
             "samples_seen": self.samples_seen,
             "skipped_updates": int(fetched[-1].skipped),
-            "broken_records": broken,
+            **counts,
             **self._extra,
         }
         if self._file is not None:
@@ -135,7 +138,7 @@ class MetricsLog:
             "step_seconds": seconds / steps,
             "data_wait": min(1.0, (waited - self._waited) / seconds),
             "samples_per_second": steps * self._batch_size / seconds,
-            "audio_hours_per_second": frames / FRAMES_PER_HOUR / seconds,
+            "audio_hours_per_second": frames / self._frame_rate / 3600 / seconds,
             "flops_per_device": rate,
             "mfu": rate / peak if peak else None,
             "device_memory_bytes": memory.get("peak_bytes_in_use"),

@@ -148,6 +148,45 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+# What training does not depend on, or what is compared by itself: the data by their digest, the
+# model by its sizes.
+_FREE = {
+    *("data", "model", "run_dir", "config", "mesh", "coordinator", "num_processes", "process_id"),
+    *("start_timeout", "cache_dir", "cache_gb", "checkpoint_every", "keep_last", "keep_every"),
+    *("export", "log_every", "eval_every", "sample_every", "sample_count", "codec", "tensorboard"),
+    *("max_broken", "max_nonfinite", "seed", "frames", "text_bytes", "ref_frames", "latent_dim"),
+}
+
+
+def changes(before: Any, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Flags that training depends on and their values before and now, where these differ.
+
+    `before` is what `to_json` made of the settings of an earlier start; a field that it lacks had
+    its default.
+    """
+    there = _flat(to_json(type(config)())) | _flat(before)
+    here = _flat(to_json(config))
+    found = {name: (there.get(name), here[name]) for name in here if name not in _FREE}
+    return {
+        name: values
+        for name, values in found.items()
+        if values[0] != values[1]
+        and not (name in ("init_from", "resume_from") and values[1] is None)
+    }
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    """Values by the names of their flags."""
+    values = {}
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, dict):
+            prefix = "" if name in ("optimizer", "objective") else f"{name}."
+            values |= {f"{prefix}{inner}": given for inner, given in _flat(value).items()}
+        else:
+            values[name] = value
+    return values
+
+
 def from_json(presets: dict[str, Config], default: str, data: Any, where: str) -> Config:
     """Inverse of `to_json`; fields left out have the defaults of the model's preset, which without
     a name is `default`.

@@ -29,6 +29,8 @@ class Crops:
     batch: Audio
     keys: list[str]
     cursor: dict[str, list[int]]
+    counts: dict[str, int]
+    """What was skipped up to here, by its name in `metrics.jsonl`."""
 
 
 class CropStream:
@@ -64,12 +66,19 @@ class CropStream:
         for _ in range(_AHEAD):
             self._submit()
 
+    @property
+    def first(self) -> dict[str, str]:
+        """A sentence on the first recording that could not be read."""
+        problem = next(iter(self.broken), None)
+        return {} if problem is None else {"broken_records": f"a crop is skipped: {problem}"}
+
     def __next__(self) -> Crops:
         crops = [future.result() for future in self._ahead.popleft()]
         self._submit()
         self._count(crops)
         audio = np.stack([audio for audio, _, _ in crops])
-        return Crops(Audio(audio), [key for _, key, _ in crops], {})
+        counts = {"broken_records": sum(self.broken.values())}
+        return Crops(Audio(audio), [key for _, key, _ in crops], {}, counts)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -56,7 +56,7 @@ def train_codec(config: CodecTrainConfig, watch: PeerWatch) -> int:
     digest = _digest(clips)
     with run_folder(config, digest) as (folder, mark, checkpoint):
         if checkpoint is not None:
-            check_same_run(checkpoint, sizes, config.seed, {"digest": digest}, config.data)
+            check_same_run(checkpoint, sizes, config, {"digest": digest}, config.data)
         take_over(folder, config, checkpoint)
         state = _begin(config, sizes, given, checkpoint, mesh)
         step = codec_step.make_step(mesh, sizes, config, state)
@@ -82,6 +82,7 @@ def train_codec(config: CodecTrainConfig, watch: PeerWatch) -> int:
             samples_seen=int(state.step) * config.batch_size,
             compiled=compiled,
             step_flops=_flops(compiled) * jax.device_count(),
+            frame_rate=sizes.frame_rate,
             feeder=Feeder(source, AudioBatch, mesh, config.batch_size),
             evaluate=_evaluation(crops, config, sizes) if config.eval_data else None,
             speak=_speaker(crops, config, sizes) if config.sample_every else None,

@@ -2,19 +2,21 @@
 
 import echo_eqx
 
-dit = echo_eqx.load_dit("owner/name")
-codec = echo_eqx.load_codec("facebook/dacvae-watermarked")
-audio = echo_eqx.synthesize(dit, codec, "Hello.", speaker="voice.wav")
+dit, codec = echo_eqx.load_dit("voice"), echo_eqx.load_codec("voice")
+audio = echo_eqx.synthesize(dit, codec, "Hello.")
 """
 
 from importlib.metadata import version
 
 from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.flow.sampler import SamplerSettings, sample, sample_blockwise
+from echo_eqx.flow.sampler import sample, sample_blockwise
+from echo_eqx.generation import GenerationConfig, KnownVoice, SamplerSettings
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.speech import Utterance, speaker_latents, synthesize, synthesize_all
+from echo_eqx.speaker import nearest_voice, speaker_latents
+from echo_eqx.speech import Utterance, synthesize, synthesize_all
 from echo_eqx.trees import cast, num_parameters
 from echo_eqx.weights.load import load_codec, load_dit
 from echo_eqx.weights.own_format import save
@@ -29,12 +31,15 @@ __all__ = [
     "DiTConfig",
     "EchoDiT",
     "EchoError",
+    "GenerationConfig",
+    "KnownVoice",
     "SamplerSettings",
     "UsageError",
     "Utterance",
     "cast",
     "load_codec",
     "load_dit",
+    "nearest_voice",
     "num_parameters",
     "sample",
     "sample_blockwise",
@@ -42,4 +47,5 @@ __all__ = [
     "speaker_latents",
     "synthesize",
     "synthesize_all",
+    "use_compilation_cache",
 ]

@@ -1,4 +1,4 @@
-"""What every command shares: flags, output, errors as one line, compilation cache, clocks."""
+"""What every command shares: flags, output, errors as one line, clocks and progress."""
 
 import contextlib
 import dataclasses
@@ -196,26 +196,7 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-# --- Compilation and progress -------------------------------------------------------------------
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, so that the next start is quick.
-
-    Without a folder that can be written to, programs are compiled at every start.
-    """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = root / "echo_eqx" / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
-        return
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# --- Clocks and progress ------------------------------------------------------------------------
 
 
 class CompileClock:

@@ -14,8 +14,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.data.audio import check_reference, load_reference, set_loudness
+from echo_eqx.codec.dacvae import DACVAE, decoder_margin
+from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.text import (
     CHARACTERS_PER_SECOND,
     check_text,
@@ -36,14 +36,16 @@ from echo_eqx.flow.sampler import (
     sample_blockwise,
 )
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.speaker import (
+    Speaker,
+    longest_reference,
+    silence_latent,
+    speaker_latents,
+    whole_patches,
+)
 
-Speaker = str | Path | Float[np.ndarray | Array, "..."]
-"""A recording's path, a path `*.npy` or array (r, c) of latents, or audio (samples,) at the codec's
-rate."""
-
-MAX_SPEAKER_SECONDS = 120.0
 FLAT_FRAMES, FLAT_DEVIATION = 20, 0.05
-CROSSFADE_SECONDS = 0.05
+CROSSFADE_SECONDS, EDGE_SECONDS = 0.05, 0.005
 _DECODED_BEHIND_END = 16
 _TEXT_CLASSES = (64, 128, 256, 512)
 CROWDED = 0.5
@@ -59,8 +61,8 @@ class Utterance:
     """A text to speak, and with which voice and seed."""
 
     text: str
-    speaker: Float[np.ndarray, "r c"] | None = None
-    """Reference latents from `speaker_latents`."""
+    speaker: Speaker | None = None
+    """The voice to take, as in `synthesize`; None for any voice."""
     seed: int = 42
 
 
@@ -76,30 +78,32 @@ def synthesize(
     message: Sequence[int] | np.ndarray | None = None,
     trim: bool = True,
     normalise: bool = True,
-    expand_text: bool = False,
+    expand_text: bool | None = None,
     progress: Progress | None = None,
 ) -> Float[np.ndarray, " samples"]:
     """Speak `text`: (samples,) float32, mono, at `codec.config.sample_rate`.
 
     **Arguments**: `speaker` the voice to take, a recording or its latents, None for any voice;
     `duration` seconds of the canvas that a piece of text is spoken on, which the model fills with
-    speech and then silence, None for 15 or the longest it knows; `message` bits to embed as a
+    speech and then silence, None for `dit.generation.duration`, and without one for 15 or the
+    longest it knows; `settings` by default `dit.generation.sampler`; `message` bits to embed as a
     watermark, None for none; `trim` cuts the silence at the end; `normalise` cleans the text as in
     training; `expand_text` writes out numbers, dates, money, addresses and abbreviations, as
-    English; `progress` is called after each step. Text that does not fit is split at ends of
-    sentences, spoken in one voice and joined.
+    English, None for `dit.generation.expand_text`; `progress` is called after each step. Text that
+    does not fit is split at ends of sentences, spoken in one voice and joined.
 
     If the speech of a piece fills its canvas to the last frame, its end may be missing, and the
     piece is spoken again as two smaller ones. A warning of the logger `echo_eqx.speech` names the
     pieces that still fill it. Without `trim`, which keeps the canvases as they are, it only warns.
 
+    The audio begins and ends at zero. Compiled programs are kept: see `use_compilation_cache`.
+
     **Raises**: `EchoError` naming what cannot be used.
     """
-    latents = None if speaker is None else speaker_latents(dit, codec, speaker)
     (audio,) = synthesize_all(
         dit,
         codec,
-        [Utterance(text, latents, seed)],
+        [Utterance(text, speaker, seed)],
         duration=duration,
         settings=settings,
         message=message,
@@ -121,7 +125,7 @@ def synthesize_all(
     message: Sequence[int] | np.ndarray | None = None,
     trim: bool = True,
     normalise: bool = True,
-    expand_text: bool = False,
+    expand_text: bool | None = None,
     batch_size: int = 8,
     block_frames: int | None = None,
     progress: Progress | None = None,
@@ -130,22 +134,26 @@ def synthesize_all(
 
     With `block_frames`, block-wise models generate the canvas in blocks of so many frames.
     """
-    settings = settings or SamplerSettings()
+    use_compilation_cache()
+    settings = settings or dit.generation.sampler
     settings.check()
     check_pair(dit, codec)
+    check_message(codec, message)
     for utterance in utterances:
         if not 0 <= utterance.seed < 2**32:
-            raise UsageError(f"seed is {utterance.seed}; wanted 0 to 2^32 - 1")
+            raise UsageError(f"seed is {utterance.seed}; expected 0 to 2^32 - 1")
+    voices = _voices(dit, codec, utterances)
     seconds = canvas_seconds(dit, codec, duration)
     num_frames = max(1, round(seconds * codec.config.frame_rate))
-    pieces = [_pieces_of(u, dit, seconds, normalise, expand_text) for u in utterances]
+    expand = dit.generation.expand_text if expand_text is None else expand_text
+    pieces = [_pieces_of(u, dit, seconds, normalise, expand) for u in utterances]
 
     # Without a reference the first piece of a text finds a voice, which the others then take.
     first, second = [], []
     for i, (utterance, parts) in enumerate(zip(utterances, pieces, strict=True)):
         for j, part in enumerate(parts):
-            row = _Row((i, j), part, utterance.speaker, utterance.seed)
-            (second if utterance.speaker is None and j > 0 else first).append(row)
+            row = _Row((i, j), part, voices[i], utterance.seed)
+            (second if voices[i] is None and j > 0 else first).append(row)
     silence = silence_latent(codec)
     blocks = _blocks(num_frames, block_frames, dit.config.patch_size)
     steps = settings.steps * max(1, len(blocks))
@@ -156,8 +164,8 @@ def synthesize_all(
 
     spoken = sample_rows(first)
     voices = [
-        _voice_of(spoken[i, 0], silence, dit) if utterance.speaker is None else utterance.speaker
-        for i, utterance in enumerate(utterances)
+        _voice_of(spoken[i, 0], silence, dit) if given is None else given
+        for i, given in enumerate(voices)
     ]
     second = [dataclasses.replace(row, speaker=voices[row.utterance]) for row in second]
     count.batches = _num_batches([first, second], batch_size)
@@ -182,11 +190,15 @@ def synthesize_all(
         end = (speech_end(latents, silence) if trim else 0) or len(latents)
         # Silence far behind the end is not decoded, but few lengths ever are.
         needed = -(-(end + _DECODED_BEHIND_END) // CANVAS_CLASS) * CANVAS_CLASS
-        return np.asarray(codec.decode(latents[:needed], message)), end * codec.config.hop
+        audio = decode_in_silence(codec, latents[:needed], message, silence)
+        return audio, end * codec.config.hop
 
     fade = int(CROSSFADE_SECONDS * codec.config.sample_rate)
     return [
-        _join([clip_of(spoken[place]) for place in sorted(spoken) if place[0] == i], fade)
+        faded(
+            _join([clip_of(spoken[place]) for place in sorted(spoken) if place[0] == i], fade),
+            codec.config.sample_rate,
+        )
         for i in range(len(pieces))
     ]
 
@@ -199,119 +211,93 @@ def check_pair(dit: EchoDiT, codec: DACVAE) -> None:
     if dit.config.latent_dim != codec.config.latent_dim:
         raise EchoError(
             f"the checkpoint generates latents of {dit.config.latent_dim} channels, the codec "
-            f"decodes {codec.config.latent_dim}; wanted two that belong together"
+            f"decodes {codec.config.latent_dim}; expected the codec that the model was trained with"
         )
 
 
+def check_message(codec: DACVAE, message: Sequence[int] | np.ndarray | None) -> None:
+    """Raises `EchoError` if the codec cannot embed `message`, before anything is sampled."""
+    if message is None:
+        return
+    if codec.watermark is None:
+        raise EchoError(
+            "message: expected None, since this codec has no watermark path; leave the message out"
+        )
+    bits = np.asarray(message)
+    if bits.shape != (codec.watermark.num_bits,):
+        raise EchoError(
+            f"message: expected {codec.watermark.num_bits} bits, got shape {bits.shape}"
+        )
+    if not np.isin(bits, (0, 1)).all():
+        raise EchoError("message: expected 0 and 1 only")
+
+
 def canvas_seconds(dit: EchoDiT, codec: DACVAE, duration: float | None = None) -> float:
-    """`duration`, by default 15 or the longest canvas the model was trained with.
+    """`duration`, by default what the model's file recommends, or else 15 or the longest canvas
+    the model was trained with.
 
     **Raises**: `UsageError` if the model knows no such canvas.
     """
     longest = dit.config.max_frames / codec.config.frame_rate
     if duration is None:
-        return min(15.0, longest)
+        return min(dit.generation.duration or 15.0, longest)
     if not 0 < duration <= longest + 1e-6:
         raise UsageError(
-            f"duration is {duration} s; wanted more than 0 and at most the {longest:.2f} s the "
+            f"duration is {duration} s; expected more than 0 and at most the {longest:.2f} s the "
             "model was trained with (longer texts are split and joined)"
         )
     return duration
 
 
-# --- Reference ----------------------------------------------------------------------------------
-
-
-def speaker_latents(
-    dit: EchoDiT,
-    codec: DACVAE,
-    speaker: Speaker,
-    *,
-    max_seconds: float | None = None,
-    lufs: float | None = None,
-) -> Float[np.ndarray, "r c"]:
-    """Latents of a reference, as many whole patches as it has.
-
-    **Arguments**: `speaker` as in `synthesize`; `max_seconds` that are used of it, by default what
-    the model was trained with; `lufs` an integrated loudness to bring a recording to.
-
-    **Raises**: `EchoError` naming the recording if it is unreadable, too short, silent or clipped,
-    or latents of another width or with values that are not finite.
-    """
-    rate, hop = codec.config.sample_rate, codec.config.hop
-    trained = dit.config.max_speaker_frames / codec.config.frame_rate
-    max_seconds = trained if max_seconds is None else max_seconds
-    if lufs is not None and not -70 <= lufs <= 0:
-        raise UsageError(f"the reference's loudness is {lufs} LUFS; wanted -70 to 0")
-    longest = max(MAX_SPEAKER_SECONDS, trained)
-    if not 0 < max_seconds <= longest:
-        raise UsageError(f"{max_seconds} s of reference; wanted up to {longest:.0f} s")
-    max_frames = int(max_seconds * codec.config.frame_rate + 1e-6)
-    name = str(speaker) if isinstance(speaker, str | Path) else "the reference"
-    if isinstance(speaker, str | Path):
-        speaker = (
-            _load_latents(Path(speaker))
-            if Path(speaker).suffix == ".npy"
-            else load_reference(speaker, rate, max_seconds)
-        )
-    limit = max_frames * (hop if speaker.ndim == 1 else 1)
-    array = np.asarray(speaker[:limit], np.float32)
-    if not np.isfinite(array).all():
-        raise EchoError(f"{name} has values that are not finite")
-    if array.ndim == 1:
-        check_reference(array, rate, name)
-        audio = array if lufs is None else set_loudness(array, rate, lufs)
-        latents = encode_padded(codec, audio)
-    elif array.ndim == 2 and array.shape[1] == dit.config.latent_dim:
-        latents = array
-    else:
-        raise EchoError(
-            f"{name} has shape {array.shape}; wanted audio (samples,) or latents "
-            f"(frames, {dit.config.latent_dim})"
-        )
-    if len(latents) < dit.config.patch_size:
-        raise EchoError(f"{name} has {len(latents)} frames; wanted {dit.config.patch_size} or more")
-    return _whole_patches(latents, dit)
-
-
-def encode_padded(codec: DACVAE, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
-    """Mean latents of the whole frames in `audio`, with silence behind it up to a few lengths."""
-    hop = codec.config.hop
-    frames = len(audio) // hop
-    samples = -(-max(frames, 1) // CANVAS_CLASS) * CANVAS_CLASS * hop
-    padded = np.zeros(samples, np.float32)
-    padded[: frames * hop] = audio[: frames * hop]
-    mean, _ = codec.encode(padded)
-    return np.asarray(mean[:frames], np.float32)
-
-
-def _load_latents(path: Path) -> np.ndarray:
-    try:
-        # Mapped, so that a header that claims more than the file holds takes no memory.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise EchoError(f"{path} does not exist; wanted reference latents") from None
-    except Exception as error:  # a damaged header fails in many ways within NumPy
-        raise EchoError(f"{path} is no readable array ({type(error).__name__})") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
-        raise EchoError(f"{path} holds no latents; wanted floats of shape (frames, channels)")
-    return array
-
-
-def _whole_patches(latents: np.ndarray, dit: EchoDiT) -> np.ndarray:
-    patch = dit.config.patch_size
-    whole = latents[: len(latents) // patch * patch]
-    return whole if len(whole) else np.pad(latents, ((0, patch - len(latents)), (0, 0)))
+def _voices(
+    dit: EchoDiT, codec: DACVAE, utterances: Sequence[Utterance]
+) -> list[np.ndarray | None]:
+    """Reference latents of each utterance; a recording that several name is read once."""
+    read: dict[str, np.ndarray] = {}
+    voices: list[np.ndarray | None] = []
+    for utterance in utterances:
+        speaker = utterance.speaker
+        if isinstance(speaker, str | Path):
+            if str(speaker) not in read:
+                read[str(speaker)] = speaker_latents(dit, codec, speaker)
+            voices.append(read[str(speaker)])
+        elif speaker is None:
+            voices.append(None)
+        else:
+            # Who gives latents has chosen their length.
+            seconds = longest_reference(dit, codec) if speaker.ndim == 2 else None
+            voices.append(speaker_latents(dit, codec, speaker, max_seconds=seconds))
+    return voices
 
 
 # --- Ends ---------------------------------------------------------------------------------------
 
 
-def silence_latent(codec: DACVAE) -> Float[np.ndarray, " c"]:
-    """The latent of digital silence, from the middle of a stretch of it."""
-    frames = 32
-    mean, _ = codec.encode(np.zeros(frames * codec.config.hop, np.float32))
-    return np.asarray(mean[frames // 2], np.float32)
+def decode_in_silence(
+    codec: DACVAE,
+    latents: Float[np.ndarray, "t c"],
+    message: Sequence[int] | np.ndarray | None = None,
+    silence: Float[np.ndarray, " c"] | None = None,
+) -> Float[np.ndarray, " samples"]:
+    """`codec.decode` of `latents` as if silence stood before and behind them.
+
+    A codec pads with zeros, which are no silence to it: it would begin and end with a click.
+    """
+    silence = silence_latent(codec) if silence is None else silence
+    frames = decoder_margin(codec.config)
+    around = np.tile(silence, (frames, 1))
+    audio = codec.decode(np.concatenate([around, latents, around]), message)
+    return np.asarray(audio)[frames * codec.config.hop :][: len(latents) * codec.config.hop]
+
+
+def faded(audio: Float[np.ndarray, " samples"], sample_rate: int) -> np.ndarray:
+    """`audio` with a raised cosine of 5 ms at both ends, so that it begins and ends at zero."""
+    length = min(int(EDGE_SECONDS * sample_rate), len(audio) // 2)
+    ramp = np.sin(np.linspace(0, np.pi / 2, length, endpoint=False, dtype=np.float32)) ** 2
+    out = audio.copy()
+    out[:length] *= ramp
+    out[len(out) - length :] *= ramp[::-1]
+    return out
 
 
 def speech_end(latents: Float[np.ndarray, "t c"], silence: Float[np.ndarray, " c"]) -> int:
@@ -422,7 +408,7 @@ def _warn_of_full_canvases(rows: list[_Row], duration: float) -> None:
 def _voice_of(latents: np.ndarray, silence: np.ndarray, dit: EchoDiT) -> np.ndarray:
     """Of what was spoken, as a reference for other pieces."""
     end = speech_end(latents, silence) or len(latents)
-    return _whole_patches(latents[: min(end, dit.config.max_speaker_frames)], dit)
+    return whole_patches(latents[: min(end, dit.config.max_speaker_frames)], dit)
 
 
 def _blocks(num_frames: int, block_frames: int | None, patch_size: int) -> list[int]:

@@ -25,6 +25,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.prepare.sources import list_clips
 from echo_eqx.train.codec.standardise import standardise
 from echo_eqx.voice.espeak import MANIFEST, REFERENCE_TEXT, VOICES, speak
+from echo_eqx.voice.measure import generation_config, reference_files
 
 SCRIPTS = Path(__file__).parent
 STANDARD_CLIPS = 400
@@ -88,7 +89,7 @@ def main() -> None:
     )
     first, last = work / "dit_phrases", work / "dit_sentences"
     shards = prepare(phrases, work / "shards_phrases", codec, short)
-    train(shards, first, short, args.phrase_steps, args.batch_size)
+    train(shards, first, short, args.phrase_steps, args.batch_size, codec=decoder)
     shards = prepare(sentences, work / "shards_sentences", codec, sizes)
     train(
         shards,
@@ -96,6 +97,7 @@ def main() -> None:
         sizes,
         args.sentence_steps,
         args.batch_size,
+        codec=decoder,
         init_from=first,
         schedule="wsd",
         decay=0.4,
@@ -167,9 +169,16 @@ def pack(codec: Path, dit: Path, made: Path, output: Path, num_shards: int) -> N
     for folder in (references, shards):
         folder.mkdir(parents=True, exist_ok=True)
     echo_eqx.save(echo_eqx.load_codec(codec), weights / voice.CODEC.name, dtype="float16")
-    echo_eqx.save(echo_eqx.load_dit(dit), weights / voice.CHECKPOINT.name, dtype="float16")
     for one in VOICES:
         save_audio(references / f"{one.name}.flac", *speak(REFERENCE_TEXT, one))
+    file = weights / voice.CODEC.name
+    name = "voice" if file.resolve() == voice.CODEC.resolve() else str(file.resolve())
+    model = echo_eqx.load_dit(dit)
+    generation = generation_config(
+        model, echo_eqx.load_codec(file), reference_files(references), name
+    )
+    target = weights / voice.CHECKPOINT.name
+    echo_eqx.save(model, target, dtype="float16", generation=generation)
     names = [path.name for path in sorted(made.glob("*.tar"))][:num_shards]
     for name in [*names, "silence.safetensors", "codec.json"]:
         shutil.copy(made / name, shards / name)

@@ -4,15 +4,14 @@
     python scripts/infer.py --checkpoint MODEL --text "Hello." --speaker_ref voice.mp3
 
 Without --checkpoint the small voice in the package speaks. MODEL and the codec are a file, a
-folder, or a Hub id owner/name[@revision][:file]. Text longer than the canvas is split at
-ends of sentences, spoken piece by piece in one voice, and joined.
+folder, a Hub id owner/name[@revision][:file], or voice, the one in the package. Text longer than
+the canvas is split at ends of sentences, spoken piece by piece in one voice, and joined.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -25,35 +24,29 @@ import tyro
 
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import (
-    CompileClock,
-    StepBar,
-    flag_value,
-    note,
-    on_terminal,
-    parse,
-    run,
-    use_compilation_cache,
-)
+from echo_eqx.command import CompileClock, StepBar, note, on_terminal, parse, run
+from echo_eqx.compilation import use_compilation_cache
+from echo_eqx.config import DIT_PRESETS
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.text import check_text
 from echo_eqx.data.text_file import JSON_LINES, decode
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import expand, write_whole
+from echo_eqx.speaker import codec_problem, silence_latent
 from echo_eqx.speech import canvas_seconds, check_pair
 from echo_eqx.weights.checkpoint import MANIFEST
-from echo_eqx.weights.hub import find_weights
+from echo_eqx.weights.hub import SHIPPED, find_weights
 from echo_eqx.weights.own_format import array_dtype
 
-PUBLISHED_CODEC = "facebook/dacvae-watermarked"
+PUBLISHED_CODEC, PUBLISHED_WIDTH = "facebook/dacvae-watermarked", 128
 
 
 @dataclass(frozen=True)
 class Args:
-    checkpoint: str | None = None
-    """EchoDiT weights: our safetensors, a Flax pickle of the published trainer, or PyTorch
-    safetensors. A file, a folder, or a Hub id owner/name[@revision][:file]. By default the small
-    voice in the package."""
+    checkpoint: str = "voice"
+    """EchoDiT weights: our safetensors, a run of train.py, a Flax pickle of the published trainer,
+    or PyTorch safetensors. A file, a folder, a Hub id owner/name[@revision][:file], or voice, the
+    small one in the package."""
     text: str | None = None
     """What to say, in UTF-8."""
     text_file: Path | None = None
@@ -67,8 +60,8 @@ class Args:
     """Block-wise models only: generate the canvas in blocks of so many frames."""
     duration: float | None = None
     """Seconds of the canvas that each piece of text is spoken on. The model fills it with speech
-    and then silence; another canvas gives another reading. By default 15, or as many as the model
-    was trained with, if that is less."""
+    and then silence; another canvas gives another reading. By default what the model's file
+    recommends, or else 15, or as many as it was trained with, if that is less."""
     seed: int = 42
     """Of the noise, and of the watermark's message."""
     sampler: Annotated[echo_eqx.SamplerSettings, tyro.conf.arg(name="")] = field(
@@ -79,10 +72,11 @@ class Args:
     batch_size: int = 8
     """Pieces of text that are sampled at once."""
     codec: str | None = None
-    """DACVAE weights: weights.pth or our safetensors. A file, a folder, or a Hub id. By default
-    facebook/dacvae-watermarked; for the small voice its own."""
+    """DACVAE weights: weights.pth or our safetensors. A file, a folder, a Hub id, or voice. By
+    default the one that the checkpoint names, or else facebook/dacvae-watermarked."""
     watermark: bool = True
-    """Embed an inaudible message that says the audio was generated, where the codec can."""
+    """Embed an inaudible message that says the audio was generated. By default it is embedded if
+    the codec can."""
     message: str | None = None
     """The watermark's bits, such as 0110...; by default drawn from the seed."""
     trim: bool = True
@@ -94,13 +88,16 @@ class Args:
     """Write out numbers, dates, money, addresses and abbreviations, as they are read in English. On
     by default for the small voice in the package, which has read nothing else."""
     speaker_seconds: float | None = None
-    """Use so many seconds of the reference, up to 120. By default as many as in training."""
+    """Use so many seconds of speech of the reference, up to 120. By default as many as in
+    training."""
     speaker_lufs: float | None = None
-    """Bring the reference to this integrated loudness first, such as -16."""
+    """Bring the reference to this integrated loudness, such as -16. By default to what the
+    checkpoint names, or else -23."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the model: auto is bfloat16 on GPU and TPU, float32 on CPU."""
     json: bool = False
-    """Beside each result write a JSON file with all settings and the identity of the models."""
+    """Next to each result write a JSON file with all settings and the identity of the models. A
+    file of that name that this command did not write is never overwritten."""
 
 
 @dataclass(frozen=True)
@@ -114,27 +111,29 @@ class Job:
 
 
 def main() -> None:
-    args = parse(Args, __doc__, default=defaults(sys.argv[1:]))
+    args = parse(Args, __doc__)
     started = time.perf_counter()
     use_compilation_cache()
     clock = CompileClock()
     check_usage(args)
     jobs = jobs_of(args)
-    check_writable(jobs)
+    check_writable(jobs, args)
 
     dtype_name = args.dtype
     if dtype_name == "auto":
         dtype_name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    shipped = args.checkpoint is None
-    checkpoint = find_weights(voice.CHECKPOINT if args.checkpoint is None else args.checkpoint)
-    codec_file = find_weights(args.codec or (voice.CODEC if shipped else PUBLISHED_CODEC))
+    checkpoint = find_weights(args.checkpoint)
     if on_terminal():
-        note(f"loading {checkpoint.name} and {codec_file.name}")
+        note(f"loading {checkpoint.name}")
     dit = echo_eqx.load_dit(checkpoint, dtype=array_dtype(dtype_name))
+    codec_name, codec_file = find_codec(args, dit)
     codec = echo_eqx.load_codec(codec_file)
     check_pair(dit, codec)
+    args = with_defaults_of(dit, codec)
     duration = canvas_seconds(dit, codec, args.duration)
     message = message_bits(args, codec)
+    if problem := codec_problem(dit.generation, silence_latent(codec)):
+        note(f"warning: codec {codec_name}: {problem}")
 
     speakers: dict[Path | None, np.ndarray | None] = {None: None}
     for path in dict.fromkeys(job.speaker_ref for job in jobs):
@@ -143,11 +142,11 @@ def main() -> None:
                 dit, codec, path, max_seconds=args.speaker_seconds, lufs=args.speaker_lufs
             )
             speakers[path] = latents
-            print(f"voice of {path}: {len(latents) / codec.config.frame_rate:.2f} s of it")
+            print(reference_line(path, latents, dit, codec))
     identities = {}
     if args.json:
         identities["checkpoint"] = identity(checkpoint, args.checkpoint, dit)
-        identities["codec"] = identity(codec_file, args.codec, codec)
+        identities["codec"] = identity(codec_file, codec_name, codec)
     rate, seconds = codec.config.sample_rate, 0.0
     for start in range(0, len(jobs), args.batch_size):  # what is spoken is also written
         batch = jobs[start : start + args.batch_size]
@@ -173,8 +172,7 @@ def main() -> None:
                 settings = effective_settings(args, job, dtype_name, message) | identities
                 settings |= {"duration": duration, "sample_rate": rate}
                 settings["seconds"] = len(audio) / rate
-                if (latents := speakers[job.speaker_ref]) is not None:
-                    settings["speaker_seconds"] = len(latents) / codec.config.frame_rate
+                settings |= reference_settings(job, args, speakers[job.speaker_ref], dit, codec)
                 write_json(job.output.with_suffix(".json"), settings)
             print(f"{job.output}: {len(audio) / rate:.2f} s")
             seconds += len(audio) / rate
@@ -186,15 +184,77 @@ def main() -> None:
         f"{seconds:.2f} s of audio in {wall:.2f} s: compiling {clock.seconds:.2f} s, running "
         f"{running:.2f} s, real-time factor {running / seconds:.2f}"
     )
-    if shipped and args.speaker_ref is None:
+    if args.checkpoint in SHIPPED and args.speaker_ref is None:
         print(f"next: choose a voice with --speaker_ref {voice.REFERENCES / 'ben.flac'}")
 
 
-def defaults(arguments: list[str]) -> Args:
-    """The small voice has sampler settings of its own, and has read English words alone."""
-    if flag_value(arguments, "checkpoint") is not None:
-        return Args()
-    return Args(sampler=voice.SETTINGS, expand_text=True)
+def find_codec(args: Args, dit: echo_eqx.EchoDiT) -> tuple[str, Path]:
+    """The codec to decode with, as it was named, and its file.
+
+    **Raises**: `EchoError` if the checkpoint names none that can be had.
+    """
+    if args.codec is not None:
+        return args.codec, find_weights(args.codec, "codec")
+    width, named = dit.config.latent_dim, dit.generation.codec
+    if named is None and width != PUBLISHED_WIDTH:
+        known = ", such as voice" if width == DIT_PRESETS["voice"].latent_dim else ""
+        raise EchoError(
+            f"checkpoint {args.checkpoint} names no codec, and its latents have {width} channels; "
+            f"give --codec with the codec it was trained on{known}"
+        )
+    codec = named or PUBLISHED_CODEC
+    try:
+        return codec, find_weights(codec, "codec")
+    except EchoError as error:
+        whose = "the checkpoint names" if named else "the published models use"
+        raise EchoError(f"the codec that {whose}: {error}; or give --codec FILE") from None
+
+
+def with_defaults_of(dit: echo_eqx.EchoDiT, codec: echo_eqx.DACVAE) -> Args:
+    """The flags once more: where one was not given, the models say what it is."""
+    can_mark = codec.watermark is not None
+    recommended = dit.generation
+    base = Args(
+        sampler=recommended.sampler, watermark=can_mark, expand_text=recommended.expand_text
+    )
+    return parse(Args, __doc__, default=base)
+
+
+def reference_line(
+    path: Path, latents: np.ndarray, dit: echo_eqx.EchoDiT, codec: echo_eqx.DACVAE
+) -> str:
+    """What is known of a reference, for the person at the command."""
+    used = f"reference {path}: {len(latents) / codec.config.frame_rate:.2f} s of speech"
+    nearest = echo_eqx.nearest_voice(dit, latents)
+    if nearest is None:
+        return used
+    name, distance = nearest
+    if distance <= 1:
+        return f"{used}, which sounds like {name} (distance {distance:.2f})"
+    names = ", ".join(voice.name for voice in dit.generation.voices)
+    return (
+        f"{used}, like none of the voices this model knows ({names}); expect speech like the "
+        f"nearest, {name} (distance {distance:.2f}; a known voice stays below 1)"
+    )
+
+
+def reference_settings(
+    job: Job,
+    args: Args,
+    latents: np.ndarray | None,
+    dit: echo_eqx.EchoDiT,
+    codec: echo_eqx.DACVAE,
+) -> dict[str, Any]:
+    """What was made of the reference."""
+    if latents is None or job.speaker_ref is None:
+        return {"speaker_seconds": None, "speaker_lufs": None, "nearest_voice": None}
+    level = dit.generation.reference_lufs if args.speaker_lufs is None else args.speaker_lufs
+    nearest = echo_eqx.nearest_voice(dit, latents)
+    return {
+        "speaker_seconds": len(latents) / codec.config.frame_rate,
+        "speaker_lufs": None if job.speaker_ref.suffix == ".npy" else level,
+        "nearest_voice": nearest and {"name": nearest[0], "distance": nearest[1]},
+    }
 
 
 def check_usage(args: Args) -> None:
@@ -307,11 +367,25 @@ def numbered(path: Path, label: str) -> Path:
     return path.with_stem(f"{path.stem}_{label}") if label else path
 
 
-def check_writable(jobs: list[Job]) -> None:
+def check_writable(jobs: list[Job], args: Args) -> None:
+    """Refuse, before anything is loaded, what cannot be written or is not ours to replace."""
     for output in (job.output for job in jobs):
         try:
             if output.is_dir():
-                raise EchoError(f"output {output} is a folder; wanted a file")
+                raise EchoError(f"output {output} is a folder; expected a file")
+            for given in {job.speaker_ref for job in jobs}:
+                if given is not None and given.exists() and output.exists():
+                    if given.samefile(output):
+                        raise EchoError(
+                            f"output {output} would replace the reference {given}; give another "
+                            "--output"
+                        )
+            described = output.with_suffix(".json")
+            if args.json and not is_replaceable(described):
+                raise EchoError(
+                    f"{described} was not written by this command, so --json does not replace it; "
+                    "give another --output or move the file"
+                )
             with tempfile.NamedTemporaryFile(prefix=f".{output.name}.", dir=output.parent):
                 pass
         except (OSError, ValueError) as error:
@@ -319,11 +393,29 @@ def check_writable(jobs: list[Job]) -> None:
             raise EchoError(f"output {str(output)!r} cannot be written: {reason}") from None
 
 
+def is_replaceable(path: Path) -> bool:
+    """Whether nothing is at `path`, or a description of a result that --json wrote."""
+    if not path.is_file():
+        return not (path.exists() or path.is_symlink())
+    if path.stat().st_size > 1_000_000:
+        return False
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    version = found.get("version") if isinstance(found, dict) else None
+    expected = {"text", "output", "checkpoint", "codec"}
+    return isinstance(version, dict) and "echo_eqx" in version and expected <= found.keys()
+
+
 def message_bits(args: Args, codec: echo_eqx.DACVAE) -> list[int] | None:
-    if not args.watermark or (codec.watermark is None and args.message is None):
+    if not args.watermark and args.message is None:
         return None
     if codec.watermark is None:
-        raise UsageError("--message needs a codec with a watermark path, and this one has none")
+        flag = "--watermark" if args.message is None else "--message"
+        raise UsageError(
+            f"{flag}: expected a codec with a watermark path, got one without; leave {flag} out"
+        )
     num_bits = codec.watermark.num_bits
     if args.message is None:
         return np.random.default_rng(args.seed).integers(0, 2, num_bits).tolist()
@@ -342,20 +434,19 @@ def effective_settings(
     settings |= {"text": job.text, "output": str(job.output), "seed": job.seed, "dtype": dtype}
     settings["start_t"] = args.sampler.first_time
     settings["speaker_ref"] = None if job.speaker_ref is None else str(job.speaker_ref)
+    settings["watermark"] = message is not None
     settings["message"] = None if message is None else "".join(map(str, message))
     settings["version"] = {"echo_eqx": echo_eqx.__version__, "jax": jax.__version__}
     settings["device"] = jax.devices()[0].device_kind
     return settings
 
 
-def identity(
-    path: Path, source: str | None, model: echo_eqx.EchoDiT | echo_eqx.DACVAE
-) -> dict[str, Any]:
+def identity(path: Path, source: str, model: echo_eqx.EchoDiT | echo_eqx.DACVAE) -> dict[str, Any]:
     # The manifest of a training checkpoint lists the checksums of all its parts.
     with (path / MANIFEST if path.is_dir() else path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "source": source or "the package",
+        "source": source,
         "file": str(path.resolve()),
         "sha256": digest,
         "parameters": echo_eqx.num_parameters(model),

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 import echo_eqx
-from echo_eqx.command import StepBar, parse, run, use_compilation_cache
+from echo_eqx.command import StepBar, parse, run
+from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.config import DIT_PRESETS, DiTConfig, presets_of_width
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.fetch import ShardCache

@@ -19,7 +19,8 @@ import tyro
 
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import note, parse, run, use_compilation_cache
+from echo_eqx.command import note, parse, run
+from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import UsageError
 from echo_eqx.voice.grammar import Kind

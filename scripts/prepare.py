@@ -19,7 +19,8 @@ import jax
 from tqdm import tqdm
 
 import echo_eqx
-from echo_eqx.command import note, on_terminal, parse, run, use_compilation_cache
+from echo_eqx.command import note, on_terminal, parse, run
+from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import remove_leftovers

@@ -149,3 +149,20 @@ def test_gradients_are_finite_when_everything_is_dropped(golden_dit, dit_cases):
 
     gradients = eqx.filter_jit(eqx.filter_grad(loss))(golden_dit)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_wrong_shapes_are_named_in_one_sentence(golden_dit, dit_cases):
+    x, t, ids, seen, speaker, heard = (value[0] for value in inputs_of(dit_cases))
+    for arguments, message in (
+        ((x[:, :5], t, ids, seen, speaker, heard), r"x: expected latents \(t, 128\), got"),
+        ((x[None], t, ids, seen, speaker, heard), r"x: expected latents .* jax\.vmap"),
+        ((x, jnp.ones(2), ids, seen, speaker, heard), "t: expected a single time"),
+        ((x, t, ids[None], seen, speaker, heard), "text_ids: expected whole numbers"),
+        ((x, t, ids.astype(jnp.float32), seen, speaker, heard), "text_ids: expected whole"),
+        ((x, t, ids, seen[:-1], speaker, heard), "text_mask: expected booleans"),
+        ((x, t, ids, seen, speaker[:, :5], heard), r"speaker_latents: expected latents \(t, 128"),
+        ((x, t, ids, seen, speaker[:-1], heard[:-1]), "a multiple of 4 frames"),
+        ((x, t, ids, seen, speaker, heard.astype(jnp.int32)), "speaker_mask: expected booleans"),
+    ):
+        with pytest.raises(echo_eqx.EchoError, match=message):
+            golden_dit(*arguments)

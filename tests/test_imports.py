@@ -11,11 +11,12 @@ import echo_eqx
 
 PACKAGE = Path(echo_eqx.__file__).parent
 ROOMS = [
-    {"errors", "files", "config", "trees"},
+    {"errors", "files", "config", "trees", "generation", "compilation"},
     {"layers"},
     {"model", "codec", "data", "sharding"},
     {"flow"},
-    {"weights", "speech"},
+    {"weights", "speaker"},
+    {"speech"},
     {"command"},
     {"prepare", "voice"},
     {"train"},
@@ -23,7 +24,7 @@ ROOMS = [
     {"__init__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
-ORDER_ON_THE_GROUND = ["errors", "files", "config", "trees"]
+ORDER_ON_THE_GROUND = ["errors", "files", "config", "trees", "generation", "compilation"]
 
 
 def imported(path: Path) -> set[str]:
@@ -53,7 +54,7 @@ def test_imports_point_one_way(path):
 
 def test_every_package_has_a_floor():
     rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name[0] != "."}
-    assert rooms - {"__pycache__"} == set(FLOOR)
+    assert rooms - {"__pycache__", "py.typed"} == set(FLOOR)
 
 
 def test_import_brings_no_other_framework_and_touches_no_device():

@@ -219,8 +219,6 @@ def test_bad_input_ends_in_one_sentence_and_a_code(place, tmp_path, name):
     args = [models(place) if arg == "@" else [arg] for arg in args]
     args = [arg for group in args for arg in group]
     args = [str(files[arg[1:-1]]) if str(arg)[:1] == "{" else arg for arg in args]
-    if "--codec" not in map(str, args):
-        args += ["--codec", place / "codec"]
     work = tmp_path / "work"
     work.mkdir()
     done = infer(place, *args, cwd=work)

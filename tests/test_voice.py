@@ -46,8 +46,8 @@ def home(tmp_path_factory):
 def test_everything_that_ships_is_small_and_whole():
     files = [path for path in Path(voice.__file__).parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20e6
-    assert echo_eqx.load_codec(voice.CODEC).config == CODEC_PRESETS["24khz"]
-    assert echo_eqx.load_dit(voice.CHECKPOINT).config == DIT_PRESETS["voice"]
+    assert echo_eqx.load_codec("voice").config == CODEC_PRESETS["24khz"]
+    assert echo_eqx.load_dit("voice").config == DIT_PRESETS["voice"]
     assert len(reference_files(voice.REFERENCES)) == 4
 
 
@@ -75,6 +75,13 @@ def test_training_on_the_shards_in_the_package_lowers_the_loss_and_speaks(home):
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").open()]
     losses = [line["loss"] for line in lines]
     assert len(losses) == 30 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
-    checkpoint = ["--checkpoint", "run", "--codec", str(voice.CODEC), "--steps", "4"]
+    # The run knows its codec and settings, and so does its export.
+    checkpoint = ["--checkpoint", "run", "--steps", "4", "--json"]
     run(home, "infer.py", "--text", "Hello.", "--output", "early.wav", *checkpoint)
+    described = json.loads((home / "early.json").read_text())
+    assert described["steps"] == 4 and described["cfg_scale"] == voice.SETTINGS.cfg_scale
+    assert described["codec"]["source"] == "voice"
+    exported = echo_eqx.load_dit(home / "run" / "checkpoints" / "step_000000030.safetensors")
+    assert exported.generation == echo_eqx.load_dit(home / "run").generation
+    assert exported.generation.sampler == voice.SETTINGS
     assert (home / "early.wav").stat().st_size > 1000

@@ -95,7 +95,7 @@ class DACVAE(eqx.Module):
         state = None if watermark is None else _initial_state(watermark)
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
         hop, frames = self.config.hop, latents.shape[0]
-        margin = _ceil_div(_decoder_reach(self.config), hop)
+        margin = decoder_margin(self.config)
         out = []
         for start, stop, crop in _pieces(frames, margin):
             audio = _decode(self, latents[start:stop])[crop.start * hop : crop.stop * hop]
@@ -172,6 +172,11 @@ _UNIT_REACH = 3 * sum(DILATIONS)
 def encoder_margin(config: CodecConfig) -> int:
     """Frames beyond which audio has no influence on a latent."""
     return _ceil_div(_encoder_reach(config), config.hop)
+
+
+def decoder_margin(config: CodecConfig) -> int:
+    """Frames beyond which a latent has no influence on the audio."""
+    return _ceil_div(_decoder_reach(config), config.hop)
 
 
 def _encoder_reach(config: CodecConfig) -> int:

@@ -28,11 +28,9 @@ FFMPEG_SUFFIXES = (
 )
 AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
 SILENT_PEAK = 1e-3
-CLIPPED_SHARE = 0.01
-MIN_SECONDS = 0.5
 _LEAST_SOUND = 0.05
 """Seconds of sound that speech has at least."""
-_EMPTY_CHANNEL = 0.01
+_EMPTY_CHANNEL = 0.1
 """A channel below this part of the loudest one's level does not count."""
 _CANCELLED = 0.3
 """A mean below this part of the loudest channel's level has lost it."""
@@ -85,17 +83,6 @@ def audio_seconds(source: AudioSource, name: str) -> float:
     return seconds_of(source, name)
 
 
-def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np.ndarray:
-    """`load_audio` for a recording of a voice.
-
-    **Raises**: `EchoError` also if it is too short, silent or clipped.
-    """
-    audio, rate = _decode(Path(path), str(path), sample_rate, 0.0, max_seconds)
-    # As decoded: resampling smooths the edges of what is clipped.
-    check_reference(audio, rate, str(path))
-    return _mono(audio, rate, sample_rate)
-
-
 def mix_down(audio: np.ndarray) -> np.ndarray:
     """(samples,): the mean of the channels of (samples, channels) that are not empty.
 
@@ -129,36 +116,6 @@ def _mono(audio: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     audio = mix_down(audio)
     audio = audio / max(1.0, float(np.abs(audio).max()))
     return soxr.resample(audio, rate, sample_rate).astype(np.float32)
-
-
-def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
-    """Refuse a recording, (samples,) or (samples, channels), that cannot show a voice.
-
-    **Raises**: `EchoError` naming it if it is too short, silent or clipped.
-    """
-    seconds = len(audio) / sample_rate
-    if seconds < MIN_SECONDS:
-        raise EchoError(f"{name} has {seconds:.2f} s; wanted at least {MIN_SECONDS} s of speech")
-    peak = float(np.abs(audio).max())
-    if peak < SILENT_PEAK:
-        raise EchoError(f"{name} is silent (peak {peak:.1e} of full scale); wanted speech")
-    # A lossy decoder rings around the level at which sound was cut: not only the peak counts.
-    clipped = float(np.mean(np.abs(audio) >= 0.98 * min(max(peak, 0.9), 1.0)))
-    if clipped > CLIPPED_SHARE:
-        raise EchoError(
-            f"{name} is clipped ({clipped:.0%} of its samples at full scale); wanted clean speech"
-        )
-
-
-def set_loudness(audio: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
-    """`audio` at an integrated loudness (ITU-R BS.1770), less if its peak would pass full scale."""
-    import pyloudnorm  # takes a second to import, and few commands need it
-
-    loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(audio)
-    if not np.isfinite(loudness):
-        return audio
-    gain = 10 ** ((lufs - loudness) / 20)
-    return (audio * min(gain, 1 / float(np.abs(audio).max()))).astype(np.float32)
 
 
 def save_audio(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:

@@ -7,8 +7,6 @@ end are masked, so that few lengths are ever compiled.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import equinox as eqx
 import jax
@@ -19,80 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from echo_eqx.errors import UsageError
 from echo_eqx.flow.guidance import guidance_update, rescale_score
+from echo_eqx.generation import Guidance, SamplerSettings
 from echo_eqx.model.dit import Context, EchoDiT, Prefix
 
 CANVAS_CLASS = 128
-Guidance = Literal["independent", "joint", "alternating"]
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """Everything about the way from noise to latents except the seed and the canvas."""
-
-    steps: int = 32
-    """Euler steps."""
-    guidance: Guidance = "independent"
-    """`independent`: text and reference each with its own branch and scale. `joint`: one branch
-    without both, one scale (cfg_scale). `alternating`: text on even steps, reference on odd."""
-    cfg_scale: float = 3.0
-    """Scale of the text guidance, or of the joint guidance."""
-    speaker_scale: float = 5.0
-    """Scale of the reference guidance."""
-    cfg_min_t: float = 0.5
-    """Guide only at times from here ..."""
-    cfg_max_t: float = 1.0
-    """... to here."""
-    apg_eta: float = 1.0
-    """Adaptive projected guidance: share kept of the part that only lengthens the velocity."""
-    noise_scale: float = 1.0
-    """Factor on the initial noise; 0.8 to 0.9 makes the voice steadier."""
-    start_t: float | None = None
-    """First time; by default 1, or 0.999 with score rescaling, which needs t < 1."""
-    rescale_k: float = 1.0
-    """Temporal score rescaling: 1 is off, 1.2 is usual."""
-    rescale_sigma: float = 3.0
-    """Temporal score rescaling: below which noise level it sets in."""
-    speaker_kv_scale: float = 1.0
-    """Factor on the reference's keys and values, 1.1 to 1.5 to hold a voice ..."""
-    speaker_kv_min_t: float = 0.9
-    """... at times from here to 1 ..."""
-    speaker_kv_layers: int | None = None
-    """... in the first so many layers; all by default."""
-
-    @property
-    def first_time(self) -> float:
-        """`start_t`, or what stands for None."""
-        if self.start_t is not None:
-            return self.start_t
-        return 1.0 if self.rescale_k == 1 else 0.999
-
-    def check(self) -> None:
-        """Raises `UsageError` naming the first setting that is out of its range."""
-        ranges: dict[str, tuple[float, float]] = {
-            "steps": (1, 10_000),
-            "cfg_scale": (0, 100),
-            "speaker_scale": (0, 100),
-            "cfg_min_t": (0, 1),
-            "cfg_max_t": (0, 1),
-            "apg_eta": (-10, 10),
-            "noise_scale": (0, 10),
-            "start_t": (1e-3, 1),
-            "rescale_k": (1e-3, 100),
-            "rescale_sigma": (0, 100),
-            "speaker_kv_scale": (0, 100),
-            "speaker_kv_min_t": (0, 1),
-            "speaker_kv_layers": (0, 10_000),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UsageError(f"{name} is {value}; wanted {low} to {high}")
-        if self.guidance not in ("independent", "joint", "alternating"):
-            raise UsageError(
-                f"guidance is {self.guidance!r}; wanted independent, joint or alternating"
-            )
 
 
 class _Knobs(eqx.Module):

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from echo_eqx.config import DiTConfig
+from echo_eqx.errors import EchoError
+from echo_eqx.generation import GenerationConfig
 from echo_eqx.layers.adaln import TimeConditioner
 from echo_eqx.layers.linear import Linear
 from echo_eqx.layers.norm import RMSNorm
@@ -56,9 +58,16 @@ class EchoDiT(eqx.Module):
     out_norm: RMSNorm
     out_proj: Linear
     config: DiTConfig = eqx.field(static=True)
+    generation: GenerationConfig = eqx.field(static=True, default=GenerationConfig())
 
     @classmethod
-    def init(cls, config: DiTConfig, *, key: PRNGKeyArray) -> "EchoDiT":
+    def init(
+        cls,
+        config: DiTConfig,
+        generation: GenerationConfig = GenerationConfig(),  # noqa: B008 (it is frozen)
+        *,
+        key: PRNGKeyArray,
+    ) -> "EchoDiT":
         """Fresh weights: `out_proj` and the AdaLN up-projections zero, the rest normal of 0.02."""
         keys = jr.split(key, 7)
         dim, eps = config.model_dim, config.norm_eps
@@ -77,6 +86,7 @@ class EchoDiT(eqx.Module):
             out_norm=RMSNorm.init(dim, eps),
             out_proj=Linear.init(dim, config.latent_dim, bias=True, zero=True, key=keys[6]),
             config=config,
+            generation=generation,
         )
 
     @property
@@ -86,18 +96,22 @@ class EchoDiT(eqx.Module):
 
     def __call__(
         self,
-        x: Float[Array | np.ndarray, "t {self.config.latent_dim}"],
-        t: Float[Array | np.ndarray, ""] | float,
-        text_ids: Int[Array | np.ndarray, " s"],
-        text_mask: Bool[Array | np.ndarray, " s"],
-        speaker_latents: Float[Array | np.ndarray, "r {self.config.latent_dim}"],
-        speaker_mask: Bool[Array | np.ndarray, " r"],
+        x: Shaped[Array | np.ndarray, "..."],
+        t: Shaped[Array | np.ndarray, "..."] | float,
+        text_ids: Shaped[Array | np.ndarray, "..."],
+        text_mask: Shaped[Array | np.ndarray, "..."],
+        speaker_latents: Shaped[Array | np.ndarray, "..."],
+        speaker_mask: Shaped[Array | np.ndarray, "..."],
     ) -> Float[Array, "t {self.config.latent_dim}"]:
-        """Velocity at `x` and time `t` (0 = data, 1 = noise), float32, for one example.
+        """Velocity at `x` (t, c) and time `t` (0 = data, 1 = noise), float32, for one example.
 
-        `text_ids` are UTF-8 bytes behind a leading 0; where a mask is false the text or reference
-        is not seen. `r` is a multiple of the config's `patch_size`.
+        `text_ids` (s,) are UTF-8 bytes behind a leading 0, and `speaker_latents` are (r, c), with
+        `r` a multiple of the config's `patch_size`; where `text_mask` (s,) or `speaker_mask` (r,)
+        is false the text or reference is not seen.
+
+        **Raises**: `EchoError` naming an argument of another shape or type.
         """
+        self._check(x, t, text_ids, text_mask, speaker_latents, speaker_mask)
         noisy, time, latents = (jnp.asarray(a, jnp.float32) for a in (x, t, speaker_latents))
         text, text_seen = self._text_state(jnp.asarray(text_ids), jnp.asarray(text_mask))
         speaker, speaker_seen = self._speaker_state(latents, jnp.asarray(speaker_mask))
@@ -109,6 +123,37 @@ class EchoDiT(eqx.Module):
             ]
 
         return self._decode(noisy, time, sources, None, jnp.ones(x.shape[0], bool), None)
+
+    def _check(self, x, t, text_ids, text_mask, speaker_latents, speaker_mask) -> None:
+        width, patch = self.config.latent_dim, self.config.patch_size
+        hint = "(one example; jax.vmap makes batches)"
+        for name, latents in (("x", x), ("speaker_latents", speaker_latents)):
+            shape = jnp.shape(latents)
+            if len(shape) != 2 or shape[0] == 0 or shape[1] != width:
+                raise EchoError(f"{name}: expected latents (t, {width}), got {shape} {hint}")
+        if jnp.shape(t) != ():
+            raise EchoError(f"t: expected a single time, got shape {jnp.shape(t)} {hint}")
+        frames = speaker_latents.shape[0]
+        if frames % patch:
+            raise EchoError(
+                f"speaker_latents: expected a multiple of {patch} frames, got {frames}; cut or pad "
+                "them, and mask what is padded"
+            )
+        if text_ids.ndim != 1 or not jnp.issubdtype(text_ids.dtype, jnp.integer):
+            raise EchoError(
+                f"text_ids: expected whole numbers (s,), got {text_ids.dtype} of shape "
+                f"{text_ids.shape} {hint}"
+            )
+        pairs = {
+            "text_mask": (text_mask, text_ids),
+            "speaker_mask": (speaker_mask, speaker_latents),
+        }
+        for name, (mask, masked) in pairs.items():
+            if mask.shape != masked.shape[:1] or mask.dtype != bool:
+                raise EchoError(
+                    f"{name}: expected booleans {masked.shape[:1]}, got {mask.dtype} of shape "
+                    f"{mask.shape}"
+                )
 
     def context(
         self,

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from echo_eqx.codec.dacvae import DACVAE, encoder_margin
-from echo_eqx.data.audio import set_loudness
+from echo_eqx.data.reference import set_loudness
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.sources import Clip
 from echo_eqx.trees import named_leaves

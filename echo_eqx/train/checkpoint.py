@@ -30,12 +30,13 @@ from echo_eqx.weights.checkpoint import (
     VERSION,
     Box,
     TrainingCheckpoint,
+    checkpoint_generation,
     find_checkpoints,
     manifest_checksum,
     piece_name,
     step_folder,
 )
-from echo_eqx.weights.own_format import FORMAT
+from echo_eqx.weights.own_format import FORMAT, generation_metadata
 from echo_eqx.weights.stream_file import Tensor, write_safetensors
 
 _PATIENCE = 1800.0
@@ -242,7 +243,7 @@ def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
         "kind": checkpoint.model_kind,
         "config": config,
         "step": str(checkpoint.step),
-    }
+    } | generation_metadata(checkpoint_generation(checkpoint))
     write_whole(file, lambda path: write_safetensors(path, tensors, metadata))
 
 

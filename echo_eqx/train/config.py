@@ -10,6 +10,7 @@ import tyro
 from echo_eqx import voice
 from echo_eqx.config import DIT_PRESETS, DiTConfig
 from echo_eqx.errors import UsageError
+from echo_eqx.generation import REFERENCE_LUFS, SamplerSettings
 from echo_eqx.train.settings import (
     OptimizerConfig,
     RunConfig,
@@ -73,7 +74,15 @@ class TrainConfig(RunConfig):
     sample_count: int = 4
     """Texts that are spoken."""
     codec: str | None = None
-    """DACVAE weights for the samples: a file, a folder or a Hub id."""
+    """DACVAE weights that the shards were made with: a file, a folder, a Hub id, or voice. It
+    decodes the samples, and infer.py takes it for this run's weights."""
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    """How the samples are spoken, and what infer.py does with this run's weights by default."""
+    expand_text: bool = False
+    """Whether infer.py writes out numbers, dates, money and abbreviations in English with this
+    run's weights by default."""
+    reference_lufs: float = REFERENCE_LUFS
+    """Loudness of the references in the data (prepare.py --lufs): others are brought to it."""
     lanes: int | None = None
     """Parts that the shards are dealt to, read side by side; each belongs to one host. By default
     up to 64, as batch and shards allow."""
@@ -113,6 +122,9 @@ class TrainConfig(RunConfig):
         if not -10 <= objective.time_mean <= 10:
             raise UsageError(f"time_mean is {objective.time_mean}; wanted -10 to 10")
         check_positive(cache_gb=self.cache_gb)
+        self.sampler.check()
+        if not -70 <= self.reference_lufs <= 0:
+            raise UsageError(f"reference_lufs is {self.reference_lufs}; expected -70 to 0")
         if self.sample_every and self.codec is None:
             raise UsageError("--sample_every needs --codec")
 
@@ -146,6 +158,9 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         keep_every=0,
         eval_every=100,
         sample_every=100,
-        codec=str(voice.CODEC),
+        codec="voice",
+        sampler=voice.SETTINGS,
+        expand_text=True,
+        reference_lufs=voice.REFERENCE_LUFS,
     ),
 }

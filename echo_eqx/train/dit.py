@@ -1,6 +1,7 @@
 """A training run of EchoDiT, from its settings to the loop."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.random as jr
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from echo_eqx.command import note
 from echo_eqx.data import stream
 from echo_eqx.flow.noising import Batch
+from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.hosts import PeerWatch
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
@@ -25,6 +27,7 @@ from echo_eqx.train.loop import Run, compile_step, run_folder, run_steps, take_o
 from echo_eqx.train.samples import Samples
 from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
+from echo_eqx.weights.hub import SHIPPED
 
 
 def train(config: TrainConfig, watch: PeerWatch) -> int:
@@ -44,6 +47,7 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
     held_out = TrainData(config.eval_data, config, sizes, mesh) if config.eval_data else None
     digest = data.listing.digest()
     both = digest + (held_out.listing.digest() if held_out else "")
+    generation = _generation(config, data)
     with run_folder(config, both) as (folder, mark, checkpoint):
         facts = {"revision": data.listing.revision, "digest": digest}
         if checkpoint is not None:
@@ -53,7 +57,7 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
         compiled = compile_step(lambda: lower_step(config, mesh))
         broken_log = config.run_dir / f"broken-{jax.process_index()}.jsonl"
         batches = data.stream(config.batch_size, cursor=cursor, broken_log=broken_log)
-        eval_batches, samples = _held_out(config, held_out or data, mesh)
+        eval_batches, samples = _held_out(config, held_out or data, generation, mesh)
         figures = make_evaluate(mesh, config.objective)
 
         def weights(state: TrainState) -> EchoDiT:
@@ -63,6 +67,7 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
             config=config,
             mesh=mesh,
             sizes=sizes,
+            generation=generation,
             data=facts,
             state=state,
             samples_seen=samples_seen,
@@ -88,7 +93,24 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     return step.lower(state, batch, key)
 
 
-def _held_out(config: TrainConfig, data: TrainData, mesh: Mesh) -> tuple[list, Samples | None]:
+def _generation(config: TrainConfig, data: TrainData) -> GenerationConfig:
+    """What the weights of this run say about how to speak with them."""
+    codec = config.codec
+    if codec is not None and codec not in SHIPPED and (path := Path(codec).expanduser()).exists():
+        codec = str(path.resolve())  # the weights may be used from another folder
+    middle = data.silence[len(data.silence) // 2].tolist()
+    return GenerationConfig(
+        sampler=config.sampler,
+        expand_text=config.expand_text,
+        reference_lufs=config.reference_lufs,
+        codec=codec,
+        codec_silence=None if config.silence == "zeros" else tuple(middle),
+    )
+
+
+def _held_out(
+    config: TrainConfig, data: TrainData, generation: GenerationConfig, mesh: Mesh
+) -> tuple[list, Samples | None]:
     """Batches to evaluate on, and the speaker of samples, as far as they are asked for."""
     samples, batches = None, []
     if config.sample_every:
@@ -102,6 +124,7 @@ def _held_out(config: TrainConfig, data: TrainData, mesh: Mesh) -> tuple[list, S
             config.codec,
             mesh,
             config.objective.dtype,
+            generation,
             writes=jax.process_index() == 0,
         )
     if config.eval_data:

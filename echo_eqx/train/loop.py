@@ -21,6 +21,7 @@ from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.config import to_json as sizes_to_json
 from echo_eqx.data.record_log import describe
 from echo_eqx.errors import EchoError
+from echo_eqx.generation import GenerationConfig, generation_to_json
 from echo_eqx.sharding.hosts import EXIT_PREEMPTED, PeerWatch, check_agreement, code_digest
 from echo_eqx.sharding.mesh import replicated
 from echo_eqx.train.batches import Feeder
@@ -55,6 +56,8 @@ class Run:
     """Figures of the held-out data for a state."""
     speak: Callable[[Any, int], None] | None
     """Writes samples of a state and step."""
+    generation: GenerationConfig | None = None
+    """How to speak with the weights of an EchoDiT."""
 
 
 @contextlib.contextmanager
@@ -137,6 +140,8 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
             "key": jr.key_data(jr.key(config.seed + 1)).tolist(),
             "data": run.data,
         }
+        if run.generation is not None:
+            manifest["generation"] = generation_to_json(run.generation)
         writer.save(state, manifest, cursor)
 
     def tell_first() -> None:

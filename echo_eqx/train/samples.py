@@ -8,12 +8,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.command import note
 from echo_eqx.data.audio import save_audio
 from echo_eqx.data.stream import Batch
 from echo_eqx.errors import EchoError
-from echo_eqx.flow.sampler import SamplerSettings, sample
+from echo_eqx.flow.sampler import sample
+from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import replicated
+from echo_eqx.speaker import codec_problem, silence_latent
+from echo_eqx.speech import decode_in_silence, faded
 from echo_eqx.trees import cast
 from echo_eqx.weights.load import load_codec
 
@@ -22,16 +26,26 @@ class Samples:
     """Speaks the rows of `batch` with the same noise every time. Process 0 decodes and writes."""
 
     def __init__(
-        self, run_dir: Path, batch: Batch, codec: str, mesh: Mesh, dtype: str, writes: bool
+        self,
+        run_dir: Path,
+        batch: Batch,
+        codec: str,
+        mesh: Mesh,
+        dtype: str,
+        generation: GenerationConfig,
+        writes: bool,
     ):
         self._folder = run_dir / "samples"
         self._batch = batch
-        self._codec: DACVAE | None = load_codec(codec) if writes else None
-        width = batch.latents.shape[-1]
-        if self._codec is not None and self._codec.config.latent_dim != width:
-            raise EchoError(
-                f"codec {codec} has {self._codec.config.latent_dim} channels; the data has {width}"
-            )
+        self._codec: DACVAE | None = None
+        if writes:
+            self._codec = load_codec(codec)
+            width, channels = batch.latents.shape[-1], self._codec.config.latent_dim
+            if channels != width:
+                raise EchoError(f"codec {codec} has {channels} channels; the data has {width}")
+            self._silence = silence_latent(self._codec)
+            if problem := codec_problem(generation, self._silence):
+                note(f"warning: codec {codec}: {problem}")
 
         def speak(model: EchoDiT, text_ids, text_mask, speaker_latents, speaker_mask):
             return sample(
@@ -40,7 +54,7 @@ class Samples:
                 text_mask,
                 speaker_latents,
                 speaker_mask,
-                settings=SamplerSettings(),
+                settings=generation.sampler,
                 key=jr.key(0),
             )
 
@@ -68,5 +82,6 @@ class Samples:
         assert self._codec is not None
         if not len(latents) or not np.isfinite(latents).all():  # a new model may run away
             return
-        audio = np.asarray(self._codec.decode(latents))
-        save_audio(path, audio, self._codec.config.sample_rate)
+        rate = self._codec.config.sample_rate
+        audio = decode_in_silence(self._codec, latents, silence=self._silence)
+        save_audio(path, faded(audio, rate), rate)

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import jax
 
-from echo_eqx.command import use_compilation_cache
+from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import EchoError
 from echo_eqx.sharding.hosts import PeerWatch, start_processes
 from echo_eqx.train.settings import Config

@@ -16,8 +16,11 @@ import soxr
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.errors import EchoError
 from echo_eqx.flow.sampler import SamplerSettings
+from echo_eqx.generation import GenerationConfig, KnownVoice
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.speech import Utterance, encode_padded, speaker_latents, synthesize_all
+from echo_eqx.speaker import Speaker, encode_padded, silence_latent, speaker_latents
+from echo_eqx.speech import Utterance, synthesize_all
+from echo_eqx.voice import REFERENCE_LUFS, SETTINGS
 from echo_eqx.voice.espeak import SILENCE_SECONDS, VOICES, speak
 from echo_eqx.voice.grammar import Kind, held_out_texts
 from echo_eqx.voice.judge import (
@@ -71,6 +74,50 @@ def generate(
         Utterance(text, voices[i % len(voices)], seed + i) for i, text in enumerate(texts)
     ]
     return synthesize_all(dit, codec, utterances, settings=settings, batch_size=16)
+
+
+def generation_config(
+    dit: EchoDiT, codec: DACVAE, references: Mapping[str, Path], name: str, count: int = 32
+) -> GenerationConfig:
+    """What the file of a small voice says: its settings, its codec `name`, and the voices it knows
+    by `count` recordings of each."""
+    rate = codec.config.sample_rate
+
+    def mean(speaker: Speaker) -> np.ndarray:
+        return speaker_latents(dit, codec, speaker, lufs=REFERENCE_LUFS).mean(axis=0)
+
+    originals = Spoken.of(held_out_texts("seen", count))
+    means = {
+        voice: np.stack(
+            [mean(references[voice])]
+            + [mean(soxr.resample(clip, clip_rate, rate)) for clip, clip_rate in clips]
+        )
+        for voice, clips in originals.audio.items()
+    }
+    centres = {voice: rows.mean(0) for voice, rows in means.items()}
+    strays = np.concatenate([rows - centres[voice] for voice, rows in means.items()])
+    covariance = np.cov(strays.T)
+    # Shrunk towards its diagonal: there are few recordings for so many numbers.
+    values, vectors = np.linalg.eigh(0.8 * covariance + 0.2 * np.diag(np.diag(covariance)))
+    whitening = np.round(vectors / np.sqrt(values), 4)
+    voices = []
+    for voice, centre in centres.items():
+        distances = np.sqrt(np.mean(np.square((means[voice] - centre) @ whitening), axis=1))
+        radius = 1.1 * float(distances.max())
+        voices.append(KnownVoice(voice, _rounded(centre), round(radius, 4)))
+    return GenerationConfig(
+        sampler=SETTINGS,
+        expand_text=True,
+        reference_lufs=REFERENCE_LUFS,
+        codec=name,
+        codec_silence=_rounded(silence_latent(codec)),
+        voices=tuple(voices),
+        voice_whitening=tuple(map(_rounded, whitening)),
+    )
+
+
+def _rounded(numbers: np.ndarray) -> tuple[float, ...]:
+    return tuple(np.round(numbers.astype(np.float64), 4).tolist())
 
 
 def through_codec(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:

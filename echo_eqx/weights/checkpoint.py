@@ -20,6 +20,7 @@ from echo_eqx.config import (
     dit_config_from_json,
 )
 from echo_eqx.errors import EchoError
+from echo_eqx.generation import GenerationConfig, generation_from_json
 from echo_eqx.weights.own_format import FORMAT, SafetensorsFile
 from echo_eqx.weights.stream_file import checksums
 
@@ -182,6 +183,14 @@ def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
     return str(error) or type(error).__name__
+
+
+def checkpoint_generation(checkpoint: TrainingCheckpoint) -> GenerationConfig:
+    """How to speak with the model of a run, as far as its settings and data say."""
+    try:
+        return generation_from_json(checkpoint.manifest.get("generation") or {})
+    except EchoError as error:
+        raise EchoError(f"{checkpoint.path / MANIFEST} cannot be used: {error}") from None
 
 
 def newest_intact(folder: Path, say: Callable[[str], object]) -> TrainingCheckpoint | None:

@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -13,6 +14,13 @@ from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, ne
 
 SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt")
 USUAL_NAMES = ("model.safetensors", "pytorch_model.safetensors", "weights.pth")
+SHIPPED = {
+    "voice": {
+        kind: Path(__file__).parents[1] / "voice" / "weights" / f"{kind}.safetensors"
+        for kind in ("dit", "codec")
+    }
+}
+"""Models in the package, by name and kind. A folder of that name is written `./voice`."""
 
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -21,14 +29,18 @@ _HUB_ID = re.compile(
 )
 
 
-def find_weights(source: str | Path) -> Path:
+def find_weights(source: str | Path, kind: Literal["dit", "codec"] = "dit") -> Path:
     """The file of weights behind `source`, downloaded once if it is on the Hub.
+
+    "voice" is the small voice in the package, of which `kind` says which model is meant.
 
     A folder or repository is searched for the usual names, then for its only file of weights. Of a
     run folder of the trainer it is the newest intact checkpoint, which is a folder.
 
     **Raises**: `EchoError` if there is none, or several to choose from.
     """
+    if str(source) in SHIPPED:
+        return SHIPPED[str(source)][kind]
     try:
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -49,7 +61,8 @@ def find_weights(source: str | Path) -> Path:
     looks_like_path = path.suffix in SUFFIXES and not (match and match["file"])
     if match is None or looks_like_path:
         raise EchoError(
-            f"{source} does not exist; wanted a file, a folder or owner/name on the Hub"
+            f"{source} does not exist; expected a file, a folder, owner/name on the Hub, or "
+            f"{', '.join(SHIPPED)}, the small voice in the package"
         )
     return _from_hub(match["repo"], match["revision"], match["file"])
 

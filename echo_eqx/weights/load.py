@@ -12,9 +12,10 @@ import numpy as np
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
+from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import cast
-from echo_eqx.weights.checkpoint import TrainingCheckpoint
+from echo_eqx.weights.checkpoint import TrainingCheckpoint, checkpoint_generation
 from echo_eqx.weights.dacvae import load_dacvae_pth
 from echo_eqx.weights.fill import Arrays, Sources, check_memory, fill, only
 from echo_eqx.weights.flax import read_flax_checkpoint
@@ -25,16 +26,17 @@ from echo_eqx.weights.names import (
     pytorch_config,
     pytorch_sources,
 )
-from echo_eqx.weights.own_format import SafetensorsFile, own_config, own_kind
+from echo_eqx.weights.own_format import SafetensorsFile, own_config, own_generation, own_kind
 
 
 def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
     """Load an EchoDiT.
 
-    **Arguments**: `source` a file, a folder or a Hub id `owner/name[@revision][:file]`, holding our
-    safetensors, a Flax checkpoint of the published trainer (pickle), or the community's PyTorch
-    safetensors; or a training checkpoint, or a run folder, of which the newest is taken, with the
-    moving average where one was kept; `dtype` of the matrices, and so of the computation.
+    **Arguments**: `source` "voice" for the small voice in the package, or a file, a folder or a Hub
+    id `owner/name[@revision][:file]`, holding our safetensors, a Flax checkpoint of the published
+    trainer (pickle), or the community's PyTorch safetensors; or a training checkpoint, or a run
+    folder, of which the newest is taken, with the moving average where one was kept; `dtype` of the
+    matrices, and so of the computation.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
@@ -60,13 +62,13 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
 def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
     """Load a DACVAE.
 
-    **Arguments**: `source` a file, a folder or a Hub id `owner/name[@revision][:file]`, holding our
-    safetensors or the published `weights.pth`, or a training checkpoint or run folder, as in
-    `load_dit`; `dtype` of the kernels.
+    **Arguments**: `source` "voice" for the codec of the small voice in the package, or a file, a
+    folder or a Hub id `owner/name[@revision][:file]`, holding our safetensors or the published
+    `weights.pth`, or a training checkpoint or run folder, as in `load_dit`; `dtype` of the kernels.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
-    path = find_weights(source)
+    path = find_weights(source, "codec")
     if path.is_dir():
         return _load_checkpoint(path, "codec", dtype)
     kind = _kind(path)
@@ -119,20 +121,27 @@ def _load_checkpoint(path: Path, kind: str, dtype: Any) -> Any:
         names = {"dit": "an EchoDiT", "codec": "a codec"}
         raise EchoError(f"{path} holds {names[checkpoint.model_kind]}; wanted {names[kind]}")
     arrays = checkpoint.model_arrays()
-    return _fill_own(checkpoint.config, dtype, path, arrays.names, arrays)
+    generation = checkpoint_generation(checkpoint)
+    return _fill_own(checkpoint.config, generation, dtype, path, arrays.names, arrays)
 
 
 def _load_own(file: SafetensorsFile, dtype: Any) -> Any:
-    return _fill_own(own_config(file), dtype, file.path, file.names, file)
+    config, generation = own_config(file), own_generation(file)
+    return _fill_own(config, generation, dtype, file.path, file.names, file)
 
 
 def _fill_own(
-    config: DiTConfig | CodecConfig, dtype: Any, path: Path, names: Iterable[str], arrays: Arrays
+    config: DiTConfig | CodecConfig,
+    generation: GenerationConfig,
+    dtype: Any,
+    path: Path,
+    names: Iterable[str],
+    arrays: Arrays,
 ) -> Any:
     def init() -> EchoDiT | DACVAE:
         if isinstance(config, CodecConfig):
             return DACVAE.init(config, key=jax.random.key(0))
-        return EchoDiT.init(config, key=jax.random.key(0))
+        return EchoDiT.init(config, generation, key=jax.random.key(0))
 
     skeleton = jax.eval_shape(lambda: cast(init(), dtype))
     check_memory(skeleton, str(path))

@@ -21,12 +21,14 @@ from echo_eqx.config import (
 )
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import write_whole
+from echo_eqx.generation import GenerationConfig, generation_from_json, generation_to_json
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.names import to_pytorch
 from echo_eqx.weights.stream_file import save_arrays
 
 FORMAT = "echo_eqx"
+GENERATION = "generation"
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -40,12 +42,14 @@ def save(
     *,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     layout: Literal["echo_eqx", "pytorch"] = "echo_eqx",
+    generation: GenerationConfig | None = None,
 ) -> None:
     """Write a model as safetensors; the file appears whole or not at all.
 
     **Arguments**: `path` a file `*.safetensors`, or a folder, which gets `model.safetensors` and
     `config.json`; `dtype` of the numbers on disk; `layout` "pytorch" writes an EchoDiT under the
-    names of the community's PyTorch model, for PyTorch, MLX and C++.
+    names of the community's PyTorch model, for PyTorch, MLX and C++; `generation` how to speak with
+    an EchoDiT, by default as `model.generation` says.
 
     **Raises**: `EchoError` if the place cannot be written or a number does not fit `dtype`.
     """
@@ -62,6 +66,8 @@ def save(
         kind = "dit" if isinstance(model, EchoDiT) else "codec"
         config = json.dumps(to_json(model.config))
         metadata = {"format": FORMAT, "kind": kind, "config": config}
+        if isinstance(model, EchoDiT):
+            metadata |= generation_metadata(generation or model.generation)
     leaves = {name: _to_disk(name, array, dtype) for name, array in leaves.items()}
 
     is_file = path.suffix == ".safetensors"
@@ -70,7 +76,11 @@ def save(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda temporary: save_arrays(temporary, leaves, metadata))
         if not is_file:
-            text = json.dumps(metadata | {"config": to_json(model.config)}, indent=2) + "\n"
+            readable = {
+                name: json.loads(value) if name in ("config", GENERATION) else value
+                for name, value in metadata.items()
+            }
+            text = json.dumps(readable, indent=2) + "\n"
             write_whole(path / "config.json", lambda temporary: temporary.write_text(text))
     except OSError as error:
         raise EchoError(f"{file} cannot be written: {error}") from None
@@ -144,6 +154,21 @@ def own_config(file: SafetensorsFile) -> DiTConfig | CodecConfig:
         return parse(data)
     except (EchoError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise EchoError(f"{file.path} carries no usable config: {error}") from None
+
+
+def own_generation(file: SafetensorsFile) -> GenerationConfig:
+    """How to speak with the model of a file of ours, as far as the file says."""
+    try:
+        return generation_from_json(json.loads(file.metadata.get(GENERATION, "{}")))
+    except (EchoError, ValueError, RecursionError) as error:
+        raise EchoError(f"{file.path} carries no usable generation settings: {error}") from None
+
+
+def generation_metadata(generation: GenerationConfig) -> dict[str, str]:
+    """What a file says of `generation`: nothing where it is the default."""
+    if generation == GenerationConfig():
+        return {}
+    return {GENERATION: json.dumps(generation_to_json(generation))}
 
 
 def array_dtype(name: str) -> Any:

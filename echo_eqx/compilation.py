@@ -1,0 +1,38 @@
+"""Compiled programs are kept on disk, so that the next process starts quickly."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def use_compilation_cache(folder: str | Path | None = None) -> None:
+    """Keep compiled programs in `folder`, by default `echo_eqx/xla` in the user's cache folder.
+
+    `synthesize` and every command call this without a folder; then a cache that was configured
+    before stays (`JAX_COMPILATION_CACHE_DIR`, `jax.config`, or this call with a folder), and with
+    `JAX_ENABLE_COMPILATION_CACHE=false` there is none. Where there is no home folder, or it cannot
+    be written to, nothing is kept.
+    """
+    if folder is None:
+        if _option("jax_compilation_cache_dir") or not _option("jax_enable_compilation_cache"):
+            return
+        try:
+            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = root / "echo_eqx" / "xla"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # RuntimeError: no HOME and no entry in passwd
+            return
+        if not os.access(folder, os.W_OK):
+            return
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    if _option("jax_persistent_cache_min_compile_time_secs") == 1.0:  # JAX's own default
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # What was compiled before this may have made up JAX's mind that there is no cache.
+    compilation_cache.reset_cache()
+
+
+def _option(name: str) -> Any:
+    return getattr(jax.config, name)  # type checkers do not know the options

@@ -1,0 +1,159 @@
+"""Recordings of a voice: the speech in them, found, checked, cleaned and brought to a level."""
+
+from pathlib import Path
+
+import numpy as np
+import soxr
+
+from echo_eqx.data.audio import SILENT_PEAK, mix_down
+from echo_eqx.data.decode import decode
+from echo_eqx.errors import EchoError
+
+MIN_SECONDS, MIN_SPEECH_SECONDS = 0.5, 0.3
+MAX_SEARCH_SECONDS = 600.0
+"""How far into a recording speech is looked for."""
+CLIPPED_SHARE = 0.01
+_LOWEST_HERTZ, _LOWEST_OF_SPEECH = 20.0, 80.0
+# Activity is measured in blocks of 10 ms. What is so many decibels below the loudest half second,
+# or hardly above the quietest fifth of the two seconds around it, is no speech.
+_BLOCK = 0.01
+_RANGE_DB, _ABOVE_FLOOR_DB, _ALWAYS_DB, _BELOW_PEAK_DB = 26.0, 6.0, 6.0, 50.0
+_FLOOR_BLOCKS, _FLOOR_PERCENTILE = 201, 20
+_DENSITY_BLOCKS, _DENSITY = 31, 1 / 3
+"""Shorter sounds, such as clicks, are no speech."""
+_BEFORE, _AFTER = 10, 30
+"""Blocks kept around speech. Longer pauses are shortened to both together."""
+
+
+def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np.ndarray:
+    """Speech of a recording: (samples,) float32, mono, at `sample_rate`, up to `max_seconds`.
+
+    `speech_of` says what is taken. Speech is looked for in the first ten minutes.
+
+    **Raises**: `EchoError` naming the file if it cannot be read, or as `speech_of` does.
+    """
+    name, seconds = str(path), max_seconds + 10.0
+    while True:
+        seconds = min(seconds, MAX_SEARCH_SECONDS)
+        channels, rate = decode(Path(path), name, sample_rate, 0.0, seconds)
+        at_end = len(channels) < int(seconds * rate) or seconds == MAX_SEARCH_SECONDS
+        try:
+            # As decoded: resampling smooths the edges of what is clipped.
+            check_reference(channels, rate, name)
+            speech = speech_of(soxr.resample(channels, rate, sample_rate), sample_rate, name)
+        except EchoError:
+            if at_end:
+                raise
+        else:
+            if at_end or len(speech) >= max_seconds * sample_rate:
+                return speech[: round(max_seconds * sample_rate)].astype(np.float32)
+        seconds *= 4
+
+
+def speech_of(audio: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
+    """(samples,): the speech in (samples,) or (samples, channels), joined.
+
+    A constant offset and rumble below 20 Hz are removed. Channels are averaged, but for empty ones;
+    where they cancel, the loudest is taken. Silence and steady noise are left out in front, at the
+    end, and where a pause is longer than 0.4 s.
+
+    **Raises**: `EchoError` with `name` if the recording is too short, silent or clipped, or has too
+    little speech.
+    """
+    from scipy import ndimage  # takes a while to import
+
+    check_reference(audio, sample_rate, name)
+    audio = mix_down(_highpass(audio.reshape(len(audio), -1), sample_rate, _LOWEST_HERTZ))
+    active = _active_blocks(audio, sample_rate)
+    block = round(_BLOCK * sample_rate)
+    kept = np.convolve(active, np.ones(_BEFORE + _AFTER + 1), "full")[_BEFORE:] > 0.5
+    kept = np.repeat(kept[: len(active)], block)
+    speech = audio[: len(kept)][kept]
+    # Gaps within words count.
+    spoken = _BLOCK * ndimage.grey_closing(active.astype(np.int8), _DENSITY_BLOCKS).sum()
+    if spoken < MIN_SPEECH_SECONDS:
+        silent = ", ".join(f"{start:.1f} to {end:.1f} s" for start, end in _stretches(~active)[:4])
+        raise EchoError(
+            f"{name} is silent or steady noise from {silent}; expected at least "
+            f"{MIN_SPEECH_SECONDS} s of speech, got {spoken:.2f} s"
+        )
+    return speech
+
+
+def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
+    """Refuse a recording, (samples,) or (samples, channels), that cannot show a voice.
+
+    **Raises**: `EchoError` naming it if it is too short, silent or clipped.
+    """
+    seconds = len(audio) / sample_rate
+    if seconds < MIN_SECONDS:
+        raise EchoError(f"{name} has {seconds:.2f} s; expected at least {MIN_SECONDS} s of speech")
+    peak = float(np.abs(audio - audio.mean(axis=0)).max())
+    if peak < SILENT_PEAK:
+        raise EchoError(
+            f"{name} is silent from 0 to {seconds:.1f} s (peak {peak:.1e} of full scale); "
+            "expected speech"
+        )
+    if clipped := _clipped_share(np.abs(audio)):
+        raise EchoError(
+            f"{name} is clipped ({clipped:.0%} of its samples at its ceiling); expected clean "
+            "speech, recorded at a lower level"
+        )
+
+
+def _clipped_share(level: np.ndarray) -> float:
+    """Share of the absolute samples `level` at a ceiling where sound was cut off, 0 if clean.
+
+    The ceiling is the recording's own peak, or full scale: a lossy decoder rings around the level
+    at which sound was cut, so not only the peak counts. A float file that simply is louder than
+    full scale goes on far beyond it.
+    """
+    peak = float(level.max())
+    for ceiling in {max(peak, 0.9), min(max(peak, 0.9), 1.0)}:
+        share = float(np.mean(level >= 0.98 * ceiling))
+        if share > CLIPPED_SHARE and np.mean(level > 1.2 * ceiling) < share / 10:
+            return share
+    return 0.0
+
+
+def _highpass(audio: np.ndarray, sample_rate: int, hertz: float) -> np.ndarray:
+    """(samples, channels) without what is below `hertz` (Butterworth, run in both directions)."""
+    from scipy import signal  # takes a while to import
+
+    sections = signal.butter(2, hertz, "highpass", fs=sample_rate, output="sos")
+    return signal.sosfiltfilt(sections, audio, axis=0).astype(np.float32)
+
+
+def _active_blocks(audio: np.ndarray, sample_rate: int) -> np.ndarray:
+    """(blocks,) bool: whether somebody speaks in each 10 ms of (samples,)."""
+    from scipy import ndimage
+
+    audio = _highpass(audio[:, None], sample_rate, _LOWEST_OF_SPEECH)[:, 0]
+    block = round(_BLOCK * sample_rate)
+    power = np.square(audio[: len(audio) // block * block]).reshape(-1, block).mean(axis=1)
+    decibels = 10 * np.log10(ndimage.uniform_filter1d(power, 2) + 1e-12)
+    loudest = np.sort(decibels)[-min(50, len(decibels) // 2 + 1)]
+    floor = ndimage.percentile_filter(decibels, _FLOOR_PERCENTILE, _FLOOR_BLOCKS, mode="nearest")
+    threshold = np.minimum(floor + _ABOVE_FLOOR_DB, loudest - _ALWAYS_DB)
+    least = max(loudest - _RANGE_DB, decibels.max() - _BELOW_PEAK_DB)
+    loud = decibels >= np.maximum(threshold, least)
+    density = ndimage.uniform_filter1d(loud.astype(np.float32), _DENSITY_BLOCKS, mode="constant")
+    return loud & (density >= _DENSITY)
+
+
+def _stretches(blocks: np.ndarray) -> list[tuple[float, float]]:
+    """First and last second of each run of true values, the longest first."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], blocks.astype(np.int8), [0]])))
+    runs = [(start * _BLOCK, end * _BLOCK) for start, end in edges.reshape(-1, 2).tolist()]
+    return sorted(runs, key=lambda run: run[0] - run[1])
+
+
+def set_loudness(audio: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
+    """`audio` at an integrated loudness (ITU-R BS.1770), less if its peak would pass full scale."""
+    import pyloudnorm  # takes a second to import, and few commands need it
+
+    loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(audio)
+    if not np.isfinite(loudness):
+        return audio
+    gain = 10 ** ((lufs - loudness) / 20)
+    return (audio * min(gain, 1 / float(np.abs(audio).max()))).astype(np.float32)

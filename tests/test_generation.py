@@ -1,0 +1,248 @@
+"""How to speak with a model: kept in its file, used by the command and the library alike."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, random_model
+from safetensors.numpy import load_file, save_file
+
+import echo_eqx
+from echo_eqx import EchoError, GenerationConfig, KnownVoice, SamplerSettings, UsageError, voice
+from echo_eqx.config import DiTConfig, EncoderConfig
+from echo_eqx.generation import generation_from_json, generation_to_json
+from echo_eqx.speech import canvas_seconds
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "infer.py"
+SMALL = DiTConfig(
+    model_dim=16,
+    num_layers=2,
+    num_heads=2,
+    mlp_dim=24,
+    text=EncoderConfig(8, 1, 2, 12),
+    speaker=EncoderConfig(8, 1, 2, 12),
+    latent_dim=3,
+    time_embed_dim=8,
+    adaln_rank=4,
+)
+ALL = GenerationConfig(
+    sampler=SamplerSettings(steps=7, guidance="joint", start_t=0.9, speaker_kv_layers=1),
+    duration=2.5,
+    reference_lufs=-30.5,
+    codec="voice",
+    codec_silence=(0.5, 1.0, -2.0),
+    voices=(KnownVoice("eve", (1.0, 0.0, 0.0), 0.5), KnownVoice("bob", (0.0, 2.0, 0.0), 0.5)),
+    voice_whitening=((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
+)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return random_model(echo_eqx.EchoDiT, SMALL)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return echo_eqx.load_dit("voice"), echo_eqx.load_codec("voice")
+
+
+def with_generation(tmp_path, dit, generation: GenerationConfig) -> echo_eqx.EchoDiT:
+    echo_eqx.save(dit, tmp_path / "dit.safetensors", generation=generation)
+    return echo_eqx.load_dit(tmp_path / "dit.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "folder"])
+def test_a_file_keeps_how_to_speak_with_its_model(tmp_path, dit, name):
+    echo_eqx.save(dit, tmp_path / name, generation=ALL)
+    loaded = echo_eqx.load_dit(tmp_path / name)
+    assert loaded.generation == ALL
+    echo_eqx.save(loaded, tmp_path / "again.safetensors", dtype="bfloat16")
+    assert echo_eqx.load_dit(tmp_path / "again.safetensors").generation == ALL
+    if name == "folder":
+        described = json.loads((tmp_path / name / "config.json").read_text())
+        assert described["generation"]["codec"] == "voice"
+
+
+def test_files_that_say_nothing_have_the_defaults(tmp_path, dit):
+    assert with_generation(tmp_path, dit, GenerationConfig()).generation == GenerationConfig()
+    published = echo_eqx.load_dit(GOLDEN / "dit_tiny" / "weights_only.pkl")
+    assert published.generation == GenerationConfig()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sampler": {"steps": 0}}, "steps is 0"),
+        ({"sampler": {"steps": 2.5}}, "steps"),
+        ({"sampler": {"cfg_scale": float("inf")}}, "cfg_scale"),
+        ({"sampler": {"guidance": ["joint"]}}, "guidance"),
+        ({"sampler": {"warp": 1}}, "warp"),
+        ({"sampler": 3}, "expected an object"),
+        ({"duration": "long"}, "duration"),
+        ({"reference_lufs": 10**400}, "reference_lufs"),
+        ({"codec": "a\x1b[2J"}, "codec"),
+        ({"codec_silence": ["x"]}, "codec_silence"),
+        ({"voices": [{"name": "eve"}]}, "voices"),
+        ({"voice_whitening": [[1.0]]}, "as many numbers"),
+        ({"tempo": 1}, "tempo"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(tmp_path, dit, change, message):
+    data = generation_to_json(ALL) | change
+    with pytest.raises(EchoError, match=message):
+        generation_from_json(data)
+    config = json.dumps(echo_eqx.config.to_json(SMALL))
+    echo_eqx.save(dit, tmp_path / "dit.safetensors")
+    metadata = {"format": "echo_eqx", "kind": "dit", "config": config, "generation": "[" * 10_000}
+    save_file(load_file(tmp_path / "dit.safetensors"), tmp_path / "deep.safetensors", metadata)
+    with pytest.raises(EchoError, match="no usable generation settings"):
+        echo_eqx.load_dit(tmp_path / "deep.safetensors")
+
+
+def test_the_canvas_that_a_file_recommends_is_the_default(tmp_path, dit, shipped):
+    model = with_generation(tmp_path, dit, ALL)
+    assert canvas_seconds(model, shipped[1]) == 2.5
+    assert canvas_seconds(model, shipped[1], 1.0) == 1.0
+
+
+def test_the_shipped_voice_says_how_to_speak_with_it(shipped):
+    generation = shipped[0].generation
+    assert generation.sampler == voice.SETTINGS and generation.codec == "voice"
+    assert generation.reference_lufs == voice.REFERENCE_LUFS
+    assert [known.name for known in generation.voices] == ["anna", "ben", "clara", "david"]
+
+
+def test_recommended_settings_are_those_that_sampling_gets(shipped, monkeypatch):
+    import echo_eqx.speech as speech
+
+    given = []
+
+    def stand_in(dit, *conditions, noise, settings, progress):
+        given.append(settings)
+        return np.asarray(noise)
+
+    monkeypatch.setattr(speech, "sample", stand_in)
+    echo_eqx.synthesize(*shipped, "Hello.")
+    echo_eqx.synthesize(*shipped, "Hello.", settings=SamplerSettings(steps=3))
+    assert given == [voice.SETTINGS, SamplerSettings(steps=3)]
+
+
+def test_a_voice_the_model_does_not_know_is_told(tmp_path, dit, shipped):
+    model = with_generation(tmp_path, dit, ALL)
+    latents = np.tile(np.float32([1.0, 0.3, 0.0]), (8, 1))
+    name, distance = echo_eqx.nearest_voice(model, latents)
+    assert name == "eve" and distance == pytest.approx(0.3 / 3**0.5 / 0.5)
+    assert echo_eqx.nearest_voice(dit, latents) is None  # it takes any voice
+    for path in (voice.REFERENCES / "ben.flac", voice.REFERENCES / "clara.flac"):
+        name, distance = echo_eqx.nearest_voice(
+            shipped[0], echo_eqx.speaker_latents(*shipped, path)
+        )
+        assert name == path.stem and distance < 1
+    hiss = np.random.default_rng(0).standard_normal(48_000).astype(np.float32)
+    _, distance = echo_eqx.nearest_voice(shipped[0], echo_eqx.speaker_latents(*shipped, 0.1 * hiss))
+    assert distance > 2
+
+
+# --- The command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def infer():
+    """The functions of the command, which reads its flags from `sys.argv`."""
+    spec = importlib.util.spec_from_file_location("infer_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["infer_script"] = module  # the help is read from the module's source
+    spec.loader.exec_module(module)
+    yield vars(module)
+    del sys.modules["infer_script"]
+
+
+def flags(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--text", "Hi.", *words])
+
+
+def test_flags_override_what_the_file_recommends(infer, monkeypatch, shipped):
+    flags(monkeypatch, "--cfg_scale", "3.5")
+    settings = infer["with_defaults_of"](*shipped).sampler
+    assert settings == dataclasses.replace(voice.SETTINGS, cfg_scale=3.5)
+
+
+@pytest.mark.parametrize(
+    "words, has_path, expected",
+    [
+        ([], False, None),
+        ([], True, "drawn"),
+        (["--no-watermark"], True, None),
+        (["--no-watermark"], False, None),
+        (["--watermark"], True, "drawn"),
+        (["--watermark"], False, "--watermark: expected a codec with a watermark"),
+        (["--message", "01" * 8], False, "--message: expected a codec with a watermark"),
+        (["--message", "01" * 8], True, "01" * 8),
+    ],
+)
+def test_a_mark_is_what_the_codec_can_make(
+    infer, monkeypatch, shipped, golden_codec, words, has_path, expected
+):
+    flags(monkeypatch, *words)
+    codec = golden_codec if has_path else shipped[1]
+    args = infer["with_defaults_of"](shipped[0], codec)
+    if expected and expected.startswith("--"):
+        with pytest.raises(UsageError, match=expected):
+            infer["message_bits"](args, codec)
+        return
+    bits = infer["message_bits"](args, codec)
+    assert (bits is None) == (expected is None)
+    if bits is not None:
+        assert len(bits) == 16
+    job = infer["Job"]("Hi.", Path("a.wav"), None, 0)
+    described = infer["effective_settings"](args, job, "float32", bits)
+    assert described["watermark"] == (bits is not None)
+
+
+def test_the_codec_is_the_one_that_the_checkpoint_names(infer, tmp_path, dit, shipped):
+    find, args = infer["find_codec"], infer["Args"]
+    assert find(args(), shipped[0]) == ("voice", voice.CODEC)
+    assert find(args(codec=str(voice.CODEC)), dit)[1] == voice.CODEC
+    with pytest.raises(EchoError, match=r"names no codec, and its latents have 3 channels; give"):
+        find(args(), dit)
+    gone = dataclasses.replace(ALL, codec=str(tmp_path / "gone.safetensors"))
+    with pytest.raises(EchoError, match=r"the checkpoint names: .*gone\.safetensors does not"):
+        find(args(), with_generation(tmp_path, dit, gone))
+
+
+def test_json_replaces_only_what_it_wrote(infer, tmp_path):
+    ours = {"text": "", "output": "", "checkpoint": {}, "codec": {}, "version": {"echo_eqx": "0"}}
+    contents = {
+        "ours.json": json.dumps(ours),
+        "config.json": json.dumps({"model_dim": 3, "version": {"echo_eqx": "0"}}),
+        "list.json": "[1, 2]",
+        "deep.json": "[" * 100_000,
+        "text.json": "my notes",
+        "bytes.json": "\ufeff",
+        "empty.json": "",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "nowhere")
+    fine = {"ours", "new"}
+    for name in [*(name.removesuffix(".json") for name in contents), "folder", "link", "new"]:
+        job = infer["Job"]("Hi.", tmp_path / f"{name}.wav", None, 0)
+        if name in fine:
+            infer["check_writable"]([job], infer["Args"](json=True))
+        else:
+            with pytest.raises(EchoError, match=rf"{name}\.json was not written by this command"):
+                infer["check_writable"]([job], infer["Args"](json=True))
+        infer["check_writable"]([job], infer["Args"]())  # without --json nothing is replaced
+
+
+def test_the_reference_is_never_replaced_by_the_result(infer, tmp_path):
+    recording = tmp_path / "voice.wav"
+    recording.write_bytes(b"x")
+    job = infer["Job"]("Hi.", tmp_path / "." / "voice.wav", recording, 0)
+    with pytest.raises(EchoError, match="would replace the reference"):
+        infer["check_writable"]([job], infer["Args"]())

@@ -25,6 +25,11 @@ class EncoderConfig:
     mlp_dim: int
 
 
+MAX_LENGTH = 2**16
+"""Longest text or canvas of a model: attention over more fits no memory."""
+MAX_SAMPLE_RATE = 768_000
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Sizes of an EchoDiT. Variants of the published models differ in nothing else."""
@@ -64,6 +69,9 @@ class DiTConfig:
                 )
         if self.num_heads % 2:
             raise EchoError(f"num_heads is {self.num_heads}; half of the heads turn, so it is even")
+        for name in ("max_frames", "max_text_bytes", "max_speaker_frames"):
+            if not 0 < getattr(self, name) <= MAX_LENGTH:
+                raise EchoError(f"{name}: expected 1 to {MAX_LENGTH}, got {getattr(self, name)}")
         if self.time_embed_dim % 2:
             raise EchoError(f"time_embed_dim is {self.time_embed_dim}; it must be even")
 
@@ -100,6 +108,10 @@ class CodecConfig:
     watermark: WatermarkConfig | None = WatermarkConfig()
 
     def __post_init__(self):
+        if self.sample_rate > MAX_SAMPLE_RATE:
+            raise EchoError(
+                f"sample_rate: expected at most {MAX_SAMPLE_RATE}, got {self.sample_rate}"
+            )
         hop = math.prod(self.encoder_rates)
         if hop != math.prod(self.decoder_rates):
             raise EchoError(
@@ -243,7 +255,8 @@ def _build(cls: type, data: Any, where: str) -> Any:
         elif field.type is int:
             good = _is_size(value)
         elif field.type is float:
-            good = isinstance(value, int | float) and math.isfinite(value)
+            # Compared, since an integer of many digits cannot be turned into a float.
+            good = isinstance(value, int | float) and -1e9 < value < 1e9
         elif field.type is bool:
             good = isinstance(value, bool)
         else:

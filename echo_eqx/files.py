@@ -1,13 +1,20 @@
-"""Files that appear whole or not at all, and paths as a user writes them."""
+"""Files that appear whole or not at all, paths as a user writes them, and JSON that may be
+damaged or hostile."""
 
+import json
+import math
 import os
 import re
 import stat
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any, NoReturn
 
 from echo_eqx.errors import EchoError
+
+MAX_JSON_BYTES = 2**26
+_MAX_CONTAINERS = 2_000_000
 
 # It can only be read by being set, which other threads would notice later on.
 _UMASK = os.umask(0)
@@ -74,3 +81,41 @@ def _sync_folder(folder: Path) -> None:
         pass  # some network file systems cannot; they keep their own order
     finally:
         os.close(handle)
+
+
+def parse_json(data: bytes) -> Any:
+    """The value in a file of JSON, whatever the file holds.
+
+    Not accepted: NaN and infinities, an object with the same name twice, and what takes far more
+    memory than its bytes.
+
+    **Raises**: `ValueError` with the reason, and nothing else.
+    """
+    if len(data) > MAX_JSON_BYTES or data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS:
+        raise ValueError("its JSON is larger than any that is expected here")
+    try:
+        return json.loads(
+            data,
+            object_pairs_hook=_unique,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its JSON has the same name twice in an object")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"its JSON has the number {text[:20]}, which is too large")
+    return value
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"its JSON has the value {text}, which is not a number")

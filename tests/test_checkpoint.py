@@ -21,8 +21,15 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import make_mesh
 from echo_eqx.sharding.specs import state_shardings
 from echo_eqx.train.begin import begin, newest_restorable
-from echo_eqx.train.checkpoint import CheckpointWriter, Retention, remove_leftovers, restore_state
+from echo_eqx.train.checkpoint import (
+    CheckpointWriter,
+    Retention,
+    make_missing_export,
+    remove_leftovers,
+    restore_state,
+)
 from echo_eqx.train.config import OptimizerConfig, TrainConfig
+from echo_eqx.train.run_folder import RunFolder
 from echo_eqx.train.state import TrainState, fresh_state, sharded_abstract_state
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.checkpoint import TrainingCheckpoint, find_checkpoints, manifest_checksum
@@ -55,7 +62,7 @@ def make_state(shape=(1, 8, 1), seed: int = 0, optimizer=AVERAGED) -> TrainState
     return jax.device_put(state, state_shardings(state, mesh_of(shape)))
 
 
-def writer_in(folder: Path, mark: str = "a", retention=None, export=True) -> CheckpointWriter:
+def writer_in(folder: Path, mark: str = 8 * "0a", retention=None, export=True) -> CheckpointWriter:
     return CheckpointWriter(
         folder,
         mark=mark,
@@ -231,6 +238,170 @@ def test_the_last_and_every_kth_stay(tmp_path):
     assert exports == [f"step_{step:09d}.safetensors" for step in (3, 6, 7)]
 
 
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    return make_state()
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """All that is below a folder: what kind of thing, and what is in it."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        else:
+            found[name] = path.read_bytes() if path.is_file() else "folder"
+    return found
+
+
+def strangers(checkpoints: Path, home: Path) -> None:
+    """A folder full of what a person may leave beside checkpoints, and links to a home."""
+    for name in (".bashrc", ".ssh/id", "manifest.json", "notes.txt", f"{8 * '0a'}-00000.json"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("mine")
+    first = checkpoints / "step_000000001"
+    for copy in ("step_000000001_backup", "step_1", "Step_000000001", "step_000000001.bak"):
+        shutil.copytree(first, checkpoints / copy)
+        (checkpoints / copy / "manifest.json").unlink()
+    for name in (
+        "step_notes.txt",
+        "step_best.safetensors",
+        "step_000000009.safetensors",  # its checkpoint was deleted by hand to save room
+        "step_000000001.safetensors.bak",
+        "step_000000001.safetensors.tmp12345",
+        ".step_mine",
+        ".step_000000001.safetensors.copy",
+        ".step_000000001.safetensors.My_copy1",
+        "step_000000001.json",
+        "STEP_000000002.safetensors",
+        "damaged_step_000000001",
+    ):
+        (checkpoints / name).write_text("mine")
+    (checkpoints / "step_000000012").mkdir()  # under a name of ours, but nothing of ours in it
+    (checkpoints / "step_000000012" / "notes.txt").write_text("mine")
+    (first / "why.txt").write_text("mine")
+    (first / ".hidden").write_text("mine")
+    for link in ("step_elsewhere", "step_000000013", "step_000000014.safetensors", ".step_home"):
+        (checkpoints / link).symlink_to(home)
+    (checkpoints / "step_gone").symlink_to(home / "nowhere")
+    (home / "back").symlink_to(checkpoints)
+
+
+def test_only_what_the_trainer_wrote_is_ever_deleted(tmp_path, state, capsys):
+    run, home = tmp_path / "run", tmp_path / "home"
+    for step in (1, 2, 3):
+        save(run, step, state)
+    checkpoints = run / "checkpoints"
+    strangers(checkpoints, home)
+    half = checkpoints / "step_000000002"
+    (half / "manifest.json").unlink()
+    (checkpoints / ".step_000000003.safetensors.ab_12cde").write_text("half")
+    before, at_home = tree(checkpoints), tree(home)
+
+    remove_leftovers(run, newest_restorable(run))
+    said = capsys.readouterr().err
+    after = tree(checkpoints)
+    gone = {name for name in before if name not in after}
+    ours = {name for name in before if name.startswith("step_000000002")}
+    # A link in the place of a later checkpoint has another name now, and leads where it did.
+    assert gone - ours == {".step_000000003.safetensors.ab_12cde", "step_000000013"}
+    assert "step_000000013 is damaged" in said and len(said.splitlines()) == 1
+    assert os.readlink(next(checkpoints.glob("damaged_step_000000013_*"))) == str(home)
+    assert tree(home) == at_home
+
+    # Retention: the first goes, but for the notes in it.
+    save(run, 4, state, retention=Retention(last=1))
+    remove_leftovers(run, newest_restorable(run))
+    assert [step for step, _ in find_checkpoints(checkpoints)] == [4]
+    first, third = checkpoints / "step_000000001", "step_000000003"
+    assert sorted(path.name for path in first.iterdir()) == [".hidden", "why.txt"]
+    at_end = tree(checkpoints)
+    for name, content in after.items():
+        ours = name.startswith(("step_000000001/", third)) or name == f"{first.name}.safetensors"
+        assert ours or at_end[name] == content, name
+    assert tree(home) == at_home
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_checkpoints_behind_links_are_read_but_never_deleted(tmp_path, state, complete):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for step in (1, 2):
+        save(other, step, state)
+    there = other / "checkpoints" / "step_000000001"
+    if not complete:
+        (there / "manifest.json").unlink()
+    save(run, 3, state)
+    (run / "checkpoints" / there.name).symlink_to(there)
+    before = tree(other)
+    remove_leftovers(run, newest_restorable(run))
+    for step in (4, 5):
+        save(run, step, state, retention=Retention(last=1))
+    assert tree(other) == before
+
+    # The whole folder is a link to that of another run.
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "checkpoints").symlink_to(other / "checkpoints")
+    remove_leftovers(linked, newest_restorable(linked))
+    save(linked, 6, state, retention=Retention(last=1))
+    assert before.items() <= tree(other).items()
+
+
+def test_a_checkpoint_is_not_written_through_a_link(tmp_path, state):
+    save(tmp_path / "run", 1, state)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step_000000002").symlink_to(tmp_path / "home")
+    with pytest.raises(EchoError, match=r"step_000000002: expected a folder, got a link"):
+        save(tmp_path / "run", 2, state)
+    assert not list((tmp_path / "home").iterdir())
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_something_else_in_the_place_of_the_folder_is_named(tmp_path, make):
+    make(tmp_path / "checkpoints")
+    with pytest.raises(EchoError, match=r"checkpoints: expected a folder, got something else"):
+        remove_leftovers(tmp_path, None)
+
+
+def test_an_export_that_a_kill_prevented_is_made(tmp_path, state):
+    folder = save(tmp_path, 2, state)
+    export = folder.with_suffix(".safetensors")
+    written = export.read_bytes()
+    export.unlink()
+    make_missing_export(newest_restorable(tmp_path))
+    assert export.read_bytes() == written
+
+
+def test_a_copy_under_the_name_of_another_step_is_not_gone_on_from(tmp_path, state, capsys):
+    folder = save(tmp_path, 2, state)
+    shutil.copytree(folder, folder.with_name("step_000000007"))
+    assert newest_restorable(tmp_path).path == folder
+    assert "step_000000007 is damaged (it is of step 2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", '{"compilerOptions": {}}'),
+        ("config.json", "[" * 9000),
+        ("environment.json", "name: base"),
+        ("metrics.jsonl", '{"epoch": 1}\n'),
+        (".lock", "held by another tool"),
+    ],
+)
+def test_a_run_never_writes_over_files_of_something_else(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(EchoError, match=rf"{name}: expected a file of a training run, got another"):
+        RunFolder(tmp_path, writes=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
+    (tmp_path / name).rename(tmp_path / "elsewhere")
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EchoError, match="expected a file of a training run"):
+        RunFolder(tmp_path, writes=True)
+
+
 CHANGES = ("replace", "fsync", "mkdir", "unlink", "rmdir", "chmod", "rename")
 """Calls by which a write becomes seen on disk."""
 
@@ -284,10 +455,10 @@ def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_
 
 def test_pieces_of_a_killed_start_are_not_taken_for_this_ones(tmp_path):
     stale = make_state(seed=1)
-    folder = save(tmp_path, 5, stale, mark="dead")
+    folder = save(tmp_path, 5, stale, mark=4 * "dead")
     (folder / "manifest.json").unlink()
     state = make_state(seed=2)
-    save(tmp_path, 5, state, mark="live")
+    save(tmp_path, 5, state, mark=8 * "0b")
     restored = restore_state(
         newest_restorable(tmp_path), sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
     )

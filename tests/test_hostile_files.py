@@ -1,11 +1,13 @@
 """No file can run code, hang the reader or exhaust memory."""
 
 import io
+import json
 import os
 import pickle
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from conftest import GOLDEN
 import echo_eqx
 from echo_eqx import EchoError
 from echo_eqx.speech import speaker_latents
+from echo_eqx.weights.safetensors_file import SafetensorsFile
 
 PTH = GOLDEN / "dacvae_tiny" / "weights.pth"
 
@@ -167,6 +170,7 @@ BOMBS |= {
     + struct.pack("<I", 10**6)
     + b"a" * 10**6
     + b"}ss.",
+    "millions of empty lists": b"\x80\x04(" + b"]" * 30_000_000 + b"l.",
     "keys that hash alike": b"\x80\x04}("
     + b"".join(
         b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"K\x01" for k in range(20_000)
@@ -363,6 +367,82 @@ for path in sorted(Path({str(tmp_path)!r}).iterdir()):
     assert len(sentences) == len(bombs)
     for name, sentence in zip(sorted(bombs), sentences, strict=True):
         assert f"{name}.pkl" in sentence and len(sentence) < 1000
+
+
+HEADER = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+def safetensors(path: Path, header: object, data: bytes = bytes(8)) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header, reason",
+    [
+        (b"[" * 50_000, "nested too deeply"),
+        (b'{"a":' * 50_000, "nested too deeply"),
+        (b"[" + b"[]," * 2_100_000, "larger than any"),
+        ({"w": HEADER["w"] | {"shape": [2**62, 0]}}, "shape"),
+        ({"w": HEADER["w"] | {"shape": [-2, -1]}}, "shape"),
+        ({"w": HEADER["w"] | {"shape": [3]}}, "expected 12"),
+        ({"w": HEADER["w"] | {"data_offsets": [8, 16]}}, "begin"),
+        ({"w": HEADER["w"] | {"data_offsets": [-8, 0]}}, "positions"),
+        ({"w": HEADER["w"] | {"dtype": "F32 "}}, "type 'F32 '"),
+        ({"w": HEADER["w"] | {"dtype": ["F32"]}}, "type 'list'"),
+        ({"w": HEADER["w"], "v": HEADER["w"]}, "begin"),
+        (b'{"w":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}', "same name twice"),
+        ({"__metadata__": {"a": 1}, **HEADER}, "metadata"),
+        (b'{"w":1e999}', "too large"),
+        (b"\xff\xfe{}", "not a readable"),
+    ],
+    ids=str,
+)
+def test_safetensors_headers_of_absurd_content_are_named(tmp_path, header, reason):
+    path = safetensors(tmp_path / "model.safetensors", header)
+    with pytest.raises(EchoError, match=rf"model\.safetensors .*{reason}"):
+        SafetensorsFile(path)
+
+
+def test_a_header_longer_than_the_file_is_not_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for length in (100, 2**40, 2**63, 2**64 - 1):
+        path.write_bytes(struct.pack("<Q", length) + b"{}")
+        with pytest.raises(EchoError, match=r"model\.safetensors .*header has"):
+            SafetensorsFile(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"watermark": {"num_lstm_layers": 2**24 - 1, "strides": [2], "dim": 2}},
+        {"hidden_dim": 2**24 - 1},
+        {"encoder_rates": [2**20], "decoder_rates": [2**20]},
+        {"sample_rate": 2**24 - 1},
+    ],
+)
+def test_a_config_that_its_tensors_contradict_is_refused_before_any_work(tmp_path, change):
+    config = {"encoder_rates": [2], "decoder_rates": [2], "watermark": None, **change}
+    metadata = {"format": "echo_eqx", "kind": "codec", "config": json.dumps(config)}
+    path = safetensors(tmp_path / "codec.safetensors", {"__metadata__": metadata, **HEADER})
+    started = time.process_time()
+    with pytest.raises(EchoError, match=r"codec\.safetensors"):
+        echo_eqx.load_codec(path)
+    assert time.process_time() - started < 2
+
+
+def test_zips_with_odd_records_are_named(tmp_path):
+    path = tmp_path / "weights.pth"
+    whole = PTH.read_bytes()
+    end = whole.rindex(b"PK\x05\x06")
+    locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, 0, 2)  # the end lies on a second disk
+    record = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0)
+    many = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 9, 9, 2**31, 0, 0)
+    for tail in (locator + record, whole[end:-2] + b"\xff\xff", many, b"", locator):
+        path.write_bytes(whole[:end] + tail)
+        with pytest.raises(EchoError, match=r"weights\.pth"):
+            echo_eqx.load_codec(path)
 
 
 def test_nothing_in_the_package_unpickles():

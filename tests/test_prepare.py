@@ -1,4 +1,4 @@
-"""From recordings to shards: each clip once, the same bytes after a kill and in parts."""
+"""From recordings to shards: each clip once, the same bytes in parts."""
 
 import importlib.util
 import io
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -143,31 +142,6 @@ def test_a_reference_is_other_recordings_of_the_speaker_and_never_the_sample(pre
             at += len(own[names[0]])
         assert key not in used and len(set(used)) == len(used)
         assert {name.split("_")[0] for name in used} == {key.split("_")[0]}
-
-
-def test_killed_at_random_moments_the_result_is_the_same_bytes(recordings, prepared, tmp_path):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        process = subprocess.Popen(
-            command(recordings, tmp_path),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        before = len(list(tmp_path.iterdir()))
-        deadline = time.monotonic() + 60
-        # Something new on disk, and a moment more.
-        while process.poll() is None and len(list(tmp_path.iterdir())) == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        process.wait()
-    prepare(recordings, tmp_path)
-    assert bytes_of(tmp_path) == bytes_of(prepared)
-    kept = json.loads((tmp_path / "index-000-of-001.json").read_text())
-    assert kept == json.loads((prepared / "index-000-of-001.json").read_text())
 
 
 def test_parts_together_are_the_whole(recordings, prepared, tmp_path):

@@ -1,4 +1,4 @@
-"""Training runs in real processes: resumed, killed, preempted, spread over several."""
+"""Training runs in real processes: resumed, preempted, spread over several."""
 
 import json
 import os
@@ -93,22 +93,6 @@ def test_a_run_leaves_what_explains_it(home, uninterrupted):
     assert json.loads((folder / "environment.json").read_text())[0]["packages"]["jax"]
     assert echo_eqx.load_dit(folder).config.max_frames == 24
     assert len(list((folder / "checkpoints").glob("step_*/manifest.json"))) == 3
-
-
-def test_killed_and_started_again_the_losses_are_the_same_bits(home, uninterrupted):
-    checkpoints = home / "killed" / "checkpoints"
-    moments = [
-        lambda: list(checkpoints.glob("step_000000003/.*")),  # pieces are being written
-        lambda: (checkpoints / "step_000000006").is_dir(),
-        lambda: (checkpoints / "step_000000009.safetensors").is_file(),
-    ]
-    for moment in moments:
-        process = start(home, "killed")
-        wait_for(moment, process)
-        process.kill()
-        process.communicate()
-    finish(start(home, "killed"))
-    assert losses_of(home, "killed") == uninterrupted
 
 
 def test_sigterm_saves_and_leaves_with_its_own_code(home, uninterrupted):

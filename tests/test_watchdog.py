@@ -21,6 +21,7 @@ from echo_eqx.train.checkpoint import Retention
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "watchdog.py"
 PIECE = 2**18
+PIECES = "0123456789abcdef-00000.safetensors"
 ALL = 8 * 2**20 - 1
 """More than can ever be free on the small disk, so that all goes that may."""
 DAY = 86400.0
@@ -77,7 +78,7 @@ def shard(disk: Path, number: int, age: float | None = None, kind: str = "tar") 
 
 def step(run_dir: Path, number: int, complete: bool = True) -> Path:
     folder = run_dir / "checkpoints" / f"step_{number:09d}"
-    fill(folder / "pieces.safetensors", 0.0)
+    fill(folder / PIECES, 0.0)
     if complete:
         (folder / "manifest.json").write_text("{}")
         fill(folder.with_suffix(".safetensors"), 0.0)
@@ -205,8 +206,7 @@ def test_leftovers_stay_while_the_run_lives(disk):
     leftovers = [
         step(run_dir, 1, complete=False),
         fill(run_dir / "checkpoints" / "damaged_step_000000002_0a1b2c" / "manifest.json").parent,
-        fill(run_dir / "checkpoints" / "step_000000003.safetensors"),
-        fill(run_dir / "checkpoints" / ".step_000000004.safetensors.x7_y"),
+        fill(run_dir / "checkpoints" / ".step_000000004.safetensors.x7_yabcd"),
     ]
     old, newest = step(run_dir, 5), step(run_dir, 6)
     (run_dir / ".lock").touch()
@@ -232,7 +232,7 @@ def test_what_another_process_holds_stays(disk, kind):
     step(disk / "runs" / "one", 2)
     watched = Watched(disk, ALL)
     with contextlib.ExitStack() as stack:
-        for path in (*paths, lock, checkpoint / "pieces.safetensors"):
+        for path in (*paths, lock, checkpoint / PIECES):
             stack.enter_context(held(path, kind))
         assert not watched.check()
         assert watched.paths() == [] and all(path.exists() for path in (*paths, checkpoint))

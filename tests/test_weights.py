@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import GOLDEN, max_difference, random_model
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import echo_eqx
@@ -23,6 +24,7 @@ from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.trees import leaf_names, named_leaves
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.load import dit_from_flax
+from echo_eqx.weights.safetensors_file import SafetensorsFile
 
 WEIGHTS_ONLY = GOLDEN / "dit_tiny" / "weights_only.pkl"
 FULL_STATE = GOLDEN / "dit_tiny" / "full_state.pkl"
@@ -390,6 +392,134 @@ def test_config_fields_of_wrong_type_or_name_are_named(tmp_path):
         path = own_file(tmp_path, config=json.dumps(config | change))
         with pytest.raises(EchoError, match=message):
             echo_eqx.load_dit(path)
+
+
+# --- Damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["echo_eqx", "pytorch"])
+def test_a_flipped_bit_anywhere_in_a_file_of_ours_never_loads_as_other_weights(tmp_path, layout):
+    dit = random_model(echo_eqx.EchoDiT, SMALL)
+    path = tmp_path / "model.safetensors"
+    echo_eqx.save(dit, path, layout=layout)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    # All through the header, and some in the data, its first and last byte among them.
+    places = [*range(0, header, 97), *range(header, len(data), 4001), len(data) - 1]
+    refused = 0
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            opened = SafetensorsFile(path)
+            for name in opened.names:
+                opened[name]
+        except EchoError:
+            refused += 1
+    # Only in the name of the entry of checksums a flip is not seen, and changes nothing.
+    assert refused >= len(places) - 1
+
+
+def test_files_without_checksums_and_files_changed_by_other_programs_load(tmp_path):
+    dit = random_model(echo_eqx.EchoDiT, SMALL)
+    path = tmp_path / "model.safetensors"
+    echo_eqx.save(dit, path)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["in_proj.bias"] = tensors["in_proj.bias"] + 1
+    save_file(tensors, path, metadata)  # the old checksums with other numbers
+    changed = echo_eqx.load_dit(path)
+    assert np.array_equal(changed.in_proj.bias, tensors["in_proj.bias"])
+    save_file(tensors, path, {k: v for k, v in metadata.items() if "crc32" not in k})
+    assert same(echo_eqx.load_dit(path), changed)
+
+
+# --- Prefixes and parts -------------------------------------------------------------------------
+
+
+PREFIXES = ["module.", "_orig_mod.", "ema_model.", "module._orig_mod.", "net.0.diffusion."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_that_all_names_share_is_left_out(tmp_path, golden_dit, prefix):
+    path = tmp_path / "model.safetensors"
+    expected = echo_eqx.load_dit(PYTORCH)
+    tensors = {prefix + name: array for name, array in load_file(PYTORCH).items()}
+    save_file(tensors, path)
+    assert same(echo_eqx.load_dit(path), expected)
+    # One name without it: nothing is guessed.
+    name = f"{prefix}out_proj.bias"
+    save_file({**tensors, "out_proj.bias": tensors.pop(name)}, path)
+    with pytest.raises(EchoError, match="is missing"):
+        echo_eqx.load_dit(path)
+    flax = read_flax_checkpoint(WEIGHTS_ONLY).params
+    under = nested({f"{prefix.replace('.', '/')}{name}": array for name, array in flax.items()})
+    pickled = tmp_path / "model.pkl"
+    pickled.write_bytes(pickle.dumps({"params": under, "step": 0}))
+    assert same(echo_eqx.load_dit(pickled), golden_dit)
+
+
+def in_parts(folder, tensors, stem="model", count=3):
+    """Write `tensors` as several files with an index; returns the index."""
+    where = {}
+    for i in range(count):
+        file = f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+        names = sorted(tensors)[i::count]
+        save_file({name: tensors[name] for name in names}, folder / file)
+        where |= dict.fromkeys(names, file)
+    index = folder / f"{stem}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_parts_with_an_index_load(tmp_path, stem, prefix):
+    tensors = {prefix + name: array for name, array in load_file(PYTORCH).items()}
+    index = in_parts(tmp_path, tensors, stem)
+    part = tmp_path / f"{stem}-00002-of-00003.safetensors"
+    expected = echo_eqx.load_dit(PYTORCH)
+    for source in (tmp_path, index, part):
+        assert same(echo_eqx.load_dit(source), expected)
+
+
+def test_our_own_codec_in_parts_loads(tmp_path, golden_codec):
+    echo_eqx.save(golden_codec, tmp_path / "codec.safetensors")
+    with safe_open(tmp_path / "codec.safetensors", "numpy") as file:
+        metadata = file.metadata()
+    index = in_parts(tmp_path, load_file(tmp_path / "codec.safetensors"))
+    for part in tmp_path.glob("model-*"):
+        save_file(load_file(part), part, metadata)
+    assert same(echo_eqx.load_codec(index), golden_codec)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda index: index.write_text("{}"), "weight_map"),
+        (lambda index: index.write_text("[" * 9000), "nested too deeply"),
+        (lambda index: index.write_text('{"weight_map": {"a": 5}}'), "expected files"),
+        (lambda index: index.write_text('{"weight_map": {"a": "../x.safetensors"}}'), "got '../x"),
+        (lambda index: index.write_text('{"weight_map": {"a": "/etc/x.safetensors"}}'), "got '/e"),
+        (lambda index: index.write_text('{"weight_map": {"a": "x.safetensors"}}'), "x.safetensors"),
+        (lambda index: next(index.parent.glob("*-00002-*")).unlink(), "00002-of-00003"),
+        (
+            lambda index: save_file({"x": np.ones(2)}, next(index.parent.glob("*-00002-*"))),
+            "it is not there",
+        ),
+        (
+            lambda index: index.write_text(index.read_text().replace('"out_proj.bias"', '"other"')),
+            "expected tensor other",
+        ),
+    ],
+)
+def test_a_wrong_index_is_named(tmp_path, change, message):
+    index = in_parts(tmp_path, load_file(PYTORCH))
+    change(index)
+    with pytest.raises(EchoError, match=message):
+        echo_eqx.load_dit(tmp_path)
 
 
 # --- Files that are something else --------------------------------------------------------------

@@ -44,6 +44,8 @@ CLOSE_WAIT = 5.0
 UNUSED = 3600.0
 """Seconds after which a shard or download that no one asked for makes room for one fetched ahead.
 """
+_CACHED = re.compile(r"[0-9a-f]{24}\.[0-9]+\.(tar|part)")
+"""What this cache writes. A folder may hold other tars, which are never dropped."""
 _POLL = 0.1
 # The error that everything the HTTP library raises derives from; its module changes its name.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -211,7 +213,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _room_lock(self) -> Iterator[None]:
-        with (self.folder / "lock").open("w") as file:
+        with (self.folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -221,7 +223,7 @@ class ShardCache:
         files = []
         total = 0
         for path in self.folder.iterdir():
-            if path.suffix in (".tar", ".part"):
+            if _CACHED.fullmatch(path.name) and not path.is_symlink():  # not other files' room
                 with contextlib.suppress(FileNotFoundError):  # a download has turned whole
                     files.append((path.stat().st_mtime, path))
                 total += _size_of(path)

@@ -24,7 +24,12 @@ from echo_eqx.train.optimizer import learning_rate
 from echo_eqx.train.settings import RunConfig, changes
 from echo_eqx.train.state import TrainState, fresh_state, init_state, sharded_abstract_state
 from echo_eqx.trees import leaf_names
-from echo_eqx.weights.checkpoint import FOLDER, TrainingCheckpoint, find_checkpoints
+from echo_eqx.weights.checkpoint import (
+    FOLDER,
+    TrainingCheckpoint,
+    find_checkpoints,
+    open_intact,
+)
 from echo_eqx.weights.flax import FlaxCheckpoint, read_flax_checkpoint
 from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.load import dit_from_flax, load_dit
@@ -36,13 +41,8 @@ def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
     **Raises**: `EchoError` if there are checkpoints and all are damaged.
     """
     found = find_checkpoints(run_dir / FOLDER)
-    for _, path in found:
-        checkpoint, problem = None, None
-        try:
-            checkpoint = TrainingCheckpoint(path)
-            problem = checkpoint.damage(jax.process_index(), jax.process_count())
-        except EchoError as error:
-            problem = str(error)
+    for step, path in found:
+        checkpoint, problem = open_intact(step, path, jax.process_index(), jax.process_count())
         if problem is not None:
             note(f"checkpoint {path} is damaged ({problem}); trying the one before")
         intact = np.array(problem is None)
@@ -61,9 +61,9 @@ def pinned_source(config: TrainConfig) -> str:
     assert config.data is not None
     match = re.fullmatch(r"(hf://datasets/[^/@]+/[^/@]+)(/.*)?", config.data)
     found = find_checkpoints(config.run_dir / FOLDER)
-    if match and found:
-        with contextlib.suppress(EchoError, KeyError, TypeError):  # damage is found out later
-            revision = TrainingCheckpoint(found[0][1]).manifest["data"]["revision"]
+    for _, path in found if match else []:
+        with contextlib.suppress(EchoError, KeyError):  # damage is found out later
+            revision = TrainingCheckpoint(path).manifest["data"]["revision"]
             return f"{match[1]}@{revision}{match[2] or ''}" if revision else config.data
     return config.data
 

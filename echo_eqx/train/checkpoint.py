@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -20,8 +21,17 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding
 
+from echo_eqx.command import note
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
+from echo_eqx.train.own_files import (
+    export_name,
+    open_checkpoints,
+    remove_file,
+    remove_step,
+    set_aside_name,
+    temporary_export_step,
+)
 from echo_eqx.trees import leaf_names, named_leaves
 from echo_eqx.weights.checkpoint import (
     FOLDER,
@@ -35,6 +45,7 @@ from echo_eqx.weights.checkpoint import (
     manifest_checksum,
     piece_name,
     step_folder,
+    step_of,
 )
 from echo_eqx.weights.own_format import FORMAT, generation_metadata
 from echo_eqx.weights.stream_file import Tensor, write_safetensors
@@ -139,6 +150,8 @@ class CheckpointWriter:
 
     def _write(self, folder: Path, pieces, shapes, manifest, cursor) -> None:
         try:
+            if folder.is_symlink():
+                raise EchoError(f"{folder}: expected a folder, got a link; move it away")
             folder.mkdir(parents=True, exist_ok=True)
             listed = self._write_pieces(folder, pieces)
             del pieces
@@ -193,34 +206,90 @@ class CheckpointWriter:
         _write_json(folder / MANIFEST, {**whole, "crc32": manifest_checksum(whole)})
 
     def _prune(self, newest: int) -> None:
-        # Later ones can only be left from before a damaged one was gone back behind.
-        found = {s: path for s, path in find_checkpoints(self._folder) if s <= newest}
-        for step in self._retention.drops(list(found)):
-            remove_checkpoint(found[step])
+        with open_checkpoints(self._folder.parent) as handle:
+            if handle is None:
+                return
+            # Later ones can only be left from before a damaged one was gone back behind.
+            found = [step for step in _own_steps(self._folder) if step <= newest]
+            for step in self._retention.drops(found):
+                name = step_folder(step)
+                _try_to_remove(self._folder / name, partial(remove_step, name, handle))
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint and its export; from the first moment on it is none."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".safetensors").unlink(missing_ok=True)
+def _try_to_remove(path: Path, remove: Callable[[], object]) -> None:
+    """A run does not end because something old stays."""
+    try:
+        remove()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        note(f"{path} cannot be deleted: {error.strerror}")
+
+
+def _own_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints that are folders, not links to some."""
+    return [step for step, path in find_checkpoints(folder) if not path.is_symlink()]
 
 
 def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None:
-    """Delete what a killed run left half-written, and set aside damaged checkpoints behind the one
-    that is `restored`. Only before anyone writes."""
+    """Make the folder of checkpoints ready to go on after `restored`. Only before anyone writes.
+
+    Deletes what a killed run left half-written. Sets aside, under another name, later checkpoints,
+    which are damaged, and whatever else is where a checkpoint would be written. Nothing is deleted
+    below or through a link, nor under any name that the trainer does not give.
+
+    **Raises**: `EchoError` if there can be no folder of checkpoints.
+    """
     folder = run_dir / FOLDER
-    for step, path in find_checkpoints(folder):
-        if restored is not None and step > restored.step:
-            path.rename(folder / f"damaged_{path.name}_{os.urandom(3).hex()}")
-    complete = {path for _, path in find_checkpoints(folder)}
-    for path in folder.glob("step_*"):
-        if path.is_dir() and path not in complete:
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.is_file() and path.with_suffix("") not in complete:
-            path.unlink()
-    for path in [*folder.glob(".step_*"), *folder.glob("step_*/.*")]:
-        path.unlink(missing_ok=True)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise EchoError(f"{folder}: expected a folder, got something else; move it away")
+    if folder.is_symlink():
+        note(f"{folder} is a link: nothing is deleted there, and old checkpoints stay")
+    complete = dict(find_checkpoints(folder))
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    for name in names:
+        step = step_of(name)
+        later = step in complete and restored is not None and step > restored.step
+        in_the_way = step is not None and step not in complete and not _is_folder(folder / name)
+        if later or in_the_way:
+            aside = folder / set_aside_name(name)
+            _set_aside(folder / name, aside)
+            if in_the_way:
+                note(f"{folder / name}: expected a folder, got something else; it is {aside} now")
+    with open_checkpoints(run_dir) as handle:
+        for name in names if handle is not None else []:
+            if (step := step_of(name)) is not None and step not in complete:
+                _try_to_remove(folder / name, partial(remove_step, name, handle))
+            elif temporary_export_step(name) is not None:
+                _try_to_remove(folder / name, partial(remove_file, name, handle))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _set_aside(path: Path, aside: Path) -> None:
+    """Rename a checkpoint; its export goes into it."""
+    export = path.with_name(export_name(path.name))
+    try:
+        if _is_folder(path) and export.is_file():
+            export.rename(path / export.name)
+        path.rename(aside)
+    except OSError as error:
+        raise EchoError(f"{path} cannot be set aside: {error.strerror}; move it away") from None
+
+
+def make_missing_export(checkpoint: TrainingCheckpoint) -> None:
+    """Write the export of `checkpoint` if a kill came before it.
+
+    **Raises**: `EchoError` if it cannot be written.
+    """
+    file = checkpoint.path.with_name(export_name(checkpoint.path.name))
+    if not os.path.lexists(file):
+        try:
+            export_weights(checkpoint, file)
+        except OSError as error:
+            raise EchoError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:

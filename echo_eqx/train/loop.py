@@ -26,7 +26,13 @@ from echo_eqx.sharding.hosts import EXIT_PREEMPTED, PeerWatch, check_agreement, 
 from echo_eqx.sharding.mesh import replicated
 from echo_eqx.train.batches import Feeder
 from echo_eqx.train.begin import newest_restorable
-from echo_eqx.train.checkpoint import CheckpointWriter, Retention, State, remove_leftovers
+from echo_eqx.train.checkpoint import (
+    CheckpointWriter,
+    Retention,
+    State,
+    make_missing_export,
+    remove_leftovers,
+)
 from echo_eqx.train.metrics import MetricsLog
 from echo_eqx.train.plan import check_memory
 from echo_eqx.train.run_folder import MetricsFile, RunFolder, note_end
@@ -78,6 +84,8 @@ def take_over(folder: RunFolder, config: RunConfig, checkpoint: TrainingCheckpoi
     """Make the folder this run's, once nothing can be refused any more."""
     if jax.process_index() == 0:
         remove_leftovers(config.run_dir, checkpoint)
+        if checkpoint is not None and config.export:
+            make_missing_export(checkpoint)
         folder.describe(config)
     multihost_utils.sync_global_devices("ready")
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,58 @@ _README = """\
 """
 
 
+def _begins(start: bytes) -> Callable[[Path], bool]:
+    """Whether a file begins with `start`, or is empty."""
+
+    def check(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(start)) in (start, b"")
+
+    return check
+
+
+def _is_settings(path: Path) -> bool:
+    found = json.loads(path.read_bytes())
+    return isinstance(found, dict) and {"run_dir", "num_steps"} <= found.keys()
+
+
+def _is_history(path: Path) -> bool:
+    return isinstance(json.loads(path.read_bytes()), list)
+
+
+_REWRITTEN: dict[str, Callable[[Path], bool]] = {
+    ".lock": _begins(b"process "),
+    "metrics.jsonl": _begins(b'{"step": '),
+    "config.json": _is_settings,
+    "environment.json": _is_history,
+}
+"""Files that a start writes anew or cuts, and how they are known to be a run's."""
+
+
+def _check_own(path: Path) -> None:
+    """**Raises**: `EchoError` if a start would overwrite a file that no run wrote."""
+    for name, is_own in _REWRITTEN.items():
+        file = path / name
+        if not os.path.lexists(file):
+            continue
+        try:
+            own = not file.is_symlink() and file.is_file() and is_own(file)
+        except (ValueError, RecursionError):
+            own = False
+        except OSError as error:
+            raise EchoError(f"{file} cannot be read: {error.strerror}") from None
+        if not own:
+            raise EchoError(
+                f"{file}: expected a file of a training run, got another; move it away, or choose "
+                "a new folder as --run_dir"
+            )
+
+
 class RunFolder:
     """`path`, made if need be. Process 0 holds its lock for as long as it lives.
 
-    **Raises**: `EchoError` if it cannot be written, or another live process trains in it.
+    **Raises**: `EchoError` if it cannot be written, another live process trains in it, or it holds
+    files of something else under the names of a run's.
     """
 
     def __init__(self, path: Path, writes: bool):
@@ -48,6 +97,7 @@ class RunFolder:
         self._lock = None
         if not writes:
             return
+        _check_own(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+")
@@ -95,7 +145,9 @@ class RunFolder:
         starts = self.path / "environment.json"
         history = [*_read_list(starts), _environment()]
         write_whole(starts, lambda file: file.write_text(json.dumps(history, indent=2) + "\n"))
-        write_whole(self.path / "README.md", lambda file: file.write_text(_README))
+        readme = self.path / "README.md"
+        if not os.path.lexists(readme):  # one that is there may have a person's notes in it
+            write_whole(readme, lambda file: file.write_text(_README))
 
 
 def note_end(run_dir: Path, step: int) -> None:

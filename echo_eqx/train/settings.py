@@ -1,5 +1,6 @@
 """Settings that every training run has, whatever it trains, as frozen data."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -12,7 +13,7 @@ import tyro
 
 from echo_eqx.command import flag_value
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.files import expand
+from echo_eqx.files import MAX_JSON_BYTES, expand, parse_json
 from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, find_checkpoints
 
 Config = TypeVar("Config", bound="RunConfig")
@@ -198,20 +199,23 @@ def from_json(presets: dict[str, Config], default: str, data: Any, where: str) -
         if model not in presets:
             raise ValueError(f"model is {str(model)[:50]!r}; wanted {', '.join(presets)}")
         return _filled(presets[model], data)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise EchoError(f"{where} holds no settings of a run: {error}") from None
 
 
 def saved_settings(source: Path) -> tuple[Any, str]:
     """Settings as JSON values in a file, in a run folder, or in a checkpoint of one; and where."""
-    checkpoint = source if (source / MANIFEST).is_file() else None
-    if checkpoint is None and (found := find_checkpoints(source / FOLDER)):
-        checkpoint = found[0][1]
-    if checkpoint is not None:
-        return TrainingCheckpoint(checkpoint).manifest.get("settings"), str(checkpoint)
+    if (source / MANIFEST).is_file():
+        return TrainingCheckpoint(source).manifest.get("settings"), str(source)
+    for _, path in find_checkpoints(source / FOLDER):
+        with contextlib.suppress(EchoError):  # one that is damaged; the one before says the same
+            return TrainingCheckpoint(path).manifest.get("settings"), str(path)
     file = source / "config.json" if source.is_dir() else source
     try:
-        return json.loads(file.read_bytes()), str(file)
+        if file.exists() and not file.is_file():
+            raise ValueError("it is not a regular file")
+        with file.open("rb") as opened:
+            return parse_json(opened.read(MAX_JSON_BYTES + 1)), str(file)
     except (OSError, ValueError) as error:
         raise EchoError(f"{file} cannot be read as settings: {error}") from None
 

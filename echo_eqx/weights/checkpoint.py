@@ -5,6 +5,7 @@ its shape and pieces; a piece is a box of the tensor, in a file, with a CRC-32.
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -20,14 +21,17 @@ from echo_eqx.config import (
     dit_config_from_json,
 )
 from echo_eqx.errors import EchoError
+from echo_eqx.files import parse_json
 from echo_eqx.generation import GenerationConfig, generation_from_json
-from echo_eqx.weights.own_format import FORMAT, SafetensorsFile
-from echo_eqx.weights.stream_file import checksums
+from echo_eqx.weights.own_format import FORMAT
+from echo_eqx.weights.safetensors_file import SafetensorsFile
 
 KIND, VERSION = "training", 1
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
-_STEP = re.compile(r"step_(\d{1,12})")
+_PARALLEL = ("model.", "ema.", "adam.mu.", "adam.nu.")
+"""Parts of a state that have the same tensors, the weights first."""
+_STEP = re.compile(r"step_(\d{9,12})")
 
 Box = tuple[tuple[int, int], ...]
 """First and behind-last index along each axis."""
@@ -42,13 +46,23 @@ def step_folder(step: int) -> str:
     return f"step_{step:09d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step in the exact name of a checkpoint's folder, or None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match and step_folder(int(match[1])) == name else None
+
+
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints in `folder`, (step, path), the newest first. None is looked into."""
-    if not folder.is_dir():
-        return []
-    matches = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir())
-    found = [(int(m[1]), path) for m, path in matches if m and (path / MANIFEST).is_file()]
-    return sorted(found, reverse=True)
+    """Complete checkpoints in `folder`, (step, path), the newest first. None is looked into.
+
+    **Raises**: `EchoError` if `folder` cannot be read.
+    """
+    try:
+        names = os.listdir(folder) if folder.is_dir() else []
+        steps = [(step, folder / name) for name in names if (step := step_of(name)) is not None]
+        return sorted((s for s in steps if (s[1] / MANIFEST).is_file()), reverse=True)
+    except OSError as error:
+        raise EchoError(f"{folder} cannot be read: {error.strerror}") from None
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> int:
@@ -65,44 +79,64 @@ class TrainingCheckpoint:
     def __init__(self, path: Path):
         self.path = path
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            if manifest["format"] != FORMAT or manifest["kind"] != KIND:
-                raise ValueError("it is of another kind")
-            if manifest["version"] != VERSION:
-                raise ValueError(f"its version is {manifest['version']}; wanted {VERSION}")
-            if manifest.pop("crc32") != manifest_checksum(manifest):
-                raise ValueError("its content is not what was written")
+            manifest = _read_manifest(path / MANIFEST)
             self.model_kind: str = manifest.get("model_kind", "dit")
             parse = {"dit": dit_config_from_json, "codec": codec_config_from_json}[self.model_kind]
             self.config: DiTConfig | CodecConfig = parse(manifest["model"])
-            self.step, self.samples_seen = int(manifest["step"]), int(manifest["samples_seen"])
+            self.step = _size(manifest["step"], "step")
+            self.samples_seen = _size(manifest["samples_seen"], "samples_seen")
+            _check_cursor(manifest["cursor"])
+            for name in ("settings", "data"):
+                if not isinstance(manifest.get(name, {}), dict):
+                    raise ValueError(f"its {name} is not an object")
             self.tensors = {name: _Tensor(entry) for name, entry in manifest["tensors"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EchoError) as error:
             raise EchoError(f"{path / MANIFEST} cannot be used: {_reason(error)}") from None
-        except RecursionError:
-            raise EchoError(f"{path / MANIFEST} cannot be used: it is nested too deeply") from None
         self.manifest: dict[str, Any] = manifest
         self._files: dict[str, SafetensorsFile] = {}
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
         """The first thing wrong with the pieces of share `part` of `parts`, or None.
 
-        Every byte of them is read once.
+        What the headers say is compared with the manifest, and every byte of the tensors with its
+        checksum there, each read once.
         """
-        wanted: dict[str, dict[str, int]] = {}
+        expected: dict[str, list[tuple[str, Box, int]]] = {}
         for name, tensor in self.tensors.items():
-            if sum(_volume(box) for box, _, _ in tensor.pieces) != np.prod(tensor.shape, dtype=int):
-                return f"pieces of {name} are not in the manifest"
+            if not tensor.is_whole():
+                return f"pieces of {name} are not in the manifest, or overlap"
             for box, file, crc in tensor.pieces:
-                wanted.setdefault(file, {})[piece_name(name, box)] = crc
-        for file in sorted(wanted)[part::parts]:
+                expected.setdefault(file, []).append((name, box, crc))
+        if problem := self._missing_tensors():
+            return problem
+        for file in sorted(expected)[part::parts]:
             try:
-                found = dict(checksums(self.path / file))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                return f"{file} cannot be read: {_reason(error)}"
-            for name, crc in wanted[file].items():
-                if found.get(name) != crc:
-                    return f"{name} in {file} is {'damaged' if name in found else 'missing'}"
+                opened = self._file(file)
+                for name, box, crc in expected[file]:
+                    piece = piece_name(name, box)
+                    shape = tuple(stop - start for start, stop in box)
+                    if not opened.holds(piece, self.tensors[name].dtype, shape):
+                        return f"{piece} in {file} is missing, or of another type or shape"
+                    if opened.checksum(piece) != crc:
+                        return f"{piece} in {file} is damaged"
+            except EchoError as error:
+                return str(error)
+        return None
+
+    def _missing_tensors(self) -> str | None:
+        """Whether moments or average belong to other weights than those that are here."""
+        groups: dict[str, set[str]] = {}
+        for name in self.tensors:
+            for prefix in _PARALLEL:
+                if name.startswith(prefix):
+                    groups.setdefault(prefix, set()).add(name.removeprefix(prefix))
+        model = groups.get(_PARALLEL[0], set())
+        if not model:
+            return "its manifest lists no weights"
+        for prefix, names in groups.items():
+            if names != model:
+                odd = min(names ^ model)
+                return f"its manifest lists only one of {_PARALLEL[0]}{odd} and {prefix}{odd}"
         return None
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
@@ -128,7 +162,8 @@ class TrainingCheckpoint:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
-            self._files[name] = SafetensorsFile(self.path / name)
+            # The manifest has its own checksums, so that a part of a tensor can be read.
+            self._files[name] = SafetensorsFile(self.path / name, verify=False)
         return self._files[name]
 
 
@@ -152,18 +187,65 @@ class ModelArrays:
 
 class _Tensor:
     def __init__(self, entry: dict):
-        self.shape: tuple[int, ...] = tuple(map(int, entry["shape"]))
+        self.shape = tuple(_size(size, "shape") for size in _list(entry["shape"], 16))
         self.dtype = {"float32": np.dtype(np.float32), "int32": np.dtype(np.int32)}[entry["dtype"]]
         self.pieces: list[tuple[Box, str, int]] = []
-        for piece in entry["pieces"]:
-            box = tuple((int(start), int(stop)) for start, stop in piece["box"])
+        for piece in _list(entry["pieces"]):
+            box = tuple(map(_interval, _list(piece["box"], 16)))
             inside = len(box) == len(self.shape) and all(
-                0 <= start < stop <= size
-                for (start, stop), size in zip(box, self.shape, strict=True)
+                start < stop <= size for (start, stop), size in zip(box, self.shape, strict=True)
             )
             if not inside or not re.fullmatch(r"[\w.-]+\.safetensors", piece["file"]):
                 raise ValueError("a piece lies outside its tensor or folder")
-            self.pieces.append((box, piece["file"], int(piece["crc32"])))
+            self.pieces.append((box, piece["file"], _size(piece["crc32"], "crc32")))
+
+    def is_whole(self) -> bool:
+        """Whether the pieces are a grid over the tensor, each there once."""
+        boxes = {box for box, _, _ in self.pieces}
+        count = 1
+        for axis, size in enumerate(self.shape):
+            intervals = sorted({box[axis] for box in boxes})
+            starts = [start for start, _ in intervals]
+            if [0, *(stop for _, stop in intervals)] != [*starts, size]:
+                return False
+            count *= len(intervals)
+        return len(boxes) == len(self.pieces) == count
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = parse_json(path.read_bytes())
+    if manifest["format"] != FORMAT or manifest["kind"] != KIND:
+        raise ValueError("it is of another kind")
+    if manifest["version"] != VERSION:
+        raise ValueError(f"expected version {VERSION}, got {str(manifest['version'])[:20]}")
+    if manifest.pop("crc32") != manifest_checksum(manifest):
+        raise ValueError("its content is not what was written")
+    return manifest
+
+
+def _check_cursor(cursor: Any) -> None:
+    if not isinstance(cursor, dict):
+        raise ValueError("its cursor is not an object")
+    for position in cursor.values():
+        for number in _list(position, 16):
+            _size(number, "cursor")
+
+
+def _size(value: Any, name: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise ValueError(f"its {name} is not a count")
+    return value
+
+
+def _interval(value: Any) -> tuple[int, int]:
+    start, stop = _list(value, 2)
+    return _size(start, "box"), _size(stop, "box")
+
+
+def _list(value: Any, longest: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (longest is not None and len(value) > longest):
+        raise ValueError("it holds something else where a list belongs")
+    return value
 
 
 def _slices(box: Box, within: Box) -> tuple[slice, ...]:
@@ -171,10 +253,6 @@ def _slices(box: Box, within: Box) -> tuple[slice, ...]:
         slice(start - base, stop - base)
         for (start, stop), (base, _) in zip(box, within, strict=True)
     )
-
-
-def _volume(box: Box) -> int:
-    return int(np.prod([stop - start for start, stop in box], dtype=int))
 
 
 def _reason(error: Exception) -> str:
@@ -193,21 +271,32 @@ def checkpoint_generation(checkpoint: TrainingCheckpoint) -> GenerationConfig:
         raise EchoError(f"{checkpoint.path / MANIFEST} cannot be used: {error}") from None
 
 
+def open_intact(
+    step: int, path: Path, part: int = 0, parts: int = 1
+) -> tuple[TrainingCheckpoint | None, str | None]:
+    """The checkpoint at `path`, whose name says `step`, and the first thing wrong with it if any.
+
+    Of the pieces only share `part` of `parts` is looked at.
+    """
+    try:
+        checkpoint = TrainingCheckpoint(path)
+        if checkpoint.step != step:
+            return checkpoint, f"it is of step {checkpoint.step}"
+        return checkpoint, checkpoint.damage(part, parts)
+    except EchoError as error:
+        return None, str(error)
+
+
 def newest_intact(folder: Path, say: Callable[[str], object]) -> TrainingCheckpoint | None:
     """The newest checkpoint in `folder` without damage; `say` is told of each that has some.
 
     **Raises**: `EchoError` if there are some and none is intact.
     """
     found = find_checkpoints(folder)
-    for _, path in found:
-        try:
-            checkpoint = TrainingCheckpoint(path)
-            problem = checkpoint.damage()
-        except EchoError as error:
-            problem = str(error)
-        else:
-            if problem is None:
-                return checkpoint
+    for step, path in found:
+        checkpoint, problem = open_intact(step, path)
+        if problem is None:
+            return checkpoint
         say(f"checkpoint {path} is damaged ({problem})")
     if found:
         raise EchoError(f"no checkpoint in {folder} is intact, of {len(found)}")

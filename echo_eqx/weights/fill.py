@@ -1,6 +1,7 @@
 """Filling an abstract model with arrays: every leaf once, every source tensor once, all finite."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -86,6 +87,33 @@ def _checked(name: str, known: set[str], arrays: Arrays, where: str) -> np.ndarr
     if not np.isfinite(array.astype(np.float32, copy=False)).all():
         raise EchoError(f"{where}: {name} has values that are not finite")
     return array
+
+
+def check_sizes(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse, before any work is done with it, a config with numbers that no tensor can have.
+
+    `shapes` are those of the source's tensors, which take as many bytes as they say.
+    """
+    largest = max((max(shape, default=0) for shape in shapes.values() if 0 not in shape), default=0)
+    for name, value in _sizes(dataclasses.asdict(config), ""):
+        # A layer of an LSTM is a tensor of its own; all others are along an axis.
+        limit = len(shapes) if name.endswith("num_lstm_layers") else largest
+        if value > limit:
+            raise EchoError(
+                f"{where}: {name} in the config: expected at most {limit} for its tensors, "
+                f"got {value}"
+            )
+
+
+def _sizes(fields: Mapping[str, Any], where: str) -> Iterator[tuple[str, int]]:
+    """Sizes of a config that are in the shape of some tensor."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _sizes(value, f"{where}{name}.")
+        elif isinstance(value, tuple):
+            yield from ((where + name, size) for size in value)
+        elif type(value) is int and not name.startswith("max_") and name != "sample_rate":
+            yield where + name, value
 
 
 def check_memory(skeleton: Any, where: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from echo_eqx.errors import EchoError
 from echo_eqx.weights.inert_pickle import NUMPY, PARSE_ERRORS, Builder, Record, load, ordered_dict
+from echo_eqx.weights.parts import shared_prefix
 
 _MAX_LEAVES = 100_000
 _MAX_DEPTH = 64
@@ -63,10 +64,13 @@ def read_flax_checkpoint(path: Path) -> FlaxCheckpoint:
 
     **Raises**: `EchoError` naming the file and what is wrong in it.
     """
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            raise EchoError(f"{path} is empty; wanted a pickled checkpoint")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                raise EchoError(f"{path} is empty; expected a pickled checkpoint")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{path} cannot be read: {error}") from None
     tree = load(data, str(path), KNOWN)
     try:
         return _checkpoint(tree, path)
@@ -78,17 +82,20 @@ def _checkpoint(tree: Any, path: Path) -> FlaxCheckpoint:
     if not isinstance(tree, dict) or "params" not in tree:
         raise EchoError(f"{path} holds no 'params'; wanted a dict with params, opt_state, step")
     params = _flatten(tree["params"], path)
-    if set(params) and all(name.startswith("params/") for name in params):
-        params = {name.removeprefix("params/"): array for name, array in params.items()}
+    prefix = shared_prefix(params, "/")  # "params/", or that of a wrapper
     adam = _find_adam(tree.get("opt_state"), path)
     return FlaxCheckpoint(
-        params=params,
-        mu=adam["mu"] if adam else None,
-        nu=adam["nu"] if adam else None,
+        params=_without(prefix, params),
+        mu=_without(prefix, adam["mu"]) if adam else None,
+        nu=_without(prefix, adam["nu"]) if adam else None,
         adam_count=adam["count"] if adam else None,
         step=_counter(tree, "step", path),
         samples_seen=_counter(tree, "samples_seen", path),
     )
+
+
+def _without(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 def _counter(tree: dict, name: str, path: Path) -> int:

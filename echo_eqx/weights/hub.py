@@ -11,9 +11,15 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from echo_eqx.errors import EchoError
 from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, newest_intact
+from echo_eqx.weights.parts import INDEX_SUFFIX, parts_of, weight_map
 
 SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt")
-USUAL_NAMES = ("model.safetensors", "pytorch_model.safetensors", "weights.pth")
+USUAL_NAMES = (
+    "model.safetensors",
+    "pytorch_model.safetensors",
+    "weights.pth",
+    f"model{INDEX_SUFFIX}",
+)
 SHIPPED = {
     "voice": {
         kind: Path(__file__).parents[1] / "voice" / "weights" / f"{kind}.safetensors"
@@ -47,7 +53,7 @@ def find_weights(source: str | Path, kind: Literal["dit", "codec"] = "dit") -> P
     except (OSError, RuntimeError, ValueError) as error:
         raise EchoError(f"{str(source)[:200]!r} is no usable path: {error}") from None
     if is_file:
-        return path
+        return _whole(path)
     if is_folder and (path / MANIFEST).is_file():
         if problem := TrainingCheckpoint(path).damage():
             raise EchoError(f"checkpoint {path} is damaged ({problem})")
@@ -67,6 +73,14 @@ def find_weights(source: str | Path, kind: Literal["dit", "codec"] = "dit") -> P
     return _from_hub(match["repo"], match["revision"], match["file"])
 
 
+def _whole(path: Path) -> Path:
+    """The index beside a file that is one of several parts, or else the file itself."""
+    part = re.fullmatch(r"(.+)-\d+-of-\d+\.safetensors", path.name)
+    if part and (index := path.with_name(part[1] + INDEX_SUFFIX)).is_file():
+        return index
+    return path
+
+
 def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
     """What is in the cache is used as it is, without asking the Hub: other weights are another
     revision. A repository is listed to find its file of weights, where that has no usual name."""
@@ -74,13 +88,19 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
     cached = _cached_snapshot(repo, revision or "main")
     names = _files_below(cached)
     for name in [file] if file else USUAL_NAMES:
-        if name in names:
+        if name in names and _is_complete(cached / name):
             return cached / name
     try:
         if file is None:
             listed = HfApi().list_repo_files(repo, revision=revision)
             file = _choose(listed, f"repository {where}", f"write {where}:FILE")
-        return Path(hf_hub_download(repo, file, revision=revision))
+        path = Path(hf_hub_download(repo, file, revision=revision))
+        if file.endswith(INDEX_SUFFIX):
+            folder = file.rpartition("/")[0]
+            for part in parts_of(weight_map(path)):
+                name = f"{folder}/{part}" if folder else part
+                hf_hub_download(repo, name, revision=revision)
+        return path
     except EchoError:
         raise
     except LocalEntryNotFoundError:
@@ -89,7 +109,7 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
         reason = f"it has no file {file}"
     except Exception as error:  # the errors of the HTTP library below change between versions
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-    candidates = [name for name in names if name.endswith(SUFFIXES)]
+    candidates = _candidates(names)
     if file is None and len(candidates) == 1:
         return cached / candidates[0]
     raise EchoError(f"{where} is not in the cache and cannot be downloaded: {reason}")
@@ -107,11 +127,32 @@ def _files_below(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in files]
 
 
+def _is_complete(path: Path) -> bool:
+    """Whether all that an index lists was downloaded with it; True for any other file."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return True
+    return all((path.parent / part).is_file() for part in parts_of(weight_map(path)))
+
+
+def _candidates(names: list[str]) -> list[str]:
+    """Files of weights; those in parts by their index."""
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    parts = re.compile(
+        "|".join(
+            re.escape(index.removesuffix(INDEX_SUFFIX)) + r"-\d+-of-\d+\.safetensors"
+            for index in indexes
+        )
+        or r"(?!)"
+    )
+    files = [name for name in names if name.endswith(SUFFIXES) and not parts.fullmatch(name)]
+    return files + indexes
+
+
 def _choose(names: list[str], where: str, advice: str) -> str:
     for name in USUAL_NAMES:
         if name in names:
             return name
-    candidates = [name for name in names if name.endswith(SUFFIXES)]
+    candidates = _candidates(names)
     if not candidates:
         raise EchoError(f"{where} holds no weights; wanted a file *{', *'.join(SUFFIXES)}")
     if len(candidates) > 1:

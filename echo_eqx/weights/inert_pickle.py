@@ -43,6 +43,7 @@ PARSE_ERRORS = (
     AttributeError,
     IndexError,
     KeyError,
+    MemoryError,
     OverflowError,
     RecursionError,
     TypeError,
@@ -57,6 +58,9 @@ Builder = Callable[[tuple], Any]
 
 _MARK = object()
 _MAX_KEY = 256
+_MAX_STEPS = 1_000_000
+"""Opcodes of a pickle: each takes up to a hundred times its own byte. The largest published
+checkpoint has some 100,000."""
 _OPS = {ord(op.code): op for op in pickletools.opcodes}
 _LENGTH_FORMATS = {
     pickletools.TAKEN_FROM_ARGUMENT1: "<B",
@@ -101,7 +105,11 @@ class _Machine:
 
     def run(self) -> Any:
         position, end = 0, len(self.data)
+        steps = 0
         while position < end:
+            steps += 1
+            if steps > _MAX_STEPS:
+                raise EchoError(f"it has more than {_MAX_STEPS} values; expected a model")
             op = _OPS.get(self.data[position])
             if op is None:
                 raise EchoError(

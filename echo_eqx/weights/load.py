@@ -1,6 +1,5 @@
 """`load_dit` and `load_codec`: any file of weights that is known, told apart by its content."""
 
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import cast
 from echo_eqx.weights.checkpoint import TrainingCheckpoint, checkpoint_generation
 from echo_eqx.weights.dacvae import load_dacvae_pth
-from echo_eqx.weights.fill import Arrays, Sources, check_memory, fill, only
+from echo_eqx.weights.fill import Arrays, Sources, check_memory, check_sizes, fill, only
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.names import (
@@ -26,7 +25,9 @@ from echo_eqx.weights.names import (
     pytorch_config,
     pytorch_sources,
 )
-from echo_eqx.weights.own_format import SafetensorsFile, own_config, own_generation, own_kind
+from echo_eqx.weights.own_format import own_config, own_generation, own_kind
+from echo_eqx.weights.parts import INDEX_SUFFIX, SafetensorsParts, Unwrapped
+from echo_eqx.weights.safetensors_file import SafetensorsFile
 
 
 def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
@@ -34,9 +35,10 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
 
     **Arguments**: `source` "voice" for the small voice in the package, or a file, a folder or a Hub
     id `owner/name[@revision][:file]`, holding our safetensors, a Flax checkpoint of the published
-    trainer (pickle), or the community's PyTorch safetensors; or a training checkpoint, or a run
-    folder, of which the newest is taken, with the moving average where one was kept; `dtype` of the
-    matrices, and so of the computation.
+    trainer (pickle), or the community's PyTorch safetensors, also in parts with an index or under a
+    prefix that all names share; or a training checkpoint, or a run folder, of which the newest is
+    taken, with the moving average where one was kept; `dtype` of the matrices, and so of the
+    computation.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
@@ -45,14 +47,15 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
         return _load_checkpoint(path, "dit", dtype)
     kind = _kind(path)
     if kind == "safetensors":
-        file = SafetensorsFile(path)
+        file = _open(path)
         if own_kind(file) == "dit":
             return _load_own(file, dtype)
         if own_kind(file) == "codec":
             raise EchoError(f"{path} holds a codec; wanted an EchoDiT")
-        shapes = file.shapes()
+        weights = Unwrapped(file)
+        shapes = weights.shapes()
         config = _within(path, lambda: pytorch_config(shapes))
-        return _fill_dit(config, dtype, path, pytorch_sources, file.names, file)
+        return _fill_dit(config, dtype, path, pytorch_sources, weights.names, weights)
     if kind == "pickle":
         params = read_flax_checkpoint(path).params
         return dit_from_flax(params, path, dtype)
@@ -75,7 +78,7 @@ def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
     if kind == "torch":
         return load_dacvae_pth(path, dtype)
     if kind == "safetensors":
-        file = SafetensorsFile(path)
+        file = _open(path)
         if own_kind(file) == "codec":
             return _load_own(file, dtype)
     raise EchoError(f"{path} holds no codec; wanted a DACVAE weights.pth or safetensors of ours")
@@ -88,7 +91,14 @@ def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> 
     return _fill_dit(config, dtype, path, flax_sources, tensors, tensors)
 
 
+def _open(path: Path) -> SafetensorsFile | SafetensorsParts:
+    is_index = path.name.endswith(INDEX_SUFFIX)
+    return SafetensorsParts(path) if is_index else SafetensorsFile(path)
+
+
 def _kind(path: Path) -> str:
+    if path.name.endswith(INDEX_SUFFIX):
+        return "safetensors"
     try:
         with path.open("rb") as file:
             head = file.read(16)
@@ -99,7 +109,7 @@ def _kind(path: Path) -> str:
     # A safetensors file begins with the length of its header, which is JSON.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "safetensors"
-    if zipfile.is_zipfile(path):
+    if head[:2] == b"PK":
         return "torch"
     if head[0] == 0x80:
         return "pickle"
@@ -121,13 +131,15 @@ def _load_checkpoint(path: Path, kind: str, dtype: Any) -> Any:
         names = {"dit": "an EchoDiT", "codec": "a codec"}
         raise EchoError(f"{path} holds {names[checkpoint.model_kind]}; wanted {names[kind]}")
     arrays = checkpoint.model_arrays()
+    shapes = {name: arrays.shape(name) for name in arrays.names}
     generation = checkpoint_generation(checkpoint)
-    return _fill_own(checkpoint.config, generation, dtype, path, arrays.names, arrays)
+    return _fill_own(checkpoint.config, generation, dtype, path, shapes, arrays)
 
 
-def _load_own(file: SafetensorsFile, dtype: Any) -> Any:
+def _load_own(file: SafetensorsFile | SafetensorsParts, dtype: Any) -> Any:
+    weights = Unwrapped(file)
     config, generation = own_config(file), own_generation(file)
-    return _fill_own(config, generation, dtype, file.path, file.names, file)
+    return _fill_own(config, generation, dtype, file.path, weights.shapes(), weights)
 
 
 def _fill_own(
@@ -135,9 +147,11 @@ def _fill_own(
     generation: GenerationConfig,
     dtype: Any,
     path: Path,
-    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
     arrays: Arrays,
 ) -> Any:
+    check_sizes(config, shapes, str(path))
+
     def init() -> EchoDiT | DACVAE:
         if isinstance(config, CodecConfig):
             return DACVAE.init(config, key=jax.random.key(0))
@@ -145,7 +159,7 @@ def _fill_own(
 
     skeleton = jax.eval_shape(lambda: cast(init(), dtype))
     check_memory(skeleton, str(path))
-    return fill(skeleton, lambda leaf: Sources([leaf], only), arrays, names, str(path))
+    return fill(skeleton, lambda leaf: Sources([leaf], only), arrays, shapes, str(path))
 
 
 def _fill_dit(
@@ -154,7 +168,7 @@ def _fill_dit(
     path: Path,
     sources: Callable[[str, DiTConfig], Sources],
     names: Iterable[str],
-    arrays: Mapping[str, np.ndarray] | SafetensorsFile,
+    arrays: Arrays,
 ) -> EchoDiT:
     skeleton = jax.eval_shape(lambda: cast(EchoDiT.init(config, key=jax.random.key(0)), dtype))
     check_memory(skeleton, str(path))

@@ -191,7 +191,13 @@ class _CheckedShapes:
 
     def count_layers(self, pattern: str) -> int:
         matches = (re.match(pattern, name) for name in self.tensors)
-        return 1 + max((int(match[1][:6]) for match in matches if match), default=-1)
+        count = 1 + max((int(match[1][:6]) for match in matches if match), default=-1)
+        if not 0 < count <= len(self.tensors):
+            raise EchoError(
+                f"tensors {pattern}: expected layers numbered from 0, got {count} layers in "
+                f"{len(self.tensors)} tensors"
+            )
+        return count
 
 
 def _with_limits(config: DiTConfig) -> DiTConfig:

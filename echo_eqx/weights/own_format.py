@@ -1,15 +1,12 @@
 """Our own safetensors: leaves by name, and metadata that says what the file is and its sizes."""
 
 import json
-import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import (
@@ -20,11 +17,13 @@ from echo_eqx.config import (
     to_json,
 )
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.files import write_whole
+from echo_eqx.files import parse_json, write_whole
 from echo_eqx.generation import GenerationConfig, generation_from_json, generation_to_json
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.names import to_pytorch
+from echo_eqx.weights.parts import SafetensorsParts
+from echo_eqx.weights.safetensors_file import SafetensorsFile
 from echo_eqx.weights.stream_file import save_arrays
 
 FORMAT = "echo_eqx"
@@ -88,55 +87,13 @@ def save(
 
 def _to_disk(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        # The format takes an array's memory as it lies: it has to lie in order.
         out = array.astype(DTYPES[dtype], order="C")
     if not np.isfinite(out.astype(np.float32)).all():
         raise EchoError(f"{name} has values that {dtype} cannot hold")
     return out
 
 
-class SafetensorsFile:
-    """An open safetensors file: metadata, shapes, and arrays read one by one.
-
-    **Raises**: `EchoError` naming the file if it is empty, truncated or of another kind.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._check_size()
-            self._file = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError, ValueError, struct.error) as error:
-            raise EchoError(f"{path} is no readable safetensors file: {error}") from None
-        self.metadata: Mapping[str, str] = self._file.metadata() or {}
-        self.names = list(self._file.keys())
-
-    def _check_size(self) -> None:
-        size = self.path.stat().st_size
-        if size < 8:
-            raise ValueError(f"it has {size} bytes")
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self.names}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.names:
-            raise EchoError(f"{self.path}: tensor {name} is missing")
-        try:
-            return self._file.get_tensor(name)
-        except (SafetensorError, TypeError, AttributeError) as error:
-            raise EchoError(f"{self.path}: tensor {name} cannot be read: {error}") from None
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A box of a tensor; nothing else of it is read."""
-        try:
-            # A scalar has no slices.
-            return self._file.get_slice(name)[index if index else ()]
-        except (SafetensorError, TypeError, AttributeError, IndexError) as error:
-            raise EchoError(f"{self.path}: tensor {name} cannot be read: {error}") from None
-
-
-def own_kind(file: SafetensorsFile) -> str | None:
+def own_kind(file: SafetensorsFile | SafetensorsParts) -> str | None:
     """ "dit" or "codec" for a file of ours, None for another."""
     if file.metadata.get("format") != FORMAT:
         return None
@@ -146,17 +103,19 @@ def own_kind(file: SafetensorsFile) -> str | None:
     return kind
 
 
-def own_config(file: SafetensorsFile) -> DiTConfig | CodecConfig:
+def own_config(file: SafetensorsFile | SafetensorsParts) -> DiTConfig | CodecConfig:
     """The config that a file of ours carries."""
     try:
-        data = json.loads(file.metadata["config"])
+        data = parse_json(file.metadata["config"].encode("utf-8", "surrogatepass"))
         parse = dit_config_from_json if own_kind(file) == "dit" else codec_config_from_json
         return parse(data)
-    except (EchoError, KeyError, ValueError, AttributeError, RecursionError) as error:
+    except KeyError:
+        raise EchoError(f"{file.path} carries no config") from None
+    except (EchoError, ValueError) as error:
         raise EchoError(f"{file.path} carries no usable config: {error}") from None
 
 
-def own_generation(file: SafetensorsFile) -> GenerationConfig:
+def own_generation(file: SafetensorsFile | SafetensorsParts) -> GenerationConfig:
     """How to speak with the model of a file of ours, as far as the file says."""
     try:
         return generation_from_json(json.loads(file.metadata.get(GENERATION, "{}")))

@@ -3,11 +3,14 @@
 The format: 8 bytes with the length of a JSON header, the header with type, shape and place of every
 tensor, then the numbers (https://github.com/huggingface/safetensors). The library's own writer
 copies all tensors first.
+
+The metadata gets one entry more, `CHECKSUMS`: CRC-32s in hexadecimal, of the header (in which its
+own eight digits are zeros) and of each tensor in the order of the file.
 """
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +18,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+CHECKSUMS = "echo_eqx.crc32"
+_BLANK = "0" * 8
 NAMES = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
@@ -42,7 +47,8 @@ def write_safetensors(
 ) -> dict[str, int]:
     """Write `tensors` to `path` and return the CRC-32 of each, by name."""
     tensors = list(tensors)
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    blank = " ".join([_BLANK] * (len(tensors) + 1))
+    header: dict[str, object] = {"__metadata__": {CHECKSUMS: blank, **metadata}}
     offset = 0
     for tensor in tensors:
         end = offset + tensor.num_bytes
@@ -56,7 +62,19 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        return {tensor.name: _write(file, tensor) for tensor in tensors}
+        crcs = {tensor.name: _write(file, tensor) for tensor in tensors}
+        found = " ".join([_BLANK, *(f"{crc:08x}" for crc in crcs.values())])
+        text = text.replace(blank.encode(), found.encode(), 1)
+        sealed = found.replace(_BLANK, f"{header_checksum(text, found):08x}", 1)
+        file.seek(8)
+        file.write(text.replace(found.encode(), sealed.encode(), 1))
+    return crcs
+
+
+def header_checksum(text: bytes, checksums: str) -> int:
+    """CRC-32 of a header with zeros for its own in `checksums`, the value of `CHECKSUMS`."""
+    blank = _BLANK + checksums[len(_BLANK) :]
+    return zlib.crc32(text.replace(checksums.encode(), blank.encode(), 1))
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -80,27 +98,3 @@ def _write(file: BinaryIO, tensor: Tensor) -> int:
         written += data.nbytes
     assert written == tensor.num_bytes, tensor.name
     return crc
-
-
-def checksums(path: Path) -> Iterator[tuple[str, int]]:
-    """CRC-32 of each tensor in a safetensors file, read in small parts.
-
-    **Raises**: `ValueError` or `OSError` if the file is damaged.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("it is cut off in its header")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            file.seek(8 + length + start)
-            crc, left = 0, end - start
-            while left:
-                data = file.read(min(left, 2**24))
-                if not data:
-                    raise ValueError(f"it is cut off in {name}")
-                crc = zlib.crc32(data, crc)
-                left -= len(data)
-            yield name, crc

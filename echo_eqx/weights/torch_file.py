@@ -1,7 +1,9 @@
 """PyTorch's zip files (`torch.save`), read without PyTorch."""
 
+import io
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from echo_eqx.weights.inert_pickle import (
     load,
     ordered_dict,
 )
+from echo_eqx.weights.parts import shared_prefix
 
 _STORAGES = {
     "FloatStorage": np.dtype("<f4"),
@@ -31,6 +34,11 @@ _STORAGES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+
+
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
+_MAX_LIST = 2**24
+"""Bytes of the list of entries in a zip. One entry takes some 60, and 1 kB in memory."""
 
 
 def _refuse(args: tuple) -> Any:
@@ -50,13 +58,33 @@ def read_torch_file(path: Path) -> dict[str, Any]:
 
     **Raises**: `EchoError` naming the file and what is wrong in it.
     """
-    if not zipfile.is_zipfile(path):
-        raise EchoError(f"{path} is no PyTorch zip file; wanted one written by torch.save")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Opening(path) as file, zipfile.ZipFile(file) as archive:
+            file.is_open = True
             return _read(archive, path)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, *PARSE_ERRORS) as error:
-        raise EchoError(f"{path} is damaged or truncated: {error}") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        RuntimeError,
+        *PARSE_ERRORS,
+    ) as error:
+        raise EchoError(
+            f"{path}: expected a zip file written by torch.save, got one that is damaged, "
+            f"truncated or of another kind ({error})"
+        ) from None
+
+
+class _Opening(io.FileIO):
+    """Bounds what is read while a zip is opened, which is its list of entries."""
+
+    is_open = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if not self.is_open and size is not None and size > _MAX_LIST:
+            raise EchoError(f"{self.name}: its list of entries has {size} bytes")
+        return super().read(size) or b""
 
 
 def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
@@ -93,6 +121,8 @@ def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
                     f"its header says {count} x {dtype.itemsize}"
                 )
             storages[key] = np.frombuffer(archive.read(entry), dtype)
+        if storages[key].dtype != dtype:
+            raise EchoError(f"storage {key} is used as {storages[key].dtype} and as {dtype}")
         return storages[key]
 
     value = load(archive.read(pickles[0]), str(path), KNOWN, storage)
@@ -106,11 +136,12 @@ def tensors(state_dict: Any, path: Path) -> dict[str, np.ndarray]:
     if not isinstance(state_dict, dict):
         raise EchoError(f"{path} has no state_dict; wanted a dict of tensors")
     out = {}
+    prefix = shared_prefix(state_dict)
     for name, value in state_dict.items():
         if not (isinstance(value, Record) and value.name == "tensor"):
             raise EchoError(f"{path}: {name} is no tensor")
         try:
-            out[name] = _tensor(value.args, f"{path}: {name}")
+            out[name.removeprefix(prefix)] = _tensor(value.args, f"{path}: {name}")
         except PARSE_ERRORS as error:
             raise EchoError(f"{path}: {name} is damaged ({type(error).__name__})") from None
     return out

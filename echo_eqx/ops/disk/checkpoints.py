@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,14 @@ from echo_eqx.ops.disk.safe import (
     opened,
 )
 from echo_eqx.train.checkpoint import Retention
-from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, find_checkpoints
-
-_LEFT_FOLDER = re.compile(r"step_(\d{1,12})|damaged_step_(\d{1,12})_[0-9a-f]{6}")
-_LEFT_FILE = re.compile(r"step_(\d{1,12})\.safetensors|\.step_(\d{1,12})\.safetensors\.\w+")
+from echo_eqx.train.own_files import (
+    is_leftover,
+    remove_file,
+    remove_step,
+    set_aside_step,
+    temporary_export_step,
+)
+from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, find_checkpoints, step_of
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,18 @@ def _outside(folder: Path, run: Path, retention: Retention) -> list[_Found]:
         newest = max(complete.values())
         drops = retention.drops(list(complete.values()))
         # Exports go with their checkpoints, and what is one by way of a link is left alone.
-        stay = {f"{name}.safetensors" for name in listed} | (listed.keys() - complete.keys())
+        stay = listed.keys() - complete.keys()
         found = []
         for name in os.listdir(handle):
-            a_folder = is_folder(name, handle)
-            match = (_LEFT_FOLDER if a_folder else _LEFT_FILE).fullmatch(name)
-            if match is None or name in stay or not (a_folder or is_file(name, handle)):
+            if is_folder(name, handle):
+                step = step_of(name)
+                step = set_aside_step(name) if step is None else step
+            else:
+                step = temporary_export_step(name) if is_file(name, handle) else None
+            if step is None or name in stay:
                 continue
-            step = int(match[1] or match[2])
+            if name not in complete and is_folder(name, handle) and not is_leftover(name, handle):
+                continue
             if (step in drops) if name in complete else (step <= newest):
                 with contextlib.suppress(FileNotFoundError):
                     inner = f"{name}/{MANIFEST}" if name in complete else name
@@ -125,11 +131,8 @@ def _outside(folder: Path, run: Path, retention: Retention) -> list[_Found]:
 
 
 def _remove_checkpoint(name: str, handle: int) -> None:
-    """Delete a checkpoint and its export, or a leftover; from the first moment on it is none."""
-    if not is_folder(name, handle):
-        return os.unlink(name, dir_fd=handle)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{name}/{MANIFEST}", dir_fd=handle)
-    shutil.rmtree(name, dir_fd=handle)
-    if is_file(f"{name}.safetensors", handle):
-        os.unlink(f"{name}.safetensors", dir_fd=handle)
+    """Delete a checkpoint and its export, or a leftover. What the trainer did not write stays."""
+    if is_folder(name, handle):
+        remove_step(name, handle)
+    else:
+        remove_file(name, handle)

@@ -82,5 +82,5 @@ class Journal:
             yield
         except (Spared, FileNotFoundError):
             pass
-        except OSError as error:
+        except (OSError, EchoError) as error:
             self.report(path, error)

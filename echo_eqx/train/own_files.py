@@ -1,0 +1,127 @@
+"""Names that the trainer gives in the `checkpoints` folder of a run, and deleting what has them.
+
+A folder of checkpoints may hold anything else: copies, notes, links. Only regular files and folders
+under exact names of ours are deleted. Everything is reached by descriptor from the run's folder, so
+nothing is deleted below or through a link.
+"""
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, step_of
+
+_PIECES = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.(safetensors|json)")
+"""What a process writes into the folder of a checkpoint: the mark of the start, and its number."""
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
+"""What `write_whole` names a file until it is whole."""
+_DAMAGED = re.compile(r"damaged_(step_\d+)_[0-9a-f]{6}")
+_OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def export_name(folder_name: str) -> str:
+    """Name of the file of weights beside a checkpoint's folder."""
+    return f"{folder_name}.safetensors"
+
+
+def set_aside_name(name: str) -> str:
+    """A new name for something that is in the way of a checkpoint."""
+    return f"damaged_{name}_{os.urandom(3).hex()}"
+
+
+def set_aside_step(name: str) -> int | None:
+    """The step of a folder that was set aside, or None for any other name."""
+    match = _DAMAGED.fullmatch(name)
+    return step_of(match[1]) if match else None
+
+
+def temporary_export_step(name: str) -> int | None:
+    """The step of an export that was never finished, or None for any other name."""
+    match = _TEMPORARY.fullmatch(name)
+    if match is None or not match[1].endswith(".safetensors"):
+        return None
+    return step_of(match[1].removesuffix(".safetensors"))
+
+
+@contextlib.contextmanager
+def open_checkpoints(run_dir: Path) -> Iterator[int | None]:
+    """Descriptor of the `checkpoints` folder of a run; None if it is missing or a link."""
+    try:
+        handle = os.open(run_dir / FOLDER, _OPEN_FOLDER)
+    except OSError:
+        yield None
+        return
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def is_leftover(name: str, handle: int) -> bool:
+    """Whether the folder `name` in `handle` holds something that the trainer wrote, or nothing."""
+    try:
+        inner = os.open(name, _OPEN_FOLDER, dir_fd=handle)
+    except OSError:
+        return False
+    try:
+        files = os.listdir(inner)
+        return not files or any(_is_own_file(file, name, inner) for file in files)
+    finally:
+        os.close(inner)
+
+
+def remove_step(name: str, handle: int) -> None:
+    """Delete the checkpoint or leftover `name` in the folder `handle`, with its export.
+
+    The manifest goes first, so that a part of a checkpoint is never taken for one. The folder stays
+    if it holds anything that the trainer did not write.
+
+    **Raises**: `OSError`, a `FileNotFoundError` if there is no `name`.
+    """
+    if _kind(name, handle) not in (stat.S_IFDIR, None):
+        return
+    inner = os.open(name, _OPEN_FOLDER, dir_fd=handle)
+    try:
+        ours = [file for file in os.listdir(inner) if _is_own_file(file, name, inner)]
+        if MANIFEST in ours:
+            os.unlink(MANIFEST, dir_fd=inner)
+        # An export without any piece beside it was kept on purpose: a deletion that is cut short
+        # leaves pieces until last.
+        if ours and _kind(export_name(name), handle) == stat.S_IFREG:
+            os.unlink(export_name(name), dir_fd=handle)
+        for file in ours:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file, dir_fd=inner)
+        empty = not os.listdir(inner)
+    finally:
+        os.close(inner)
+    if empty:
+        os.rmdir(name, dir_fd=handle)
+
+
+def remove_file(name: str, handle: int) -> None:
+    """Delete a regular file; anything else stays.
+
+    **Raises**: `OSError`, a `FileNotFoundError` if there is no `name`.
+    """
+    if _kind(name, handle) in (stat.S_IFREG, None):
+        os.unlink(name, dir_fd=handle)
+
+
+def _is_own_file(file: str, folder: str, inner: int) -> bool:
+    temporary = _TEMPORARY.fullmatch(file)
+    name = temporary[1] if temporary else file
+    damaged = _DAMAGED.fullmatch(folder)  # its export was moved into it
+    ours = name == MANIFEST or _PIECES.fullmatch(name) is not None
+    ours = ours or (damaged is not None and name == export_name(damaged[1]))
+    return ours and _kind(file, inner) == stat.S_IFREG
+
+
+def _kind(name: str, handle: int) -> int | None:
+    try:
+        return stat.S_IFMT(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return None

@@ -22,13 +22,18 @@ import echo_eqx
 from echo_eqx.command import note, on_terminal, parse, run
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import SilentAudioError
+from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import remove_leftovers
-from echo_eqx.prepare.deal import deal
+from echo_eqx.prepare.cut import CUTS, cut_long, too_long_texts
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
+from echo_eqx.prepare.holdout import hold_out, parse_holdout
+from echo_eqx.prepare.known import Plan, plan_shards
+from echo_eqx.prepare.limits import Limits
 from echo_eqx.prepare.push import push
 from echo_eqx.prepare.recordings import printable
 from echo_eqx.prepare.sources import list_clips
+from echo_eqx.prepare.speakers import reference_warning, with_speakers
 from echo_eqx.prepare.write import PartIndex, write_json, write_shard, write_silence
 
 SILENCE, SILENCE_SECONDS = "silence.safetensors", 30
@@ -45,11 +50,22 @@ class Args:
     """Folder for the shards."""
     codec: str = "facebook/dacvae-watermarked"
     """DACVAE weights that encode: a file, a folder or a Hub id."""
-    max_seconds: float = 30.72
-    """Longest recording. A longer one is cut between its segments where the transcript has times,
-    and left out where it has none."""
-    ref_seconds: float = 20.48
-    """Longest reference, joined from other recordings of the speaker."""
+    model: str | None = None
+    """Preset of the model that will be trained, such as voice: sets max_seconds, ref_seconds and
+    the longest text to what it can hold. Clips with a longer text are counted."""
+    max_seconds: float | None = None
+    """Longest recording; 30.72 unless the model says otherwise. A longer one is cut between its
+    segments where the transcript has times, else at pauses where a recogniser is installed
+    (pip install 'echo_eqx[cutting]'), and left out otherwise."""
+    ref_seconds: float | None = None
+    """Longest reference, joined from other recordings of the speaker; 20.48 unless the model says
+    otherwise."""
+    speaker: str | None = None
+    """Who speaks in all recordings for which the source names nobody. Without it, recordings that
+    lie in one folder, none with a speaker, are taken to be of one; '' leaves them without."""
+    holdout: str | None = None
+    """Share (5%) or count of recordings to keep apart, in OUTPUT/holdout, for train.py
+    --eval_data. Training on OUTPUT leaves that folder out."""
     latents: Literal["mean", "sample"] = "mean"
     """mean of the bottleneck, or a sample with its deviation."""
     lufs: float | None = None
@@ -100,24 +116,41 @@ def check_usage(args: Args) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(f"part is {args.part!r}; wanted such as 2/8")
     for name in ("max_seconds", "ref_seconds", "shard_samples"):
-        if not 0 < getattr(args, name) < 1e9:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < 1e9:
             raise UsageError(f"{name} is {getattr(args, name)}; wanted a positive number")
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"batch_size is {args.batch_size}; wanted at least 1")
     if args.lufs is not None and not -70 <= args.lufs <= 0:
         raise UsageError(f"lufs is {args.lufs}; wanted -70 to 0")
+    if args.holdout is not None:
+        parse_holdout(args.holdout)
     return int(match[1]) - 1, int(match[2])
 
 
 def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> None:
+    codec = echo_eqx.load_codec(args.codec)
+    limits = Limits.of(args.model, codec.config, args.max_seconds, args.ref_seconds)
     clips, refused = list_clips(
         source,
-        max_seconds=args.max_seconds,
+        max_seconds=limits.max_seconds,
         cache=args.cache_dir,
         normalise=args.normalize_text,
         output=output,
+        keep_long=True,
         say=note,
     )
+    clips, said = with_speakers(clips, args.speaker, source_name(source))
+    if said:
+        note(said)
+    cuts = cut_long(
+        clips,
+        max_seconds=limits.max_seconds,
+        max_text_bytes=limits.max_text_bytes,
+        folder=output / CUTS,
+        begin=part / parts,
+        say=note,
+    )
+    clips, refused = cuts.clips, refused + cuts.refused
     if not clips:
         counts = Counter(refusal.kind for refusal in refused)
         first = f"; the first: {refused[0].name}: {refused[0].detail}" if refused else ""
@@ -125,36 +158,60 @@ def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> Non
             f"{printable(source)} holds no recording that can be used ({dict(counts)} left out"
             f"{first})"
         )
-    codec = echo_eqx.load_codec(args.codec)
-    config = codec.config
-    made_by = codec_facts(codec)
-    settings = {
-        name: getattr(args, name)
-        for name in (
-            *("max_seconds", "ref_seconds", "latents", "lufs", "normalize_text"),
-            *("shard_samples", "seed"),
+    if long := too_long_texts(clips, limits.max_text_bytes):
+        note(
+            f"WARNING: {long} of {len(clips)} clips have a text of more than "
+            f"{limits.max_text_bytes} bytes, which training cuts at that length"
         )
+    settings = {
+        **{name: getattr(args, name) for name in ("latents", "lufs", "normalize_text")},
+        **{name: getattr(args, name) for name in ("shard_samples", "seed", "speaker", "holdout")},
+        **vars(limits),
     }
     output.mkdir(parents=True, exist_ok=True)
-    index = PartIndex(output, part, parts, made_by, settings | {"clips": len(clips)})
-    if part == 0:
-        describe_codec(codec, output)
-        index.refused["input"] = [vars(refusal) for refusal in refused]
-        index.save()
-
+    sets = {output: clips}
+    if args.holdout is not None:
+        held = hold_out(clips, parse_holdout(args.holdout), args.seed, output)
+        sets[output] = [clip for clip in clips if clip.metadata["source"] not in held]
+        sets[output / HOLDOUT] = [clip for clip in clips if clip.metadata["source"] in held]
+        note(f"{len(held)} recordings are held out in {printable(str(output / HOLDOUT))}")
+    made_by = codec_facts(codec)
     batch_size = args.batch_size or (1 if jax.default_backend() == "cpu" else 8)
     encode = ClipEncoder(codec, EncodeSettings(args.latents, args.lufs, batch_size, args.seed))
-    shards = list(enumerate(deal(clips, seed=args.seed, per_shard=args.shard_samples)))[part::parts]
+    indexes = {}
+    for folder in sets:
+        folder.mkdir(exist_ok=True)
+        indexes[folder] = PartIndex(folder, part, parts, made_by, settings)
+    if part == 0:
+        describe_codec(codec, *sets)
+        indexes[output].cuts = cuts.counts
+        indexes[output].refused["input"] = [vars(refusal) for refusal in refused]
+    for folder, members in sets.items():
+        plan = plan_shards(folder, members, seed=args.seed, per_shard=args.shard_samples)
+        tell_changes(plan)
+        indexes[folder].save()
+        make_shards(args, folder, plan, indexes[folder], encode, limits)
+        report(indexes[folder], codec.config.frame_rate)
+
+
+def make_shards(
+    args: Args, folder: Path, plan: Plan, index: PartIndex, encode: ClipEncoder, limits: Limits
+) -> None:
+    """The shards of this part that are not there yet."""
+    config = encode.codec.config
+    shards = list(enumerate(plan.shards))[index.part :: index.parts]
     # Other machines may be writing the other parts.
     own = {index.path.name, *(shard_name(number) for number, _ in shards)}
-    remove_leftovers(output, own | ({SILENCE, CODEC} if part == 0 else set()))
+    remove_leftovers(folder, own | ({SILENCE, CODEC} if index.part == 0 else set()))
+    common = {"codec": index.codec["id"][:16]} | ({} if args.lufs is None else {"lufs": args.lufs})
     bar = tqdm(total=sum(len(s) for _, s in shards), unit="clip", disable=not on_terminal())
     for number, dealt in shards:
-        path = output / shard_name(number)
+        path = folder / shard_name(number)
         if index.is_done(path):
             bar.update(len(dealt))
             continue
-        results = encode([place.clip for place in dealt], bar.update)
+        clips = [place.clip for place in dealt]
+        results = encode([clip for clip in clips if clip.key not in plan.vanished], bar.update)
         latents = {k: v for k, v in results.items() if not isinstance(v, EchoError)}
         broken = [
             {
@@ -165,18 +222,39 @@ def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> Non
             for key, error in sorted(results.items())
             if isinstance(error, EchoError)
         ]
-        common = {"codec": made_by["id"][:16]} | ({} if args.lufs is None else {"lufs": args.lufs})
+        broken += [
+            {"kind": "vanished", "name": clip.key, "detail": "was listed by an earlier run"}
+            for clip in clips
+            if clip.key in plan.vanished
+        ]
         written = write_shard(
             path,
             dealt,
             latents,
-            ref_frames=int(args.ref_seconds * config.frame_rate),
+            ref_frames=int(limits.ref_seconds * config.frame_rate + 1e-6),
             common=common,
             seconds_per_frame=1 / config.frame_rate,
         )
         index.add(path, written, broken)
     bar.close()
-    report(index, config.frame_rate)
+
+
+def source_name(source: str) -> str:
+    """What one speaker is called whose recordings are all there is: the folder's name."""
+    path = Path(source).expanduser().absolute()
+    return printable((path if path.is_dir() else path.parent).name) or "speaker"
+
+
+def tell_changes(plan: Plan) -> None:
+    if plan.added:
+        note(f"{plan.added} clips are new: shards are made for them, those that exist stay")
+    for what, keys in (("gone from the input", plan.vanished), ("changed", plan.changed)):
+        if keys:
+            named = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            note(
+                f"WARNING: {len(keys)} clips are {what} since an earlier run ({named}): shards "
+                "that exist keep them as they were; to make all anew, give another --output"
+            )
 
 
 def shard_name(number: int) -> str:
@@ -193,12 +271,13 @@ def codec_facts(codec: echo_eqx.DACVAE) -> dict[str, Any]:
     }
 
 
-def describe_codec(codec: echo_eqx.DACVAE, output: Path) -> None:
-    """Write what training needs to know of the codec, and its silence."""
+def describe_codec(codec: echo_eqx.DACVAE, *folders: Path) -> None:
+    """Write what training needs to know of the codec, and its silence, into `folders`."""
     facts = codec_facts(codec)
     latents = encode_silence(codec, round(SILENCE_SECONDS * codec.config.frame_rate))
-    write_silence(output / SILENCE, latents, facts)
-    write_json(output / CODEC, facts)
+    for folder in folders:
+        write_silence(folder / SILENCE, latents, facts)
+        write_json(folder / CODEC, facts)
 
 
 def report(index: PartIndex, frame_rate: float) -> None:
@@ -209,7 +288,10 @@ def report(index: PartIndex, frame_rate: float) -> None:
     print(
         f"{len(shards)} shards, {samples} samples, {hours:.2f} hours, "
         f"{with_reference} with a reference"
+        + (f" (held out, in {HOLDOUT}/)" if index.path.parent.name == HOLDOUT else "")
     )
+    if warning := reference_warning(samples, with_reference):
+        note(warning)
     refused = [refusal for refusals in index.refused.values() for refusal in refusals]
     if refused:
         counts = Counter(refusal["kind"] for refusal in refused)

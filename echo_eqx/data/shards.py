@@ -22,6 +22,8 @@ _HUB_SOURCE = re.compile(
     r"hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?(?:/(?P<folder>.+?))?/?"
 )
+HOLDOUT = "holdout"
+"""Folder of shards to evaluate on. Nothing in it is listed unless it is asked for by name."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -65,7 +67,8 @@ def frame_rate(codec_json: bytes) -> float | None:
 
 def list_shards(source: str, cache: Path) -> Listing:
     """All *.tar behind `source`: below a folder, matched by a glob, one file, or
-    `hf://datasets/owner/name[@revision][/folder]`.
+    `hf://datasets/owner/name[@revision][/folder]`. Those held out, in a folder `holdout` further
+    down, are left out.
 
     A revision on the Hub is resolved to its commit once. That listing is kept in the folder
     `cache`, and taken from there where the Hub is out of reach.
@@ -102,11 +105,17 @@ def _as_stored(path: Path) -> Path:
     return next((found for found in (path, *spellings) if found.exists()), path)
 
 
+def _is_held_out(name: str) -> bool:
+    return HOLDOUT in name.split("/")[:-1]
+
+
 def _local(source: str, folder: Path, names: list[str]) -> Listing:
     shards = []
     try:
         for name in sorted(names):
             path = folder / name
+            if _is_held_out(name):
+                continue
             if path.is_file():
                 shards.append(Shard(name, path.stat().st_size, path=path.absolute()))
             elif not path.is_dir():
@@ -166,7 +175,8 @@ def _ask_hub(repo: str, revision: str | None, folder: str | None) -> tuple[str, 
     files = []
     for file in tree:
         size = getattr(file, "size", None)  # folders have none
-        if file.path.endswith(".tar") and size is not None:
+        below = file.path.removeprefix(f"{folder}/") if folder else file.path
+        if file.path.endswith(".tar") and size is not None and not _is_held_out(below):
             lfs = getattr(file, "lfs", None)
             files.append([file.path, size, lfs.sha256 if lfs else None])
     return commit, sorted(files)

@@ -45,9 +45,14 @@ def read_segments(given: Any) -> tuple[list[Segment], list[Segment]]:
 
 
 def join_segments(
-    segments: Sequence[Segment], start: float, end: float, max_seconds: float
+    segments: Sequence[Segment],
+    start: float,
+    end: float,
+    max_seconds: float,
+    max_bytes: int = 2**31,
 ) -> list[Segment]:
-    """Segments within [start, end) joined while they fit `max_seconds`, cut amid the pauses.
+    """Segments within [start, end) joined while they fit `max_seconds` and their text `max_bytes`
+    of UTF-8, cut amid the pauses.
 
     One without text parts those beside it. One too long by itself stays as it is.
     """
@@ -68,10 +73,10 @@ def join_segments(
             continue
         begin = max(start, segment.start - edges[number])
         stop = min(end, ends[number] + edges[number + 1])
-        if not parted and stop - joined[-1].start <= max_seconds:
-            joined[-1] = Segment(
-                joined[-1].start, stop, f"{joined[-1].text} {segment.text.strip()}"
-            )
+        text = f"{joined[-1].text} {segment.text.strip()}" if joined else ""
+        fits = len(text.encode("utf-8", "replace")) <= max_bytes
+        if not parted and fits and stop - joined[-1].start <= max_seconds:
+            joined[-1] = Segment(joined[-1].start, stop, text)
         else:
             if stop - begin > max_seconds:
                 begin, stop = max(begin, segment.start), min(stop, ends[number])

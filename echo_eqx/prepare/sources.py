@@ -75,6 +75,7 @@ def list_clips(
     cache: Path,
     normalise: bool = False,
     output: Path | None = None,
+    keep_long: bool = False,
     say: Callable[[str], object] = lambda _: None,
 ) -> tuple[list[Clip], list[Refusal]]:
     """All clips of `source`, sorted by key, and what of it is not used.
@@ -83,8 +84,9 @@ def list_clips(
     lists of other trainers), a manifest (*.jsonl), tars, Parquet files, or
     `hf://datasets/owner/name[@revision][/folder]`, whose Parquet files are kept in `cache`. The
     result is the same wherever the source lies. Recordings longer than `max_seconds` are cut
-    between their `segments`, if they have any. `normalise` cleans the texts as they are cleaned
-    before they are spoken. What lies in the folder `output` is not part of the source. `say` is
+    between their `segments`, if they have any; what is still longer is refused, or with `keep_long`
+    stays a clip, to be cut at its pauses. `normalise` cleans the texts as they are cleaned before
+    they are spoken. What lies in the folder `output` is not part of the source. `say` is
     told how a list is read. Only headers are read; what decoding shows is raised by `Clip.load`.
 
     **Raises**: `EchoError` if it is of no known kind, or cannot be read at all.
@@ -97,7 +99,7 @@ def list_clips(
                 refusals.append(found)
                 continue
             clips: list[Clip] = []
-            for piece in _cut(found, max_seconds):
+            for piece in _cut(found, max_seconds, keep_long):
                 if normalise and isinstance(piece, Clip):
                     piece = _normalised(piece)
                 if isinstance(piece, Refusal):
@@ -117,7 +119,7 @@ def list_clips(
     return clips, sorted(refusals, key=lambda refusal: (refusal.name, refusal.kind, refusal.detail))
 
 
-def _cut(record: Record, max_seconds: float) -> Iterator[Clip | Refusal]:
+def _cut(record: Record, max_seconds: float, keep_long: bool) -> Iterator[Clip | Refusal]:
     """The clips of a record, still with the key of the record, or why there are none."""
     fields = dict(record.fields)
     text = take(fields, TEXT_FIELDS)
@@ -158,7 +160,7 @@ def _cut(record: Record, max_seconds: float) -> Iterator[Clip | Refusal]:
             yield Refusal(problem[0], name, problem[1])
         elif seconds < MIN_SECONDS:
             yield Refusal("short", name, f"is {seconds:.3f} s long; wanted at least {MIN_SECONDS}")
-        elif seconds > max_seconds:
+        elif seconds > max_seconds and not keep_long:
             what = "has no segments with times" if not segments else "is one segment"
             detail = f"is {seconds:.2f} s long and {what}; wanted at most {max_seconds:g} s"
             yield Refusal("long", name, detail)

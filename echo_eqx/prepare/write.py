@@ -40,10 +40,12 @@ class PartIndex:
     """
 
     def __init__(self, folder: Path, part: int, parts: int, codec: dict[str, Any], made: dict):
+        self.part, self.parts, self.codec = part, parts, codec
         self.path = folder / f"index-{part:03d}-of-{parts:03d}.json"
         self._head = {"format": FORMAT, "kind": "shards", "codec": codec, "settings": made}
         self.shards: dict[str, dict[str, Any]] = {}
         self.refused: dict[str, list[dict[str, str]]] = {}
+        self.cuts: dict[str, Any] = {}
         for path in sorted(folder.glob("index-*-of-*.json")):
             found = _read(path)
             for name in ("codec", "settings"):
@@ -68,6 +70,8 @@ class PartIndex:
 
     def save(self) -> None:
         content = {**self._head, "shards": self.shards, "refused": self.refused}
+        if self.cuts:
+            content["cuts"] = self.cuts
         write_json(self.path, content)
 
 

@@ -1,0 +1,217 @@
+"""Which words of a text are said when, by the recogniser pocketsphinx (English only).
+
+Speech between pauses is recognised with a language model of the text alone, and what was
+recognised is matched to the text in order. A cut between two words is trusted only where both were
+recognised next to each other on the two sides of a pause; text is never divided by guessing.
+"""
+
+import difflib
+import importlib.metadata
+import importlib.util
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo_eqx.prepare.pauses import RATE
+from echo_eqx.prepare.segments import Segment
+
+MAX_UNKNOWN = 0.25
+"""Share of words outside the dictionary above which a text is not taken for English."""
+MAX_UNMATCHED = 0.3
+"""Share of a stretch's words, said or written, that may have no counterpart."""
+MAX_RUN = 6
+"""Words in a row, said or written, that may have no counterpart."""
+MIN_RUN = 3
+"""Words in a row that must match to count at all."""
+LETTERS_PER_SECOND = (4.0, 30.0)
+"""Rates outside these are no speech of that text."""
+_BLOCK = 60.0
+"""Seconds that are recognised before they are matched to the text."""
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A recognised word, in seconds, and which word of the text it is."""
+
+    word: str
+    start: float
+    end: float
+    place: int | None = None
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Stretches between trusted cuts, in order; those that are refused have no text."""
+
+    segments: list[Segment]
+    refused: list[Segment]
+    """With the text that is lost."""
+
+
+def aligner() -> str | None:
+    """The recogniser that is installed, with its version, such as `pocketsphinx 5.1.1`."""
+    if importlib.util.find_spec("pocketsphinx") is None:
+        return None
+    return f"pocketsphinx {importlib.metadata.version('pocketsphinx')}"
+
+
+class Aligner:
+    """Divides texts by recognition, with the English model that pocketsphinx brings."""
+
+    def __init__(self) -> None:
+        from pocketsphinx import get_model_path  # optional
+
+        self._model = get_model_path("en-us")
+        self._decoder: Any = None
+        self._entries: dict[str, list[str]] = defaultdict(list)
+        """Lines of the dictionary, by word."""
+        dictionary = Path(self._model) / "cmudict-en-us.dict"
+        for line in dictionary.read_text("utf-8").splitlines():
+            self._entries[re.sub(r"\(\d+\)$", "", line.split(" ", 1)[0])].append(line)
+
+    def __call__(
+        self, audio: np.ndarray, pauses: Sequence[tuple[float, float]], text: str
+    ) -> Aligned | str:
+        """`text`, said in `audio`, (samples,) at `RATE`, divided at `pauses`; or why it is not."""
+        tokens = text.split()
+        # Words, and the token each is part of.
+        words = [(w, i) for i, token in enumerate(tokens) for w in _words(token)]
+        unknown = sum(word not in self._entries for word, _ in words)
+        if not words or unknown > MAX_UNKNOWN * len(words):
+            return f"{unknown} of {len(words)} words are not in the English dictionary"
+        self._learn([word for word, _ in words])
+        chunks = self._match(audio, _between(pauses, len(audio) / RATE), [w for w, _ in words])
+        return _divide(chunks, words, tokens)
+
+    def _learn(self, words: list[str]) -> None:
+        """Make a decoder that knows `words` alone, and which of them follow which."""
+        from pocketsphinx import Decoder
+        from pocketsphinx.lm import ArpaBoLM
+
+        known = [word for word in words if word in self._entries]
+        model = ArpaBoLM(text=" ".join(known), add_start=True)
+        model.compute()
+        with tempfile.TemporaryDirectory() as folder:
+            grammar, dictionary = Path(folder) / "text.lm", Path(folder) / "text.dict"
+            model.write_file(str(grammar))
+            entries = (line for word in sorted(set(known)) for line in self._entries[word])
+            dictionary.write_text("\n".join(entries) + "\n", "utf-8")
+            self._decoder = Decoder(
+                hmm=str(Path(self._model) / "en-us"),
+                lm=str(grammar),
+                dict=str(dictionary),
+                samprate=float(RATE),
+                loglevel="FATAL",
+                bestpath=False,
+            )
+
+    def _match(
+        self, audio: np.ndarray, chunks: list[tuple[float, float]], words: list[str]
+    ) -> list[list[_Heard]]:
+        """What is heard in each chunk, with places in `words`, which ascend."""
+        pcm = np.clip(audio * 32767, -32768, 32767).astype(np.int16)
+        done: list[list[_Heard]] = []
+        block: list[list[_Heard]] = []
+        begin = since = 0
+        for number, (start, end) in enumerate(chunks):
+            block.append(self._hear(pcm, start, end))
+            is_full = end - chunks[number - len(block) + 1][0] >= _BLOCK
+            if not is_full and number + 1 < len(chunks):
+                continue
+            heard = [word.word for chunk in block for word in chunk]
+            since += len(heard)
+            window = words[begin : begin + since + since // 4 + 40]
+            matcher = difflib.SequenceMatcher(None, heard, window, autojunk=False)
+            # A word or two alone match anywhere; longer runs are what was said.
+            runs = [run for run in matcher.get_matching_blocks() if run.size >= MIN_RUN]
+            places = {a + i: begin + b + i for a, b, size in runs for i in range(size)}
+            count = 0
+            for chunk in block:
+                placed = range(count, count + len(chunk))
+                done.append(
+                    [
+                        _Heard(word.word, word.start, word.end, places.get(i))
+                        for i, word in zip(placed, chunk, strict=True)
+                    ]
+                )
+                count += len(chunk)
+            if places:
+                begin, since = max(places.values()) + 1, 0
+            block = []
+        return done
+
+    def _hear(self, pcm: np.ndarray, start: float, end: float) -> list[_Heard]:
+        decoder = self._decoder
+        part = pcm[round(max(0.0, start - 0.1) * RATE) : round((end + 0.1) * RATE)]
+        decoder.start_utt()
+        decoder.process_raw(part.tobytes(), full_utt=True)
+        decoder.end_utt()
+        if decoder.hyp() is None:
+            return []
+        offset = max(0.0, start - 0.1)
+        return [
+            _Heard(
+                re.sub(r"\(\d+\)$", "", found.word),
+                offset + found.start_frame / 100,
+                offset + (found.end_frame + 1) / 100,
+            )
+            for found in decoder.seg()
+            if found.word[0] not in "<[+"
+        ]
+
+
+def _words(token: str) -> list[str]:
+    return [word.lower().replace("’", "'") for word in _WORD.findall(token)]
+
+
+def _between(pauses: Sequence[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
+    """The stretches of speech that pauses leave."""
+    starts = [0.0, *(end for _, end in pauses)]
+    ends = [*(start for start, _ in pauses), seconds]
+    return [(a, b) for a, b in zip(starts, ends, strict=True) if b - a > 0.05]
+
+
+def _divide(chunks: list[list[_Heard]], words: list[tuple[str, int]], tokens: list[str]) -> Aligned:
+    """Stretches from trusted cut to trusted cut, those that do not match their text refused."""
+    chunks = [chunk for chunk in chunks if chunk]
+    aligned = Aligned([], [])
+    first_word, first_chunk = 0, 0
+    for number, chunk in enumerate(chunks):
+        last = chunk[-1].place
+        following = chunks[number + 1][0].place if number + 1 < len(chunks) else None
+        is_end = number + 1 == len(chunks)
+        is_cut = last is not None and following == last + 1 and words[last][1] != words[last + 1][1]
+        if not is_cut and not is_end:
+            continue
+        after = len(words) if is_end or last is None else last + 1
+        heard = [word for part in chunks[first_chunk : number + 1] for word in part]
+        begin = 0 if first_word == 0 else words[first_word][1]
+        stop = len(tokens) if after == len(words) else words[after][1]
+        text = " ".join(tokens[begin:stop])
+        segment = Segment(heard[0].start, heard[-1].end, text)
+        if _is_good(heard, [w for w, _ in words[first_word:after]], first_word):
+            aligned.segments.append(segment)
+        else:
+            aligned.segments.append(Segment(segment.start, segment.end, ""))
+            aligned.refused.append(segment)
+        first_word, first_chunk = after, number + 1
+    return aligned
+
+
+def _is_good(heard: list[_Heard], words: list[str], first: int) -> bool:
+    said = [word.place is not None for word in heard]
+    places = {word.place for word in heard}
+    written = [first + i in places for i in range(len(words))]
+    for matched in (said, written):
+        longest = max(map(len, "".join("x" if m else "." for m in matched).split("x")), default=0)
+        if longest > MAX_RUN or matched.count(False) > MAX_UNMATCHED * len(matched):
+            return False
+    rate = sum(map(len, words)) / max(heard[-1].end - heard[0].start, 0.01)
+    return bool(words) and LETTERS_PER_SECOND[0] <= rate <= LETTERS_PER_SECOND[1]

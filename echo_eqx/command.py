@@ -53,13 +53,27 @@ def _fail(message: str, code: int) -> None:
 # --- Flags --------------------------------------------------------------------------------------
 
 
+@typing.overload
 def parse(
     kind: type[T],
     description: str | None,
     *,
     default: T | None = None,
     arguments: Sequence[str] | None = None,
-) -> T:
+) -> T: ...
+
+
+@typing.overload
+def parse(kind: Any, description: str | None, *, arguments: Sequence[str] | None = None) -> Any: ...
+
+
+def parse(
+    kind: Any,
+    description: str | None,
+    *,
+    default: Any = None,
+    arguments: Sequence[str] | None = None,
+) -> Any:
     """The flags of a command as a dataclass, or as one of a union of subcommands.
 
     In every path `~` is the home folder, in `--flag=~/x` too, which no shell expands.
@@ -78,10 +92,12 @@ def parse(
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
     """What a flag is set to, for defaults that depend on it; None if it is not given."""
     value = None
-    for word, after in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, after in itertools.zip_longest(arguments, arguments[1:]):
         flag, equals, rest = word.partition("=")
         if flag.replace("-", "_") == f"__{name}":
             value = rest if equals else after
+            if not equals and (after or "-").startswith("-"):
+                value = None  # which `parse` refuses
     return value
 
 
@@ -117,7 +133,7 @@ def _field_name(flag: str) -> str:
 
 def _flags(kind: Any) -> Iterator[tuple[str, bool]]:
     """Names of fields, and whether a value follows the flag."""
-    if not dataclasses.is_dataclass(kind):
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         for part in typing.get_args(kind):
             yield from _flags(part)
         return

@@ -263,6 +263,11 @@ def _voices(
             voices.append(read[str(speaker)])
         elif speaker is None:
             voices.append(None)
+        elif not isinstance(speaker, np.ndarray | jax.Array):
+            raise EchoError(
+                f"the speaker is a {type(speaker).__name__}; expected the path of a recording, or "
+                "an array of audio or latents"
+            )
         else:
             # Who gives latents has chosen their length.
             seconds = longest_reference(dit, codec) if speaker.ndim == 2 else None

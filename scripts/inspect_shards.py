@@ -24,7 +24,6 @@ from echo_eqx.data.shards import Listing, list_shards
 from echo_eqx.errors import EchoError, UsageError, printable
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.inspect import Report, find_sample, inspect_shards
-from echo_eqx.weights.hub import find_weights
 
 LISTED = 20
 MANY_WITHOUT = 0.2
@@ -101,7 +100,7 @@ def main() -> None:
             f"{args.data} holds latents of {width} channels; --model {args.model} has "
             f"{window.latent_dim}; {fitting_models(width)}"
         )
-    if report.broken:
+    if report.broken or not report.samples:
         raise SystemExit(1)
 
 
@@ -333,7 +332,7 @@ def play(listing: Listing, cache: ShardCache, key: str, weights: str, output: Pa
     """Decode a sample and its reference."""
     sample = find_sample(listing, cache, key)
     use_compilation_cache()
-    codec = echo_eqx.load_codec(find_weights(weights))
+    codec = echo_eqx.load_codec(weights)
     width = sample.latents.shape[1]
     if width != codec.config.latent_dim:
         raise EchoError(

@@ -49,7 +49,7 @@ class Args:
     output: Path | None = None
     """Folder for the shards."""
     codec: str = "facebook/dacvae-watermarked"
-    """DACVAE weights that encode: a file, a folder or a Hub id."""
+    """DACVAE weights that encode: a file, a folder, a Hub id, or voice."""
     model: str | None = None
     """Preset of the model that will be trained, such as voice: sets max_seconds, ref_seconds and
     the longest text to what it can hold. Clips with a longer text are counted."""

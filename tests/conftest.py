@@ -5,6 +5,8 @@ from jaxtyping import install_import_hook
 install_import_hook("echo_eqx", "beartype.beartype")
 
 import os  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 # Devices to lay meshes over; what does not ask for them runs on the first.
@@ -12,6 +14,11 @@ from pathlib import Path  # noqa: E402
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+
+# Programs compiled by one test serve the others, in other workers too; workers inherit the folder.
+OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="echo_eqx_tests_")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -30,8 +37,13 @@ DATA = Path(__file__).parent / "data"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that several workers end together."""
-    long = ("test_train.py", "test_sharding.py", "test_prepare.py")
+    long = ("test_train.py", "test_kills.py", "test_checkpoint.py", "test_sharding.py")
     items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
+
+
+def pytest_unconfigure() -> None:
+    if OWN_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,15 @@ import soundfile as sf
 from conftest import DATA, max_difference
 
 from echo_eqx import EchoError
-from echo_eqx.data.audio import load_audio, save_audio
+from echo_eqx.data.audio import (
+    SilentAudioError,
+    decode_audio,
+    load_audio,
+    save_audio,
+)
+from echo_eqx.data.channels import mix_down
 from echo_eqx.data.reference import check_reference
+from echo_eqx.prepare.sources import list_clips
 
 FORMATS = ["wav", "mp3", "flac", "opus", "ogg"]
 
@@ -127,3 +134,82 @@ except EchoError as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "out.wav cannot be written" in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def sound(*levels: float) -> np.ndarray:
+    """One second of a voice, once for each level as a channel."""
+    voice = load_audio(DATA / "speech.wav", 16_000)[:16_000]
+    return np.stack([level * voice for level in levels], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ((0.4, 0.2), 0.3),
+        ((0.5, 0.0), 0.5),
+        ((0.0, 0.0, 0.3, 0.0, 0.0, 0.0), 0.3),
+        ((0.5, -0.5), 0.5),
+        ((0.2, -0.3), -0.3),
+        ((0.4, -0.1), 0.15),
+    ],
+)
+def test_a_mean_that_loses_the_sound_is_not_taken(levels, expected):
+    audio = sound(*levels) + 0.1
+    mono = mix_down(audio.astype(np.float32))
+    assert max_difference(np.abs(mono - 0.1), np.abs(sound(expected)[:, 0])) < 1e-6
+
+
+def test_a_recording_without_sound_is_refused_where_speech_is_expected(tmp_path):
+    rate = 16_000
+    click = np.zeros(rate, np.float32)
+    click[5000:5100] = 0.5
+    step = np.full(rate, 0.25, np.float32)
+    step[8000:] = -0.25
+    cases = {
+        "zeros": np.zeros(rate, np.float32),
+        "constant": np.full(rate, 0.5, np.float32),
+        "step": step,
+        "noise": 3e-4 * np.random.default_rng(0).standard_normal(rate).astype(np.float32),
+        "click": click,
+        "both": np.stack([np.full(rate, 0.3), np.full(rate, -0.3)], axis=1),
+    }
+    for name, audio in cases.items():
+        sf.write(tmp_path / f"{name}.wav", audio, rate)
+        with pytest.raises(SilentAudioError, match=rf"{name}\.wav is (constant or )?silent"):
+            decode_audio(tmp_path / f"{name}.wav", f"{name}.wav", 48_000, must_sound=True)
+        assert len(load_audio(tmp_path / f"{name}.wav", rate)) == rate
+    for name, audio in {"quiet": sound(0.02), "cancels": sound(0.5, -0.5)}.items():
+        sf.write(tmp_path / f"{name}.wav", audio + 0.2, rate)
+        loaded = decode_audio(tmp_path / f"{name}.wav", name, rate, must_sound=True)
+        assert loaded.std() > 0.001
+
+
+def test_a_float_file_beyond_full_scale_is_scaled_and_not_cut(tmp_path):
+    voice = sound(1.0)[:, 0]
+    loaded = []
+    for level in (1.0, 3.0, 32_768.0):
+        sf.write(
+            tmp_path / "loud.wav", level / np.abs(voice).max() * voice, 16_000, subtype="FLOAT"
+        )
+        loaded.append(load_audio(tmp_path / "loud.wav", 16_000))
+    assert max_difference(loaded[0], loaded[1]) < 1e-6
+    assert max_difference(loaded[0], loaded[2]) < 1e-6
+
+
+def test_a_folder_is_searched_for_every_kind_that_is_read(tmp_path, monkeypatch):
+    kinds = {"AU": "au", "CAF": "caf", "RF64": "rf64", "AIFF": "aifc", "NIST": "sph", "W64": "w64"}
+    kinds |= {"WAV": "WAV", "FLAC": "flac", "OGG": "oga", "MP3": "mp3"}
+    for kind, suffix in kinds.items():
+        sf.write(tmp_path / f"{suffix}.{suffix}", sound(0.5), 16_000, format=kind)
+    for suffix in ("m4a", "g722", "webm"):
+        (tmp_path / f"{suffix}.{suffix}").write_bytes(bytes(range(256)) * 8)
+    for path in list(tmp_path.iterdir()):
+        path.with_suffix(".txt").write_text("words")
+    monkeypatch.setenv("PATH", "")
+    clips, refusals = list_clips(str(tmp_path), max_seconds=30.0, cache=tmp_path)
+    assert [clip.key for clip in clips] == sorted(kinds.values())
+    assert [refusal.name for refusal in refusals] == ["g722.g722", "m4a.m4a", "webm.webm"]
+    for refusal in refusals:
+        assert refusal.kind == "audio" and "ffmpeg installed" in refusal.detail
+    for clip in clips:
+        assert len(clip.load(16_000)) == 16_000

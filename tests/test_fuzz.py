@@ -39,6 +39,7 @@ from echo_eqx.train.config import TRAIN_PRESETS
 from echo_eqx.train.settings import from_json, saved_settings
 from echo_eqx.train.settings import to_json as settings_to_json
 from echo_eqx.trees import named_leaves
+from echo_eqx.weights.checkpoint import TrainingCheckpoint, manifest_checksum, newest_intact
 
 SECONDS = 20.0
 """Of this process's time that a case may take at most; most take milliseconds."""
@@ -101,13 +102,13 @@ def make_parts(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def make_checkpoint(folder: Path) -> None:
+def make_checkpoint(folder: Path, step: int = 2) -> None:
     writer = CheckpointWriter(
         folder, mark="0a" * 8, process=0, num_processes=1, retention=Retention(), export=True
     )
-    state = State(jax.device_put(np.int32(2)), random_model(EchoDiT, DIT))
-    manifest = {"step": 2, "samples_seen": 8, "model": to_json(DIT), "seed": 0, "data": {}}
-    writer.save(state, manifest, {"0": [0, 0, 2]})
+    state = State(jax.device_put(np.int32(step)), random_model(EchoDiT, DIT))
+    manifest = {"step": step, "samples_seen": 8, "model": to_json(DIT), "seed": 0, "data": {}}
+    writer.save(state, manifest, {"0": [0, 0, step]})
     writer.wait()
 
 
@@ -333,3 +334,87 @@ def fresh(folder: Path) -> Path:
 
 def test_these_are_200_cases_and_5000():
     assert sum(target.cases for target in TARGETS.values()) == 200
+
+
+def test_a_flip_in_the_header_of_pieces_is_found_and_the_checkpoint_before_is_used(tmp_path):
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    (pieces,) = (tmp_path / "checkpoints" / "step_000000004").glob("*.safetensors")
+    data = pieces.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    said: list[str] = []
+    for place in range(0, header, 211):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << (place % 8)
+        pieces.write_bytes(flipped)
+        said.clear()
+        found = newest_intact(tmp_path / "checkpoints", said.append)
+        assert found is not None and len(said) == (found.step == 2)
+        if found.step == 4:  # the flip is in something that no one reads
+            pieces.write_bytes(data)
+            expected = TrainingCheckpoint(found.path)
+            for name in found.tensors:
+                assert np.array_equal(found.read(name), expected.read(name)), (place, name)
+
+
+def change_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    """A manifest that is wrong from the beginning, with a right checksum."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["crc32"]
+    change(manifest)
+    manifest["crc32"] = manifest_checksum(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+WEIGHT = "model.in_proj.weight"
+ODD_MANIFESTS: dict[str, Callable[[dict], object]] = {
+    "step infinite": lambda m: m.update(step=float("inf")),
+    "step of 401 digits": lambda m: m.update(step=10**400),
+    "step a float": lambda m: m.update(step=4.0),
+    "step true": lambda m: m.update(step=True),
+    "step of another": lambda m: m.update(step=3),
+    "step negative": lambda m: m.update(step=-4),
+    "no step": lambda m: m.pop("step"),
+    "no cursor": lambda m: m.pop("cursor"),
+    "cursor a list": lambda m: m.update(cursor=[]),
+    "cursor of text": lambda m: m.update(cursor={"0": "abc"}),
+    "cursor negative": lambda m: m.update(cursor={"0": [0, 0, -1]}),
+    "data a list": lambda m: m.update(data=[]),
+    "settings a number": lambda m: m.update(settings=5),
+    "tensors a list": lambda m: m.update(tensors=[]),
+    "no tensors": lambda m: m.update(tensors={}),
+    "no weights": lambda m: m["tensors"].pop(WEIGHT) and m["tensors"].update(x=5),
+    "shape negative": lambda m: m["tensors"][WEIGHT].update(shape=[-4, -8]),
+    "shape huge": lambda m: m["tensors"][WEIGHT].update(shape=[2**40, 2**40]),
+    "shape nested": lambda m: m["tensors"][WEIGHT].update(shape=[[4], 8]),
+    "dtype": lambda m: m["tensors"][WEIGHT].update(dtype=["float32"]),
+    "pieces twice": lambda m: m["tensors"][WEIGHT]["pieces"].extend(m["tensors"][WEIGHT]["pieces"]),
+    "box nested": lambda m: m["tensors"][WEIGHT]["pieces"][0].update(box=[[[0], 4], [0, 8]]),
+    "file a number": lambda m: m["tensors"][WEIGHT]["pieces"][0].update(file=5),
+    "file elsewhere": lambda m: m["tensors"][WEIGHT]["pieces"][0].update(file="../x.safetensors"),
+    "kind a list": lambda m: m.update(model_kind=[]),
+    "model deep": lambda m: m.update(model={"text": {"dim": {"a": [[]]}}}),
+    "version a list": lambda m: m.update(version=[1]),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_MANIFESTS)
+def test_an_odd_manifest_is_refused_and_the_checkpoint_before_is_used(odd, tmp_path):
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    newest = tmp_path / "checkpoints" / "step_000000004"
+    change_manifest(newest, ODD_MANIFESTS[odd])
+    said: list[str] = []
+    found = newest_intact(tmp_path / "checkpoints", said.append)
+    assert found is not None and found.step == 2
+    assert len(said) == 1 and "step_000000004 is damaged" in said[0] and "\n" not in said[0]
+
+
+@pytest.mark.parametrize("text", ["[" * 9000, '{"a":' * 9000, "", "null", "\xff", '{"a":1,"a":2}'])
+def test_a_manifest_that_is_no_object_is_refused(text, tmp_path):
+    make_checkpoint(tmp_path)
+    newest = tmp_path / "checkpoints" / "step_000000002"
+    (newest / "manifest.json").write_text(text, "latin-1")
+    with pytest.raises(EchoError, match=r"manifest\.json cannot be used"):
+        TrainingCheckpoint(newest)

@@ -14,6 +14,8 @@ import pytest
 from conftest import GOLDEN
 
 import echo_eqx
+from echo_eqx.errors import EchoError
+from echo_eqx.weights.hub import find_weights
 
 PKL = GOLDEN / "dit_tiny" / "weights_only.pkl"
 
@@ -173,3 +175,8 @@ def test_revisions_and_files_are_told_apart(hub, tmp_path, blockwise_dit):
     assert "owner/voice@v3" in load(hub, cache, "owner/voice@v3")
     for message in (load(hub, cache, "owner/none"), load(hub, cache, "owner/voice@v3")):
         assert len(message.splitlines()) == 1
+
+
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(EchoError, match="is named ''"):
+        find_weights("")

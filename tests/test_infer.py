@@ -194,7 +194,7 @@ CASES = {
     "two widths": (["@", "--codec", NARROW_CODEC, "--text", "Hi."], 1, "codec decodes 12"),
     "Hub offline": (["--checkpoint", "a/b", "--text", "Hi."], 1, "a/b"),
     "missing voice": (["@", "--text", "Hi.", "--speaker_ref", "no.wav"], 1, "no.wav does not"),
-    "folder as voice": (["@", "--text", "Hi.", "--speaker_ref", "{folder}"], 1, "is no file"),
+    "folder as voice": (["@", "--text", "Hi.", "--speaker_ref", "{folder}"], 1, "is not a file"),
     "voice of text": (["@", "--text", "Hi.", "--speaker_ref", "{note.txt}"], 1, "decoded"),
     "loudness of NaN": (
         ["@", "--text", "Hi.", "--speaker_ref", DATA / "speech.wav", "--speaker_lufs", "nan"],

@@ -26,7 +26,7 @@ from shards import make_dataset
 TESTS = Path(__file__).parent
 TRAIN = TESTS / "small_train.py"
 PREPARE = TESTS.parent / "scripts" / "prepare.py"
-STEPS = 24
+STEPS = 12
 PARENT = """
 import json, os, runpy, sys
 import echo_eqx, echo_eqx.train.dit, echo_eqx.prepare.encode, echo_eqx.prepare.write, tyro
@@ -70,7 +70,6 @@ class Starter:
                 ),
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": "--xla_backend_optimization_level=0",
-                "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },
         )
@@ -199,10 +198,12 @@ def killed(job: str, count: int, home: Path, starter: Starter, seed: int) -> lis
         child = starter.start(command(home, folder))
         if rng.random() < 3 / 4:  # else before anything is written
             wait_for_traces(folder, before, child)
-        time.sleep(rng.uniform(0, seconds))
+        delay = rng.uniform(0, seconds)
+        time.sleep(delay)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        if starter.wait() == 0:  # it was quicker
+        if starter.wait() == 0:  # it was quicker, as the first run had to compile
+            seconds = max(delay, 0.1)
             assert result(folder) == expected, f"seed {seed}, {moments}"
             number += 1
         else:

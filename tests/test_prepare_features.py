@@ -321,3 +321,13 @@ def test_a_long_recording_is_cut_where_its_sentences_end(tmp_path, monkeypatch):
     monkeypatch.setattr(cut, "Aligner", None)
     assert cut.cut_long(clips, **options, say=lambda _: None) == cuts
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+
+
+def test_shards_that_nobody_lists_are_not_replaced(script, tmp_path):
+    write_clip(tmp_path / "in" / "a.wav", 200)
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / "000000.tar"
+    mine.write_bytes(b"mine")
+    with pytest.raises(EchoError, match=r"000000\.tar would be replaced"):
+        run(script, tmp_path / "in", tmp_path / "out")
+    assert mine.read_bytes() == b"mine"

@@ -43,3 +43,13 @@ def test_commands_and_names_it_shows_exist():
         assert (ROOT / "scripts" / script).is_file(), script
     for name in re.findall(r"echo_eqx\.(\w+)\(", text):
         assert name in echo_eqx.__all__, name
+
+
+def test_its_python_runs_as_written(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block, names)
+    audio, again = names["audio"], names["again"]
+    assert 0.5 * len(audio) < len(again) <= len(audio) + names["codec"].config.hop
+    assert (tmp_path / "model.safetensors").is_file()

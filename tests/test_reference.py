@@ -85,6 +85,7 @@ CHANGES = {
     "silence in front": lambda x: np.pad(x, (40_000, 0)),
     "half a minute of silence in front": lambda x: np.pad(x, (480_000, 0)),
     "noise in front": lambda x: np.concatenate([noise(2.5, 0.01), x]),
+    "more noise in front than is searched at first": lambda x: np.concatenate([noise(14, 0.02), x]),
     "loud noise in front": lambda x: np.concatenate([noise(2.5, 0.03), x]),
     "a click and silence in front": lambda x: np.concatenate([click(2.5), x]),
     "offset": lambda x: x + 0.1,

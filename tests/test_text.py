@@ -323,9 +323,15 @@ def test_nothing_takes_longer_to_say_than_its_width(kind):
         ("1/2, 2 3/4, and/or 24/7", "One half, two and three quarters, and or twenty-four seven"),
         ("3-5 or -7", "Three to five or minus seven"),
         ("1e6, v2.0.1", "One times ten to the power of six, version two point zero point one"),
+        ("$.50, $-5, ५ kg", "Fifty cents, minus five dollars, five kilograms"),
         ("#1 fan @home", "Number one fan at home"),
         ("[S2] 7 dogs. 68 cats.", "[S2] Seven dogs. Sixty-eight cats."),
         ("STOP IT NOW!", "STOP IT NOW!"),
+        ("the 1,000th guest", "the one thousandth guest"),
+        ("10 000 steps", "Ten thousand steps"),
+        ("ISBN 3-16-148410", "I S B N three, one six, one four eight four one zero"),
+        ("100/100", "One hundred slash one hundred"),
+        ("see /etc/passwd", "see slash etc slash passwd"),
     ],
 )  # fmt: skip
 def test_english_is_written_out(text, said):

@@ -384,7 +384,7 @@ def test_config_fields_of_wrong_type_or_name_are_named(tmp_path):
         ({"model_dim": -4}, "model_dim is -4"),
         ({"model_dim": 2**40}, "model_dim"),
         ({"blockwise": 1}, "blockwise is 1"),
-        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"norm_eps": float("nan")}, "value NaN"),
         ({"depth": 3}, "unknown field depth"),
         ({"text": {"dim": 16}}, "lacks field text.num_layers"),
         ({"num_heads": 5}, "5 heads"),

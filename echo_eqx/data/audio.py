@@ -7,11 +7,26 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+from echo_eqx.data.channels import SILENT_PEAK, mix_down
 from echo_eqx.data.decode import decode as _decode
 from echo_eqx.data.decode import seconds_of
 from echo_eqx.data.ffmpeg import HEADERLESS, AudioSource
+from echo_eqx.data.reference import check_reference, load_reference, set_loudness
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
+
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "SilentAudioError",
+    "audio_kind",
+    "audio_seconds",
+    "check_reference",
+    "decode_audio",
+    "load_audio",
+    "load_reference",
+    "save_audio",
+    "set_loudness",
+]
 
 # What a folder is searched for: the usual suffixes of every kind that is read.
 SOUNDFILE_SUFFIXES = (
@@ -27,13 +42,8 @@ FFMPEG_SUFFIXES = (
     *HEADERLESS,
 )
 AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
-SILENT_PEAK = 1e-3
 _LEAST_SOUND = 0.05
 """Seconds of sound that speech has at least."""
-_EMPTY_CHANNEL = 0.1
-"""A channel below this part of the loudest one's level does not count."""
-_CANCELLED = 0.3
-"""A mean below this part of the loudest channel's level has lost it."""
 
 
 class SilentAudioError(EchoError):
@@ -81,21 +91,6 @@ def audio_seconds(source: AudioSource, name: str) -> float:
     samples.
     """
     return seconds_of(source, name)
-
-
-def mix_down(audio: np.ndarray) -> np.ndarray:
-    """(samples,): the mean of the channels of (samples, channels) that are not empty.
-
-    Where they cancel each other, the loudest channel is taken. A constant is no level.
-    """
-    if audio.shape[1] == 1:
-        return audio[:, 0]
-    levels = audio.std(axis=0, dtype=np.float64)
-    loudest = levels.max()
-    if loudest < SILENT_PEAK:
-        return audio.mean(axis=1)
-    mono = audio[:, levels >= _EMPTY_CHANNEL * loudest].mean(axis=1)
-    return audio[:, levels.argmax()] if mono.std() < _CANCELLED * loudest else mono
 
 
 def _check_sound(audio: np.ndarray, rate: int, name: str) -> None:

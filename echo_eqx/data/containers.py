@@ -18,6 +18,8 @@ from echo_eqx.errors import EchoError
 
 _MAX_CHUNKS = 10_000
 _MAX_PADDING = 65_536
+# ASF (wma), TTA, FLV, Monkey's Audio: of joined files ffmpeg reads the first.
+_READ_TO_FIRST_END = (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"TTA1", b"FLV\x01", b"MAC ")
 _RECORDINGS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff", b"riff")
 
 
@@ -35,6 +37,10 @@ def find_parts(file: io.BufferedIOBase, name: str) -> list[Part] | None:
         return flac_parts(file, name, start, before_tags(file, size))
     if head[4:8] == b"ftyp":
         _check_boxes(file, name, start, size)
+        return None
+    if head.startswith(_READ_TO_FIRST_END):
+        if _holds(file, start + 1, head[:8]):
+            raise _joined(name)
         return None
     if layout := _chunk_layout(head):
         part = _chunked_part(file, name, layout, start, size)
@@ -136,6 +142,11 @@ def _chunked_part(
         audio_bytes = length
     else:
         audio_bytes = there
+        if layout.audio == b"data" and layout.first == 12 and _holds(file, begin, b"WAVEfmt "):
+            raise EchoError(
+                f"{name} is joined from several files whose headers have no length; expected one "
+                "recording; write each again with sox or ffmpeg before joining them"
+            )
     patches: dict[int, bytes] = {}
     if not is_known:
         patches[field[0]] = struct.pack(field[1], there + layout.counted)
@@ -146,6 +157,17 @@ def _chunked_part(
         if struct.unpack(form, said)[0] != right and right < 2 ** (8 * len(said) - 1):
             patches[at] = struct.pack(form, right)
     return Part.patched(start, size, patches, audio_bytes - layout.inset)
+
+
+def _holds(file: io.BufferedIOBase, at: int, word: bytes) -> bool:
+    """Whether `word` occurs from `at` on."""
+    file.seek(at)
+    tail = b""
+    while block := file.read(2**22):
+        if word in tail + block:
+            return True
+        tail = block[-len(word) :]
+    return False
 
 
 def _is_made_up(length: int) -> bool:
@@ -180,14 +202,18 @@ def _check_boxes(file: io.BufferedIOBase, name: str, at: int, size: int) -> None
         head = read_at(file, at, 16).ljust(16, b"\0")
         length, kind = struct.unpack(">I4s", head[:8])
         if number and kind == b"ftyp":
-            raise EchoError(
-                f"{name} is joined from several files, of which players read the first; expected "
-                "one whole recording; join them with ffmpeg instead"
-            )
+            raise _joined(name)
         length = int.from_bytes(head[8:]) if length == 1 else length
         at += length
         if length < 8 or at >= size:
             return
+
+
+def _joined(name: str) -> EchoError:
+    return EchoError(
+        f"{name} is joined from several files, of which players read the first; expected one whole "
+        "recording; join them with ffmpeg instead"
+    )
 
 
 def _au_part(file: io.BufferedIOBase, name: str, start: int, size: int) -> Part:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import soundfile as sf
@@ -61,7 +62,7 @@ def decode(
                 raise _Misread(reason)
             audio, rate = _from_parts(file, parts, name, limit)
         except _NOT_READ as error:
-            _check_for_ffmpeg(source, name, error)
+            _check_for_ffmpeg(source, name, error, parts)
             with ffmpeg_decoding(source, name) as decoding:
                 audio, rate = _from_ffmpeg(decoding, name, limit)
     if len(audio) == 0 and start > 0:
@@ -111,7 +112,7 @@ def _seconds(source: AudioSource, name: str) -> float:
                     total += round(sound.frames * rate / sound.samplerate)
             return total / max(1, rate)
         except _NOT_READ as error:
-            _check_for_ffmpeg(source, name, error)
+            _check_for_ffmpeg(source, name, error, parts)
     with ffmpeg_decoding(source, name) as decoding:
         rate = _checked_rate(decoding.rate, decoding.channels, name)
         return sum(map(len, decoding.blocks)) / rate
@@ -248,6 +249,8 @@ def _sound(file: io.BufferedIOBase | Path, part: Part, name: str) -> Iterator[sf
     given = os.fsencode(file) if isinstance(file, Path) else part.open(file)
     with _open(given) as sound:
         _checked_rate(sound.samplerate, sound.channels, name)
+        if sound.format.startswith("WAV") and sound.subtype.startswith("MPEG"):
+            raise _Misread("MP3 inside WAV, whose header does not count its samples exactly")
         frames, width = part.frames, _SAMPLE_BYTES.get(sound.subtype)
         if part.audio_bytes is not None and width is not None:
             frames = part.audio_bytes // (width * sound.channels)
@@ -263,9 +266,15 @@ class _Forward(sf.SoundFile):
         return False
 
 
-def _open(given: bytes | io.BufferedIOBase) -> sf.SoundFile:
+def _open(given: Any) -> sf.SoundFile:
+    """A path as bytes, or a file, opened."""
     sound = sf.SoundFile(given)
-    return _Forward(given) if sound.subtype.startswith("DWVW") else sound
+    if not sound.subtype.startswith("DWVW"):
+        return sound
+    sound.close()
+    if not isinstance(given, bytes):
+        given.seek(0)
+    return _Forward(cast(Any, given))
 
 
 def _checked_rate(rate: int, channels: int, name: str) -> int:
@@ -280,15 +289,21 @@ def _without_samples(name: str) -> EchoError:
     return EchoError(f"{name} has a header but no samples; expected a recording")
 
 
-def _check_for_ffmpeg(source: AudioSource, name: str, error: Exception) -> None:
-    """Refuse what libsndfile does not read if ffmpeg is not there to be asked.
+def _check_for_ffmpeg(
+    source: AudioSource, name: str, error: Exception, parts: list[Part] | None
+) -> None:
+    """Refuse what libsndfile does not read if it is damaged, or ffmpeg is not there to be asked.
 
     **Raises**: `EchoError` with `name`, the reason and what to install.
     """
-    if has_ffmpeg():
-        return
     reason = str(error)
     if isinstance(error, sf.LibsndfileError):
         reason = error.error_string
     reason = reason.rstrip(". ") or "its header is damaged"
+    is_counted = bool(parts) and all(part.frames is not None for part in parts or ())
+    if is_counted and isinstance(error, sf.LibsndfileError):
+        # libsndfile reads this kind, and ffmpeg would leave out what is damaged without a word.
+        raise EchoError(f"{name} is damaged ({reason}); expected a whole recording") from None
+    if has_ffmpeg():
+        return
     raise EchoError(f"{name} cannot be decoded ({reason}); expected {NEEDED}") from None

@@ -88,7 +88,7 @@ def ffmpeg_decoding(source: AudioSource, name: str) -> Iterator[Decoding]:
 
 def _blocks(
     process: subprocess.Popen[bytes],
-    errors: io.BufferedIOBase,
+    errors: io.BufferedRandom,
     facts: tuple[int, int, float | None],
     name: str,
     place: str,
@@ -114,7 +114,7 @@ def _blocks(
 
 @contextlib.contextmanager
 def _started(
-    command: list[str], handles: tuple[int, ...], errors: io.BufferedIOBase, name: str
+    command: list[str], handles: tuple[int, ...], errors: io.BufferedRandom, name: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`command` while it runs; it is ended with the block, or when it takes too long."""
     _rewind(handles)
@@ -157,12 +157,13 @@ def _probe(
             timeout=_LIMIT_SECONDS,
         )
         found = json.loads(done.stdout or b"{}")
-        streams = found.get("streams", [])
-        audio = next(stream for stream in streams if stream.get("codec_type") == "audio")
-        rate, channels = int(audio["sample_rate"]), int(audio["channels"])
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise EchoError(f"{name} cannot be decoded (ffprobe: {error})") from None
-    except (StopIteration, KeyError):
+    streams = found.get("streams", [])
+    try:
+        audio = next(stream for stream in streams if stream.get("codec_type") == "audio")
+        rate, channels = int(audio["sample_rate"]), int(audio["channels"])
+    except (StopIteration, KeyError, ValueError):
         said = done.stderr.decode(errors="replace").strip() or "it has no audio"
         raise _refusal(name, place, said) from None
     if rate < 1 or channels < 1:

@@ -200,13 +200,10 @@ def _claimed_frames(frame: bytes, header: _Header) -> int | None:
 
 def _xing_frame(stream: _Stream) -> bytes:
     """A frame without audio that says how many follow."""
-    for index in range(1, 15):
-        second, third = stream.first[1] | 1, index << 4 | stream.first[2] & 12
-        head = bytes((0xFF, second, third, stream.first[3]))
-        header = _header(head)
-        assert header is not None
-        if header.length >= 64:
-            break
-    side = bytes(_side_info(header.version, header.is_mono))
+    version, rate = stream.first[1] | 1, stream.first[2] & 12
+    heads = (bytes((0xFF, version, i << 4 | rate, stream.first[3])) for i in range(1, 15))
+    lengths = ((head, header.length) for head in heads if (header := _header(head)))
+    head, length = next(item for item in lengths if item[1] >= 64)
+    side = bytes(_side_info(stream.kind[0], stream.kind[3]))
     xing = b"Xing" + (1).to_bytes(4) + stream.frames.to_bytes(4)
-    return (head + side + xing).ljust(header.length, b"\0")
+    return (head + side + xing).ljust(length, b"\0")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from echo_eqx.data.audio import SILENT_PEAK, mix_down
+from echo_eqx.data.channels import SILENT_PEAK, mix_down
 from echo_eqx.data.decode import decode
 from echo_eqx.errors import EchoError
 
@@ -21,6 +21,7 @@ _RANGE_DB, _ABOVE_FLOOR_DB, _ALWAYS_DB, _BELOW_PEAK_DB = 26.0, 6.0, 6.0, 50.0
 _FLOOR_BLOCKS, _FLOOR_PERCENTILE = 201, 20
 _DENSITY_BLOCKS, _DENSITY = 31, 1 / 3
 """Shorter sounds, such as clicks, are no speech."""
+_STEADY_DB = 6.0
 _BEFORE, _AFTER = 10, 30
 """Blocks kept around speech. Longer pauses are shortened to both together."""
 
@@ -45,7 +46,8 @@ def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np
             if at_end:
                 raise
         else:
-            if at_end or len(speech) >= max_seconds * sample_rate:
+            is_enough = len(speech) >= max_seconds * sample_rate and not _is_steady(speech)
+            if at_end or is_enough:
                 return speech[: round(max_seconds * sample_rate)].astype(np.float32)
         seconds *= 4
 
@@ -139,6 +141,13 @@ def _active_blocks(audio: np.ndarray, sample_rate: int) -> np.ndarray:
     loud = decibels >= np.maximum(threshold, least)
     density = ndimage.uniform_filter1d(loud.astype(np.float32), _DENSITY_BLOCKS, mode="constant")
     return loud & (density >= _DENSITY)
+
+
+def _is_steady(audio: np.ndarray) -> bool:
+    """Whether the level of (samples,) hardly changes, as that of noise and of no speech."""
+    blocks = audio[: len(audio) // 1000 * 1000].reshape(-1, 1000)
+    levels = 10 * np.log10(np.mean(np.square(blocks), axis=1) + 1e-12)
+    return float(np.percentile(levels, 95) - np.percentile(levels, 10)) < _STEADY_DB
 
 
 def _stretches(blocks: np.ndarray) -> list[tuple[float, float]]:

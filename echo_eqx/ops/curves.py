@@ -27,6 +27,8 @@ FIELDS = (
     "device_memory_bytes",
 )
 """Of a line of metrics.jsonl, drawn each as a curve."""
+LARGEST_STEP = 2**53
+"""From here on a browser rounds whole numbers."""
 MAX_BUCKETS = 1000
 """Of a curve. Each is drawn from its lowest to its highest value: two points."""
 _CHUNK = 2 << 20
@@ -120,8 +122,8 @@ def _read_at_once(chunk: bytes) -> Columns:
     steps = table["step"]
     if steps.null_count or len(steps) != chunk.count(b"\n"):
         raise ValueError("a line without a step")
-    if not np.isfinite(steps.to_numpy()).all():
-        raise ValueError("a step that is not finite")
+    if not (np.abs(steps.to_numpy()) < LARGEST_STEP).all():
+        raise ValueError("a step out of range")
     found = {}
     for name in FIELDS:
         values = table[name]
@@ -140,8 +142,8 @@ def _read_one_by_one(chunk: bytes) -> tuple[Columns, int]:
         try:
             row = json.loads(line)
             step = float(row["step"])
-            if not math.isfinite(step):
-                raise ValueError("a step that is not finite")
+            if not abs(step) < LARGEST_STEP:
+                raise ValueError("a step out of range")
             values = {name: float(row[name]) for name in FIELDS if row.get(name) is not None}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             unreadable += 1

@@ -322,7 +322,7 @@ def _status(run: Run) -> dict[str, Any]:
         return run.status()
     except Exception as error:
         traceback.print_exc()
-        nothing = dict.fromkeys(("num_steps", "step", "age", "every", "left"))
+        nothing = dict.fromkeys(("num_steps", "step", "age", "every", "left", "samples"))
         return {**nothing, "saved": False, "trouble": [f"cannot be shown: {error!r}"]}
 
 

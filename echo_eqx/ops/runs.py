@@ -13,19 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from echo_eqx.ops.curves import Metrics
+from echo_eqx.ops.curves import LARGEST_STEP, Metrics
 from echo_eqx.ops.inside import Missing, Trouble, find_inside, open_inside, read_inside
 
 SHOWN_SAMPLES = 64
 """Of a step, at most: more players would stop a browser."""
-_TAIL = 64 << 10
+_TAIL = 256 << 10
 _LARGEST_JSON = 4 << 20
 _DEEPEST_JSON = 32
 _STEP_FOLDER = re.compile(r"step_([0-9]{9,15})")
 _SAMPLE_FILE = re.compile(r"([0-9]{1,6})(\.wav|\.original\.wav|\.ref\.wav|\.txt)")
 _SAMPLE_PARTS = {".wav": "wav", ".original.wav": "original", ".ref.wav": "ref"}
-_EXACT = 2**53
-"""From here on a browser rounds whole numbers."""
 
 
 class Run:
@@ -45,8 +43,8 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """How the run fares: `step` of `num_steps`; seconds `every` report took and since the last
-        one (`age`), and until the end (`left`); `saved` if it was stopped and has saved; `trouble`
-        in sentences."""
+        one (`age`), and until the end (`left`); the last step with `samples`; `saved` if it was
+        stopped and has saved; `trouble` in sentences."""
         trouble: list[str] = []
         config = self._look(trouble, "config.json", self._read_json)
         starts = self._look(trouble, "environment.json", self._read_json)
@@ -54,8 +52,7 @@ class Run:
             trouble.append(f"config.json: expected an object, got {type(config).__name__}")
         if starts is not None and not isinstance(starts, list):
             trouble.append(f"environment.json: expected a list, got {type(starts).__name__}")
-        with _noting(trouble):
-            self._sample_folder()
+        steps = self.sample_steps(trouble)
         newest = self._look(trouble, "metrics.jsonl", self._read_newest) or {}
         step, written, pace = (newest.get(name) for name in ("step", "written", "pace"))
         num_steps = _number(_get(config, "num_steps"))
@@ -69,14 +66,15 @@ class Run:
             "age": None if written is None else max(0.0, time.time() - written),
             "every": newest.get("every"),
             "left": left,
+            "samples": steps[0] if steps else None,
             "saved": _get(_get(last_start, "end"), "step") is not None,
             "trouble": trouble,
         }
 
-    def sample_steps(self) -> list[int]:
+    def sample_steps(self, trouble: list[str] | None = None) -> list[int]:
         """Steps with samples, the newest first."""
         steps = []
-        with _noting([]):
+        with _noting([] if trouble is None else trouble):
             for name in os.listdir(self._sample_folder()):
                 match = _STEP_FOLDER.fullmatch(name)
                 if match and name == _step_folder(int(match[1])):
@@ -196,7 +194,7 @@ def _get(value: Any, key: str) -> Any:
 
 def _number(value: Any) -> int | float | None:
     """A number that a browser has too; JSON knows larger ones, and Python's also infinity."""
-    return value if type(value) in (int, float) and abs(value) < _EXACT else None
+    return value if type(value) in (int, float) and abs(value) < LARGEST_STEP else None
 
 
 def _plain(value: Any, name: str, depth: int) -> Any:
@@ -209,7 +207,7 @@ def _plain(value: Any, name: str, depth: int) -> Any:
         return [_plain(item, name, depth - 1) for item in value]
     if isinstance(value, str):
         return _text(value)
-    if type(value) is int and abs(value) >= _EXACT:
+    if type(value) is int and abs(value) >= LARGEST_STEP:
         return str(value)
     return str(value) if type(value) is float and not math.isfinite(value) else value
 

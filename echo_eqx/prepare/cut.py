@@ -87,7 +87,10 @@ def cut_long(
     if by is not None:
         say(f"{pieces} pieces, {kept / seconds:.0%} of these recordings kept")
         if kept < 0.5 * seconds:
-            say(f"WARNING: most of it is lost; {WAYS_OUT}")
+            say(
+                "WARNING: most of it is lost: its text does not match, or it has no pauses; give "
+                "segments with times in a manifest, or raise --max_seconds"
+            )
     return cuts
 
 
@@ -173,6 +176,9 @@ def _pieces(
             key += "_" + hashlib.sha256(f"{source} {number}".encode()).hexdigest()[:8]
         start, stop = clip.start + part.start, clip.start + part.end
         parts.append(replace(clip, key=key, text=text, start=start, stop=stop, seconds=seconds))
+    if not parts:
+        detail = f"is {clip.seconds:.2f} s long, and none of its text was recognised in it"
+        parts.append(Refusal("alignment", source, detail))
     return parts
 
 

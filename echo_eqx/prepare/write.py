@@ -6,6 +6,7 @@ A shard that the index of this part lists is done; any other is made anew, with 
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,15 @@ class PartIndex:
         self.shards: dict[str, dict[str, Any]] = {}
         self.refused: dict[str, list[dict[str, str]]] = {}
         self.cuts: dict[str, Any] = {}
-        for path in sorted(folder.glob("index-*-of-*.json")):
+        indexes = sorted(folder.glob("index-*-of-*.json"))
+        if not indexes and not list(folder.glob("clips-*.json")):
+            for path in sorted(folder.glob("[0-9]*.tar")):
+                if re.fullmatch(r"\d{6}\.tar", path.name):
+                    raise EchoError(
+                        f"{path} would be replaced, and nothing says that it was made here; "
+                        "expected another --output"
+                    )
+        for path in indexes:
             found = _read(path)
             for name in ("codec", "settings"):
                 if found.get(name) != self._head[name]:

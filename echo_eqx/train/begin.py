@@ -61,7 +61,9 @@ def pinned_source(config: TrainConfig) -> str:
     assert config.data is not None
     match = re.fullmatch(r"(hf://datasets/[^/@]+/[^/@]+)(/.*)?", config.data)
     found = find_checkpoints(config.run_dir / FOLDER)
-    for _, path in found if match else []:
+    if match is None:
+        return config.data
+    for _, path in found:
         with contextlib.suppress(EchoError, KeyError):  # damage is found out later
             revision = TrainingCheckpoint(path).manifest["data"]["revision"]
             return f"{match[1]}@{revision}{match[2] or ''}" if revision else config.data

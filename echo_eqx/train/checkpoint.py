@@ -257,7 +257,9 @@ def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None
             if in_the_way:
                 note(f"{folder / name}: expected a folder, got something else; it is {aside} now")
     with open_checkpoints(run_dir) as handle:
-        for name in names if handle is not None else []:
+        if handle is None:
+            return
+        for name in names:
             if (step := step_of(name)) is not None and step not in complete:
                 _try_to_remove(folder / name, partial(remove_step, name, handle))
             elif temporary_export_step(name) is not None:

@@ -98,6 +98,8 @@ def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:
     compile a second time behind one's back.
     """
     started = time.perf_counter()
+    if jax.process_index() == 0:
+        note("compiling the step")
     compiled = lower().compile()
     if jax.process_index() == 0:
         note(f"compiled the step in {time.perf_counter() - started:.1f} s")

@@ -186,7 +186,9 @@ class ModelArrays:
 
 
 class _Tensor:
-    def __init__(self, entry: dict):
+    def __init__(self, entry: Any):
+        if not isinstance(entry, dict):
+            raise ValueError("it lists a tensor that is not an object")
         self.shape = tuple(_size(size, "shape") for size in _list(entry["shape"], 16))
         self.dtype = {"float32": np.dtype(np.float32), "int32": np.dtype(np.int32)}[entry["dtype"]]
         self.pieces: list[tuple[Box, str, int]] = []

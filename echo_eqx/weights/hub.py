@@ -45,6 +45,8 @@ def find_weights(source: str | Path, kind: Literal["dit", "codec"] = "dit") -> P
 
     **Raises**: `EchoError` if there is none, or several to choose from.
     """
+    if not str(source):
+        raise EchoError(f"the {kind} is named '': expected a file, a folder, a Hub id or voice")
     if str(source) in SHIPPED:
         return SHIPPED[str(source)][kind]
     try:

@@ -55,6 +55,8 @@ def save(
     path = Path(path)
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    if layout not in ("echo_eqx", "pytorch"):
+        raise UsageError(f"layout is {layout!r}; expected echo_eqx or pytorch")
     leaves = {name: np.asarray(leaf, np.float32) for name, leaf in named_leaves(model).items()}
     if layout == "pytorch":
         if not isinstance(model, EchoDiT):

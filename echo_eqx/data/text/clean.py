@@ -126,6 +126,8 @@ def check_text(text: str) -> None:
     **Raises**: `EchoError` if it is empty, has a NUL, has neither a letter nor a digit, or is not
     valid UTF-8.
     """
+    if not isinstance(text, str):
+        raise EchoError(f"the text is a {type(text).__name__}; expected a string")
     if not TAG.sub("", text).strip():
         raise EchoError("the text is empty: expected something to say")
     if "\0" in text:

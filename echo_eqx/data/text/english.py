@@ -315,14 +315,23 @@ _RULES: list[tuple] = [
         rf"\b(?P<address>(?:[\w-]+\.)+(?:{_ENDINGS})\b(?:/[^\s\"<>]*[\p{{L}}\p{{N}}])?)",
         _address,
     ),
+    _rule(r"(?<![^\s(])(?P<address>/[\w.-]*\w(?:/[\w.-]*\w)+)", _address),
     _rule(r"(?<!\w)@(?=\w)", "at "),
     _rule(r"(?<!\w)#(?=[0-9])", "number "),
     _rule(r"(?<!\w)#(?=\p{L})", "hashtag "),
     # Numbers that are not counted
+    _rule(r"[^\P{Nd}0-9]", lambda match: str(int(match[0]))),
+    _rule(r"(?<![\p{L}\p{N}.])\.(?=[0-9])", "0."),
+    _rule(r"([$€£¥₹])-(?=[0-9])", r"-\1"),
     _rule(r"(?<![0-9])([0-9]{1,3})\.([0-9]{3}),([0-9]{2})(?![0-9])", r"\1,\2.\3"),
     _rule(r"\+[0-9](?:[ ()./-]{0,2}[0-9]){6,14}(?![0-9])", _telephone),
     _rule(
         rf"{_BEFORE}(?:1[ .-])?\(?[0-9]{{3}}\)?[ .-][0-9]{{3}}[ .-][0-9]{{4}}{_AFTER}", _telephone
+    ),
+    # Spaces between thousands, and numbers in groups with dashes, such as an ISBN
+    _rule(rf"{_BEFORE}[1-9][0-9]{{0,2}}(?: 000)+{_AFTER}", lambda m: m[0].replace(" ", ",")),
+    _rule(
+        rf"{_BEFORE}(?!(?:1|2)[0-9]{{3}}-)[0-9]+(?:-[0-9]+){{2,}}(?![\p{{L}}\p{{N}}-])", _telephone
     ),
     _rule(r"([0-9]\s?[ap]\.?m\.?|[0-9]:[0-9]{2})\s?[-–]\s?(?=[0-9])", r"\1 to "),
     _rule(rf"{_BEFORE}[0-9]{{3}}-[0-9]{{4}}(?![\p{{L}}\p{{N}}-])", _telephone),
@@ -387,7 +396,10 @@ _RULES: list[tuple] = [
     _rule(r"(?<=[0-9])\^(?=-?[0-9])", " to the power of "),
     _rule(rf"{_FREE}([0-9]+)'([0-9]{{1,2}})\"", lambda m: f"{_number(m[1])} foot {_number(m[2])}"),
     _rule(r"(?<=[0-9])\s?[x×*]\s?(?=[0-9])", " by "),
-    _rule(rf"{_FREE}([0-9]+)(?:st|nd|rd|th){_AFTER}", lambda match: _ordinal(match[1])),
+    _rule(
+        rf"{_FREE}([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,15}})(?:st|nd|rd|th){_AFTER}",
+        lambda match: _ordinal(match[1]),
+    ),
     _rule(r"([0-9]*)([½⅓⅔¼¾⅛⅜])", lambda match: f"{match[1]} {_VULGAR[match[2]]} ".strip()),
     _rule(
         rf"{_BEFORE}(?:(?P<whole>[0-9]+)\s)?(?P<top>[0-9]{{1,2}})/(?P<bottom>[0-9]{{1,3}})"
@@ -399,7 +411,6 @@ _RULES: list[tuple] = [
         r"(?:\.(?=\s+\p{Ll}))?",
         _unit,
     ),
-    _rule(r"(?<![\p{L}\p{N}.])\.(?=[0-9])", "0."),
     _rule(r"\s?/\s?(?=(?:second|minute|hour|day|week|month|year|night|person|kg|lb)\b)", " per "),
     # Words
     _rule(r"(?P<name>\p{Lu}\p{Ll}+\s+)?(?<!\p{L})(?P<short>St\.|Dr\.)", _saint_or_street),
@@ -419,6 +430,7 @@ _RULES: list[tuple] = [
     _rule(r"(?<=\p{L})-(?=[0-9])|(?<=\p{L})(?=[0-9])|(?<=[0-9])(?=\p{L})", " "),
     _rule(r"(?<!\p{L})(\p{Lu}{2,6})(s?)(?![\p{L}'])", _acronym),
     # What is left
+    _rule(r"(?<=[0-9])/(?=[0-9])", " slash "),
     _rule(rf"{_FREE}(?:1[1-9]|20)[0-9]{{2}}(?![\p{{N}}]|[.,][0-9])", lambda match: _year(match[0])),
     _rule(r"(?<![0-9.,])[0-9]{8,}(?![0-9.,])", _telephone_or_number),
     _rule(_NUMBER, lambda match: _number(match[0])),

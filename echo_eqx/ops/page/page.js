@@ -5,6 +5,7 @@
 
 const REFRESH_MS = 2000;
 const SMOOTHING = 0.95; // of the running mean over the points drawn
+const LARGEST = 1e100; // beyond it an axis overflows, and the other runs' curves are gone
 const CHARTS = [
   { field: "loss", title: "Loss", note: "raw, and smoothed over about 20 points", smooth: true },
   { field: "eval_loss", title: "Evaluation loss", markers: true },
@@ -37,7 +38,7 @@ const COLORS = {
 
 const element = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const runs = new Map(); // name -> {shown, number, status, version, curves, read, unreadable}
+const runs = new Map(); // name -> {shown, number, version, curves, read, unreadable, undrawn, failed}
 const stale = new Set(CHARTS.map((chart) => chart.field));
 let samplesShown = "";
 let aboutShown = "";
@@ -83,7 +84,7 @@ function color(run) {
 
 function addRun(name) {
   // Many runs at once would be a tangle, so only the first are checked.
-  const run = { shown: runs.size < 8, number: runs.size, curves: {}, version: 0, read: 0 };
+  const run = { shown: runs.size < 8, number: runs.size, curves: {}, version: 0, read: 0, undrawn: 0 };
   const box = make("input", { type: "checkbox", checked: run.shown });
   box.addEventListener("change", () => {
     run.shown = box.checked;
@@ -115,12 +116,18 @@ function showRuns(overview) {
     const [kind, text] = liveness(status);
     const notes = [text];
     if (run.shown && run.read < 1) notes.push(`${Math.floor(run.read * 100)}% read`);
+    if (run.undrawn) notes.push(`${run.undrawn} values are too large to be drawn`);
     if (run.unreadable) notes.push(`${run.unreadable} lines cannot be read`);
     run.line.textContent = notes.join("; ");
     run.line.className = kind;
     run.trouble.textContent = [...status.trouble, ...(run.failed ? [run.failed] : [])].join("; ");
     run.title.style.borderColor = color(run);
   }
+  // The first run with samples, until the person chooses another.
+  const select = element("run");
+  const selected = overview.runs.find((run) => run.name === select.value);
+  const heard = overview.runs.find((run) => run.samples !== null);
+  if (!runChosen && heard && (selected?.samples ?? null) === null) select.value = heard.name;
   const free = overview.disk_free_bytes;
   const disk = free === null ? "" : `${(free / 2 ** 30).toFixed(1)} GiB of disk free`;
   element("state").textContent = runs.size ? disk : `There is no run yet. ${disk}`;
@@ -143,13 +150,17 @@ async function readNews(name, run) {
   if (news.version !== run.version) {
     Object.keys(run.curves).forEach((field) => stale.add(field));
     run.curves = {};
+    run.undrawn = 0;
   }
   run.version = news.version;
   run.read = news.read;
   run.unreadable = news.unreadable;
   for (const [field, part] of Object.entries(news.curves)) {
     const known = run.curves[field];
-    const join = (key) => [...(known?.[key] ?? []).slice(0, part.start), ...(part[key] ?? [])];
+    const join = (key) => [
+      ...(known?.[key] ?? []).slice(0, part.start),
+      ...(part[key] ?? []).map((value) => (Math.abs(value) > LARGEST ? null : value)),
+    ];
     run.curves[field] = {
       stride: part.stride,
       full: part.full,
@@ -159,6 +170,7 @@ async function readNews(name, run) {
       high: join("high"),
     };
     stale.add(field);
+    run.undrawn += (part.mean ?? []).filter((value) => Math.abs(value) > LARGEST).length;
   }
 }
 
@@ -260,10 +272,11 @@ function sketch(chart) {
   svg.setAttribute("viewBox", "0 0 100 100");
   svg.setAttribute("preserveAspectRatio", "none");
   [...runs.values()].forEach((run, i) => {
+    if (!points[i].length) return;
     const path = document.createElementNS(svg.namespaceURI, "path");
     path.setAttribute("d", `M${points[i].map(([x, y]) => `${across(x)} ${100 - up(y)}`).join("L")}`);
     path.style.stroke = color(run);
-    if (points[i].length) svg.append(path);
+    svg.append(path);
   });
   element(`plot-${chart.field}`).replaceChildren(svg);
 }
@@ -333,7 +346,7 @@ async function showSamples(name, step) {
     const players = make("div", { className: "players" });
     if (row.wav) players.append(player("by the model", url(`.wav?${row.wav}`)));
     if (row.original) players.append(player("original", url(`.original.wav?${row.original}`)));
-    if (row.ref) players.append(player("voice to take", url(`.ref.wav?${row.ref}`)));
+    if (row.ref) players.append(player("reference voice", url(`.ref.wav?${row.ref}`)));
     const text = make("p", { textContent: row.text ?? "" });
     return make("article", { className: "sample" }, text, players);
   });
@@ -351,7 +364,9 @@ async function showDetails() {
 }
 
 let chosenStep = "";
+let runChosen = false;
 element("run").addEventListener("change", () => {
+  runChosen = true;
   chosenStep = "";
   refresh();
 });

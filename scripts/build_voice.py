@@ -22,10 +22,10 @@ from echo_eqx.command import parse, run
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.sources import list_clips
+from echo_eqx.prepare.clips import list_clips
 from echo_eqx.train.codec.standardise import standardise
 from echo_eqx.voice.espeak import MANIFEST, REFERENCE_TEXT, VOICES, speak
-from echo_eqx.voice.measure import generation_config, reference_files
+from echo_eqx.voice.evaluate import generation_config, reference_files
 
 SCRIPTS = Path(__file__).parent
 STANDARD_CLIPS = 400

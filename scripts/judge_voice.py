@@ -23,9 +23,8 @@ from echo_eqx.command import note, parse, run
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import UsageError
-from echo_eqx.voice.grammar import Kind
-from echo_eqx.voice.measure import (
-    Spoken,
+from echo_eqx.voice.evaluate import (
+    Originals,
     measure,
     recogniser,
     reference_files,
@@ -33,6 +32,7 @@ from echo_eqx.voice.measure import (
     voice_of,
     word_errors,
 )
+from echo_eqx.voice.grammar import Kind
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def main() -> None:
         note(f"speech and report.json are in {args.output}")
 
 
-def count_words(originals: Spoken, generated: list[np.ndarray], rate: int) -> dict[str, float]:
+def count_words(originals: Originals, generated: list[np.ndarray], rate: int) -> dict[str, float]:
     """Word error rates, generated and original, on the texts without digits whose words the
     dictionary has; their number."""
     spoken, recognise = recogniser(originals.texts)
@@ -99,7 +99,7 @@ def count_words(originals: Spoken, generated: list[np.ndarray], rate: int) -> di
     }
 
 
-def write(folder: Path, originals: Spoken, generated: list[np.ndarray], rate: int) -> None:
+def write(folder: Path, originals: Originals, generated: list[np.ndarray], rate: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, (text, audio) in enumerate(zip(originals.texts, generated, strict=True)):
         name = f"{i:03d}_{voice_of(i)}"

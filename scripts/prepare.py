@@ -25,14 +25,14 @@ from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import remove_leftovers
+from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.cut import CUTS, cut_long, too_long_texts
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
 from echo_eqx.prepare.holdout import hold_out, parse_holdout
 from echo_eqx.prepare.known import Plan, plan_shards
-from echo_eqx.prepare.limits import Limits
+from echo_eqx.prepare.options import Limits
 from echo_eqx.prepare.push import push
-from echo_eqx.prepare.recordings import printable
-from echo_eqx.prepare.sources import list_clips
+from echo_eqx.prepare.records import printable
 from echo_eqx.prepare.speakers import reference_warning, with_speakers
 from echo_eqx.prepare.write import PartIndex, write_json, write_shard, write_silence
 

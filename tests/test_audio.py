@@ -17,7 +17,7 @@ from echo_eqx.data.audio import (
 )
 from echo_eqx.data.channels import mix_down
 from echo_eqx.data.reference import check_reference
-from echo_eqx.prepare.sources import list_clips
+from echo_eqx.prepare.clips import list_clips
 
 FORMATS = ["wav", "mp3", "flac", "opus", "ogg"]
 

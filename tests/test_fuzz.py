@@ -32,7 +32,7 @@ from echo_eqx.data.records import BrokenRecord, index_tar, load_silence, read_sa
 from echo_eqx.errors import EchoError
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.ops.runs import Run
-from echo_eqx.prepare.sources import list_clips
+from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.write import write_silence
 from echo_eqx.train.checkpoint import CheckpointWriter, Retention
 from echo_eqx.train.config import TRAIN_PRESETS

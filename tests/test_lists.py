@@ -9,13 +9,13 @@ import pytest
 from test_sources import kinds, put, wav
 
 from echo_eqx import EchoError
-from echo_eqx.prepare.sources import Clip, Refusal, list_clips
+from echo_eqx.prepare.clips import Clip, SkippedInput, list_clips
 
 WAV = wav(0.2)
 TEXTS = ["One two.", "Three, four.", 'He said "five".', "Six seven eight."]
 
 
-def read(path: Path, text: str | bytes) -> tuple[list[Clip], list[Refusal], list[str]]:
+def read(path: Path, text: str | bytes) -> tuple[list[Clip], list[SkippedInput], list[str]]:
     said: list[str] = []
     put(path, text)
     clips, refusals = list_clips(str(path), max_seconds=30.0, cache=path.parent, say=said.append)

@@ -20,10 +20,10 @@ import echo_eqx
 from echo_eqx.data.shards import list_shards
 from echo_eqx.data.text import normalise_text
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.deal import CLUSTER, deal
+from echo_eqx.prepare.assign import CLUSTER, assign
+from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.encode import codec_identity
 from echo_eqx.prepare.push import _read_folder
-from echo_eqx.prepare.sources import list_clips
 from echo_eqx.prepare.write import PartIndex, write_silence
 from echo_eqx.train.data import check_codec
 
@@ -237,16 +237,16 @@ def test_a_full_disk_is_one_sentence_and_no_broken_shard(recordings, prepared, t
 
 def test_clips_are_dealt_in_company(recordings, tmp_path):
     clips, _ = list_clips(str(recordings), max_seconds=30.0, cache=tmp_path)
-    shards = deal(clips, seed=0, per_shard=10)
+    shards = assign(clips, seed=0, per_shard=10)
     keys = [place.clip.key for shard in shards for place in shard]
     assert sorted(keys) == sorted(clip.key for clip in clips)
     for shard in shards:
         for i, place in enumerate(shard):
-            assert i not in place.companions
-            voices = {shard[other].clip.speaker for other in place.companions}
+            assert i not in place.reference_indices
+            voices = {shard[other].clip.speaker for other in place.reference_indices}
             assert voices <= {place.clip.speaker}
-            assert len(place.companions) < 2 * CLUSTER
-    other = deal(clips, seed=1, per_shard=10)
+            assert len(place.reference_indices) < 2 * CLUSTER
+    other = assign(clips, seed=1, per_shard=10)
     assert [place.clip.key for shard in other for place in shard] != keys
 
 

@@ -17,10 +17,10 @@ from echo_eqx.config import CODEC_PRESETS
 from echo_eqx.data.shards import list_shards
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare import align, cut, pauses
+from echo_eqx.prepare.clips import Clip, list_clips
 from echo_eqx.prepare.holdout import Holdout, hold_out, parse_holdout
-from echo_eqx.prepare.limits import Limits
+from echo_eqx.prepare.options import Limits
 from echo_eqx.prepare.segments import Segment, join_segments
-from echo_eqx.prepare.sources import Clip, list_clips
 from echo_eqx.prepare.speakers import reference_warning, with_speakers
 
 CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"

@@ -5,42 +5,42 @@ import random
 import pytest
 
 from echo_eqx import EchoError
-from echo_eqx.prepare import rows
+from echo_eqx.prepare import parquet
 
 pyarrow = pytest.importorskip("pyarrow")
 
 
 def test_rows_are_read_in_any_order_and_few_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "_KEPT_BYTES", 5000)
+    monkeypatch.setattr(parquet, "_KEPT_BYTES", 5000)
     path = tmp_path / "a.parquet"
     data = [bytes([i]) * (1000 + i) for i in range(40)]
     made = [{"audio": {"bytes": audio, "path": f"{i}"}, "n": i} for i, audio in enumerate(data)]
     made[7]["audio"] = None
     table = pyarrow.Table.from_pylist(made)
-    rows.parquet().write_table(table, path, row_group_size=20)
-    beside = list(rows.rows_beside(path, "audio"))
+    parquet.pyarrow_parquet().write_table(table, path, row_group_size=20)
+    beside = list(parquet.rows_beside(path, "audio"))
     assert [(group, row) for group, row, _, _ in beside] == [divmod(i, 20) for i in range(40)]
     assert [name for _, _, name, _ in beside][6:9] == ["6", None, "8"]
     order = [*range(40), *random.Random(0).sample(range(40), 40)]
     for i in order:
-        row = rows.Row(path, "audio", i // 20, i % 20)
+        row = parquet.ParquetRow(path, "audio", i // 20, i % 20)
         if i == 7:
             with pytest.raises(EchoError, match="no bytes of audio"):
                 row.read()
         else:
             assert row.read() == data[i]
     for group in (0, 1):
-        kept = rows._group(path, "audio", group)._kept
+        kept = parquet._group(path, "audio", group)._kept
         assert sum(len(audio or b"") for audio in kept.values()) <= 5000
     with pytest.raises(EchoError, match=r"a\.parquet cannot be read"):
-        rows.Row(path, "audio", 1, 20).read()
+        parquet.ParquetRow(path, "audio", 1, 20).read()
 
 
 def test_other_columns_of_bytes_are_not_read(tmp_path):
     path = tmp_path / "a.parquet"
     audio = {"bytes": b"sound", "path": "x.wav"}
     made = [{"text": "words", "audio": audio, "image": b"large", "second": audio}]
-    rows.parquet().write_table(pyarrow.Table.from_pylist(made), path)
-    ((group, row, name, fields),) = rows.rows_beside(path, "audio")
+    parquet.pyarrow_parquet().write_table(pyarrow.Table.from_pylist(made), path)
+    ((group, row, name, fields),) = parquet.rows_beside(path, "audio")
     assert (group, row, name) == (0, 0, "x.wav")
     assert fields == {"text": "words", "image": None, "second": {"path": "x.wav"}}

@@ -17,8 +17,8 @@ from conftest import DATA, max_difference
 
 from echo_eqx import EchoError
 from echo_eqx.data.audio import audio_seconds, decode_audio, load_audio
+from echo_eqx.prepare.clips import Clip, SkippedInput, list_clips
 from echo_eqx.prepare.segments import Segment, join_segments
-from echo_eqx.prepare.sources import Clip, Refusal, list_clips
 
 RATE = 16_000
 CONTENT = {"ann/one": "First words.", "ann/two words": "Zweite Wörter.", "bo/3.5": "Третьи слова."}
@@ -60,14 +60,14 @@ def put_parquet(path: Path, rows: list[dict], group: int = 2) -> Path:
     return path
 
 
-def listed(source, max_seconds: float = 30.0) -> tuple[list[Clip], list[Refusal]]:
+def listed(source, max_seconds: float = 30.0) -> tuple[list[Clip], list[SkippedInput]]:
     clips, refusals = list_clips(str(source), max_seconds=max_seconds, cache=Path("/nonexistent"))
     assert clips == sorted(clips, key=lambda clip: clip.key)
     json.dumps([clip.metadata for clip in clips], allow_nan=False)
     return clips, refusals
 
 
-def kinds(refusals: list[Refusal]) -> Counter:
+def kinds(refusals: list[SkippedInput]) -> Counter:
     return Counter(refusal.kind for refusal in refusals)
 
 

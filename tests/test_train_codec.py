@@ -21,7 +21,7 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.codec.residual import sine_squared
 from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.prepare.sources import list_clips
+from echo_eqx.prepare.clips import list_clips
 from echo_eqx.sharding.mesh import batch_sharding, make_mesh, mesh_shape, replicated
 from echo_eqx.train.codec.config import CodecLossConfig, CodecTrainConfig
 from echo_eqx.train.codec.critic import critic_loss, decoder_losses

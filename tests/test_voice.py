@@ -13,9 +13,9 @@ from conftest import DATA
 import echo_eqx
 from echo_eqx import voice
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
+from echo_eqx.voice.evaluate import generate, reference_files
 from echo_eqx.voice.grammar import held_out_texts, training_texts
-from echo_eqx.voice.judge import mel_cepstra, retrieval
-from echo_eqx.voice.measure import generate, reference_files
+from echo_eqx.voice.similarity import mel_cepstra, retrieval
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -13,8 +13,9 @@ import soxr
 
 from echo_eqx.data.text import normalise_text
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.sources import list_clips
+from echo_eqx.prepare.clips import list_clips
 from echo_eqx.voice import espeak, judge
+from echo_eqx.voice.evaluate import word_errors
 from echo_eqx.voice.grammar import (
     MAX_BYTES,
     cut,
@@ -25,7 +26,6 @@ from echo_eqx.voice.grammar import (
     training_texts,
     words_of,
 )
-from echo_eqx.voice.measure import word_errors
 
 KINDS = ("small", "seen", "unseen")
 needs_espeak = pytest.mark.skipif(

@@ -11,9 +11,9 @@ from typing import Any
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.align import Aligner, aligner
+from echo_eqx.prepare.clips import MIN_SECONDS, Clip, SkippedInput
 from echo_eqx.prepare.pauses import RATE, detector, find_pauses
 from echo_eqx.prepare.segments import Segment, join_segments
-from echo_eqx.prepare.sources import MIN_SECONDS, Clip, Refusal
 
 WAYS_OUT = (
     "give segments with times in a manifest, install a recogniser "
@@ -28,7 +28,7 @@ class Cuts:
     """What became of the long recordings."""
 
     clips: list[Clip]
-    refused: list[Refusal] = field(default_factory=list)
+    refused: list[SkippedInput] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
     """For the index: `by`, and how many recordings, pieces, and seconds in and kept."""
 
@@ -69,7 +69,7 @@ def cut_long(
         parts = _pieces(clip, cut, max_seconds, max_text_bytes, keys)
         keys |= {part.key for part in parts if isinstance(part, Clip)}
         for part in parts:
-            if isinstance(part, Refusal):
+            if isinstance(part, SkippedInput):
                 cuts.refused.append(part)
             else:
                 cuts.clips.append(part)
@@ -149,15 +149,15 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _pieces(
     clip: Clip, cut: dict[str, Any], max_seconds: float, max_bytes: int, keys: set[str]
-) -> list[Clip | Refusal]:
+) -> list[Clip | SkippedInput]:
     source = clip.metadata["source"]
     if "reason" in cut:
         detail = cut["reason"]
         if cut.get("kind") != "audio":
             detail = f"is {clip.seconds:.2f} s long: {detail}; expected at most {max_seconds:g} s"
-        return [Refusal(cut.get("kind", "long"), source, detail)]
-    parts: list[Clip | Refusal] = [
-        Refusal("alignment", f"{source}[{start:g}-{end:g} s]", f"does not match {text[:60]!r}")
+        return [SkippedInput(cut.get("kind", "long"), source, detail)]
+    parts: list[Clip | SkippedInput] = [
+        SkippedInput("alignment", f"{source}[{start:g}-{end:g} s]", f"does not match {text[:60]!r}")
         for start, end, text in cut["refused"]
     ]
     segments = [Segment(*segment) for segment in cut["segments"]]
@@ -169,7 +169,7 @@ def _pieces(
         name, seconds = f"{source}[{part.start:g}-{part.end:g} s]", part.end - part.start
         if not MIN_SECONDS <= seconds <= max_seconds:
             detail = f"is {seconds:.2f} s without a pause at which the text can be divided surely"
-            parts.append(Refusal("long" if seconds > max_seconds else "short", name, detail))
+            parts.append(SkippedInput("long" if seconds > max_seconds else "short", name, detail))
             continue
         key = f"{clip.key}_{number:03d}"
         if key in keys:
@@ -178,7 +178,7 @@ def _pieces(
         parts.append(replace(clip, key=key, text=text, start=start, stop=stop, seconds=seconds))
     if not parts:
         detail = f"is {clip.seconds:.2f} s long, and none of its text was recognised in it"
-        parts.append(Refusal("alignment", source, detail))
+        parts.append(SkippedInput("alignment", source, detail))
     return parts
 
 

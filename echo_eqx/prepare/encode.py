@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from echo_eqx.codec.dacvae import DACVAE, encoder_margin
 from echo_eqx.data.reference import set_loudness
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.sources import Clip
+from echo_eqx.prepare.clips import Clip
 from echo_eqx.trees import named_leaves
 
 LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768)

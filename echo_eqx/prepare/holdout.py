@@ -8,8 +8,8 @@ from pathlib import Path
 
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import UsageError
+from echo_eqx.prepare.clips import Clip
 from echo_eqx.prepare.known import known_sources
-from echo_eqx.prepare.sources import Clip
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from echo_eqx.data.shard_index import Entry, Skipped, index_tar
 from echo_eqx.data.shards import FRAME_RATE, Listing
 from echo_eqx.data.text import encode_text
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.beside import (
+from echo_eqx.prepare.sidecars import (
     Broken,
     files_beside,
     find_frame_rate,

@@ -13,9 +13,9 @@ from typing import Any
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
-from echo_eqx.prepare.deal import Dealt, deal
-from echo_eqx.prepare.recordings import Member
-from echo_eqx.prepare.sources import Clip
+from echo_eqx.prepare.assign import ShardEntry, assign
+from echo_eqx.prepare.clips import Clip
+from echo_eqx.prepare.records import FileRange
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Known:
 class Plan:
     """All shards of a folder, in the order of their numbers."""
 
-    shards: list[list[Dealt]]
+    shards: list[list[ShardEntry]]
     added: int
     """Clips that no earlier run listed; 0 in the first run."""
     vanished: frozenset[str]
@@ -71,7 +71,7 @@ def plan_shards(folder: Path, clips: Sequence[Clip], *, seed: int, per_shard: in
     shards = []
     for run in runs:
         dealt = [here[k.key] if _is_there(k, here) else _placeholder(k) for k in run]
-        shards += deal(dealt, seed=seed, per_shard=per_shard)
+        shards += assign(dealt, seed=seed, per_shard=per_shard)
     return Plan(shards, len(new) if listed else 0, frozenset(vanished), frozenset(changed))
 
 
@@ -88,7 +88,7 @@ def _placeholder(known: _Known) -> Clip:
 
 def _known(clip: Clip) -> _Known:
     size = None
-    if isinstance(clip.audio, Member):
+    if isinstance(clip.audio, FileRange):
         size = clip.audio.size
     elif isinstance(clip.audio, Path):
         size = clip.audio.stat().st_size

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from echo_eqx.prepare.sources import Clip
+from echo_eqx.prepare.clips import Clip
 
 MAX_WITHOUT_REFERENCE = 0.2
 """Share of samples without a reference above which a warning is due."""

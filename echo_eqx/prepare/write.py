@@ -17,8 +17,8 @@ import numpy as np
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
-from echo_eqx.prepare.deal import Dealt
-from echo_eqx.prepare.recordings import printable
+from echo_eqx.prepare.assign import ShardEntry
+from echo_eqx.prepare.records import printable
 from echo_eqx.weights.stream_file import save_arrays
 
 FORMAT = "echo_eqx"
@@ -86,16 +86,17 @@ class PartIndex:
 
 def write_shard(
     path: Path,
-    dealt: Sequence[Dealt],
+    dealt: Sequence[ShardEntry],
     latents: dict[str, np.ndarray],
     *,
     ref_frames: int,
     common: dict[str, Any],
     seconds_per_frame: float,
 ) -> Written:
-    """Write the clips of a shard that have latents, with references joined from their companions.
+    """Write the clips of a shard that have latents, each with its reference.
 
-    `common` goes into the json of every sample. Without any clip no file is written.
+    The fields of `common` go into the JSON of every sample. If no clip has latents, no file is
+    written.
     """
     if not latents:
         return Written("", 0, 0, 0)
@@ -133,12 +134,12 @@ def write_shard(
 
 
 def _joined(
-    place: Dealt, dealt: Sequence[Dealt], latents: dict[str, np.ndarray], ref_frames: int
+    place: ShardEntry, dealt: Sequence[ShardEntry], latents: dict[str, np.ndarray], ref_frames: int
 ) -> np.ndarray | None:
-    """Latents of the companions, one behind the other, up to `ref_frames`."""
+    """Latents of the reference_indices, one behind the other, up to `ref_frames`."""
     parts, total = [], 0
-    for companion in place.companions:
-        other = latents.get(dealt[companion].clip.key)
+    for reference_index in place.reference_indices:
+        other = latents.get(dealt[reference_index].clip.key)
         if other is not None and total < ref_frames:
             parts.append(other[: ref_frames - total])
             total += len(parts[-1])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.sources import Clip
+from echo_eqx.prepare.clips import Clip
 
 _AHEAD = 8
 """Batches that are decoded before they are asked for."""

@@ -18,7 +18,7 @@ from echo_eqx.config import CodecConfig
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import expand
-from echo_eqx.prepare.sources import Clip, list_clips
+from echo_eqx.prepare.clips import Clip, list_clips
 from echo_eqx.sharding.hosts import PeerWatch
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape, replicated
 from echo_eqx.train.batches import Feeder, owned_rows

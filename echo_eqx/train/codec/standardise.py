@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.prepare.clips import Clip
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings
-from echo_eqx.prepare.sources import Clip
 
 
 def standardise(codec: DACVAE, clips: Sequence[Clip], batch_size: int = 8) -> DACVAE:

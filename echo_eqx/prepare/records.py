@@ -10,7 +10,7 @@ from typing import Any
 
 from echo_eqx.data.audio import AudioSource
 from echo_eqx.data.text_file import decode
-from echo_eqx.prepare.rows import Row
+from echo_eqx.prepare.parquet import ParquetRow
 
 MAX_TEXT_BYTES = 2**24
 # What lists and manifests call the same things; where several are there, the first counts.
@@ -28,7 +28,7 @@ LANGUAGE_FIELDS = ("language", "lang", "locale")
 
 
 @dataclass(frozen=True)
-class Member:
+class FileRange:
     """Bytes [offset, offset + size) of a tar."""
 
     path: Path
@@ -73,7 +73,7 @@ class _Part(io.RawIOBase):
         super().close()
 
 
-Audio = Path | Member | Row
+Audio = Path | FileRange | ParquetRow
 
 
 @contextlib.contextmanager
@@ -82,15 +82,15 @@ def opened(audio: Audio) -> Iterator[AudioSource]:
 
     **Raises**: `EchoError`, and `OSError` for a tar.
     """
-    if isinstance(audio, Member):
+    if isinstance(audio, FileRange):
         with audio.open() as file:
             yield file
     else:
-        yield audio.read() if isinstance(audio, Row) else audio
+        yield audio.read() if isinstance(audio, ParquetRow) else audio
 
 
 @dataclass(frozen=True)
-class Refusal:
+class SkippedInput:
     """Something that is not used, and why: `kind` is what it is counted under."""
 
     kind: str
@@ -100,7 +100,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Record:
+class Recording:
     """A transcribed recording before anything about it is checked."""
 
     name: str
@@ -108,17 +108,17 @@ class Record:
     key: str
     """What its key is made from."""
     source: str
-    """Where it is, as in `Refusal.name`, and for the audio alone where that is a file."""
+    """Where it is, as in `SkippedInput.name`, and for the audio alone where that is a file."""
     audio: Audio
     fields: dict[str, Any]
     """`text` and what else came along."""
 
 
-Found = Iterator[Record | Refusal]
+Recordings = Iterator[Recording | SkippedInput]
 """What a kind of source yields."""
 
 
-def take(fields: dict[str, Any], names: Sequence[str]) -> Any:
+def pop(fields: dict[str, Any], names: Sequence[str]) -> Any:
     """Remove and return the first of `names` that is in `fields`, or None.
 
     `Text` and `TEXT` are `text`, unless that is there as well.
@@ -146,12 +146,14 @@ def stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix("")) if PurePosixPath(name).name else name
 
 
-def parse_object(data: bytes | str, place: str) -> dict[str, Any] | Refusal:
+def parse_object(data: bytes | str, place: str) -> dict[str, Any] | SkippedInput:
     """A JSON object with text keys."""
     try:
         fields = json.loads(decode(data) if isinstance(data, bytes) else data)
     except (ValueError, RecursionError, MemoryError) as error:
-        return Refusal("manifest", place, f"is no JSON: {str(error)[:100]}")
+        return SkippedInput("manifest", place, f"is not JSON: {str(error)[:100]}")
     if not isinstance(fields, dict):
-        return Refusal("manifest", place, f"is a {type(fields).__name__}; wanted a JSON object")
+        return SkippedInput(
+            "manifest", place, f"is a {type(fields).__name__}; wanted a JSON object"
+        )
     return fields

@@ -14,7 +14,7 @@ _KEPT_BYTES = 2**28
 """Of rows that were read on the way to another, in one row group."""
 
 
-def parquet() -> Any:
+def pyarrow_parquet() -> Any:
     """The module `pyarrow.parquet`.
 
     **Raises**: `EchoError` if it is not installed.
@@ -36,7 +36,7 @@ def parquet_errors() -> tuple[type[Exception], ...]:
 
 
 @dataclass(frozen=True)
-class Row:
+class ParquetRow:
     """A row of column `column`, {bytes, path}, counted from the begin of a row group."""
 
     path: Path
@@ -49,7 +49,7 @@ class Row:
 
         **Raises**: `EchoError` if there is none, the file cannot be read or pyarrow is missing.
         """
-        parquet()
+        pyarrow_parquet()
         try:
             data = _group(self.path, self.column, self.group).read(self.row)
         except parquet_errors() as error:
@@ -95,7 +95,7 @@ class _Group:
 
     def _from_first(self) -> Iterator[bytes | None]:
         # Without a buffer a whole column is read at once.
-        file = parquet().ParquetFile(self._path, buffer_size=2**20)
+        file = pyarrow_parquet().ParquetFile(self._path, buffer_size=2**20)
         name = f"{self._column}.bytes"
         facts = file.metadata.row_group(self._group)
         chunks = [facts.column(i) for i in range(facts.num_columns)]
@@ -122,7 +122,7 @@ def _group(path: Path, column: str, group: int) -> _Group:
 
 
 def rows_beside(path: Path, column: str) -> Iterator[tuple[int, int, str | None, dict[str, Any]]]:
-    """Row group, row within it, path of the audio and the other fields, for every row.
+    """ParquetRow group, row within it, path of the audio and the other fields, for every row.
 
     Columns of bytes are None: they are often other recordings, and no metadata.
 
@@ -130,7 +130,7 @@ def rows_beside(path: Path, column: str) -> Iterator[tuple[int, int, str | None,
     """
     import pyarrow
 
-    file = parquet().ParquetFile(path, buffer_size=2**20)
+    file = pyarrow_parquet().ParquetFile(path, buffer_size=2**20)
     others, blank, is_bytes = [], {}, pyarrow.types.is_binary
     for name in file.schema_arrow.names:
         kind = file.schema_arrow.field(name).type
@@ -154,7 +154,7 @@ def audio_column(path: Path) -> str | None:
 
     **Raises**: one of `parquet_errors`.
     """
-    schema = parquet().ParquetFile(path).schema_arrow
+    schema = pyarrow_parquet().ParquetFile(path).schema_arrow
     names = sorted(schema.names, key=lambda name: name != "audio")
     return next((name for name in names if _is_audio(schema.field(name).type)), None)
 

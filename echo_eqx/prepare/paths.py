@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from echo_eqx.data.audio import AUDIO_SUFFIXES
-from echo_eqx.prepare.recordings import Refusal
+from echo_eqx.prepare.records import SkippedInput
 
 INDEX = re.compile(r"index-\d{3,}-of-\d{3,}\.json")
 """The index that `prepare` writes beside its shards."""
@@ -29,14 +29,14 @@ def bare(name: str) -> str:
     return name[: len(name) - len(found)]
 
 
-def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], list[Refusal]]:
+def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], list[SkippedInput]]:
     """Names of all files below `folder`, sorted, and what of it cannot be read.
 
     Hidden files and folders, `output` and folders with shards that `prepare` made are left out. A
     folder that several links lead to is read once.
     """
     names: list[str] = []
-    refusals: list[Refusal] = []
+    refusals: list[SkippedInput] = []
     seen = {_identity(output)} if output is not None else set()
     folders, links = [""], []
     while folders or links:
@@ -46,14 +46,14 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
             if identity in seen:
                 if output is None or identity != _identity(output):
                     detail = "is a link to a folder that is read already"
-                    refusals.append(Refusal("path", inside.rstrip("/"), detail))
+                    refusals.append(SkippedInput("path", inside.rstrip("/"), detail))
                 continue
             seen.add(identity)
             with os.scandir(folder / inside) as entries:
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             detail = f"cannot be read: {error.strerror}"
-            refusals.append(Refusal("path", inside.rstrip("/") or ".", detail))
+            refusals.append(SkippedInput("path", inside.rstrip("/") or ".", detail))
             continue
         if inside and any(_is_our_index(Path(entry.path)) for entry in found):
             continue
@@ -64,14 +64,14 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
             try:
                 mode = entry.stat().st_mode
             except OSError as error:
-                refusals.append(Refusal("path", name, f"cannot be read: {error.strerror}"))
+                refusals.append(SkippedInput("path", name, f"cannot be read: {error.strerror}"))
                 continue
             if stat.S_ISDIR(mode):
                 (links if entry.is_symlink() else folders).append(f"{name}/")
             elif stat.S_ISREG(mode):
                 names.append(name)
             elif name.lower().endswith((*AUDIO_SUFFIXES, ".txt", ".tar", ".parquet")):
-                refusals.append(Refusal("path", name, "is not a regular file"))
+                refusals.append(SkippedInput("path", name, "is not a regular file"))
     return sorted(names), refusals
 
 

@@ -13,21 +13,21 @@ import numpy as np
 from echo_eqx.data.audio import audio_seconds, decode_audio
 from echo_eqx.data.text import check_text, normalise_text
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.find import find_records
-from echo_eqx.prepare.recordings import (
+from echo_eqx.prepare.detect import find_recordings
+from echo_eqx.prepare.records import (
     LANGUAGE_FIELDS,
     SPEAKER_FIELDS,
     TEXT_FIELDS,
     Audio,
-    Record,
-    Refusal,
+    Recording,
+    SkippedInput,
     opened,
+    pop,
     printable,
-    take,
 )
 from echo_eqx.prepare.segments import Segment, join_segments, read_segments
 
-__all__ = ["Clip", "Refusal", "list_clips"]
+__all__ = ["Clip", "SkippedInput", "list_clips"]
 
 MIN_SECONDS = 0.1
 MAX_KEY = 200
@@ -77,7 +77,7 @@ def list_clips(
     output: Path | None = None,
     keep_long: bool = False,
     say: Callable[[str], object] = lambda _: None,
-) -> tuple[list[Clip], list[Refusal]]:
+) -> tuple[list[Clip], list[SkippedInput]]:
     """All clips of `source`, sorted by key, and what of it is not used.
 
     `source` is a folder of audio with transcripts beside it, a list in columns (LJSpeech and the
@@ -91,18 +91,18 @@ def list_clips(
 
     **Raises**: `EchoError` if it is of no known kind, or cannot be read at all.
     """
-    refusals: list[Refusal] = []
-    records: list[tuple[Record, list[Clip]]] = []
+    refusals: list[SkippedInput] = []
+    records: list[tuple[Recording, list[Clip]]] = []
     try:
-        for found in find_records(source, cache, output, say):
-            if isinstance(found, Refusal):
+        for found in find_recordings(source, cache, output, say):
+            if isinstance(found, SkippedInput):
                 refusals.append(found)
                 continue
             clips: list[Clip] = []
             for piece in _cut(found, max_seconds, keep_long):
                 if normalise and isinstance(piece, Clip):
                     piece = _normalised(piece)
-                if isinstance(piece, Refusal):
+                if isinstance(piece, SkippedInput):
                     refusals.append(piece)
                 else:
                     clips.append(piece)
@@ -113,38 +113,38 @@ def list_clips(
         raise EchoError(f"{place} cannot be read: {error.strerror}") from None
     clips, repeated = _with_keys(records)
     refusals = [
-        Refusal(refusal.kind, printable(refusal.name), printable(refusal.detail))
+        SkippedInput(refusal.kind, printable(refusal.name), printable(refusal.detail))
         for refusal in refusals + repeated
     ]
     return clips, sorted(refusals, key=lambda refusal: (refusal.name, refusal.kind, refusal.detail))
 
 
-def _cut(record: Record, max_seconds: float, keep_long: bool) -> Iterator[Clip | Refusal]:
+def _cut(record: Recording, max_seconds: float, keep_long: bool) -> Iterator[Clip | SkippedInput]:
     """The clips of a record, still with the key of the record, or why there are none."""
     fields = dict(record.fields)
-    text = take(fields, TEXT_FIELDS)
-    speaker, language = take(fields, SPEAKER_FIELDS), take(fields, LANGUAGE_FIELDS)
+    text = pop(fields, TEXT_FIELDS)
+    speaker, language = pop(fields, SPEAKER_FIELDS), pop(fields, LANGUAGE_FIELDS)
     try:
         start, stop = _limits(fields)
         segments, empty = read_segments(fields.pop("segments", None))
         metadata = {**_plain(fields), "source": printable(record.source)}
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
-        yield Refusal("manifest", record.source, str(error)[:200])
+        yield SkippedInput("manifest", record.source, str(error)[:200])
         return
     for segment in empty:
         detail = f"has a segment of no length at {segment.start:g} s: {segment.text[:60]!r}"
-        yield Refusal("segment", record.source, detail)
+        yield SkippedInput("segment", record.source, detail)
     if segments and (not isinstance(text, str) or not text.strip()):
         text = " ".join(segment.text for segment in segments)
     try:
         with opened(record.audio) as source:
             whole = audio_seconds(source, printable(record.source))
     except (EchoError, OSError) as error:
-        yield Refusal("audio", record.source, str(error))
+        yield SkippedInput("audio", record.source, str(error))
         return
     end = whole if stop is None else min(stop, whole)
     if start >= whole:
-        yield Refusal("manifest", record.source, f"starts at {start:g} s of {whole:.2f} s")
+        yield SkippedInput("manifest", record.source, f"starts at {start:g} s of {whole:.2f} s")
         return
     parts = [Segment(start, end, text if isinstance(text, str) else "")]
     is_cut = end - start > max_seconds and bool(segments)
@@ -152,18 +152,20 @@ def _cut(record: Record, max_seconds: float, keep_long: bool) -> Iterator[Clip |
         parts = join_segments(segments, start, end, max_seconds)
         if not parts:
             detail = f"is {end - start:.2f} s long and none of its segments has text within them"
-            yield Refusal("long", record.source, detail)
+            yield SkippedInput("long", record.source, detail)
     for number, part in enumerate(parts):
         name = f"{record.source}[{number}]" if is_cut else record.source
         seconds = part.end - part.start
         if problem := _problem(part.text):
-            yield Refusal(problem[0], name, problem[1])
+            yield SkippedInput(problem[0], name, problem[1])
         elif seconds < MIN_SECONDS:
-            yield Refusal("short", name, f"is {seconds:.3f} s long; wanted at least {MIN_SECONDS}")
+            yield SkippedInput(
+                "short", name, f"is {seconds:.3f} s long; wanted at least {MIN_SECONDS}"
+            )
         elif seconds > max_seconds and not keep_long:
             what = "has no segments with times" if not segments else "is one segment"
             detail = f"is {seconds:.2f} s long and {what}; wanted at most {max_seconds:g} s"
-            yield Refusal("long", name, detail)
+            yield SkippedInput("long", name, detail)
         else:
             yield Clip(
                 key=f"{record.key}_{number:03d}" if is_cut else record.key,
@@ -178,19 +180,19 @@ def _cut(record: Record, max_seconds: float, keep_long: bool) -> Iterator[Clip |
             )
 
 
-def _normalised(clip: Clip) -> Clip | Refusal:
+def _normalised(clip: Clip) -> Clip | SkippedInput:
     """`clip` with the text that a model is given, or why nothing of it is left."""
     text = normalise_text(clip.text)
     if problem := _problem(text):
-        return Refusal(problem[0], clip.metadata["source"], f"after cleaning {problem[1]}")
+        return SkippedInput(problem[0], clip.metadata["source"], f"after cleaning {problem[1]}")
     return replace(clip, text=text)
 
 
 def _limits(fields: dict[str, Any]) -> tuple[float, float | None]:
     """Start and end in seconds. One common manifest has `offset` and `duration` instead."""
     has_offset = "offset" in fields and "start" not in fields
-    start = float(take(fields, ("start", "offset")) or 0.0)
-    end = take(fields, ("end",))
+    start = float(pop(fields, ("start", "offset")) or 0.0)
+    end = pop(fields, ("end",))
     if has_offset and end is None and fields.get("duration"):
         end = start + float(fields["duration"])
     stop = float(end) if end is not None else None
@@ -209,7 +211,9 @@ def _problem(text: str) -> tuple[str, str] | None:
     return None
 
 
-def _with_keys(records: list[tuple[Record, list[Clip]]]) -> tuple[list[Clip], list[Refusal]]:
+def _with_keys(
+    records: list[tuple[Recording, list[Clip]]],
+) -> tuple[list[Clip], list[SkippedInput]]:
     """Clips under keys that are safe and each there once, and the refusals of the others."""
     kept: dict[str, Clip] = {}
     refusals = []
@@ -217,21 +221,23 @@ def _with_keys(records: list[tuple[Record, list[Clip]]]) -> tuple[list[Clip], li
     for record, clips in sorted(records, key=lambda item: item[0].name):
         if record.name in names:
             detail = f"is the second of {record.name!r}"
-            refusals.append(Refusal("duplicate", record.source, detail))
+            refusals.append(SkippedInput("duplicate", record.source, detail))
             continue
         names.add(record.name)
         for clip in clips:
             key = re.sub(r"[^A-Za-z0-9_-]", "_", clip.key)
             if not 0 < len(key) <= MAX_KEY:
                 detail = f"its key has {len(key)} characters; wanted 1 to {MAX_KEY}"
-                refusals.append(Refusal("key", record.source, detail))
+                refusals.append(SkippedInput("key", record.source, detail))
                 continue
             if key in kept:
                 full = f"{record.name}{clip.key.removeprefix(record.key)}"
                 digest = hashlib.sha256(full.encode("utf-8", "surrogateescape")).hexdigest()
                 key = f"{key}_{digest[:8]}"
             if key in kept:
-                refusals.append(Refusal("duplicate", record.source, f"is the second of {key!r}"))
+                refusals.append(
+                    SkippedInput("duplicate", record.source, f"is the second of {key!r}")
+                )
                 continue
             kept[key] = replace(clip, key=key)
     return [clip for _, clip in sorted(kept.items())], refusals

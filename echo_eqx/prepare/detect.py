@@ -7,11 +7,11 @@ from pathlib import Path
 from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.data.text_file import JSON_LINES
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.archives import HUB, Files, download, from_parquet, from_tars
-from echo_eqx.prepare.formats import from_folder, from_manifest
-from echo_eqx.prepare.lists import LIST_SUFFIXES
-from echo_eqx.prepare.locate import files_below, has_shards_of_ours, nfc
-from echo_eqx.prepare.recordings import Found, printable, stem
+from echo_eqx.prepare.manifests import read_folder, read_manifest
+from echo_eqx.prepare.paths import files_below, has_shards_of_ours, nfc
+from echo_eqx.prepare.records import Recordings, printable, stem
+from echo_eqx.prepare.tables import LIST_SUFFIXES
+from echo_eqx.prepare.tars import HUB, Files, download, read_parquet, read_tars
 
 _EXPECTED = (
     "a folder, *.tar, *.parquet, *.jsonl, a list in columns (*.csv, *.tsv, *.txt), a glob of tars "
@@ -19,12 +19,12 @@ _EXPECTED = (
 )
 
 
-def find_records(
+def find_recordings(
     source: str,
     cache: Path,
     output: Path | None = None,
     say: Callable[[str], object] = lambda _: None,
-) -> Found:
+) -> Recordings:
     """The records of `source`, read while they are asked for.
 
     What lies in the folder `output` is not part of it. `say` is told how a list is read.
@@ -35,7 +35,7 @@ def find_records(
     if source.startswith(HUB):
         folder = download(source, cache)
         if files := _ending(folder, files_below(folder)[0], (".parquet",)):
-            return from_parquet(files)
+            return read_parquet(files)
         raise EchoError(f"{source} holds no *.parquet; wanted at least one")
     try:
         path = Path(source).expanduser()
@@ -56,27 +56,27 @@ def find_records(
     own = set() if output is None else {n for n in names if _is_inside(folder / n, output)}
     files = [(name, folder / name) for name in names if name not in own]
     if files and all(name.lower().endswith(".tar") for name, _ in files):
-        return from_tars(files)
+        return read_tars(files)
     if files and all(name.lower().endswith(".parquet") for name, _ in files):
-        return from_parquet(files)
+        return read_parquet(files)
     left = f" besides {len(own)} in --output" if own else ""
     raise EchoError(
         f"{shown} matches {len(files)} files{left}; wanted only *.tar or only *.parquet"
     )
 
 
-def _from_file(path: Path, say: Callable[[str], object]) -> Found:
+def _from_file(path: Path, say: Callable[[str], object]) -> Recordings:
     suffix = path.suffix.lower()
     if suffix == ".tar":
-        return from_tars([(path.name, path)])
+        return read_tars([(path.name, path)])
     if suffix == ".parquet":
-        return from_parquet([(path.name, path)])
+        return read_parquet([(path.name, path)])
     if suffix in (*JSON_LINES, *LIST_SUFFIXES):
-        return from_manifest(path, say)
+        return read_manifest(path, say)
     raise EchoError(f"{printable(str(path))} is of no known kind; wanted {_EXPECTED}")
 
 
-def _from_folder(path: Path, output: Path | None, say: Callable[[str], object]) -> Found:
+def _from_folder(path: Path, output: Path | None, say: Callable[[str], object]) -> Recordings:
     shown = printable(str(path))
     if output is not None and output.is_dir() and path.samefile(output):
         raise EchoError(
@@ -89,7 +89,7 @@ def _from_folder(path: Path, output: Path | None, say: Callable[[str], object]) 
     suffixes = tuple({*JSON_LINES, *LIST_SUFFIXES} - {".json", ".txt"})
     top = sorted(file for file in path.iterdir() if file.name.lower().endswith(suffixes))
     if lists := [file for file in top if file.stem.lower() == "metadata" and file.is_file()]:
-        return from_manifest(_single(shown, lists), say)
+        return read_manifest(_single(shown, lists), say)
     names, unread = files_below(path, output)
     tars = _ending(path, names, (".tar",))
     tables = _ending(path, names, (".parquet",))
@@ -103,14 +103,14 @@ def _from_folder(path: Path, output: Path | None, say: Callable[[str], object]) 
         )
     texts = {nfc(name[:-4]) for name in names if name.lower().endswith(".txt")}
     if audios and top and audios.isdisjoint(texts):
-        return from_manifest(_single(shown, top), say)
+        return read_manifest(_single(shown, top), say)
 
-    def records() -> Found:
+    def records() -> Recordings:
         yield from unread
         if audios:
-            yield from from_folder(path, names)
+            yield from read_folder(path, names)
         else:
-            yield from from_tars(tars) if tars else from_parquet(tables)
+            yield from read_tars(tars) if tars else read_parquet(tables)
 
     if audios or tars or tables:
         return records()

@@ -10,24 +10,24 @@ from typing import Any
 from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.data.text_file import JSON_LINES, decode, lines_of
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.lists import read_list
-from echo_eqx.prepare.locate import AudioFiles, bare, nfc
-from echo_eqx.prepare.recordings import (
+from echo_eqx.prepare.paths import AudioFiles, bare, nfc
+from echo_eqx.prepare.records import (
     AUDIO_FIELDS,
     KEY_FIELDS,
     MAX_TEXT_BYTES,
     TEXT_FIELDS,
-    Found,
-    Record,
-    Refusal,
+    Recording,
+    Recordings,
+    SkippedInput,
     parse_object,
+    pop,
     printable,
     stem,
-    take,
 )
+from echo_eqx.prepare.tables import read_list
 
 
-def from_folder(folder: Path, names: Sequence[str]) -> Found:
+def read_folder(folder: Path, names: Sequence[str]) -> Recordings:
     """`NAME.txt` beside `NAME.wav`; the speaker is the folder it lies in, if there are several.
 
     `names` are those of the files below `folder`, sorted.
@@ -36,21 +36,21 @@ def from_folder(folder: Path, names: Sequence[str]) -> Found:
     audios = [name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
     choices = {name: [t for t in _transcripts(nfc(stem(name))) if t in texts] for name in audios}
     for key in sorted(texts.keys() - {key for found in choices.values() for key in found}):
-        yield Refusal("audio", texts[key], "a transcript without audio")
+        yield SkippedInput("audio", texts[key], "a transcript without audio")
     for name, found in choices.items():
         if not found:
-            yield Refusal("orphan", name, "audio without a transcript")
+            yield SkippedInput("orphan", name, "audio without a transcript")
             continue
         text = texts[found[0]]
         try:
             with (folder / text).open("rb") as file:
                 fields: dict[str, Any] = {"text": decode(file.read(MAX_TEXT_BYTES))}
         except OSError as error:
-            yield Refusal("text", text, f"cannot be read: {error.strerror}")
+            yield SkippedInput("text", text, f"cannot be read: {error.strerror}")
             continue
         if "/" in name:
             fields["speaker"] = PurePosixPath(name).parent.name
-        yield Record(stem(name), stem(name), name, folder / name, fields)
+        yield Recording(stem(name), stem(name), name, folder / name, fields)
 
 
 def _transcripts(name: str) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _transcripts(name: str) -> Iterator[str]:
     yield f"txt/{re.sub(r'_mic[12]$', '', below)}"
 
 
-def from_manifest(path: Path, say: Callable[[str], object] = lambda _: None) -> Found:
+def read_manifest(path: Path, say: Callable[[str], object] = lambda _: None) -> Recordings:
     """Lines of JSON, or rows of a list; paths are relative to it.
 
     `say` is told how a list is read.
@@ -78,13 +78,13 @@ def from_manifest(path: Path, say: Callable[[str], object] = lambda _: None) -> 
         else:
             given_rows = read_list(path, audio.count, say)
         for place, row in given_rows:
-            given = row if isinstance(row, Refusal) else take(row, AUDIO_FIELDS)
-            if isinstance(given, Refusal):
+            given = row if isinstance(row, SkippedInput) else pop(row, AUDIO_FIELDS)
+            if isinstance(given, SkippedInput):
                 yield given
             elif not isinstance(given, str) or not given or "\0" in given:
                 detail = f"has no path of audio in {', '.join(AUDIO_FIELDS[:7])}"
-                yield Refusal("manifest", place, detail)
-            elif not isinstance(row, Refusal):
+                yield SkippedInput("manifest", place, detail)
+            elif not isinstance(row, SkippedInput):
                 rows.append((place, given, row))
     except UnicodeDecodeError as error:
         raise EchoError(
@@ -102,7 +102,7 @@ def from_manifest(path: Path, say: Callable[[str], object] = lambda _: None) -> 
         )
     yield from _records(path, audio, rows, files)
     for name in audio.unused(file for file in files.values() if file is not None):
-        yield Refusal("orphan", name, "audio without a transcript")
+        yield SkippedInput("orphan", name, "audio without a transcript")
 
 
 def _records(
@@ -110,7 +110,7 @@ def _records(
     audio: AudioFiles,
     rows: Sequence[tuple[str, str, dict[str, Any]]],
     files: dict[str, str | None],
-) -> Found:
+) -> Recordings:
     # Where things are mounted is no part of a name: elsewhere they are named from what they share.
     places = {given: _below(audio.folder, Path(file or given)) for given, file in files.items()}
     elsewhere = [place.parent for place in places.values() if place.is_absolute()]
@@ -118,8 +118,8 @@ def _records(
     for place, given, row in rows:
         file = places[given]
         source = (file.relative_to(shared) if file.is_absolute() else file).as_posix()
-        row["text"] = take(row, TEXT_FIELDS)
-        key = take(row, KEY_FIELDS)
+        row["text"] = pop(row, TEXT_FIELDS)
+        key = pop(row, KEY_FIELDS)
         if key is None or key == "":
             start = row.get("start", row.get("offset"))
             is_id = "/" not in given and "\\" not in given
@@ -129,13 +129,13 @@ def _records(
             name = key = str(key)
         else:
             detail = f"expected a string as its key, got a {type(key).__name__}"
-            yield Refusal("key", place, detail)
+            yield SkippedInput("key", place, detail)
             continue
         if files[given] is None:
             looked = f"(looked for below {path.parent.name or path.parent}/)"
-            yield Refusal("audio", place, f"{source[:200]} does not exist {looked}")
+            yield SkippedInput("audio", place, f"{source[:200]} does not exist {looked}")
         else:
-            yield Record(name, key, source, audio.folder / file, row)
+            yield Recording(name, key, source, audio.folder / file, row)
 
 
 def _below(folder: Path, file: Path) -> Path:
@@ -144,7 +144,7 @@ def _below(folder: Path, file: Path) -> Path:
     return file.relative_to(folder) if is_below else file
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | SkippedInput]]:
     """A JSON object a line, or all of them in one array."""
     head = next((line for line in lines_of(path) if line is None or line.strip()), None) or ""
     if path.suffix.lower() == ".json" and head.lstrip().startswith("["):
@@ -153,12 +153,12 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
     for number, line in enumerate(lines_of(path), start=1):
         place = f"{path.name}:{number}"
         if line is None:
-            yield place, Refusal("manifest", place, "is too long for a line of JSON")
+            yield place, SkippedInput("manifest", place, "is too long for a line of JSON")
         elif line.strip():
             yield place, parse_object(line, place)
 
 
-def _json_array(path: Path) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
+def _json_array(path: Path) -> Iterator[tuple[str, dict[str, Any] | SkippedInput]]:
     try:
         rows = json.loads(decode(path.read_bytes()))
     except (ValueError, RecursionError, MemoryError) as error:
@@ -168,4 +168,4 @@ def _json_array(path: Path) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
     for number, row in enumerate(rows):
         place = f"{path.name}[{number}]"
         detail = f"is a {type(row).__name__}; expected a JSON object"
-        yield place, row if isinstance(row, dict) else Refusal("manifest", place, detail)
+        yield place, row if isinstance(row, dict) else SkippedInput("manifest", place, detail)

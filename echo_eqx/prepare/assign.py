@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_eqx.prepare.sources import Clip
+from echo_eqx.prepare.clips import Clip
 
 CLUSTER = 8
 """Recordings of a speaker that stay together, about."""
 
 
 @dataclass(frozen=True)
-class Dealt:
+class ShardEntry:
     """A clip in its shard, and the places in the shard of those that show its voice, in order."""
 
     clip: Clip
-    companions: tuple[int, ...]
+    reference_indices: tuple[int, ...]
 
 
-def deal(clips: Sequence[Clip], *, seed: int, per_shard: int) -> list[list[Dealt]]:
+def assign(clips: Sequence[Clip], *, seed: int, per_shard: int) -> list[list[ShardEntry]]:
     """All clips in shards of about `per_shard`, the same on every machine.
 
     Clips without a speaker keep together with others cut from the same recording.
@@ -57,7 +57,7 @@ def _split(members: list[Clip]) -> list[list[Clip]]:
     return [members[start::count] for start in range(count)]
 
 
-def _arranged(clusters: list[list[Clip]], seed: int) -> list[Dealt]:
+def _arranged(clusters: list[list[Clip]], seed: int) -> list[ShardEntry]:
     clips = [clip for cluster in clusters for clip in cluster]
     order = _shuffled(clips, seed, "order")
     places = {clip.key: place for place, clip in enumerate(order)}
@@ -66,7 +66,7 @@ def _arranged(clusters: list[list[Clip]], seed: int) -> list[Dealt]:
     for clip in order:
         others = [other for other in company[clip.key] if other.key != clip.key]
         others = _shuffled(others, seed, clip.key)
-        dealt.append(Dealt(clip, tuple(places[other.key] for other in others)))
+        dealt.append(ShardEntry(clip, tuple(places[other.key] for other in others)))
     return dealt
 
 

@@ -23,7 +23,7 @@ from echo_eqx.speech import Utterance, synthesize_all
 from echo_eqx.voice import REFERENCE_LUFS, SETTINGS
 from echo_eqx.voice.espeak import SILENCE_SECONDS, VOICES, speak
 from echo_eqx.voice.grammar import Kind, held_out_texts
-from echo_eqx.voice.judge import (
+from echo_eqx.voice.similarity import (
     DECIBELS,
     VoicePrint,
     mel_cepstra,
@@ -34,7 +34,7 @@ from echo_eqx.voice.judge import (
 
 
 @dataclass(frozen=True)
-class Spoken:
+class Originals:
     """What espeak-ng says, by voice and then text."""
 
     texts: list[str]
@@ -42,7 +42,7 @@ class Spoken:
     cepstra: dict[str, list[np.ndarray]]
 
     @classmethod
-    def of(cls, texts: list[str]) -> "Spoken":
+    def of(cls, texts: list[str]) -> "Originals":
         audio = {voice.name: [speak(text, voice) for text in texts] for voice in VOICES}
         cepstra = {
             name: [mel_cepstra(clip, rate) for clip, rate in clips] for name, clips in audio.items()
@@ -86,7 +86,7 @@ def generation_config(
     def mean(speaker: Speaker) -> np.ndarray:
         return speaker_latents(dit, codec, speaker, lufs=REFERENCE_LUFS).mean(axis=0)
 
-    originals = Spoken.of(held_out_texts("seen", count))
+    originals = Originals.of(held_out_texts("seen", count))
     means = {
         voice: np.stack(
             [mean(references[voice])]
@@ -128,7 +128,7 @@ def through_codec(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     """Of one kind of texts."""
 
     retrieved: float
@@ -152,9 +152,9 @@ def measure(
     count: int,
     references: Mapping[str, Path],
     settings: SamplerSettings,
-) -> tuple[Figures, Spoken, list[np.ndarray]]:
-    """Figures of `count` held-out texts of a kind, the originals, and the speech."""
-    originals = Spoken.of(held_out_texts(kind, count))
+) -> tuple[Metrics, Originals, list[np.ndarray]]:
+    """Metrics of `count` held-out texts of a kind, the originals, and the speech."""
+    originals = Originals.of(held_out_texts(kind, count))
     generated = generate(dit, codec, originals.texts, references, settings)
     rate = codec.config.sample_rate
     prints = originals.prints()
@@ -178,7 +178,7 @@ def measure(
         )
     columns = np.array(rows).T
     means, medians = columns.mean(1), np.median(columns, axis=1)
-    figures = Figures(means[0], medians[1], medians[2], medians[3], means[4], means[5])
+    figures = Metrics(means[0], medians[1], medians[2], medians[3], means[4], means[5])
     return figures, originals, generated
 
 

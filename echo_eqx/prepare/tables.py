@@ -13,14 +13,14 @@ from typing import Any
 
 from echo_eqx.data.text_file import lines_of, open_text
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.columns import guessed_columns
-from echo_eqx.prepare.recordings import (
+from echo_eqx.prepare.guess_columns import guessed_columns
+from echo_eqx.prepare.records import (
     AUDIO_FIELDS,
     KEY_FIELDS,
     LANGUAGE_FIELDS,
     SPEAKER_FIELDS,
     TEXT_FIELDS,
-    Refusal,
+    SkippedInput,
     printable,
 )
 
@@ -34,13 +34,13 @@ _ROLES = {
 }
 _SAMPLE = 1000
 
-Rows = Iterator[tuple[str, list[str] | Refusal]]
+Rows = Iterator[tuple[str, list[str] | SkippedInput]]
 """Where a row stands, and its fields."""
 
 
 def read_list(
     path: Path, count_audio: Callable[[Sequence[str]], int], say: Callable[[str], object]
-) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
+) -> Iterator[tuple[str, dict[str, Any] | SkippedInput]]:
     """Rows of a list as fields `audio`, `text` and, where there are such, `speaker`, `language` and
     the other columns of its heading.
 
@@ -54,7 +54,7 @@ def read_list(
     plain = [line for line in filled if not line.startswith("#")]
     separator, is_quoted = _separator(path, plain or filled)
     sample = [row for _, row in itertools.islice(_rows(path, separator, is_quoted), _SAMPLE)]
-    rows = [row for row in sample if not isinstance(row, Refusal)]
+    rows = [row for row in sample if not isinstance(row, SkippedInput)]
     first = next((i for i, row in enumerate(sample) if _begins(row)), 0)
     heading = _heading(sample[first]) if sample else []
     if heading:
@@ -66,7 +66,7 @@ def read_list(
     say(f"{path.name}: columns {shown}" + ("" if heading else " (it has no heading)"))
     start = first + 1 if heading else 0
     for place, row in itertools.islice(_rows(path, separator, is_quoted), start, None):
-        if isinstance(row, Refusal):
+        if isinstance(row, SkippedInput):
             yield place, row
             continue
         while len(row) > len(columns) and not row[-1]:
@@ -74,7 +74,7 @@ def read_list(
         is_short = not heading and is_text_alone and 2 <= len(row) < len(columns)
         if len(row) != len(columns) and not is_short:
             detail = f"has {len(row)} fields; expected {len(columns)}: {shown}"
-            yield place, Refusal("manifest", place, detail)
+            yield place, SkippedInput("manifest", place, detail)
             continue
         fields: dict[str, Any] = {n: v for n, v in zip(columns, row, strict=False) if n and v}
         if not heading:
@@ -120,7 +120,7 @@ def _spread(counts: Sequence[int]) -> int:
 def _rows(path: Path, separator: str, is_quoted: bool) -> Rows:
     """The rows of a list without blank ones and comments."""
     for place, row in (_quoted if is_quoted else _plain)(path, separator):
-        if isinstance(row, Refusal):
+        if isinstance(row, SkippedInput):
             yield place, row
             continue
         row = [field.strip() for field in row]
@@ -134,11 +134,11 @@ def _plain(path: Path, separator: str) -> Rows:
         for number, line in enumerate(lines_of(path), 1):
             place = f"{path.name}:{number}"
             if line is None:
-                yield place, Refusal("manifest", place, "is too long for a line of a list")
+                yield place, SkippedInput("manifest", place, "is too long for a line of a list")
             else:
                 yield place, [_unquoted(field.strip()) for field in line.split(separator)]
     except UnicodeDecodeError as error:
-        yield path.name, Refusal("manifest", path.name, f"cannot be read as text: {error}")
+        yield path.name, SkippedInput("manifest", path.name, f"cannot be read as text: {error}")
 
 
 def _unquoted(field: str) -> str:
@@ -159,22 +159,22 @@ def _quoted(path: Path, separator: str) -> Rows:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield place, Refusal("manifest", place, f"is not CSV: {error}")
+                yield place, SkippedInput("manifest", place, f"is not CSV: {error}")
             except UnicodeDecodeError as error:
-                yield place, Refusal("manifest", place, f"cannot be read as text: {error}")
+                yield place, SkippedInput("manifest", place, f"cannot be read as text: {error}")
                 return
             else:
                 yield place, row
 
 
-def _begins(row: list[str] | Refusal) -> bool:
+def _begins(row: list[str] | SkippedInput) -> bool:
     """Whether `row` is the heading or the first that is not a comment."""
-    return not isinstance(row, Refusal) and (not row[0].startswith("#") or bool(_heading(row)))
+    return not isinstance(row, SkippedInput) and (not row[0].startswith("#") or bool(_heading(row)))
 
 
-def _heading(row: list[str] | Refusal) -> list[str]:
+def _heading(row: list[str] | SkippedInput) -> list[str]:
     """The names in `row`, in lower case, if it names columns of audio and of text, else none."""
-    if isinstance(row, Refusal):
+    if isinstance(row, SkippedInput):
         return []
     names = [field.lstrip("#").strip().strip('"').lower() for field in row]
     is_heading = all(set(names) & set(_ROLES[role]) for role in ("audio", "text"))

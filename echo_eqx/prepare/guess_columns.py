@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.recordings import AUDIO_FIELDS, TEXT_FIELDS, printable
+from echo_eqx.prepare.records import AUDIO_FIELDS, TEXT_FIELDS, printable
 
 _ENOUGH = 8
 """Rows from which on it counts how often a value is repeated."""

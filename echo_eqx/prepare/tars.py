@@ -11,19 +11,25 @@ from echo_eqx.data import tar
 from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.data.text_file import decode
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.locate import nfc
-from echo_eqx.prepare.recordings import (
+from echo_eqx.prepare.parquet import (
+    ParquetRow,
+    audio_column,
+    parquet_errors,
+    pyarrow_parquet,
+    rows_beside,
+)
+from echo_eqx.prepare.paths import nfc
+from echo_eqx.prepare.records import (
     KEY_FIELDS,
     MAX_TEXT_BYTES,
-    Found,
-    Member,
-    Record,
-    Refusal,
+    FileRange,
+    Recording,
+    Recordings,
+    SkippedInput,
     parse_object,
+    pop,
     stem,
-    take,
 )
-from echo_eqx.prepare.rows import Row, audio_column, parquet, parquet_errors, rows_beside
 
 HUB = "hf://"
 _HUB_SOURCE = re.compile(
@@ -35,13 +41,13 @@ Files = Sequence[tuple[str, Path]]
 """Names below the source, and where the files are."""
 
 
-def from_tars(files: Files) -> Found:
+def read_tars(files: Files) -> Recordings:
     """WebDataset: `NAME.wav` with `NAME.json` (text, speaker, ...) or `NAME.txt`."""
     for name, path in files:
         yield from _from_tar(name, path)
 
 
-def _from_tar(tar_name: str, path: Path) -> Found:
+def _from_tar(tar_name: str, path: Path) -> Recordings:
     groups: dict[str, dict[str, tar.Member]] = {}
     try:
         with path.open("rb") as file:
@@ -54,27 +60,27 @@ def _from_tar(tar_name: str, path: Path) -> Found:
                 if member.kind == tar.FOLDER:
                     continue
                 if posix.is_absolute() or ".." in posix.parts or not posix.name:
-                    yield Refusal("path", place, "is no path inside the tar")
+                    yield SkippedInput("path", place, "is no path inside the tar")
                 elif member.kind != tar.FILE:
-                    yield Refusal("path", place, f"is a {member.kind}; expected a file")
+                    yield SkippedInput("path", place, f"is a {member.kind}; expected a file")
                 elif kind not in ("audio", ".json", ".txt"):
                     continue
                 elif kind in groups.setdefault(name, {}):
-                    yield Refusal("duplicate", place, "is the second of this name")
+                    yield SkippedInput("duplicate", place, "is the second of this name")
                 else:
                     groups[name][kind] = member
     except (tar.TarError, OSError) as error:  # what came before is good
-        yield Refusal("manifest", tar_name, f"cannot be read as a tar: {str(error)[:150]}")
+        yield SkippedInput("manifest", tar_name, f"cannot be read as a tar: {str(error)[:150]}")
     for name, members in sorted(groups.items()):
         yield _from_group(f"{tar_name}/{name}", name, path, members)
 
 
 def _from_group(
     full_name: str, name: str, path: Path, members: dict[str, tar.Member]
-) -> Record | Refusal:
+) -> Recording | SkippedInput:
     audio = members.get("audio")
     if audio is None:
-        return Refusal("audio", full_name, "a transcript without audio")
+        return SkippedInput("audio", full_name, "a transcript without audio")
     place = f"{full_name}{PurePosixPath(audio.name).suffix}"
     fields: dict[str, Any] = {}
     for kind in (".txt", ".json"):
@@ -82,35 +88,35 @@ def _from_group(
             continue
         member = members[kind]
         if member.size > MAX_TEXT_BYTES:
-            return Refusal("manifest", full_name + kind, f"has {member.size} bytes")
-        with Member(path, member.offset, member.size).open() as file:
+            return SkippedInput("manifest", full_name + kind, f"has {member.size} bytes")
+        with FileRange(path, member.offset, member.size).open() as file:
             data = file.read()
         if kind == ".txt":
             fields["text"] = decode(data)
             continue
         parsed = parse_object(data, full_name + kind)
-        if isinstance(parsed, Refusal):
+        if isinstance(parsed, SkippedInput):
             return parsed
         fields |= parsed
     if len(members) == 1:
-        return Refusal("orphan", place, "audio without a transcript")
-    return Record(full_name, name, place, Member(path, audio.offset, audio.size), fields)
+        return SkippedInput("orphan", place, "audio without a transcript")
+    return Recording(full_name, name, place, FileRange(path, audio.offset, audio.size), fields)
 
 
-def from_parquet(files: Files) -> Found:
+def read_parquet(files: Files) -> Recordings:
     """Hugging Face: a column of {bytes, path}, and text and more in the columns beside it.
 
     **Raises**: `EchoError` if pyarrow is missing.
     """
-    parquet()
+    pyarrow_parquet()
     for name, path in files:
         try:
             column = audio_column(path)
             if column is None:
-                yield Refusal("manifest", name, "has no column of audio {bytes, path}")
+                yield SkippedInput("manifest", name, "has no column of audio {bytes, path}")
                 continue
             for number, (group, row, given, fields) in enumerate(rows_beside(path, column)):
-                key = take(fields, KEY_FIELDS)
+                key = pop(fields, KEY_FIELDS)
                 place = full_name = f"{name}#{number}"
                 if isinstance(key, str | int) and not isinstance(key, bool):
                     full_name = key = str(key)
@@ -119,9 +125,9 @@ def from_parquet(files: Files) -> Found:
                     key = stem(posix.name if posix.is_absolute() else str(posix))
                 else:
                     key = f"{stem(name)}_{number:06d}"
-                yield Record(full_name, key, place, Row(path, column, group, row), fields)
+                yield Recording(full_name, key, place, ParquetRow(path, column, group, row), fields)
         except parquet_errors() as error:
-            yield Refusal("manifest", name, f"cannot be read as Parquet: {str(error)[:100]}")
+            yield SkippedInput("manifest", name, f"cannot be read as Parquet: {str(error)[:100]}")
 
 
 def download(source: str, cache: Path) -> Path:

@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from echo_eqx.codec.dacvae import DACVAE, decoder_margin
+from echo_eqx.codec.dacvae import DACVAE, decoder_context_frames
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.text import (
     CHARACTERS_PER_SECOND,
@@ -289,7 +289,7 @@ def decode_in_silence(
     A codec pads with zeros, which are no silence to it: it would begin and end with a click.
     """
     silence = silence_latent(codec) if silence is None else silence
-    frames = decoder_margin(codec.config)
+    frames = decoder_context_frames(codec.config)
     around = np.tile(silence, (frames, 1))
     audio = codec.decode(np.concatenate([around, latents, around]), message)
     return np.asarray(audio)[frames * codec.config.hop :][: len(latents) * codec.config.hop]

@@ -1,4 +1,4 @@
-"""The codec: parity, any length, pieces."""
+"""The codec: parity with the published one, signals of any length, chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +56,9 @@ def test_any_length_is_mirrored_to_whole_frames(golden_codec, samples):
     assert np.array_equal(mean, golden_codec.encode(mirrored)[0])
 
 
-# Around the length of one piece and of several: 256 frames, and 8 more on each side.
+# Around the length of one chunk and of several: 256 frames, and 8 more on each side.
 @pytest.mark.parametrize("frames", [272, 273, 520])
-def test_pieces_joined_equal_one_go(golden_codec, frames):
+def test_joined_chunks_equal_one_go(golden_codec, frames):
     rng = np.random.default_rng(frames)
     latents = rng.standard_normal((frames, 12)).astype(np.float32)
     bits = rng.integers(0, 2, 16).astype(np.int32)
@@ -71,9 +71,9 @@ def test_pieces_joined_equal_one_go(golden_codec, frames):
     audio = np.asarray(whole)[: frames * HOP - 77]
     padded = np.pad(audio, (0, 77), mode="reflect")
     mean, stdev = dacvae._encode(golden_codec, jnp.asarray(padded))
-    pieces_mean, pieces_stdev = golden_codec.encode(audio)
-    assert max_difference(pieces_mean, mean) < 1e-5
-    assert max_difference(pieces_stdev, stdev) < 1e-5
+    chunked_mean, chunked_stdev = golden_codec.encode(audio)
+    assert max_difference(chunked_mean, mean) < 1e-5
+    assert max_difference(chunked_stdev, stdev) < 1e-5
 
 
 def test_all_long_signals_share_one_program(golden_codec):
@@ -110,7 +110,7 @@ def test_rates_of_any_parity_keep_whole_frames():
 @pytest.mark.parametrize("shape", [(0,), (2, 100), ()])
 def test_audio_of_another_shape_is_refused(golden_codec, shape):
     # With shape checks on, a wrong rank does not even get to the codec's own sentence.
-    with pytest.raises(Exception, match=r"audio has shape|parameter 'audio'"):
+    with pytest.raises(Exception, match=r"audio: expected shape|parameter 'audio'"):
         golden_codec.encode(np.zeros(shape, np.float32))
 
 

@@ -1,7 +1,7 @@
 """One-dimensional convolutions, channels last: x is (t, c) and kernels are (k, i, o).
 
-Strided and transposed kernels are twice their stride long, so both are one matrix product over
-blocks of `stride` samples, which is faster than a strided convolution.
+Strided and transposed kernels are twice as long as their stride. Both are therefore computed as
+matrix products over blocks of `stride` samples, which is faster than a strided convolution.
 """
 
 import math
@@ -18,15 +18,16 @@ _EXACT = jax.lax.Precision.HIGHEST
 def init_kernel(
     kernel: int, in_dim: int, out_dim: int, key: PRNGKeyArray, fan_in: int | None = None
 ) -> Array:
-    """Normal, cut at two deviations, that keeps the size of what passes: the deviation is
-    1 / sqrt(fan_in), the numbers that are summed (LeCun et al., 1998). By default that is the whole
-    kernel."""
-    deviation = 1 / math.sqrt(fan_in or kernel * in_dim)
-    return deviation * jr.truncated_normal(key, -2.0, 2.0, (kernel, in_dim, out_dim))
+    """Variance-preserving (LeCun) init: truncated normal, std 1 / sqrt(fan_in), cut at 2 sigma.
+
+    `fan_in` defaults to `kernel * in_dim`.
+    """
+    std = 1 / math.sqrt(fan_in or kernel * in_dim)
+    return std * jr.truncated_normal(key, -2.0, 2.0, (kernel, in_dim, out_dim))
 
 
 class Convolution(eqx.Module):
-    """Stride 1. `__call__` pads both sides to keep the length; `valid` pads nothing."""
+    """Stride 1. `__call__` pads both sides to keep the length; `valid` does not pad."""
 
     weight: Float[Array, "w i o"]
     bias: Float[Array, " o"]
@@ -40,12 +41,13 @@ class Convolution(eqx.Module):
         return cls(weight, jnp.zeros(out_dim), dilation)
 
     @property
-    def reach(self) -> int:
-        """Samples beyond the current one that the kernel spans."""
+    def total_padding(self) -> int:
+        """Padding, both sides together, that keeps the length: the receptive field minus 1."""
         return self.dilation * (self.weight.shape[0] - 1)
 
     def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "t o"]:
-        return self.valid(jnp.pad(x, ((self.reach // 2, self.reach // 2), (0, 0))))
+        side = self.total_padding // 2
+        return self.valid(jnp.pad(x, ((side, side), (0, 0))))
 
     def valid(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         y = jax.lax.conv_general_dilated(
@@ -75,9 +77,8 @@ class Downsample(eqx.Module):
         return self.weight.shape[0] // 2
 
     def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
-        """Pads (s + 1) // 2 in front and the rest of s behind; t is a multiple of s."""
-        front = (self.stride + 1) // 2
-        return self.valid(jnp.pad(x, ((front, self.stride - front), (0, 0))))
+        """Pads (s + 1) // 2 samples at the start and s // 2 at the end; t is a multiple of s."""
+        return self.valid(jnp.pad(x, (((self.stride + 1) // 2, self.stride // 2), (0, 0))))
 
     def valid(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         weight = self.weight.astype(x.dtype)
@@ -97,7 +98,7 @@ class Upsample(eqx.Module):
 
     @classmethod
     def init(cls, stride: int, in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> "Upsample":
-        # Each sample is a sum over two frames.
+        # Each output sample is a sum over two frames.
         weight = init_kernel(2 * stride, in_dim, out_dim, key, fan_in=2 * in_dim)
         return cls(weight, jnp.zeros(out_dim))
 
@@ -106,12 +107,12 @@ class Upsample(eqx.Module):
         return self.weight.shape[0] // 2
 
     def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
-        """Cuts (s + 1) // 2 samples in front and the rest of s behind."""
-        front = (self.stride + 1) // 2
-        y = self.overlapped(jnp.pad(x, ((1, 1), (0, 0))))
-        return y[front : front + x.shape[0] * self.stride]
+        """Crops (s + 1) // 2 samples at the start and s // 2 at the end."""
+        crop = (self.stride + 1) // 2
+        y = self.overlap_add(jnp.pad(x, ((1, 1), (0, 0))))
+        return y[crop : crop + x.shape[0] * self.stride]
 
-    def overlapped(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
+    def overlap_add(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         """Block j of the output is the first half of x[j + 1] plus the second half of x[j]."""
         weight = self.weight.astype(x.dtype)
         first = jnp.einsum("ti,sio->tso", x[1:], weight[: self.stride], precision=_EXACT)

@@ -1,7 +1,8 @@
-"""DACVAE: audio to latents and back (github.com/facebookresearch/dacvae), any length.
+"""DACVAE: audio of any length to latents and back (github.com/facebookresearch/dacvae).
 
-Long signals pass in pieces. The main path reads a bounded stretch around every frame, so a piece
-with that much on both sides gives the same samples as the whole; the watermark hands its state on.
+Long signals are processed in chunks with the same result as in one go: encoder and decoder have a
+finite receptive field, so each chunk is read with that much context on both sides, and the
+watermark, which is causal, carries its state from chunk to chunk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,12 @@ from echo_eqx.codec.watermark import State, Watermark
 from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError
 
-PIECE_FRAMES = 256
-"""Frames that come out of one piece: 10 s of audio at 25 frames a second."""
+CHUNK_FRAMES = 256
+"""Frames that one chunk yields."""
 
 
 class DACVAE(eqx.Module):
-    """The codec. Calls are for one recording; batches are made with `jax.vmap`."""
+    """The codec. Methods take one recording; use `jax.vmap` for batches."""
 
     encoder: Encoder
     bottleneck: Bottleneck
@@ -36,7 +37,7 @@ class DACVAE(eqx.Module):
 
     @classmethod
     def init(cls, config: CodecConfig, *, key: PRNGKeyArray) -> "DACVAE":
-        """Fresh weights."""
+        """Random weights."""
         keys = jr.split(key, 4)
         watermark = config.watermark
         return cls(
@@ -52,25 +53,26 @@ class DACVAE(eqx.Module):
     ) -> tuple[Float[Array, "t c"], Float[Array, "t c"]]:
         """Mean and standard deviation of the latents, (frames, latent_dim) each.
 
-        `audio` is mono at `config.sample_rate`, full scale 1. Its end is mirrored to a whole frame.
+        `audio` is mono at `config.sample_rate`, full scale 1. If it ends within a frame, that frame
+        is filled by reflection.
 
         **Raises**: `EchoError` if `audio` is empty or not one-dimensional.
         """
         if audio.ndim != 1 or audio.shape[0] == 0:
             raise EchoError(
-                f"audio has shape {audio.shape}; encode wants (samples,), at least one sample "
-                "(jax.vmap makes batches)"
+                f"audio: expected shape (samples,) with at least one sample, got {audio.shape} "
+                "(for a batch use jax.vmap)"
             )
         hop = self.config.hop
         audio = jnp.asarray(audio, self.encoder.conv_in.weight.dtype)
-        audio = jnp.concatenate([audio, audio[_mirrored(audio.shape[0], -audio.shape[0] % hop)]])
-        margin = encoder_margin(self.config)
-        means, deviations = [], []
-        for start, stop, crop in _pieces(audio.shape[0] // hop, margin):
-            mean, deviation = _encode(self, audio[start * hop : stop * hop])
+        audio = jnp.concatenate([audio, audio[_reflection(audio.shape[0], -audio.shape[0] % hop)]])
+        means, stds = [], []
+        chunks = _chunks(audio.shape[0] // hop, encoder_context_frames(self.config))
+        for start, stop, crop in chunks:
+            mean, std = _encode(self, audio[start * hop : stop * hop])
             means.append(mean[crop])
-            deviations.append(deviation[crop])
-        return jnp.concatenate(means), jnp.concatenate(deviations)
+            stds.append(std[crop])
+        return jnp.concatenate(means), jnp.concatenate(stds)
 
     def decode(
         self,
@@ -79,30 +81,29 @@ class DACVAE(eqx.Module):
     ) -> Float[Array, " samples"]:
         """Audio of `t * config.hop` samples at `config.sample_rate`, mono.
 
-        With a `message` of as many zeros and ones as the watermark has bits, the watermark that
-        carries it is added; the sum is not clipped.
+        `message` is embedded as a watermark, as many zeros and ones as `config.watermark.num_bits`.
+        The sum of audio and watermark is not clipped.
 
-        **Raises**: `EchoError` on another shape, another number of bits, or if the codec has no
-        watermark path.
+        **Raises**: `EchoError` if a shape or the number of bits is wrong, or if the codec cannot
+        embed watermarks.
         """
         if latents.ndim != 2 or latents.shape[0] == 0 or latents.shape[1] != self.config.latent_dim:
             raise EchoError(
-                f"latents have shape {latents.shape}; decode wants "
-                f"(frames, {self.config.latent_dim}), at least one frame (jax.vmap makes batches)"
+                f"latents: expected shape (frames, {self.config.latent_dim}) with at least one "
+                f"frame, got {latents.shape} (for a batch use jax.vmap)"
             )
         watermark = None if message is None else self._watermark_for(message)
         bits = None if message is None else jnp.asarray(message).astype(jnp.int32)
         state = None if watermark is None else _initial_state(watermark)
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
         hop, frames = self.config.hop, latents.shape[0]
-        margin = decoder_margin(self.config)
         out = []
-        for start, stop, crop in _pieces(frames, margin):
+        for start, stop, crop in _chunks(frames, decoder_context_frames(self.config)):
             audio = _decode(self, latents[start:stop])[crop.start * hop : crop.stop * hop]
             if watermark is not None and bits is not None:
                 samples = audio.shape[0]
-                if frames > stop - start:  # the last of several pieces is filled up to their length
-                    audio = jnp.pad(audio, (0, PIECE_FRAMES * hop - samples))
+                if frames > stop - start:  # several chunks: pad the last one to the same length
+                    audio = jnp.pad(audio, (0, CHUNK_FRAMES * hop - samples))
                 audio, state = _watermarked(watermark, audio, bits, state)
                 audio = audio[:samples]
             out.append(audio)
@@ -110,13 +111,13 @@ class DACVAE(eqx.Module):
 
     def _watermark_for(self, message: Any) -> Watermark:
         if self.watermark is None:
-            raise EchoError("the codec has no watermark path, so it can carry no message")
+            raise EchoError("message: expected None, since this codec cannot embed watermarks")
         if np.shape(message) != (self.watermark.num_bits,):
             raise EchoError(
-                f"the message has shape {np.shape(message)}; wanted {self.watermark.num_bits} bits"
+                f"message: expected {self.watermark.num_bits} bits, got shape {np.shape(message)}"
             )
         if not isinstance(message, Tracer) and not np.isin(message, (0, 1)).all():
-            raise EchoError("the message has values other than 0 and 1")
+            raise EchoError("message: expected only 0 and 1")
         return self.watermark
 
 
@@ -141,61 +142,47 @@ def _watermarked(watermark: Watermark, audio: Array, message: Array, state: Stat
     return audio + signal, state
 
 
-def _pieces(frames: int, margin: int) -> Iterator[tuple[int, int, slice]]:
-    """What each piece reads, from start to stop, and which part of its output counts.
+def _chunks(frames: int, context_frames: int) -> Iterator[tuple[int, int, slice]]:
+    """The frames each chunk reads, `start` to `stop`, and the part of its output to keep.
 
-    All pieces of a long signal read the same number of frames, so one program serves them. A piece
-    at an end of the signal begins or stops right there, where the codec pads.
+    All chunks of a long signal read the same number of frames, so they share one compiled program.
+    The first and the last chunk end where the signal ends, so that the codec pads there.
     """
-    length = PIECE_FRAMES + 2 * margin
+    length = CHUNK_FRAMES + 2 * context_frames
     if frames <= length:
         yield 0, frames, slice(0, frames)
         return
-    for first in range(0, frames, PIECE_FRAMES):
-        last = min(first + PIECE_FRAMES, frames)
-        start = min(max(first - margin, 0), frames - length)
+    for first in range(0, frames, CHUNK_FRAMES):
+        last = min(first + CHUNK_FRAMES, frames)
+        start = min(max(first - context_frames, 0), frames - length)
         yield start, start + length, slice(first - start, last - start)
 
 
-def _mirrored(samples: int, padding: int) -> np.ndarray:
-    """Where to find the samples behind the end: back and forth, the ends not repeated."""
-    period = max(2 * samples - 2, 1)
-    place = np.arange(samples, samples + padding) % period
-    return np.minimum(place, period - place) if samples > 1 else np.zeros(padding, int)
+def _reflection(samples: int, padding: int) -> np.ndarray:
+    """Indices of the samples that reflect `padding` samples past the end, edges not repeated."""
+    return np.pad(np.arange(samples), (0, padding), mode="reflect")[samples:]
 
 
-# Samples that the main path reads on each side of a frame: 3 dilations of a kernel of 7 in every
-# residual stack, a stride on each side in every change of rate, the convolutions at both ends.
-_UNIT_REACH = 3 * sum(DILATIONS)
+# One side of the receptive field, in samples: 3 times the dilation for each kernel of 7, one stride
+# for each change of rate, and the convolutions at both ends.
+_UNITS_RECEPTIVE_FIELD = 3 * sum(DILATIONS)
 
 
-def encoder_margin(config: CodecConfig) -> int:
-    """Frames beyond which audio has no influence on a latent."""
-    return _ceil_div(_encoder_reach(config), config.hop)
-
-
-def decoder_margin(config: CodecConfig) -> int:
-    """Frames beyond which a latent has no influence on the audio."""
-    return _ceil_div(_decoder_reach(config), config.hop)
-
-
-def _encoder_reach(config: CodecConfig) -> int:
-    reach, step = 3, 1
+def encoder_context_frames(config: CodecConfig) -> int:
+    """Frames on each side of a latent whose audio it depends on."""
+    receptive_field, step = 3, 1
     for rate in config.encoder_rates:
-        reach += step * (_UNIT_REACH + rate)
+        receptive_field += step * (_UNITS_RECEPTIVE_FIELD + rate)
         step *= rate
-    return reach + step
+    return -(-(receptive_field + step) // config.hop)
 
 
-def _decoder_reach(config: CodecConfig) -> int:
+def decoder_context_frames(config: CodecConfig) -> int:
+    """Frames on each side of a frame of audio whose latents it depends on."""
     step = config.hop
-    reach = 3 * step
+    receptive_field = 3 * step
     for rate in config.decoder_rates:
-        reach += step  # a transposed convolution joins two neighbours
+        receptive_field += step  # a transposed convolution joins two neighbours
         step = step // rate
-        reach += step * _UNIT_REACH
-    return reach + 3
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+        receptive_field += step * _UNITS_RECEPTIVE_FIELD
+    return -(-(receptive_field + 3) // config.hop)

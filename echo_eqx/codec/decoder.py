@@ -1,4 +1,4 @@
-"""Bottleneck to audio, without the watermark."""
+"""The codec's decoder, from hidden frames to audio, without the watermark."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class DecoderBlock(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """(frames, hidden) to (samples,) within -1 and 1."""
+    """(frames, hidden) to (samples,) in [-1, 1]."""
 
     conv_in: Convolution
     blocks: tuple[DecoderBlock, ...]

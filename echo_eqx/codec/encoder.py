@@ -1,4 +1,4 @@
-"""Audio to bottleneck."""
+"""The codec's encoder, from audio to hidden frames, and its variational bottleneck."""
 
 import equinox as eqx
 import jax
@@ -34,7 +34,7 @@ class EncoderBlock(eqx.Module):
 
 
 class Encoder(eqx.Module):
-    """(samples,) to (frames, hidden); samples are a multiple of the hop."""
+    """(samples,) to (frames, hidden); the number of samples is a multiple of the hop."""
 
     conv_in: Convolution
     blocks: tuple[EncoderBlock, ...]
@@ -63,7 +63,7 @@ class Encoder(eqx.Module):
 
 
 class Bottleneck(eqx.Module):
-    """A variational bottleneck: latents are normal around a mean."""
+    """Projections to the mean and standard deviation of the latents, and back."""
 
     in_proj: Convolution
     out_proj: Convolution

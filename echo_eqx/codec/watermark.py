@@ -1,7 +1,7 @@
-"""The watermark path: it hears the decoded audio and adds a quiet signal that carries 16 bits.
+"""The watermark: a network that computes, from decoded audio, a quiet signal that carries 16 bits.
 
-Everything here is causal. Each layer takes the state that the piece of audio before left behind and
-returns its own, so a long signal can pass in pieces; `init_state` is the silence before the start.
+All layers are causal and streaming: each takes a state and returns the next one, so a long signal
+can be processed in chunks. `init_state` is the state for silence before the start.
 """
 
 from typing import Any
@@ -18,17 +18,17 @@ from echo_eqx.config import WatermarkConfig
 _EXACT = jax.lax.Precision.HIGHEST
 
 State = Any
-"""A layer's memory of the input before: arrays, in tuples."""
+"""What a layer remembers of the previous chunk: arrays, nested in tuples."""
 
 
-def _with_past(past: Float[Array, "p c"], x: Float[Array, "t c"]) -> tuple[Array, Array]:
-    """Past and x joined, and what will be the past of the piece that follows."""
+def _prepend(past: Float[Array, "p c"], x: Float[Array, "t c"]) -> tuple[Array, Array]:
+    """`x` after the samples before it, and the last p samples, to prepend to the next chunk."""
     joined = jnp.concatenate([past, x])
     return joined, joined[joined.shape[0] - past.shape[0] :]
 
 
 class CausalConvolution(eqx.Module):
-    """A convolution that pads only in front."""
+    """A convolution that pads only at the start."""
 
     conv: Convolution
 
@@ -39,15 +39,15 @@ class CausalConvolution(eqx.Module):
         return cls(Convolution.init(kernel, in_dim, out_dim, key=key))
 
     def init_state(self) -> State:
-        return jnp.zeros((self.conv.reach, self.conv.weight.shape[1]))
+        return jnp.zeros((self.conv.total_padding, self.conv.weight.shape[1]))
 
     def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "t o"], State]:
-        joined, state = _with_past(state, x)
+        joined, state = _prepend(state, x)
         return self.conv.valid(joined), state
 
 
 class CausalDownsample(eqx.Module):
-    """Stride s and kernel 2s, padded by s in front."""
+    """Stride s and kernel 2s, padded by s at the start."""
 
     conv: Downsample
 
@@ -61,12 +61,12 @@ class CausalDownsample(eqx.Module):
         return jnp.zeros((self.conv.stride, self.conv.weight.shape[1]))
 
     def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "u o"], State]:
-        joined, state = _with_past(state, x)
+        joined, state = _prepend(state, x)
         return self.conv.valid(joined), state
 
 
 class CausalUpsample(eqx.Module):
-    """Transposed, stride s and kernel 2s, the last s samples cut."""
+    """Transposed convolution, stride s and kernel 2s; the last s samples are cropped."""
 
     conv: Upsample
 
@@ -78,18 +78,18 @@ class CausalUpsample(eqx.Module):
         return jnp.zeros((1, self.conv.weight.shape[1]))
 
     def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "u o"], State]:
-        joined, state = _with_past(state, x)
-        return self.conv.overlapped(joined), state
+        joined, state = _prepend(state, x)
+        return self.conv.overlap_add(joined), state
 
 
-class ResidualUnit(eqx.Module):
-    """`x + conv1(elu(conv3(elu(x))))`, half as wide inside."""
+class CausalResidualUnit(eqx.Module):
+    """`x + conv1(elu(conv3(elu(x))))`, with half the channels in between."""
 
     conv1: CausalConvolution
     conv2: CausalConvolution
 
     @classmethod
-    def init(cls, dim: int, *, key: PRNGKeyArray) -> "ResidualUnit":
+    def init(cls, dim: int, *, key: PRNGKeyArray) -> "CausalResidualUnit":
         key1, key2 = jr.split(key)
         return cls(
             CausalConvolution.init(3, dim, dim // 2, key=key1),
@@ -106,7 +106,7 @@ class ResidualUnit(eqx.Module):
 
 
 class LSTMLayer(eqx.Module):
-    """Gates in the order input, forget, cell, output."""
+    """One LSTM layer, gates in the order input, forget, cell, output."""
 
     weight_in: Float[Array, "d g"]
     weight_hidden: Float[Array, "d g"]
@@ -144,7 +144,7 @@ class LSTMLayer(eqx.Module):
 
 
 class SkipLSTM(eqx.Module):
-    """`x + lstm(x)` with stacked layers."""
+    """`x + lstm(x)`, the LSTM of several layers."""
 
     layers: tuple[LSTMLayer, ...]
 
@@ -163,10 +163,10 @@ class SkipLSTM(eqx.Module):
         return x + y, tuple(states)
 
 
-class ListenerBlock(eqx.Module):
+class WatermarkEncoderBlock(eqx.Module):
     """Residual unit, ELU, downsampling that doubles the channels."""
 
-    unit: ResidualUnit
+    unit: CausalResidualUnit
     down: CausalDownsample
 
     def init_state(self) -> State:
@@ -178,11 +178,11 @@ class ListenerBlock(eqx.Module):
         return x, (state_unit, state_down)
 
 
-class WriterBlock(eqx.Module):
+class WatermarkDecoderBlock(eqx.Module):
     """ELU, upsampling that halves the channels, residual unit."""
 
     up: CausalUpsample
-    unit: ResidualUnit
+    unit: CausalResidualUnit
 
     def init_state(self) -> State:
         return self.up.init_state(), self.unit.init_state()
@@ -194,16 +194,16 @@ class WriterBlock(eqx.Module):
 
 
 class Watermark(eqx.Module):
-    """(samples,) of audio and a message to (samples,) that are added to the audio."""
+    """Maps audio (samples,) and a message to the signal (samples,) to add to that audio."""
 
     conv_in: CausalConvolution
-    listener: tuple[ListenerBlock, ...]
-    listener_lstm: SkipLSTM
+    encoder: tuple[WatermarkEncoderBlock, ...]
+    encoder_lstm: SkipLSTM
     to_bottleneck: CausalConvolution
     message_embedding: Float[Array, "rows z"]
     from_bottleneck: CausalConvolution
-    writer_lstm: SkipLSTM
-    writer: tuple[WriterBlock, ...]
+    decoder_lstm: SkipLSTM
+    decoder: tuple[WatermarkDecoderBlock, ...]
     conv_out: CausalConvolution
     gain: float = eqx.field(static=True)
 
@@ -213,16 +213,16 @@ class Watermark(eqx.Module):
         lstm_dim, z_dim = config.lstm_dim, config.bottleneck_dim
         dims = [config.dim * 2**i for i in range(len(config.strides))]
 
-        def listener_block(dim: int, stride: int) -> ListenerBlock:
-            return ListenerBlock(
-                ResidualUnit.init(dim, key=next(keys)),
+        def encoder_block(dim: int, stride: int) -> WatermarkEncoderBlock:
+            return WatermarkEncoderBlock(
+                CausalResidualUnit.init(dim, key=next(keys)),
                 CausalDownsample.init(stride, dim, 2 * dim, key=next(keys)),
             )
 
-        def writer_block(dim: int, stride: int) -> WriterBlock:
-            return WriterBlock(
+        def decoder_block(dim: int, stride: int) -> WatermarkDecoderBlock:
+            return WatermarkDecoderBlock(
                 CausalUpsample.init(stride, 2 * dim, dim, key=next(keys)),
-                ResidualUnit.init(dim, key=next(keys)),
+                CausalResidualUnit.init(dim, key=next(keys)),
             )
 
         def blocks(block: Any, dims: list[int], strides: tuple[int, ...]) -> tuple:
@@ -230,13 +230,13 @@ class Watermark(eqx.Module):
 
         return cls(
             conv_in=CausalConvolution.init(7, 1, config.dim, key=next(keys)),
-            listener=blocks(listener_block, dims, config.strides[::-1]),
-            listener_lstm=SkipLSTM.init(lstm_dim, config.num_lstm_layers, key=next(keys)),
+            encoder=blocks(encoder_block, dims, config.strides[::-1]),
+            encoder_lstm=SkipLSTM.init(lstm_dim, config.num_lstm_layers, key=next(keys)),
             to_bottleneck=CausalConvolution.init(7, lstm_dim, z_dim, key=next(keys)),
             message_embedding=jr.normal(next(keys), (2 * config.num_bits, z_dim)),
             from_bottleneck=CausalConvolution.init(7, z_dim, lstm_dim, key=next(keys)),
-            writer_lstm=SkipLSTM.init(lstm_dim, config.num_lstm_layers, key=next(keys)),
-            writer=blocks(writer_block, dims[::-1], config.strides),
+            decoder_lstm=SkipLSTM.init(lstm_dim, config.num_lstm_layers, key=next(keys)),
+            decoder=blocks(decoder_block, dims[::-1], config.strides),
             conv_out=CausalConvolution.init(7, config.dim, 1, key=next(keys)),
             gain=config.dim / z_dim,
         )
@@ -248,12 +248,12 @@ class Watermark(eqx.Module):
     def init_state(self) -> State:
         parts = (
             self.conv_in,
-            *self.listener,
-            self.listener_lstm,
+            *self.encoder,
+            self.encoder_lstm,
             self.to_bottleneck,
             self.from_bottleneck,
-            self.writer_lstm,
-            *self.writer,
+            self.decoder_lstm,
+            *self.decoder,
             self.conv_out,
         )
         return tuple(part.init_state() for part in parts)
@@ -261,25 +261,25 @@ class Watermark(eqx.Module):
     def __call__(
         self, audio: Float[Array, " samples"], message: Int[Array, " bits"], state: State
     ) -> tuple[Float[Array, " samples"], State]:
-        """The signal to add, and the state for the piece that follows."""
-        states, left = [], iter(state)
+        """The signal to add, and the state for the next chunk."""
+        next_states, states = [], iter(state)
 
         def run(layer: Any, x: Array) -> Array:
-            y, new_state = layer(x, next(left))
-            states.append(new_state)
+            y, new_state = layer(x, next(states))
+            next_states.append(new_state)
             return y
 
         x = run(self.conv_in, audio[:, None])
-        for block in self.listener:
+        for block in self.encoder:
             x = run(block, x)
-        x = jax.nn.elu(run(self.listener_lstm, x))
+        x = jax.nn.elu(run(self.encoder_lstm, x))
         x = run(self.to_bottleneck, x)
 
         rows = 2 * jnp.arange(self.num_bits) + message
         x = x + jnp.sum(self.message_embedding[rows], axis=0).astype(x.dtype)[None]
 
-        x = run(self.writer_lstm, run(self.from_bottleneck, x))
-        for block in self.writer:
+        x = run(self.decoder_lstm, run(self.from_bottleneck, x))
+        for block in self.decoder:
             x = run(block, x)
         x = run(self.conv_out, jax.nn.elu(x))
-        return self.gain * x[:, 0], tuple(states)
+        return self.gain * x[:, 0], tuple(next_states)

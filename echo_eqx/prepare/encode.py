@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from echo_eqx.codec.dacvae import DACVAE, encoder_margin
+from echo_eqx.codec.dacvae import DACVAE, encoder_context_frames
 from echo_eqx.data.reference import set_loudness
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import Clip
@@ -62,7 +62,7 @@ class ClipEncoder:
                 continue
             frames = -(-len(audio) // self.codec.config.hop)
             # Silence all around, as in training, whichever length it is padded to.
-            needed = frames + encoder_margin(self.codec.config)
+            needed = frames + encoder_context_frames(self.codec.config)
             length = next((n for n in LENGTHS if needed <= n), needed)
             waiting[length].append((clip, audio))
             if len(waiting[length]) == self._rows:

@@ -104,7 +104,7 @@ def _module_name(module: str, config: CodecConfig) -> str:
     if module in fixed:
         return fixed[module]
     part, index, rest = re.fullmatch(
-        r"(encoder\.blocks|decoder\.blocks|watermark\.listener|watermark\.writer)\.(\d+)\.(.+)",
+        r"(encoder\.blocks|decoder\.blocks|watermark\.encoder|watermark\.decoder)\.(\d+)\.(.+)",
         module,
     ).groups()  # type: ignore[union-attr]
     number = int(index)
@@ -116,7 +116,7 @@ def _module_name(module: str, config: CodecConfig) -> str:
         block = f"decoder.model.{number + 1}.block."
         inner = {"snake": "0", "up": "1"}
         units = _DECODER_UNITS
-    elif part == "watermark.listener":
+    elif part == "watermark.encoder":
         block = f"decoder.model.{num_decoder - number}.block."
         inner = {"down.conv": "11"} | {f"unit.{k}": f"7.{v}" for k, v in _WATERMARK_UNIT.items()}
         units = ()
@@ -134,9 +134,9 @@ def _sources(leaf: str, config: CodecConfig) -> Sources:
     """Tensors behind one of our leaves, and how they make it up."""
     if leaf == "watermark.message_embedding":
         return Sources(["decoder.wm_model.msg_processor.msg_processor.weight"], only)
-    if lstm := re.fullmatch(r"watermark\.(listener|writer)_lstm\.layers\.(\d+)\.(\w+)", leaf):
+    if lstm := re.fullmatch(r"watermark\.(encoder|decoder)_lstm\.layers\.(\d+)\.(\w+)", leaf):
         side, layer, field = lstm.groups()
-        place = {"listener": "encoder_block.post.0", "writer": "decoder_block.pre.1"}[side]
+        place = {"encoder": "encoder_block.post.0", "decoder": "decoder_block.pre.1"}[side]
         name = f"decoder.wm_model.{place}.lstm."
         if field == "bias":
             return Sources([f"{name}bias_ih_l{layer}", f"{name}bias_hh_l{layer}"], _sum)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from shards import DataServer, sha256
 
+from echo_eqx import hub
 from echo_eqx.data import fetch
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import Shard
@@ -95,7 +96,7 @@ def test_the_wish_of_a_server_to_wait_is_heeded_and_capped(server, tmp_path, mon
     began = time.monotonic()
     contents(ShardCache(tmp_path / "a", SIZE), shard)
     assert 1.0 <= time.monotonic() - began < 5.0
-    monkeypatch.setattr(fetch, "MAX_RETRY_AFTER", 0.1)
+    monkeypatch.setattr(hub, "MAX_RETRY_AFTER", 0.1)
     server.faults = ["429:86400"]
     contents(ShardCache(tmp_path / "b", SIZE), shard)
 
@@ -103,10 +104,10 @@ def test_the_wish_of_a_server_to_wait_is_heeded_and_capped(server, tmp_path, mon
 @pytest.mark.parametrize(
     ("faults", "requests", "message"),
     [
-        (["404"], 1, "the server answers 404"),
-        (["401"], 1, "401: wanted a token"),
-        (["403"], 1, "403: wanted a token with access"),
-        (["503"] * 9, 8, "0 of 200000 bytes after 8 attempts: the server answers 503"),
+        (["404"], 1, "the Hub answered 404"),
+        (["401"], 1, "answered 401; check the name, and log in"),
+        (["403"], 1, "answered 403; use a token that has access"),
+        (["503"] * 9, 8, "0 of 200000 bytes after 8 attempts: cannot download shard a.tar"),
         (["short:9"] + ["short:0"] * 9, 8, "stays at 9 of 200000 bytes after 8 attempts"),
         # Nothing new comes of starting over, however much of it.
         (["norange:70000"] * 20, 8, "stays at 70000 of 200000 bytes after 8 attempts"),
@@ -143,7 +144,7 @@ def test_offline_what_is_there_works(server, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     cache = ShardCache(tmp_path / "cache", 2 * SIZE)
     assert contents(cache, here) == original(server, here)
-    with pytest.raises(EchoError, match=r"bb.tar is not in .* and HF_HUB_OFFLINE is set"):
+    with pytest.raises(EchoError, match=r"bb.tar to .*/cache: HF_HUB_OFFLINE is set"):
         cache.open(elsewhere)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from conftest import GOLDEN
 
 import echo_eqx
 from echo_eqx.errors import EchoError
-from echo_eqx.weights.hub import find_weights
+from echo_eqx.hub import HubDataset
+from echo_eqx.weights.find import find_weights
 
 PKL = GOLDEN / "dit_tiny" / "weights_only.pkl"
 
@@ -171,7 +173,7 @@ def test_revisions_and_files_are_told_apart(hub, tmp_path, blockwise_dit):
     assert load(hub, cache, "owner/many:b.pkl") == "48"
     message = load(hub, cache, "owner/many")
     assert "several files of weights (a.pkl, b.pkl)" in message and ":FILE" in message
-    assert "it has no file c.pkl" in load(hub, cache, "owner/many:c.pkl")
+    assert re.search("owner/many:c.pkl .* no such file", load(hub, cache, "owner/many:c.pkl"))
     assert "owner/voice@v3" in load(hub, cache, "owner/voice@v3")
     for message in (load(hub, cache, "owner/none"), load(hub, cache, "owner/voice@v3")):
         assert len(message.splitlines()) == 1
@@ -180,3 +182,26 @@ def test_revisions_and_files_are_told_apart(hub, tmp_path, blockwise_dit):
 def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(EchoError, match="is named ''"):
         find_weights("")
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("hf://datasets/a/b", ("a/b", None, None)),
+        ("hf://datasets/a/b@v1", ("a/b", "v1", None)),
+        ("hf://datasets/a/b@refs/pr/3/train/en", ("a/b", "refs/pr/3", "train/en")),
+        ("hf://datasets/a/b/train", ("a/b", None, "train")),
+    ],
+)
+def test_datasets_on_the_hub_are_parsed_and_written_alike(source, parts):
+    dataset = HubDataset.parse(source)
+    assert (dataset.repo, dataset.revision, dataset.folder) == parts and str(dataset) == source
+    assert HubDataset.parse(source + "/") == dataset
+
+
+@pytest.mark.parametrize(
+    "source", ["hf://models/a/b", "hf://datasets/a", "hf://datasets/a/b/*.tar"]
+)
+def test_other_forms_are_refused(source):
+    with pytest.raises(EchoError, match=r"expected hf://datasets/owner/name"):
+        HubDataset.parse(source)

@@ -372,8 +372,9 @@ def test_failures_that_pass_are_waited_for(hub, folder, waits):
     hub.faults = [(kind, 503) for kind in kinds] + [("commit", 429), ("commit", 412)]
     lines = pushed(folder)
     assert hub.faults == [] and len(hub.commits) == 6
-    assert len([line for line in lines if "the Hub answers 503" in line]) == 5
-    assert "the Hub answers 429 (as the test wants); trying again in 7 s" in lines
+    assert len([line for line in lines if "the Hub answered 503" in line]) == 5
+    waited = "cannot push to owner/voice: the Hub answered 429 (as the test wants)"
+    assert f"{waited}; trying again in 7 s" in lines
     assert len(hub.put) == 6, "a commit that is tried again sends no shard again"
     assert len(waits) == 13 and 7.0 in waits
 
@@ -381,16 +382,16 @@ def test_failures_that_pass_are_waited_for(hub, folder, waits):
 def test_what_does_not_pass_is_given_up(hub, folder, waits):
     hub.faults = [("commit", 500)] * 9
     assert refused(folder) == (
-        "owner/voice cannot be pushed to: the Hub answers 500 (as the test wants)"
+        "cannot push to owner/voice: the Hub answered 500 (as the test wants)"
     )
     assert hub.requests.count("commit") == 5 and sum(waits) == 15
     hub.faults = [("commit", 400)]
     hub.requests.clear()
-    assert "the Hub answers 400" in refused(folder)
+    assert "the Hub answered 400" in refused(folder)
     assert hub.requests.count("commit") == 1
     hub.faults = [("put", 422)]
     hub.blobs.clear()
-    assert "the Hub answers 422" in refused(folder)
+    assert "the Hub answered 422" in refused(folder)
 
 
 def test_shard_that_is_not_as_listed_is_refused(hub, folder):
@@ -439,9 +440,9 @@ def test_an_existing_dataset_stays_as_open_as_it_is(hub, folder):
 
 def test_who_may_not_is_told_so(hub, folder):
     (unknown,) = in_process(hub, folder, REPO)
-    assert "(401)" in unknown and "hf auth login" in unknown
+    assert "answered 401" in unknown and "hf auth login" in unknown
     hub.faults = [("create", 403)]
-    assert "(403)" in refused(folder)
+    assert "answered 403" in refused(folder)
     assert hub.commits == [] and hub.put == []
 
 

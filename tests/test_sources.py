@@ -511,7 +511,7 @@ def test_sources_of_no_known_kind_are_one_sentence(tmp_path):
         tmp_path / "none": "holds no recordings",
         tmp_path / "*.xyz": "matches 1 files",
         tmp_path / "*.tar": "matches 0 files",
-        "hf://models/x": "is no hf://datasets",
+        "hf://models/x": "expected hf://datasets",
         "a\0b": "does not exist",
         "~nobody-here/x": "no usable path",
     }.items():
@@ -520,7 +520,7 @@ def test_sources_of_no_known_kind_are_one_sentence(tmp_path):
 
 
 def test_a_hub_dataset_that_cannot_be_reached_is_one_sentence(tmp_path):
-    with pytest.raises(EchoError, match="hf://datasets/a/b cannot be downloaded"):
+    with pytest.raises(EchoError, match="cannot download hf://datasets/a/b"):
         list_clips("hf://datasets/a/b", max_seconds=30.0, cache=tmp_path)
 
 

@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from echo_eqx.data.shards import Shard
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.hub import HubOffline, HubUnavailable, hub_errors
 
 NUM_THREADS = 4
 MAX_ATTEMPTS = 8
@@ -34,8 +34,6 @@ MAX_DOWNLOADS = 3
 BACKOFF = 1.0
 """Seconds before the second attempt; doubles from there, with jitter."""
 MAX_BACKOFF = 60.0
-MAX_RETRY_AFTER = 300.0
-"""Longest that a server's own wish to wait is heeded; the Hub counts requests in 300 s windows."""
 TIMEOUT = 30.0
 ROOM_WAIT = 600.0
 """Seconds to wait for room that other readers of the folder hold."""
@@ -47,20 +45,10 @@ UNUSED = 3600.0
 _CACHED = re.compile(r"[0-9a-f]{24}\.[0-9]+\.(tar|part)")
 """What this cache writes. A folder may hold other tars, which are never dropped."""
 _POLL = 0.1
-# The error that everything the HTTP library raises derives from; its module changes its name.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
-class _Passing(Exception):
-    """A failure that may pass; `wait` is how many seconds the server wants, if it says."""
-
-    def __init__(self, reason: str, wait: float | None = None):
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _Wrong(Exception):
-    """What came is not the file that is listed."""
+class CorruptDownload(EchoError):
+    """The downloaded bytes are not the file that is listed."""
 
 
 class ShardCache:
@@ -193,9 +181,7 @@ class ShardCache:
             finally:
                 os.close(held)
         except OSError as error:
-            raise EchoError(
-                f"shard {shard.name} cannot be written to {self.folder}: {error.strerror}"
-            ) from None
+            raise self._cannot_write(shard, error) from None
         return True
 
     def _reserve(self, shard: Shard, demanded: bool) -> int | None:
@@ -249,14 +235,16 @@ class ShardCache:
                 self._attempt(shard, held)
                 _check_content(shard, held)
                 return
-            except _Wrong as error:
+            except CorruptDownload as error:
                 os.ftruncate(held, 0)
                 wrong += 1
                 if wrong == MAX_DOWNLOADS:
                     raise EchoError(
                         f"shard {shard.name} was fetched {wrong} times and {error}"
                     ) from None
-            except _Passing as error:
+            except HubOffline:
+                raise
+            except HubUnavailable as error:
                 have = os.fstat(held).st_size
                 attempts = 1 if have > best else attempts + 1
                 best = max(best, have)
@@ -265,7 +253,7 @@ class ShardCache:
                         f"shard {shard.name} stays at {have} of {shard.size} bytes after "
                         f"{attempts} attempts: {error}"
                     ) from None
-                wait = error.wait
+                wait = error.retry_after
                 if wait is None:
                     wait = min(BACKOFF * 2.0 ** (attempts - 1), MAX_BACKOFF)
                     wait *= random.uniform(0.5, 1.0)
@@ -280,34 +268,37 @@ class ShardCache:
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
-        try:
+        with hub_errors(f"cannot download shard {shard.name} to {self.folder}"):
             with get_session().stream(
                 "GET", str(shard.url), headers=headers, timeout=TIMEOUT
             ) as response:
-                _check_status(response.status_code, response.headers, shard)
+                hf_raise_for_status(response)
                 start, total = _range_of(response.status_code, response.headers)
                 if total is not None and total != shard.size:
-                    raise _Wrong(f"has {total} bytes; wanted {shard.size}")
+                    raise CorruptDownload(f"has {total} bytes; wanted {shard.size}")
                 if start != have:
                     os.ftruncate(held, 0)
                     have = 0
                     if start != 0:
-                        raise _Passing(f"the answer starts at byte {start}")
+                        raise HubUnavailable(f"the answer starts at byte {start}")
                 for chunk in response.iter_bytes():
                     self._check_open(shard)
                     if have + len(chunk) > shard.size:
-                        raise _Wrong(f"has more than {shard.size} bytes")
-                    if os.pwrite(held, chunk, have) < len(chunk):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                        raise CorruptDownload(f"has more than {shard.size} bytes")
+                    self._append(shard, held, chunk, have)
                     have += len(chunk)
-        except OfflineModeIsEnabled:
-            raise EchoError(
-                f"shard {shard.name} is not in {self.folder} and HF_HUB_OFFLINE is set"
-            ) from None
-        except _HTTPError as error:
-            raise _Passing(str(error) or type(error).__name__) from None
         if have < shard.size:
-            raise _Passing("the answer ended early")
+            raise HubUnavailable("the answer ended early")
+
+    def _append(self, shard: Shard, held: int, chunk: bytes, position: int) -> None:
+        try:
+            if os.pwrite(held, chunk, position) < len(chunk):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._cannot_write(shard, error) from None
+
+    def _cannot_write(self, shard: Shard, error: OSError) -> EchoError:
+        return EchoError(f"shard {shard.name} cannot be written to {self.folder}: {error.strerror}")
 
 
 def _lock(path: Path, flags: int, kind: int) -> int | None:
@@ -338,22 +329,7 @@ def _check_content(shard: Shard, held: int) -> None:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
-        raise _Wrong(f"has SHA-256 {digest}; wanted {shard.sha256}")
-
-
-def _check_status(status: int, headers: Mapping[str, str], shard: Shard) -> None:
-    if status in (408, 429) or status >= 500:
-        wish = headers.get("retry-after", "")
-        if not wish.isdigit():
-            match = re.search(r"\bt=(\d+)", headers.get("ratelimit", ""))
-            wish = match[1] if match else ""
-        wait = min(float(wish), MAX_RETRY_AFTER) if wish else None
-        raise _Passing(f"the server answers {status}", wait)
-    if status not in (200, 206):
-        meaning = {401: ": wanted a token", 403: ": wanted a token with access"}.get(status, "")
-        raise EchoError(
-            f"shard {shard.name} cannot be fetched: the server answers {status}{meaning}"
-        )
+        raise CorruptDownload(f"has SHA-256 {digest}; wanted {shard.sha256}")
 
 
 def _range_of(status: int, headers: Mapping[str, str]) -> tuple[int, int | None]:

@@ -9,19 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
+from echo_eqx.hub import SCHEME, HubDataset, HubUnavailable, hub_errors
 
 FRAME_RATE = 25.0
 """Latent frames a second, where the shards do not say."""
-_HUB = "hf://"
-_HUB_SOURCE = re.compile(
-    r"hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?(?:/(?P<folder>.+?))?/?"
-)
 HOLDOUT = "holdout"
 """Folder of shards to evaluate on. Nothing in it is listed unless it is asked for by name."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,6 +44,11 @@ class Listing:
     """Commit on the Hub, None for files of this machine."""
     shards: tuple[Shard, ...]
 
+    @property
+    def dataset(self) -> HubDataset:
+        """The dataset on the Hub that holds the shards, at the listed commit."""
+        return HubDataset.parse(self.source).at(self.revision)
+
     def digest(self) -> str:
         """SHA-256 over names, sizes and revision; where the folder is mounted does not matter."""
         facts = [self.revision, [[shard.name, shard.size] for shard in self.shards]]
@@ -75,7 +75,7 @@ def list_shards(source: str, cache: Path) -> Listing:
 
     **Raises**: `EchoError` if there are none, or the Hub is out of reach and nothing is kept.
     """
-    if source.startswith(_HUB):
+    if source.startswith(SCHEME):
         return _list_hub(source, cache)
     try:
         path = _as_stored(Path(source).expanduser())
@@ -84,13 +84,13 @@ def list_shards(source: str, cache: Path) -> Listing:
         raise EchoError(f"{source[:200]!r} is no usable path: {error}") from None
     if is_file:
         if path.suffix.lower() != ".tar":
-            raise EchoError(f"{path} is no *.tar; wanted a shard, a folder, a glob or {_HUB}...")
+            raise EchoError(f"{path} is no *.tar; wanted a shard, a folder, a glob or {SCHEME}...")
         return _local(source, path.parent, [path.name])
     if is_folder:
         names = glob.glob("**/*.[tT][aA][rR]", root_dir=path, recursive=True)
         return _local(source, path, names)
     if not glob.has_magic(source):
-        raise EchoError(f"{source} does not exist; wanted a folder, a glob, a *.tar or {_HUB}...")
+        raise EchoError(f"{source} does not exist; wanted a folder, a glob, a *.tar or {SCHEME}...")
     fixed = list(path.parts[:-1])
     while any(glob.has_magic(part) for part in fixed):
         fixed.pop()
@@ -131,46 +131,35 @@ def _local(source: str, folder: Path, names: list[str]) -> Listing:
 
 
 def _list_hub(source: str, cache: Path) -> Listing:
-    match = _HUB_SOURCE.fullmatch(source)
-    if match is None:
-        raise EchoError(f"{source} is no {_HUB}datasets/owner/name[@revision][/folder]")
-    repo, revision, folder = match["repo"], match["revision"], match["folder"]
+    dataset = HubDataset.parse(source)
     kept = cache / f"listing-{hashlib.sha256(source.encode()).hexdigest()[:24]}.json"
-    known = _read_listing(kept, source, repo)
-    if known is not None and revision and _COMMIT.fullmatch(revision):
+    known = _read_listing(kept, source)
+    if known is not None and dataset.revision and _COMMIT.fullmatch(dataset.revision):
         return known
     try:
-        commit, files = _ask_hub(repo, revision, folder)
-    except EchoError:
-        raise
-    except OfflineModeIsEnabled:
-        reason = "HF_HUB_OFFLINE is set"
-    except Exception as error:  # the errors of the HTTP library below change between versions
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-        if 400 <= status < 500 and status != 429:
-            raise EchoError(f"{source} cannot be listed: {reason}") from None
-    else:
-        if not files:
-            raise EchoError(f"{source} holds no *.tar; wanted at least one shard")
-        facts = {"source": source, "commit": commit, "files": files}
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            write_whole(kept, lambda path: path.write_text(json.dumps(facts)))
-        except OSError as error:
-            raise EchoError(f"{kept} cannot be written: {error}") from None
-        return _listing(source, repo, commit, files)
-    if known is not None:
-        return known
-    raise EchoError(f"{source} is not in {cache} and the Hub cannot be reached: {reason}")
+        with hub_errors(f"cannot list {source}"):
+            commit, files = _ask_hub(dataset)
+    except HubUnavailable as error:
+        if known is not None:
+            return known
+        raise EchoError(f"{error}; no earlier listing of it is in {cache}") from None
+    if not files:
+        raise EchoError(f"{source} holds no *.tar; wanted at least one shard")
+    facts = {"source": source, "commit": commit, "files": files}
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, lambda path: path.write_text(json.dumps(facts)))
+    except OSError as error:
+        raise EchoError(f"{kept} cannot be written: {error}") from None
+    return _listing(source, commit, files)
 
 
-def _ask_hub(repo: str, revision: str | None, folder: str | None) -> tuple[str, list[Any]]:
+def _ask_hub(dataset: HubDataset) -> tuple[str, list[Any]]:
     """The commit, and [path, size, SHA-256 or None] of each *.tar in it."""
-    api = HfApi()
-    commit = api.dataset_info(repo, revision=revision, timeout=30.0).sha
+    api, repo, folder = HfApi(), dataset.repo, dataset.folder
+    commit = api.dataset_info(repo, revision=dataset.revision, timeout=30.0).sha
     if commit is None or not _COMMIT.fullmatch(commit):
-        raise EchoError(f"the Hub names commit {commit!r} for dataset {repo}; wanted 40 hex digits")
+        raise EchoError(f"dataset {repo}: expected a commit of 40 hex digits, got {commit!r}")
     tree = api.list_repo_tree(repo, folder, recursive=True, revision=commit, repo_type="dataset")
     files = []
     for file in tree:
@@ -182,19 +171,19 @@ def _ask_hub(repo: str, revision: str | None, folder: str | None) -> tuple[str, 
     return commit, sorted(files)
 
 
-def _read_listing(kept: Path, source: str, repo: str) -> Listing | None:
+def _read_listing(kept: Path, source: str) -> Listing | None:
     try:
         facts = json.loads(kept.read_text())
         if facts["source"] == source:
-            return _listing(source, repo, facts["commit"], facts["files"])
+            return _listing(source, facts["commit"], facts["files"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
 
 
-def _listing(source: str, repo: str, commit: str, files: list[Any]) -> Listing:
-    shards = []
-    for name, size, sha256 in files:
-        url = hf_hub_url(repo, name, repo_type="dataset", revision=commit)
-        shards.append(Shard(name, size, url=url, sha256=sha256))
-    return Listing(source, commit, tuple(shards))
+def _listing(source: str, commit: str, files: list[Any]) -> Listing:
+    dataset = HubDataset.parse(source).at(commit)
+    shards = tuple(
+        Shard(name, size, url=dataset.file_url(name), sha256=sha256) for name, size, sha256 in files
+    )
+    return Listing(source, commit, shards)

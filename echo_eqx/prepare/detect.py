@@ -7,11 +7,12 @@ from pathlib import Path
 from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.data.text_file import JSON_LINES
 from echo_eqx.errors import EchoError
+from echo_eqx.hub import SCHEME
 from echo_eqx.prepare.manifests import read_folder, read_manifest
 from echo_eqx.prepare.paths import files_below, has_shards_of_ours, nfc
 from echo_eqx.prepare.records import Recordings, printable, stem
 from echo_eqx.prepare.tables import LIST_SUFFIXES
-from echo_eqx.prepare.tars import HUB, Files, download, read_parquet, read_tars
+from echo_eqx.prepare.tars import Files, download, read_parquet, read_tars
 
 _EXPECTED = (
     "a folder, *.tar, *.parquet, *.jsonl, a list in columns (*.csv, *.tsv, *.txt), a glob of tars "
@@ -32,7 +33,7 @@ def find_recordings(
     **Raises**: `EchoError` if it is of no known kind, and `OSError` while they are read.
     """
     shown = printable(source)
-    if source.startswith(HUB):
+    if source.startswith(SCHEME):
         folder = download(source, cache)
         if files := _ending(folder, files_below(folder)[0], (".parquet",)):
             return read_parquet(files)

@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     build_hf_headers,
@@ -19,19 +19,14 @@ from huggingface_hub.utils import (
 )
 
 from echo_eqx.errors import EchoError
+from echo_eqx.hub import HubDataset, HubOffline, HubUnavailable, hub_errors
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further attempt at what may succeed later."""
-MAX_RETRY_AFTER = 300.0
-"""Longest that the Hub's own wish to wait is heeded."""
 _BEGIN, _END = b"<!-- echo_eqx:begin -->", b"<!-- echo_eqx:end -->"
 _CARD = "README.md"
 # Of JSON that is too deep, too large or not an index at all.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
-# 412: someone else's commit came in between.
-_PASSING = (408, 412, 429, 500, 502, 503, 504)
-# The error that everything the HTTP library raises derives from; its module changes its name.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
@@ -96,33 +91,33 @@ def push(folder: Path, repo: str, *, say: Callable[[str], object]) -> None:
 
 
 class _Hub:
-    """One dataset on the Hub. What goes wrong there is an `EchoError` of one sentence."""
+    """One dataset on the Hub. Its methods raise `EchoError` for anything that goes wrong there."""
 
     def __init__(self, repo: str, say: Callable[[str], object]):
         self._repo, self._say = repo, say
+        self._errors = f"cannot push to {repo}"
         self._api = HfApi()
 
     def create(self) -> None:
-        """Make the dataset if there is none; private, since voices are not to be taken back."""
+        """Create the dataset if it does not exist: private, since publishing cannot be undone."""
 
         def create() -> None:
             if not self._api.repo_exists(self._repo, repo_type="dataset"):
                 self._api.create_repo(self._repo, repo_type="dataset", private=True, exist_ok=True)
                 self._say(f"{self._repo} is new, and private until its settings say otherwise")
 
-        with self._one_sentence():
-            self._patiently(create)
+        self._retry(create)
 
     def files(self) -> dict[str, RepoFile]:
-        """What lies in the root of the dataset, by name."""
-        with self._one_sentence():
+        """Files in the root of the dataset, by name."""
+        with hub_errors(self._errors):
             tree = self._api.list_repo_tree(self._repo, repo_type="dataset")
             return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file as it is now, None if there is none."""
-        with self._one_sentence():
-            url = hf_hub_url(self._repo, name, repo_type="dataset")
+        """The content of a file as it is now, None if it does not exist."""
+        with hub_errors(self._errors):
+            url = HubDataset(self._repo).file_url(name)
             response = http_backoff("GET", url, headers=build_hf_headers())
             if response.status_code == 404:
                 return None
@@ -131,76 +126,30 @@ class _Hub:
 
     def send(self, files: dict[str, Path | bytes], message: str) -> None:
         """Upload files and commit them."""
-        with self._one_sentence():
+        with hub_errors(self._errors):
             added = [CommitOperationAdd(name, content) for name, content in files.items()]
             self._api.preupload_lfs_files(self._repo, added, repo_type="dataset")
-            # The library repeats all of an upload by itself but the commit.
-            self._patiently(
-                lambda: self._api.create_commit(
-                    self._repo, added, commit_message=message, repo_type="dataset"
-                )
+        # The library retries every request of an upload except the commit.
+        self._retry(
+            lambda: self._api.create_commit(
+                self._repo, added, commit_message=message, repo_type="dataset"
             )
+        )
 
-    def _patiently(self, call: Callable[[], object]) -> None:
-        for wait in WAITS:
+    def _retry(self, call: Callable[[], object]) -> None:
+        for wait in (*WAITS, None):
             try:
-                call()
+                with hub_errors(self._errors):
+                    call()
                 return
-            except (_HTTPError, json.JSONDecodeError) as error:  # or a gateway's page, not JSON
-                if isinstance(error, HfHubHTTPError):
-                    if error.response.status_code not in _PASSING:
-                        raise
-                    asked = error.response.headers.get("Retry-After", "")
-                    if asked.isdigit():
-                        wait = min(max(wait, float(asked)), MAX_RETRY_AFTER)
-                self._say(f"{_first_words(error)}; trying again in {wait:.0f} s")
+            except HubOffline:
+                raise
+            except HubUnavailable as error:
+                if wait is None:
+                    raise
+                wait = max(wait, error.retry_after or 0.0)
+                self._say(f"{error}; trying again in {wait:.0f} s")
             time.sleep(wait)
-        call()
-
-    @contextlib.contextmanager
-    def _one_sentence(self) -> Iterator[None]:
-        try:
-            yield
-        except OfflineModeIsEnabled:
-            raise EchoError(f"{self._repo} cannot be pushed to: HF_HUB_OFFLINE is set") from None
-        except Exception as error:  # the library wraps what it meets, each version differently
-            raise EchoError(self._explain(_cause(error))) from None
-
-    def _explain(self, error: BaseException) -> str:
-        if isinstance(error, HfHubHTTPError):
-            status = error.response.status_code
-            if status == 401:
-                return (
-                    f"{self._repo} cannot be pushed to: the Hub does not know who asks (401); "
-                    "log in with `hf auth login` or set HF_TOKEN"
-                )
-            if status == 403:
-                return (
-                    f"{self._repo} cannot be pushed to: the Hub forbids it (403); wanted a token "
-                    "that may write there"
-                )
-        elif isinstance(error, OSError) and error.filename is not None:
-            return f"{error.filename} cannot be read: {error.strerror}"
-        return f"{self._repo} cannot be pushed to: {_first_words(error)}"
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of the HTTP library that led to this one, or else the first."""
-    while not isinstance(error, _HTTPError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _first_words(error: BaseException) -> str:
-    words = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, HfHubHTTPError):
-        said = " ".join((error.server_message or "").split())[:300]
-        return f"the Hub answers {error.response.status_code}" + (f" ({said})" if said else "")
-    if isinstance(error, json.JSONDecodeError):
-        return "the Hub answers what is no JSON"
-    if isinstance(error, _HTTPError | ConnectionError):
-        return f"the Hub cannot be reached ({words})"
-    return words
 
 
 def _check_name(repo: str) -> None:

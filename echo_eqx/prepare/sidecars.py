@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub import HfApi
 
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import Listing, Shard, frame_rate
 from echo_eqx.errors import EchoError
+from echo_eqx.hub import hub_errors
 
 SILENCE = ("silence.safetensors", "silence.npy")
 CODEC = "codec.json"
@@ -73,21 +74,20 @@ def files_beside(listing: Listing) -> tuple[list[Shard], str | None]:
         except OSError as error:
             return [], f"{error.filename} cannot be read: {error.strerror}"
         return found, None
-    match = re.match(r"hf://datasets/([^/@]+/[^/@]+)", listing.source)
-    assert match is not None
-    options = {"repo_type": "dataset", "revision": listing.revision}
+    dataset = listing.dataset
+    options = {"repo_type": "dataset", "revision": dataset.revision}
     try:
-        for folder in folders:
-            path = None if folder == "." else folder
-            for file in HfApi().list_repo_tree(match[1], path, **options):
-                size = getattr(file, "size", None)  # folders have none
-                name = file.path
-                if size is None or folder_of(name) != folder or not _is_beside(Path(name).name):
-                    continue
-                url = hf_hub_url(match[1], name, **options)
-                found.append(Shard(name, size, url=url))
-    except Exception as error:  # the errors of the HTTP library below change between versions
-        return [], next((line for line in str(error).splitlines() if line), type(error).__name__)
+        with hub_errors(f"cannot list {dataset}"):
+            for folder in folders:
+                path = None if folder == "." else folder
+                for file in HfApi().list_repo_tree(dataset.repo, path, **options):
+                    size = getattr(file, "size", None)  # folders have none
+                    name = file.path
+                    if size is None or folder_of(name) != folder or not _is_beside(Path(name).name):
+                        continue
+                    found.append(Shard(name, size, url=dataset.file_url(name)))
+    except EchoError as error:
+        return [], str(error)
     return sorted(found, key=lambda file: file.name), None
 
 

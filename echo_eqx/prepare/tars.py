@@ -1,6 +1,5 @@
 """Transcribed recordings inside tars and Parquet files, which are read where they are."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +9,7 @@ from huggingface_hub import snapshot_download
 from echo_eqx.data import tar
 from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.data.text_file import decode
-from echo_eqx.errors import EchoError
+from echo_eqx.hub import HubDataset, hub_errors
 from echo_eqx.prepare.parquet import (
     ParquetRow,
     audio_column,
@@ -29,12 +28,6 @@ from echo_eqx.prepare.records import (
     parse_object,
     pop,
     stem,
-)
-
-HUB = "hf://"
-_HUB_SOURCE = re.compile(
-    r"hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?(?:/(?P<folder>[^*?\[]+?))?/?"
 )
 
 Files = Sequence[tuple[str, Path]]
@@ -135,20 +128,13 @@ def download(source: str, cache: Path) -> Path:
 
     **Raises**: `EchoError` if they cannot be had.
     """
-    match = _HUB_SOURCE.fullmatch(source)
-    if match is None:
-        raise EchoError(f"{source} is no {HUB}datasets/owner/name[@revision][/folder]")
-    repo, revision, folder = match["repo"], match["revision"], match["folder"]
-    pattern = f"{folder}/*.parquet" if folder else "*.parquet"
-    try:
+    dataset = HubDataset.parse(source)
+    with hub_errors(f"cannot download {source}"):
         root = snapshot_download(
-            repo,
+            dataset.repo,
             repo_type="dataset",
-            revision=revision,
+            revision=dataset.revision,
             cache_dir=cache,
-            allow_patterns=pattern,
+            allow_patterns=f"{dataset.folder}/*.parquet" if dataset.folder else "*.parquet",
         )
-    except Exception as error:  # the errors of the HTTP library below change between versions
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise EchoError(f"{source} cannot be downloaded: {reason}") from None
-    return Path(root) / (folder or "")
+    return Path(root) / (dataset.folder or "")

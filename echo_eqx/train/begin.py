@@ -1,7 +1,6 @@
 """Where a run begins: fresh, from given weights, from a published state, or where it stopped."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 from echo_eqx.command import note
 from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
+from echo_eqx.hub import SCHEME, HubDataset
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.specs import state_shardings
 from echo_eqx.train.checkpoint import put_on_mesh, restore_state
@@ -30,8 +30,8 @@ from echo_eqx.weights.checkpoint import (
     find_checkpoints,
     open_intact,
 )
+from echo_eqx.weights.find import find_weights
 from echo_eqx.weights.flax import FlaxCheckpoint, read_flax_checkpoint
-from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.load import dit_from_flax, load_dit
 
 
@@ -59,14 +59,13 @@ def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
 def pinned_source(config: TrainConfig) -> str:
     """`config.data`; a dataset on the Hub at the commit that the run began with, if it has."""
     assert config.data is not None
-    match = re.fullmatch(r"(hf://datasets/[^/@]+/[^/@]+)(/.*)?", config.data)
-    found = find_checkpoints(config.run_dir / FOLDER)
-    if match is None:
+    if not config.data.startswith(SCHEME):
         return config.data
-    for _, path in found:
+    dataset = HubDataset.parse(config.data)
+    for _, path in find_checkpoints(config.run_dir / FOLDER) if not dataset.revision else ():
         with contextlib.suppress(EchoError, KeyError):  # damage is found out later
             revision = TrainingCheckpoint(path).manifest["data"]["revision"]
-            return f"{match[1]}@{revision}{match[2] or ''}" if revision else config.data
+            return str(dataset.at(revision)) if revision else config.data
     return config.data
 
 

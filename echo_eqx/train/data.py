@@ -2,12 +2,10 @@
 
 import contextlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from jax.sharding import Mesh
 
 from echo_eqx.config import DiTConfig, presets_of_width
@@ -17,6 +15,7 @@ from echo_eqx.data.records import load_silence
 from echo_eqx.data.shards import FRAME_RATE, Listing, frame_rate, list_shards
 from echo_eqx.errors import EchoError
 from echo_eqx.files import expand
+from echo_eqx.hub import HubFileNotFound, hub_errors
 from echo_eqx.train.batches import owned_lanes
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.weights.own_format import SafetensorsFile
@@ -87,18 +86,12 @@ def beside(listing: Listing, name: str) -> Path | None:
     if shard.path is not None:
         path = shard.path.parents[len(Path(shard.name).parts) - 1] / name
         return path if path.is_file() else None
-    match = re.match(r"hf://datasets/([^/@]+/[^/@]+)", listing.source)
-    assert match is not None
     try:
-        options = {"repo_type": "dataset", "revision": listing.revision}
-        return Path(hf_hub_download(match[1], name, **options))
-    except EntryNotFoundError as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            return None
-        reason = "it is not in the cache and the Hub cannot be reached"
-    except Exception as error:  # the errors of the HTTP library below change between versions
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-    raise EchoError(f"{name} of {listing.source} cannot be had: {reason}")
+        with hub_errors(f"cannot download {name} of {listing.source}"):
+            options = {"repo_type": "dataset", "revision": listing.revision}
+            return Path(hf_hub_download(listing.dataset.repo, name, **options))
+    except HubFileNotFound:
+        return None
 
 
 def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from echo_eqx.train.loop import Run, compile_step, run_folder, run_steps, take_o
 from echo_eqx.train.samples import Samples
 from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
-from echo_eqx.weights.hub import SHIPPED
+from echo_eqx.weights.find import SHIPPED
 
 
 def train(config: TrainConfig, watch: PeerWatch) -> int:

@@ -6,7 +6,7 @@ It is trained on speech of espeak-ng alone.
 from pathlib import Path
 
 from echo_eqx.flow.sampler import SamplerSettings
-from echo_eqx.weights.hub import SHIPPED
+from echo_eqx.weights.find import SHIPPED
 
 CHECKPOINT, CODEC = SHIPPED["voice"]["dit"], SHIPPED["voice"]["codec"]
 """What `load_dit("voice")` and `load_codec("voice")` read."""

@@ -17,8 +17,8 @@ from echo_eqx.trees import cast
 from echo_eqx.weights.checkpoint import TrainingCheckpoint, checkpoint_generation
 from echo_eqx.weights.dacvae import load_dacvae_pth
 from echo_eqx.weights.fill import Arrays, Sources, check_memory, check_sizes, fill, only
+from echo_eqx.weights.find import find_weights
 from echo_eqx.weights.flax import read_flax_checkpoint
-from echo_eqx.weights.hub import find_weights
 from echo_eqx.weights.names import (
     flax_config,
     flax_sources,

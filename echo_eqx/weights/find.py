@@ -7,9 +7,9 @@ from typing import Literal
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from echo_eqx.errors import EchoError
+from echo_eqx.hub import REPO, hub_errors
 from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, newest_intact
 from echo_eqx.weights.parts import INDEX_SUFFIX, parts_of, weight_map
 
@@ -29,7 +29,7 @@ SHIPPED = {
 """Models in the package, by name and kind. A folder of that name is written `./voice`."""
 
 _HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    rf"(?P<repo>{REPO})"
     r"(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?"
     r"(?::(?P<file>[\w.-]+(?:/[\w.-]+)*))?"
 )
@@ -92,10 +92,16 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
     for name in [file] if file else USUAL_NAMES:
         if name in names and _is_complete(cached / name):
             return cached / name
-    try:
-        if file is None:
-            listed = HfApi().list_repo_files(repo, revision=revision)
-            file = _choose(listed, f"repository {where}", f"write {where}:FILE")
+    if file is None:
+        try:
+            with hub_errors(f"{where} is not in the cache, and listing it failed"):
+                listed = HfApi().list_repo_files(repo, revision=revision)
+        except EchoError:
+            if len(candidates := _candidates(names)) == 1:
+                return cached / candidates[0]
+            raise
+        file = _choose(listed, f"repository {where}", f"write {where}:FILE")
+    with hub_errors(f"{where}:{file} is not in the cache, and downloading it failed"):
         path = Path(hf_hub_download(repo, file, revision=revision))
         if file.endswith(INDEX_SUFFIX):
             folder = file.rpartition("/")[0]
@@ -103,18 +109,6 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
                 name = f"{folder}/{part}" if folder else part
                 hf_hub_download(repo, name, revision=revision)
         return path
-    except EchoError:
-        raise
-    except LocalEntryNotFoundError:
-        reason = "the Hub cannot be reached"
-    except EntryNotFoundError:
-        reason = f"it has no file {file}"
-    except Exception as error:  # the errors of the HTTP library below change between versions
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-    candidates = _candidates(names)
-    if file is None and len(candidates) == 1:
-        return cached / candidates[0]
-    raise EchoError(f"{where} is not in the cache and cannot be downloaded: {reason}")
 
 
 def _cached_snapshot(repo: str, revision: str) -> Path:

@@ -1,27 +1,6 @@
-"""Train a DACVAE, the codec between audio and latents, on recordings.
+"""`echo-eqx train_codec`."""
 
-    python scripts/train_codec.py --data recordings/ --run_dir runs/codec
-    python scripts/train_codec.py --model 48khz --data clips.jsonl --mesh data=8 --batch_size 64
-    python scripts/train_codec.py --init_from runs/codec --freeze_encoder --loss.adversarial \\
-        --data recordings/ --run_dir runs/sharper
-
-The same command again goes on where the run stopped. Checkpoints, exit codes, metrics and several
-hosts are as in train.py; `--codec runs/codec` takes the result anywhere.
-"""
-
-import sys
-
-from echo_eqx.command import parse, run
-from echo_eqx.train.codec.config import CODEC_TRAIN_PRESETS, CodecTrainConfig
-from echo_eqx.train.codec.run import train_codec
-from echo_eqx.train.settings import base_of
-from echo_eqx.train.start import run_training
-
-
-def main() -> None:
-    default = base_of(sys.argv[1:], CODEC_TRAIN_PRESETS, CodecTrainConfig.model)
-    run_training(parse(CodecTrainConfig, __doc__, default=default), train_codec)
-
+from echo_eqx.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("train_codec")

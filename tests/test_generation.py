@@ -1,7 +1,6 @@
 """How to speak with a model: kept in its file, used by the command and the library alike."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import echo_eqx
 from echo_eqx import EchoError, GenerationConfig, KnownVoice, SamplerSettings, UsageError, voice
+from echo_eqx.commands import infer
 from echo_eqx.config import DiTConfig, EncoderConfig
 from echo_eqx.generation import generation_from_json, generation_to_json
 from echo_eqx.speech import canvas_seconds
@@ -150,24 +150,13 @@ def test_a_voice_the_model_does_not_know_is_told(tmp_path, dit, shipped):
 # --- The command --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def infer():
-    """The functions of the command, which reads its flags from `sys.argv`."""
-    spec = importlib.util.spec_from_file_location("infer_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["infer_script"] = module  # the help is read from the module's source
-    spec.loader.exec_module(module)
-    yield vars(module)
-    del sys.modules["infer_script"]
-
-
 def flags(monkeypatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["infer.py", "--text", "Hi.", *words])
 
 
-def test_flags_override_what_the_file_recommends(infer, monkeypatch, shipped):
+def test_flags_override_what_the_file_recommends(monkeypatch, shipped):
     flags(monkeypatch, "--cfg_scale", "3.5")
-    settings = infer["with_defaults_of"](*shipped).sampler
+    settings = infer.with_defaults_of(*shipped).sampler
     assert settings == dataclasses.replace(voice.SETTINGS, cfg_scale=3.5)
 
 
@@ -185,26 +174,26 @@ def test_flags_override_what_the_file_recommends(infer, monkeypatch, shipped):
     ],
 )
 def test_a_mark_is_what_the_codec_can_make(
-    infer, monkeypatch, shipped, golden_codec, words, has_path, expected
+    monkeypatch, shipped, golden_codec, words, has_path, expected
 ):
     flags(monkeypatch, *words)
     codec = golden_codec if has_path else shipped[1]
-    args = infer["with_defaults_of"](shipped[0], codec)
+    args = infer.with_defaults_of(shipped[0], codec)
     if expected and expected.startswith("--"):
         with pytest.raises(UsageError, match=expected):
-            infer["message_bits"](args, codec)
+            infer.message_bits(args, codec)
         return
-    bits = infer["message_bits"](args, codec)
+    bits = infer.message_bits(args, codec)
     assert (bits is None) == (expected is None)
     if bits is not None:
         assert len(bits) == 16
-    job = infer["Job"]("Hi.", Path("a.wav"), None, 0)
-    described = infer["effective_settings"](args, job, "float32", bits)
+    job = infer.Job("Hi.", Path("a.wav"), None, 0)
+    described = infer.effective_settings(args, job, "float32", bits)
     assert described["watermark"] == (bits is not None)
 
 
-def test_the_codec_is_the_one_that_the_checkpoint_names(infer, tmp_path, dit, shipped):
-    find, args = infer["find_codec"], infer["Args"]
+def test_the_codec_is_the_one_that_the_checkpoint_names(tmp_path, dit, shipped):
+    find, args = infer.find_codec, infer.Args
     assert find(args(), shipped[0]) == ("voice", voice.CODEC)
     assert find(args(codec=str(voice.CODEC)), dit)[1] == voice.CODEC
     with pytest.raises(EchoError, match=r"names no codec, and its latents have 3 channels; give"):
@@ -214,7 +203,7 @@ def test_the_codec_is_the_one_that_the_checkpoint_names(infer, tmp_path, dit, sh
         find(args(), with_generation(tmp_path, dit, gone))
 
 
-def test_json_replaces_only_what_it_wrote(infer, tmp_path):
+def test_json_replaces_only_what_it_wrote(tmp_path):
     ours = {"text": "", "output": "", "checkpoint": {}, "codec": {}, "version": {"echo_eqx": "0"}}
     contents = {
         "ours.json": json.dumps(ours),
@@ -231,18 +220,18 @@ def test_json_replaces_only_what_it_wrote(infer, tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "nowhere")
     fine = {"ours", "new"}
     for name in [*(name.removesuffix(".json") for name in contents), "folder", "link", "new"]:
-        job = infer["Job"]("Hi.", tmp_path / f"{name}.wav", None, 0)
+        job = infer.Job("Hi.", tmp_path / f"{name}.wav", None, 0)
         if name in fine:
-            infer["check_writable"]([job], infer["Args"](json=True))
+            infer.check_writable([job], infer.Args(json=True))
         else:
             with pytest.raises(EchoError, match=rf"{name}\.json was not written by this command"):
-                infer["check_writable"]([job], infer["Args"](json=True))
-        infer["check_writable"]([job], infer["Args"]())  # without --json nothing is replaced
+                infer.check_writable([job], infer.Args(json=True))
+        infer.check_writable([job], infer.Args())  # without --json nothing is replaced
 
 
-def test_the_reference_is_never_replaced_by_the_result(infer, tmp_path):
+def test_the_reference_is_never_replaced_by_the_result(tmp_path):
     recording = tmp_path / "voice.wav"
     recording.write_bytes(b"x")
-    job = infer["Job"]("Hi.", tmp_path / "." / "voice.wav", recording, 0)
+    job = infer.Job("Hi.", tmp_path / "." / "voice.wav", recording, 0)
     with pytest.raises(EchoError, match="would replace the reference"):
-        infer["check_writable"]([job], infer["Args"]())
+        infer.check_writable([job], infer.Args())

@@ -117,8 +117,8 @@ STRINGS = [
     "monitor.py --runs a --token -x",
     "plan.py --mesh -x",
     "watchdog.py --log -x",
-    "speak.py --output -x",
-    "judge_voice.py --codec -x",
+    "make_corpus.py --output -x",
+    "eval_voice.py --codec -x",
     "build_voice.py --work -x",
     "tpu.py create --accelerator_type v4-8 --name -x",
 ]

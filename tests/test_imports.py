@@ -22,6 +22,8 @@ ROOMS = [
     {"train"},
     {"ops"},
     {"__init__"},
+    {"commands"},
+    {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 ORDER_ON_THE_GROUND = ["errors", "hub", "files", "config", "trees", "generation", "compilation"]

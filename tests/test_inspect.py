@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from conftest import GOLDEN
 from shards import DataServer, make_dataset, npy_bytes, sample_parts, sha256, write_shard
 
 from echo_eqx.command import run
+from echo_eqx.commands import inspect_shards as inspect_shards_command
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import list_shards
 from echo_eqx.errors import EchoError
@@ -37,14 +37,13 @@ def in_process(*args: object, **environment: str) -> subprocess.CompletedProcess
 @pytest.fixture
 def command(monkeypatch, capsys):
     """The command in this process, which spares a start of several seconds."""
-    script = runpy.run_path(str(SCRIPT))
 
     def call(*args: object) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        monkeypatch.setitem(script["main"].__globals__, "use_compilation_cache", lambda: None)
+        monkeypatch.setattr(inspect_shards_command, "use_compilation_cache", lambda: None)
         code = 0
         try:
-            run(script["main"])
+            run(inspect_shards_command.main)
         except SystemExit as ended:
             code = ended.code
         return subprocess.CompletedProcess(args, code, *capsys.readouterr())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 import venv
@@ -15,6 +14,7 @@ import yaml
 from conftest import DATA
 
 from echo_eqx.command import run
+from echo_eqx.commands import tpu
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "tpu.py"
 TRAIN_FLAGS = ["--data", "a b", "--run_dir", "/mnt/echo/run"]
@@ -25,13 +25,12 @@ GPUS = "kubernetes --image i:1 --nodes 4 --chips 8 --max_restarts 3 --max_hours 
 @pytest.fixture
 def tpu_py(monkeypatch, capsys):
     """Exit code, stdout and stderr of `tpu.py` with these arguments."""
-    main = runpy.run_path(str(SCRIPT))["main"]
 
     def call(text: str, flags: list[str] = TRAIN_FLAGS) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *text.split(), "--", *flags])
         code = 0
         try:
-            run(main)
+            run(tpu.main)
         except SystemExit as ended:
             code = int(ended.code or 0)
         return code, *capsys.readouterr()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax
 import jax.random as jr
 import pytest
 
+from echo_eqx.commands import plan
 from echo_eqx.config import DIT_PRESETS
 from echo_eqx.errors import UsageError
 from echo_eqx.sharding.mesh import make_mesh, mesh_shape
@@ -105,7 +105,7 @@ def test_the_table_says_what_the_json_says(printed):
     memory, traffic = printed["memory"], printed["traffic"]
     del memory["total"], traffic["total"]
     facts = {**printed, "memory": Memory(**memory), "traffic": Traffic(**traffic)}
-    table = "\n".join(runpy.run_path(str(PLAN))["lines_of"](Plan(**facts)))
+    table = "\n".join(plan.lines_of(Plan(**facts)))
     assert "temporaries as the CPU compiler counts them" in table
     assert f"{printed['largest_batch']}  at most 90% of memory" in table
     assert f"{printed['step_seconds']:.3f} s  the largest of the three" in table

@@ -1,6 +1,5 @@
 """From recordings to shards: each clip once, the same bytes in parts."""
 
-import importlib.util
 import io
 import json
 import os
@@ -17,6 +16,7 @@ from conftest import GOLDEN
 from safetensors import safe_open
 
 import echo_eqx
+from echo_eqx.commands import prepare as prepare_command
 from echo_eqx.data.shards import list_shards
 from echo_eqx.data.text import normalise_text
 from echo_eqx.errors import EchoError
@@ -83,12 +83,10 @@ def prepared(recordings, tmp_path_factory):
 
 def prepare_here(source: Path, output: Path, **flags: object) -> dict:
     """`prepare.py` in this process; its index."""
-    spec = importlib.util.spec_from_file_location("prepare_script", PREPARE)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_script"] = script  # where dataclasses look
-    spec.loader.exec_module(script)
-    script.SILENCE_SECONDS = 1
-    script.prepare(script.Args(codec=str(CODEC), **flags), str(source), output, 0, 1)
+    args = prepare_command.Args(codec=str(CODEC), **flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_command, "SILENCE_SECONDS", 1)
+        prepare_command.prepare(args, str(source), output, 0, 1)
     return json.loads((output / "index-000-of-001.json").read_text())
 
 

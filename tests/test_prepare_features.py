@@ -1,6 +1,5 @@
 """Speakers, held-out recordings, recordings longer than the window, and additions."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -13,6 +12,7 @@ import pytest
 import soundfile as sf
 from conftest import GOLDEN
 
+from echo_eqx.commands import prepare
 from echo_eqx.config import CODEC_PRESETS
 from echo_eqx.data.shards import list_shards
 from echo_eqx.errors import EchoError, UsageError
@@ -24,15 +24,6 @@ from echo_eqx.prepare.segments import Segment, join_segments
 from echo_eqx.prepare.speakers import reference_warning, with_speakers
 
 CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
-SCRIPT = Path(__file__).parent.parent / "scripts" / "prepare.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("prepare_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_clip(path: Path, pitch: float, text: str = "A tone.", seconds: float = 0.4) -> None:
@@ -42,12 +33,12 @@ def write_clip(path: Path, pitch: float, text: str = "A tone.", seconds: float =
     path.with_suffix(".txt").write_text(text, "utf-8")
 
 
-def run(script, source: Path, output: Path, **flags) -> None:
-    args = script.Args(
+def run(source: Path, output: Path, **flags) -> None:
+    args = prepare.Args(
         input=str(source), output=output, codec=str(CODEC), shard_samples=4, batch_size=1, **flags
     )
-    part, parts = script.check_usage(args)
-    script.prepare(args, str(source), output, part, parts)
+    part, parts = prepare.check_usage(args)
+    prepare.prepare(args, str(source), output, part, parts)
 
 
 def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -70,11 +61,11 @@ def clip(name: str, speaker: str | None = None, seconds: float = 1.0, text: str 
     return Clip(key, text, Path(name), 0.0, None, seconds, speaker, None, {"source": name})
 
 
-def test_clips_are_added_without_touching_what_exists(script, tmp_path, capsys):
+def test_clips_are_added_without_touching_what_exists(tmp_path, capsys):
     source, output = tmp_path / "in", tmp_path / "out"
     for i in range(6):
         write_clip(source / f"{i}.wav", 200 + 20 * i)
-    run(script, source, output, holdout="1")
+    run(source, output, holdout="1")
     assert "assumed: all 6 clips are of one speaker, 'in'" in capsys.readouterr().err
     before, held = bytes_of(output), samples_of(output / "holdout")
     samples = samples_of(output)
@@ -98,7 +89,7 @@ def test_clips_are_added_without_touching_what_exists(script, tmp_path, capsys):
     (source / f"{gone}.txt").unlink()
     other = sorted(samples)[1]
     (source / f"{other}.txt").write_text("Something else.")
-    run(script, source, output, holdout="1")
+    run(source, output, holdout="1")
     said = capsys.readouterr().err
     assert "2 clips are new" in said
     assert f"1 clips are gone from the input since an earlier run ({gone})" in said
@@ -116,20 +107,20 @@ def test_clips_are_added_without_touching_what_exists(script, tmp_path, capsys):
         shutil.copy(path, again)
     write_clip(source / f"{gone}.wav", 200 + 20 * int(gone))
     (source / f"{other}.txt").write_text("A tone.")
-    run(script, source, again, holdout="1", part="2/2")
-    run(script, source, again, holdout="1", part="1/2")
+    run(source, again, holdout="1", part="2/2")
+    run(source, again, holdout="1", part="1/2")
     assert bytes_of(again) == after
 
 
-def test_a_clip_that_vanished_before_its_shard_was_made_is_counted(script, tmp_path):
+def test_a_clip_that_vanished_before_its_shard_was_made_is_counted(tmp_path):
     source, output = tmp_path / "in", tmp_path / "out"
     for i in range(3):
         write_clip(source / f"{i}.wav", 300 + 20 * i)
-    run(script, source, output)
+    run(source, output)
     (output / "000000.tar").unlink()
     (source / "1.wav").unlink()
     (source / "1.txt").unlink()
-    run(script, source, output)
+    run(source, output)
     index = json.loads((output / "index-000-of-001.json").read_text())
     assert [refusal["name"] for refusal in index["refused"]["000000.tar"]] == ["1"]
     assert index["shards"]["000000.tar"]["samples"] == 2
@@ -323,11 +314,11 @@ def test_a_long_recording_is_cut_where_its_sentences_end(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
-def test_shards_that_nobody_lists_are_not_replaced(script, tmp_path):
+def test_shards_that_nobody_lists_are_not_replaced(tmp_path):
     write_clip(tmp_path / "in" / "a.wav", 200)
     (tmp_path / "out").mkdir()
     mine = tmp_path / "out" / "000000.tar"
     mine.write_bytes(b"mine")
     with pytest.raises(EchoError, match=r"000000\.tar would be replaced"):
-        run(script, tmp_path / "in", tmp_path / "out")
+        run(tmp_path / "in", tmp_path / "out")
     assert mine.read_bytes() == b"mine"

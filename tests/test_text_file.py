@@ -1,26 +1,20 @@
 """Files of texts for `infer.py`: every encoding of Unicode, JSON by any name, line ends of all."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from echo_eqx import EchoError
+from echo_eqx.commands import infer
 
-INFER = Path(__file__).parent.parent / "scripts" / "infer.py"
 ROWS = [{"text": "Größe.", "output": "a.wav", "seed": 3}, {"text": "二。"}]
 
 
 @pytest.fixture(scope="module")
 def read():
-    spec = importlib.util.spec_from_file_location("infer_script", INFER)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["infer_script"] = script  # where dataclasses look
-    spec.loader.exec_module(script)
-    base = script.Job("", Path("out.wav"), None, 42)
-    return lambda path: script.read_text_file(path, base)
+    base = infer.Job("", Path("out.wav"), None, 42)
+    return lambda path: infer.read_text_file(path, base)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])

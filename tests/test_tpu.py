@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from echo_eqx.command import run
+from echo_eqx.commands import tpu
 from echo_eqx.ops.pods import gcloud
 from echo_eqx.ops.pods.workers import TpuWorkers
 from echo_eqx.sharding.hosts import code_digest
@@ -228,7 +228,6 @@ class World:
         monkeypatch.setenv("STAND_IN", str(root))
         monkeypatch.setenv("HOME", str(root / "me"))
         monkeypatch.setenv("PATH", f"{root / 'bin'}:/usr/bin:/bin")
-        self._main = runpy.run_path(str(SCRIPT))["main"]
 
     def write(self, name: str, text: str, executable: bool = False) -> None:
         path = self.root / name
@@ -244,7 +243,7 @@ class World:
         self._monkeypatch.setattr(sys, "argv", arguments)
         code = 0
         try:
-            run(self._main)
+            run(tpu.main)
         except SystemExit as ended:
             code = ended.code or 0
         return code, *self._capfd.readouterr()  # pyright: ignore[reportReturnType]

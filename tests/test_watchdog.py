@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from echo_eqx.command import run
+from echo_eqx.commands import watchdog
 from echo_eqx.errors import EchoError
 from echo_eqx.ops.disk import checkpoints as checkpoints_module
 from echo_eqx.ops.disk.log import JsonLines
@@ -326,13 +326,12 @@ def test_sigterm_ends_it_and_a_shortage_is_said_once(disk):
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    script = runpy.run_path(str(SCRIPT))
-    monkeypatch.setattr(script["signal"], "signal", lambda *_: None)
+    monkeypatch.setattr(watchdog.signal, "signal", lambda *_: None)
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
         with pytest.raises(SystemExit) as ended:
-            run(script["main"])
+            run(watchdog.main)
         return ended.value.code, *capfd.readouterr()  # pyright: ignore[reportReturnType]
 
     return call

@@ -1,7 +1,7 @@
 """Judge whether a small voice is understood, by what espeak-ng says of the same held-out texts.
 
-    python scripts/judge_voice.py
-    python scripts/judge_voice.py --checkpoint runs/build_voice/dit --codec runs/build_voice/codec
+    echo-eqx eval_voice
+    echo-eqx eval_voice --checkpoint runs/build_voice/dit --codec runs/build_voice/codec
 
 It prints, for texts of the small domain, for unseen sentences of seen words and for sentences with
 unseen words, how many of the texts are nearest to their own original among all, and how far from it
@@ -19,7 +19,7 @@ import tyro
 
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import note, parse, run
+from echo_eqx.command import note, parse
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import UsageError
@@ -106,7 +106,3 @@ def write(folder: Path, originals: Originals, generated: list[np.ndarray], rate:
         (folder / f"{name}.txt").write_text(text + "\n")
         save_audio(folder / f"{name}.wav", audio, rate)
         save_audio(folder / f"{name}.espeak.wav", *originals.audio[voice_of(i)][i])
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,7 +1,7 @@
 """Let espeak-ng speak sentences that a grammar makes up, as recordings to train a small voice on.
 
-    python scripts/speak.py --output recordings/
-    python scripts/prepare.py --input recordings/manifest.jsonl --output shards/ --codec WEIGHTS
+    echo-eqx make_corpus --output recordings/
+    echo-eqx prepare --input recordings/manifest.jsonl --output shards/ --codec WEIGHTS
 
 The same command again goes on where it stopped, and the same seed gives the same files.
 """
@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_eqx.command import parse, run
+from echo_eqx.command import parse
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.voice.espeak import MANIFEST, speak_corpus
 from echo_eqx.voice.grammar import SMALL_SHARE, cut, endless_training_texts
@@ -64,7 +64,3 @@ def main() -> None:
         raise EchoError(f"{args.output} cannot be written: {error.strerror}") from None
     hours = sum(row["duration"] for row in rows) / 3600
     print(f"{len(rows)} recordings, {hours:.2f} hours, listed in {args.output / MANIFEST}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,0 +1,500 @@
+"""Times and peak memory of the models, medians over several runs, one topic a process.
+
+    echo-eqx benchmark codec            # 5 s of audio through the 48 kHz codec
+    echo-eqx benchmark dit              # one velocity evaluation of the 1.3B model
+    echo-eqx benchmark cache            # a sampling step with and without cached keys
+    echo-eqx benchmark step             # trace and compile the 1.3B training step
+    echo-eqx benchmark stream           # records a second, beside a plain tarfile loop
+    echo-eqx benchmark save             # how long a checkpoint holds up the loop
+    echo-eqx benchmark monitor          # a page of a long run, from start to curves
+
+Weights are random: they cost the same.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import psutil
+import tyro
+
+import echo_eqx
+from echo_eqx.command import parse
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, to_json
+from echo_eqx.data import stream as data_stream
+from echo_eqx.data.fetch import ShardCache
+from echo_eqx.data.shards import list_shards
+from echo_eqx.sharding.mesh import make_mesh, mesh_shape
+from echo_eqx.train.checkpoint import CheckpointWriter, Retention
+from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
+from echo_eqx.train.state import abstract_state, sharded_abstract_state
+from echo_eqx.train.step import abstract_batch, make_train_step
+from echo_eqx.weights.own_format import array_dtype
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encode and decode a recording."""
+
+    preset: Literal["48khz", "tiny"] = "48khz"
+    seconds: float = 5.0
+    runs: int = 5
+
+
+@dataclass(frozen=True)
+class DiT:
+    """One velocity evaluation at the published lengths."""
+
+    preset: Literal["1.3B", "840M", "tiny"] = "1.3B"
+    dtype: Dtype = "bfloat16"
+    frames: int = 768
+    text_bytes: int = 768
+    speaker_frames: int = 512
+    runs: int = 3
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A velocity evaluation from cached keys against one from text and reference."""
+
+    preset: Literal["1.3B", "840M", "tiny"] = "tiny"
+    dtype: Dtype = "float32"
+    frames: int = 384
+    text_bytes: int = 768
+    speaker_frames: int = 512
+    runs: int = 9
+
+
+@dataclass(frozen=True)
+class Step:
+    """Trace and compile the training step from shapes alone; no weights are made."""
+
+    preset: Literal["1.3B", "840M", "tiny"] = "1.3B"
+    batch_size: int = 8
+    devices: int = 1
+    """Virtual devices, all along fsdp."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Finished batches from local shards of random latents at the published lengths."""
+
+    shards: int = 8
+    records: int = 256
+    """In each shard."""
+    batch_size: int = 64
+    runs: int = 5
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint of a training state: what the loop waits for, and what is done behind it."""
+
+    preset: Literal["1.3B", "840M", "tiny"] = "tiny"
+    runs: int = 5
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """The monitor's page of one long run: until all is read, until its curves are drawn."""
+
+    lines: int = 1_000_000
+    runs: int = 3
+
+
+def main() -> None:
+    command = parse(
+        Annotated[Codec, tyro.conf.subcommand("codec")]
+        | Annotated[DiT, tyro.conf.subcommand("dit")]
+        | Annotated[Cache, tyro.conf.subcommand("cache")]
+        | Annotated[Step, tyro.conf.subcommand("step")]
+        | Annotated[Stream, tyro.conf.subcommand("stream")]
+        | Annotated[Save, tyro.conf.subcommand("save")]
+        | Annotated[Monitor, tyro.conf.subcommand("monitor")],
+        __doc__,
+    )
+    match command:
+        case Codec():
+            codec(command)
+        case DiT():
+            dit(command)
+        case Cache():
+            cache(command)
+        case Step():
+            step(command)
+        case Stream():
+            stream(command)
+        case Save():
+            save(command)
+        case Monitor():
+            monitor(command)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_gib = peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    print(f"peak memory of this process: {peak_gib:.2f} GiB")
+
+
+def median_seconds(name: str, function: Callable[[], object], runs: int) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(function())
+    first = time.perf_counter() - started
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - started)
+    median = statistics.median(times)
+    print(
+        f"{name}: median {median:.3f} s of {runs} runs ({min(times):.3f} to {max(times):.3f}); "
+        f"the first, with compiling, {first:.1f} s"
+    )
+    return median
+
+
+def random_weights(init: Callable[[], Any]) -> Any:
+    """A model of random numbers, made leaf by leaf as in a load, so that peaks are those of use."""
+    rng = np.random.default_rng(0)
+
+    def leaf(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        numbers = rng.standard_normal(abstract.shape, np.float32) * np.float32(0.02)
+        return jax.device_put(numbers.astype(abstract.dtype))
+
+    return jax.tree.map(leaf, jax.eval_shape(init))
+
+
+def codec(args: Codec) -> None:
+    config = CODEC_PRESETS[args.preset]
+    model = random_weights(lambda: echo_eqx.DACVAE.init(config, key=jr.key(0)))
+    audio = 0.1 * np.random.default_rng(0).standard_normal(int(args.seconds * config.sample_rate))
+    audio = audio.astype(np.float32)
+    latents, _ = model.encode(audio)
+    print(f"codec {args.preset}, {args.seconds} s of audio, float32, {jax.devices()[0]}")
+    median_seconds("encode", lambda: model.encode(audio), args.runs)
+    plain = median_seconds("decode", lambda: model.decode(latents), args.runs)
+    message = np.arange(16) % 2
+    marked = median_seconds(
+        "decode with watermark", lambda: model.decode(latents, message), args.runs
+    )
+    print(f"the watermark takes {marked / plain:.2f} of the plain decoding time")
+
+
+def dit_inputs(args: DiT | Cache) -> tuple[echo_eqx.EchoDiT, list[jax.Array]]:
+    config = DIT_PRESETS[args.preset]
+
+    def init():
+        dit = echo_eqx.EchoDiT.init(config, key=jr.key(0))
+        return echo_eqx.cast(dit, array_dtype(args.dtype))
+
+    model = random_weights(init)
+    keys = jr.split(jr.key(1), 3)
+    inputs = [
+        jr.normal(keys[0], (args.frames, config.latent_dim)),
+        jnp.float32(0.5),
+        jr.randint(keys[1], (args.text_bytes,), 0, 256),
+        jnp.ones(args.text_bytes, bool),
+        jr.normal(keys[2], (args.speaker_frames, config.latent_dim)),
+        jnp.ones(args.speaker_frames, bool),
+    ]
+    print(
+        f"EchoDiT {args.preset}, {args.dtype}, {args.frames} frames, {args.text_bytes} bytes, "
+        f"{args.speaker_frames} reference frames, {jax.devices()[0]}"
+    )
+    return model, inputs
+
+
+def dit(args: DiT) -> None:
+    model, inputs = dit_inputs(args)
+    velocity = eqx.filter_jit(lambda model, *inputs: model(*inputs))
+    median_seconds("velocity", lambda: velocity(model, *inputs), args.runs)
+
+
+def cache(args: Cache) -> None:
+    model, inputs = dit_inputs(args)
+    velocity = eqx.filter_jit(lambda model, *inputs: model(*inputs))
+    whole = median_seconds("velocity", lambda: velocity(model, *inputs), args.runs)
+
+    @eqx.filter_jit
+    def context_of(model, ids, text_mask, speaker, speaker_mask):
+        return model.context(ids, text_mask, speaker, speaker_mask)
+
+    context = context_of(model, *inputs[2:])
+
+    @eqx.filter_jit
+    def from_context(model, context, x, t):
+        mask = jnp.ones(x.shape[0], bool)
+        ones = jnp.ones(model.config.num_layers)
+        return model.velocity(x, t, context, frame_mask=mask, speaker_scale=ones)
+
+    x, t = inputs[:2]
+    cached = median_seconds(
+        "velocity from cached keys", lambda: from_context(model, context, x, t), args.runs
+    )
+    print(f"the cached evaluation takes {cached / whole:.2f} of the whole one")
+
+
+def step(args: Step) -> None:
+    count = f"--xla_force_host_platform_device_count={args.devices}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+    mesh = make_mesh(mesh_shape("", args.devices))
+    config, optimizer = DIT_PRESETS[args.preset], OptimizerConfig()
+    started = time.perf_counter()
+    state = sharded_abstract_state(config, optimizer, mesh)
+    batch = abstract_batch(mesh, args.batch_size, config)
+    train_step = make_train_step(mesh, state, ObjectiveConfig(dtype="bfloat16"), optimizer, 1000)
+    lowered = train_step.lower(state, batch, jax.eval_shape(lambda: jr.key(0)))
+    traced = time.perf_counter()
+    memory: Any = lowered.compile().memory_analysis()
+    compiled = time.perf_counter()
+    print(
+        f"training step of {args.preset}, batch {args.batch_size} x {config.max_frames} frames, "
+        f"{args.devices} device(s): trace {traced - started:.1f} s, "
+        f"compile {compiled - traced:.1f} s"
+    )
+    print(
+        f"on each device: state and batch {memory.argument_size_in_bytes / 2**30:.2f} GiB, "
+        f"temporaries {memory.temp_size_in_bytes / 2**30:.2f} GiB"
+    )
+
+
+def stream(args: Stream) -> None:
+    config = DIT_PRESETS["1.3B"]
+    count = args.shards * args.records
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_shards(Path(folder), args.shards, args.records, config.latent_dim)
+        listing = list_shards(folder, Path(folder))
+
+        def plain() -> None:
+            for shard in listing.shards:
+                with tarfile.open(shard.path) as tar:
+                    for member in tar:
+                        file = tar.extractfile(member)
+                        assert file is not None
+                        file.read()
+
+        window = data_stream.Window(
+            config.latent_dim,
+            config.max_frames,
+            config.max_text_bytes,
+            config.max_speaker_frames,
+            config.patch_size,
+        )
+        lanes = data_stream.num_lanes(args.batch_size, args.shards)
+        source = data_stream.Stream(
+            listing,
+            window,
+            np.zeros((1, config.latent_dim), np.float32),
+            batch_size=args.batch_size,
+            seed=0,
+            num_lanes=lanes,
+            lanes=range(lanes),
+            cache=ShardCache(Path(folder) / "cache", 10**9),
+        )
+
+        def batches() -> None:
+            for _ in range(count // args.batch_size):
+                next(source)
+
+        reading = median_seconds("plain tarfile reading", plain, args.runs)
+        building = median_seconds("finished batches", batches, args.runs)
+        source.close()
+    print(
+        f"{count / reading:.0f} records/s read, {count / building:.0f} records/s as batches: "
+        f"{reading / building:.2f} of plain reading"
+    )
+
+
+def write_random_shards(folder: Path, shards: int, records: int, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for record in range(records):
+                parts = {"json": json.dumps({"text": "word " * 60}).encode()}
+                for name, frames in (("npy", 768), ("ref.npy", 512)):
+                    file = io.BytesIO()
+                    np.save(file, rng.standard_normal((frames, channels), np.float32).astype("f2"))
+                    parts[name] = file.getvalue()
+                for name, data in parts.items():
+                    info = tarfile.TarInfo(f"{record:05d}.{name}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def save(args: Save) -> None:
+    config = DIT_PRESETS[args.preset]
+    state: Any = random_weights(lambda: abstract_state(config, OptimizerConfig()))
+    manifest = {"step": 0, "samples_seen": 0, "model": to_json(config)}
+    stalls, totals = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(
+            Path(folder),
+            mark="benchmark",
+            process=0,
+            num_processes=1,
+            retention=Retention(last=1),
+            export=True,
+        )
+        for run_number in range(args.runs):
+            started = time.perf_counter()
+            writer.save(state, {**manifest, "step": run_number}, {})
+            stalls.append(time.perf_counter() - started)
+            writer.wait()
+            totals.append(time.perf_counter() - started)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    print(
+        f"checkpoint of {args.preset}, {size / 2**20:.0f} MiB: the loop waits "
+        f"{statistics.median(stalls):.3f} s, it is on disk after {statistics.median(totals):.2f} s "
+        f"(medians of {args.runs})"
+    )
+
+
+def monitor(args: Monitor) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run" / "metrics.jsonl"
+        file.parent.mkdir()
+        with file.open("w") as out:
+            out.writelines(metrics_line(step) for step in range(1, args.lines + 1))
+        print(f"{args.lines} lines, {file.stat().st_size / 1e6:.0f} MB; each time a new monitor")
+        measure_reading(file, args)
+        measure_drawing(file, args)
+
+
+def metrics_line(step: int) -> str:
+    """As the trainer writes it."""
+    loss = 0.3 + 2.0 / step**0.5 + 0.05 * math.sin(step)
+    line: dict[str, Any] = {
+        "step": step,
+        "loss": loss,
+        "gradient_norm": loss / 3,
+        "parameter_norm": 300 + loss / 7,
+        "learning_rate": 1e-4 * math.cos(1e-6 * step),
+        "updated": True,
+    }
+    if step % 10 == 0:
+        seconds = 0.9 + 0.01 * math.sin(step)
+        line |= {
+            "samples_seen": 256 * step,
+            "skipped_updates": 0,
+            "broken_records": 0,
+            "time": 1.7e9 + step,
+            "step_seconds": seconds,
+            "data_wait": 0.001 * loss,
+            "samples_per_second": 256 / seconds,
+            "audio_hours_per_second": 1 / seconds,
+            "flops_per_device": 1e14 / seconds,
+            "mfu": 0.4 / seconds,
+            "device_memory_bytes": 3e10,
+        }
+    if step % 1000 == 0:
+        line |= {"eval_loss": loss, "eval_loss_by_time": [loss] * 8}
+    return json.dumps(line) + "\n"
+
+
+@contextlib.contextmanager
+def monitoring(file: Path) -> Iterator[tuple[str, int]]:
+    """Address and process of a monitor that has just begun to listen."""
+    command = [sys.executable, "-m", "echo_eqx", "monitor"]
+    command += ["--runs", str(file.parent), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            yield process.stderr.readline().split(" at ")[1].split(" until ")[0], process.pid
+        finally:
+            process.kill()
+
+
+def measure_reading(file: Path, args: Monitor) -> None:
+    whole, cpu, refresh, read = [], [], [], []
+    for _ in range(args.runs):
+        with monitoring(file) as (address, pid):
+            used, started = cpu_seconds(pid), time.perf_counter()
+            news, curves = ask_monitor(address, 0, {})
+            while news["read"] < 1:
+                news, curves = ask_monitor(address, news["version"], curves)
+            whole.append(time.perf_counter() - started)
+            cpu.append(cpu_seconds(pid) - used)
+            with file.open("a") as out:
+                out.writelines(metrics_line(args.lines + i) for i in range(1, 11))
+            before, started = bytes_read(pid), time.perf_counter()
+            ask_monitor(address, news["version"], curves)
+            refresh.append(time.perf_counter() - started)
+            read.append(bytes_read(pid) - before)
+    print(
+        f"over HTTP: all curves after {statistics.median(whole):.2f} s, of which the monitor "
+        f"computes {statistics.median(cpu):.2f} s; 10 lines more after "
+        f"{1e3 * statistics.median(refresh):.0f} ms, {statistics.median(read) / 1e3:.1f} kB read "
+        f"(medians of {args.runs})"
+    )
+
+
+def ask_monitor(address: str, version: int, curves: dict[str, str]) -> tuple[Any, dict[str, str]]:
+    """What the page would ask for and keep."""
+    query = urllib.parse.urlencode({"version": version, "have": ",".join(curves.values())})
+    with urllib.request.urlopen(f"{address}data.json?run=run&{query}") as answer:
+        news = json.load(answer)
+    found = {name: f"{name}:{c['stride']}:{c['full']}" for name, c in news["curves"].items()}
+    return news, curves | found
+
+
+def cpu_seconds(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def bytes_read(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/io").read_text().split()
+    return int(fields[fields.index("rchar:") + 1])
+
+
+def measure_drawing(file: Path, args: Monitor) -> None:
+    """In Chromium without a window, by its own clock: to curves, and to the first with its axes."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        print("in a browser: not measured, since chromium and chromedriver are not on PATH")
+        return
+    from selenium import webdriver  # of the extra dev
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    times = "return performance.getEntriesByName(arguments[0]).map(mark => mark.startTime / 1000)"
+    first, again = ([], []), ([], [])
+    try:
+        for _ in range(args.runs):
+            with monitoring(file) as (address, _):
+                for both in (first, again):  # the second time Plotly is known to the browser
+                    browser.get(address)
+                    for seconds, mark in zip(both, ("sketched", "drawn"), strict=True):
+                        while not (found := browser.execute_script(times, mark)):
+                            time.sleep(0.1)
+                        seconds.append(found[0])
+    finally:
+        browser.quit()
+    median = [statistics.median(seconds) for both in (first, again) for seconds in both]
+    print(
+        f"in a browser: the first time, curves after {median[0]:.2f} s, with axes after "
+        f"{median[1]:.2f} s; again, after {median[2]:.2f} s and {median[3]:.2f} s"
+    )

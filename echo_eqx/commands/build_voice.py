@@ -1,0 +1,186 @@
+"""Build the small voice of the package, from nothing, on a GPU or in hours on two cores.
+
+    echo-eqx build_voice --work runs/build_voice
+
+espeak-ng speaks what a grammar makes up; a codec is trained on the recordings, turns them into
+shards, and EchoDiT is trained on those: first on a few words at a time, by which it learns to read
+sooner, then on sentences. Each step is another command, printed as it runs, and goes on
+where it was stopped when this is started again. Needs espeak-ng.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import echo_eqx
+from echo_eqx import voice
+from echo_eqx.command import parse
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig
+from echo_eqx.data.audio import save_audio
+from echo_eqx.errors import EchoError
+from echo_eqx.prepare.clips import list_clips
+from echo_eqx.train.codec.standardise import standardise
+from echo_eqx.voice.espeak import MANIFEST, REFERENCE_TEXT, VOICES, speak
+from echo_eqx.voice.evaluate import generation_config, reference_files
+
+STANDARD_CLIPS = 400
+"""Recordings by which latents are brought to mean 0 and deviation 1."""
+
+
+@dataclass(frozen=True)
+class Args:
+    work: Path = Path("runs/build_voice")
+    """Recordings, shards and runs."""
+    output: Path = Path(voice.__file__).parent
+    """Where weights, references and shards go; by default into the package."""
+    phrases: int = 7000
+    """Recordings of one to three words of any kind of sentence."""
+    sentences: int = 48_000
+    """Recordings of whole sentences, three in ten of the small domain."""
+    codec_steps: int = 1500
+    """Steps of the codec's training, on the phrases."""
+    decoder_steps: int = 7000
+    """Steps of the decoder alone, after that."""
+    phrase_steps: int = 3000
+    """Steps of EchoDiT's training on the phrases."""
+    sentence_steps: int = 13_000
+    """Steps on the sentences, after that."""
+    batch_size: int = 256
+    """Of EchoDiT's training."""
+    embedded_shards: int = 1
+    """Shards that come with the package."""
+
+
+def main() -> None:
+    args = parse(Args, __doc__)
+    work, sizes = args.work, DIT_PRESETS["voice"]
+    short = replace(sizes, max_frames=44, max_text_bytes=40, max_speaker_frames=32)
+    phrases, sentences = work / "phrases" / MANIFEST, work / "sentences" / MANIFEST
+    command("make_corpus", output=phrases.parent, count=args.phrases, max_words=3, max_seconds=1.6)
+    command(
+        "make_corpus",
+        output=sentences.parent,
+        count=args.sentences,
+        small_share=0.3,
+        max_seconds=sizes.max_frames / CODEC_PRESETS["24khz"].frame_rate,
+    )
+    command("train_codec", data=phrases, run_dir=work / "codec", num_steps=args.codec_steps)
+    codec = work / "codec.safetensors"
+    if not codec.is_file():
+        clips, _ = list_clips(str(phrases), max_seconds=30.0, cache=work)
+        trained = echo_eqx.load_codec(work / "codec")
+        echo_eqx.save(standardise(trained, clips[:STANDARD_CLIPS]), codec)
+    decoder = work / "decoder"  # latents stay as they are, so this only makes them sound better
+    command(
+        "train_codec",
+        data=phrases,
+        run_dir=decoder,
+        init_from=codec,
+        freeze_encoder=True,
+        num_steps=args.decoder_steps,
+        # Latents do not tell the phase: what the samples ask for is then silence, and what spectra
+        # ask for leaves the pitch open.
+        **{"loss.waveform": 0.0, "loss.periodicity": 5.0, "learning_rate": 1e-3},
+    )
+    first, last = work / "dit_phrases", work / "dit_sentences"
+    shards = prepare(phrases, work / "shards_phrases", codec, short)
+    train(shards, first, short, args.phrase_steps, args.batch_size, codec=decoder)
+    shards = prepare(sentences, work / "shards_sentences", codec, sizes)
+    train(
+        shards,
+        last,
+        sizes,
+        args.sentence_steps,
+        args.batch_size,
+        codec=decoder,
+        init_from=first,
+        schedule="wsd",
+        decay=0.4,
+        ema=0.998,
+    )
+    pack(decoder, last, shards, args.output, args.embedded_shards)
+    weights = args.output / voice.WEIGHTS.name
+    command(
+        "eval_voice",
+        checkpoint=weights / voice.CHECKPOINT.name,
+        codec=weights / voice.CODEC.name,
+        references=args.output / voice.REFERENCES.name,
+        output=work / "judged",
+    )
+
+
+def prepare(manifest: Path, shards: Path, codec: Path, sizes: DiTConfig) -> Path:
+    """Shards of what fits a window."""
+    rate = CODEC_PRESETS["24khz"].frame_rate
+    command(
+        "prepare",
+        input=manifest,
+        output=shards,
+        codec=codec,
+        max_seconds=sizes.max_frames / rate,
+        ref_seconds=sizes.max_speaker_frames / rate,
+        batch_size=8,
+    )
+    return shards
+
+
+def train(
+    shards: Path, run_dir: Path, sizes: DiTConfig, steps: int, batch_size: int, **flags: object
+) -> None:
+    command(
+        "train",
+        model="voice",
+        data=shards,
+        run_dir=run_dir,
+        num_steps=steps,
+        batch_size=batch_size,
+        frames=sizes.max_frames,
+        text_bytes=sizes.max_text_bytes,
+        ref_frames=sizes.max_speaker_frames,
+        sample_every=0,
+        **flags,
+    )
+
+
+def command(name: str, **flags: object) -> None:
+    """Run another command of the package.
+
+    **Raises**: `EchoError` if it fails.
+    """
+    words = [sys.executable, "-m", "echo_eqx", name]
+    for flag, value in flags.items():
+        words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    print(shlex.join(words), flush=True)
+    code = subprocess.run(words).returncode
+    if code:
+        raise EchoError(f"{name} ended with code {code}; this command goes on from there")
+
+
+def pack(codec: Path, dit: Path, made: Path, output: Path, num_shards: int) -> None:
+    """Put what ships into `output`: weights in float16, a recording of each voice, shards."""
+    weights, references, shards = (
+        output / path.name for path in (voice.WEIGHTS, voice.REFERENCES, voice.SHARDS)
+    )
+    for folder in (references, shards):
+        folder.mkdir(parents=True, exist_ok=True)
+    echo_eqx.save(echo_eqx.load_codec(codec), weights / voice.CODEC.name, dtype="float16")
+    for one in VOICES:
+        save_audio(references / f"{one.name}.flac", *speak(REFERENCE_TEXT, one))
+    file = weights / voice.CODEC.name
+    name = "voice" if file.resolve() == voice.CODEC.resolve() else str(file.resolve())
+    model = echo_eqx.load_dit(dit)
+    generation = generation_config(
+        model, echo_eqx.load_codec(file), reference_files(references), name
+    )
+    target = weights / voice.CHECKPOINT.name
+    echo_eqx.save(model, target, dtype="float16", generation=generation)
+    names = [path.name for path in sorted(made.glob("*.tar"))][:num_shards]
+    for name in [*names, "silence.safetensors", "codec.json"]:
+        shutil.copy(made / name, shards / name)
+    for path in (*weights.iterdir(), *references.iterdir(), *shards.iterdir()):
+        os.chmod(path, 0o644)
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

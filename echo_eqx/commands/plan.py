@@ -1,0 +1,139 @@
+"""Say what a training run needs, before anything is rented: memory, time, traffic, batch.
+
+    echo-eqx plan --model 1.3B --devices 32 --chip v4 --batch_size 256
+    echo-eqx plan --devices 8 --chip H100 --mesh data=2,fsdp=4 --accumulate 4 --json
+
+The real training step is compiled for so many virtual devices; no weights are made.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from echo_eqx.command import note, parse
+from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
+from echo_eqx.train.plan import FULL, GIB, Plan, make_plan, use_virtual_devices
+
+
+@dataclass(frozen=True)
+class Args:
+    model: str = "1.3B"
+    """Architecture, by the name of its preset: 1.3B, 840M, 2.4B, tiny."""
+    devices: int = 32
+    """Chips, over all hosts."""
+    chip: str = "v4"
+    """v4, v5e, v5p, v6e (TPU), A100 (of 80 GB), H100, H200."""
+    batch_size: int | None = None
+    """Samples in a batch, over all devices; by default the preset's."""
+    mesh: str = ""
+    """Devices by axis, such as data=1,fsdp=8,tensor=1. By default all are along fsdp."""
+    frames: int | None = None
+    """Window of a sample in latent frames, 25 a second; by default the preset's."""
+    text_bytes: int | None = None
+    """Longest text in bytes; by default the preset's."""
+    ref_frames: int | None = None
+    """Longest reference in latent frames, a multiple of 4; by default the preset's."""
+    num_steps: int | None = None
+    """Batches to train on, in all; by default the preset's."""
+    accumulate: int = 1
+    """Parts that a batch is worked off in, one after the other."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights; 0 keeps none."""
+    efficiency: float = 0.4
+    """Share of the chips' rate that the arithmetic reaches where nothing else holds it up."""
+    json: bool = False
+    """Print the plan as one JSON object, in bytes and seconds."""
+
+
+def main() -> None:
+    args = parse(Args, __doc__)
+    config = train_config(args)
+    config.check()
+    use_virtual_devices(args.devices)
+    plan = make_plan(config, args.devices, args.chip, args.efficiency)
+    print(json.dumps(as_json(plan), indent=2) if args.json else "\n".join(lines_of(plan)))
+    for warning in plan.warnings:
+        note(f"warning: {warning}")
+
+
+def train_config(args: Args) -> TrainConfig:
+    """Settings of the run: the preset's, and the flags that were given."""
+    preset = TRAIN_PRESETS.get(args.model, TrainConfig(model=args.model))
+    names = ("batch_size", "frames", "text_bytes", "ref_frames", "num_steps")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    optimizer = dataclasses.replace(preset.optimizer, accumulate=args.accumulate, ema=args.ema)
+    # A plan reads no data.
+    return dataclasses.replace(preset, data="", mesh=args.mesh, optimizer=optimizer, **given)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    data = dataclasses.asdict(plan)
+    data["memory"]["total"] = plan.memory.total
+    data["traffic"]["total"] = plan.traffic.total
+    return data
+
+
+def lines_of(plan: Plan) -> list[str]:
+    memory, traffic = plan.memory, plan.traffic
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    per_device = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
+    parts = f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""
+    lines = [
+        f"{plan.model}, {plan.num_parameters / 1e6:.0f} M parameters, on {plan.devices} x "
+        f"{plan.chip}: {mesh}",
+        f"batch {plan.batch_size}, {per_device} a device{parts}; {plan.frames} frames, "
+        f"{plan.text_bytes} bytes of text, {plan.ref_frames} reference frames",
+        "",
+        "memory on each device",
+        row("parameters, float32", in_bytes(memory.parameters)),
+        row("moments, float32", in_bytes(memory.moments)),
+    ]
+    if memory.average:
+        lines.append(row("average, float32", in_bytes(memory.average)))
+    lines += [
+        row("gradients, float32", in_bytes(memory.gradients)),
+        row("batch", in_bytes(memory.batch)),
+        row(
+            "activations and temporaries",
+            in_bytes(memory.temporaries),
+            "temporaries as the CPU compiler counts them",
+        ),
+        row(
+            "in all",
+            in_bytes(memory.total),
+            f"{memory.total / plan.memory_limit:.0%} of {in_bytes(plan.memory_limit)}",
+        ),
+        row("largest batch", str(plan.largest_batch), f"at most {FULL:.0%} of memory"),
+        "",
+        "a step",
+        row("arithmetic", f"{plan.step_flops / 1e12:,.1f} TFLOP"),
+        row("  at the efficiency", seconds(plan.arithmetic_seconds), f"{plan.efficiency:.0%}"),
+        row("traffic of each device", in_bytes(traffic.total), "sent, and as much received"),
+        row("  parameters, gathered", in_bytes(traffic.gathers)),
+        row("  gradients, scattered", in_bytes(traffic.scatters)),
+        row("  gradients, summed", in_bytes(traffic.gradient_sums)),
+        row("  activations, summed", in_bytes(traffic.activation_sums)),
+        row("  over its links", seconds(plan.link_seconds)),
+        row("weights through memory", seconds(plan.memory_seconds)),
+        row("step time", seconds(plan.step_seconds), "the largest of the three"),
+        row("MFU", f"{plan.mfu:.1%}"),
+        "",
+        f"the run, {plan.num_steps} steps",
+        row("time", f"{plan.hours:.1f} h"),
+        row("samples", f"{plan.samples:,}"),
+        row("audio", f"{plan.audio_hours:,.0f} h", "with recordings as long as the window"),
+    ]
+    return lines
+
+
+def row(name: str, value: str, remark: str = "") -> str:
+    return f"  {name:<28}{value:>16}  {remark}".rstrip()
+
+
+def in_bytes(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.2f} MiB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3f} s" if value >= 0.1 else f"{1e3 * value:.2f} ms"

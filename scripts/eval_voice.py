@@ -1,0 +1,6 @@
+"""`echo-eqx eval_voice`."""
+
+from echo_eqx.commands import run_command
+
+if __name__ == "__main__":
+    run_command("eval_voice")

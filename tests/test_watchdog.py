@@ -1,23 +1,24 @@
-"""What may go goes in order and only as far as needed; everything else stays, behind links too."""
+"""The watchdog deletes in order and only as much as needed; nothing else, and not through links."""
 
 import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from echo_eqx.command import run
 from echo_eqx.commands import watchdog
 from echo_eqx.errors import EchoError
-from echo_eqx.ops.disk import checkpoints as checkpoints_module
-from echo_eqx.ops.disk.log import JsonLines
-from echo_eqx.ops.disk.watchdog import DiskWatchdog
-from echo_eqx.train.checkpoint import Retention
+from echo_eqx.ops.disk import candidates
+from echo_eqx.ops.disk.log import EventLog
+from echo_eqx.ops.disk.watchdog import DiskWatchdog, WatchdogArgs
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "watchdog.py"
 PIECE = 2**18
@@ -25,7 +26,6 @@ PIECES = "0123456789abcdef-00000.safetensors"
 ALL = 8 * 2**20 - 1
 """More than can ever be free on the small disk, so that all goes that may."""
 DAY = 86400.0
-LAST = Retention(1)
 
 
 @contextlib.contextmanager
@@ -98,16 +98,19 @@ def revision(disk: Path, repo: str, commit: str, days: float) -> Path:
 class Watched:
     """A watchdog of the small disk, and what it has logged."""
 
-    def __init__(self, disk: Path, free: int, retention: Retention = LAST, dry_run: bool = False):
+    def __init__(self, disk: Path, free: int, keep: tuple[int, int] = (1, 0), **args: Any):
         self._log = disk.parent / "log.jsonl"
         self._dog = DiskWatchdog(
-            free,
-            JsonLines(self._log),
-            retention=retention,
-            runs=(disk / "runs",),
-            cache=disk / "cache",
-            hub_cache=disk / "hub",
-            dry_run=dry_run,
+            WatchdogArgs(
+                free_gb=free / 1e9,
+                runs=(disk / "runs",),
+                cache=disk / "cache",
+                hub_cache=disk / "hub",
+                keep_last=keep[0],
+                keep_every=keep[1],
+                log=self._log,
+                **args,
+            )
         )
 
     def check(self) -> bool:
@@ -118,7 +121,7 @@ class Watched:
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def paths(self, *events: str) -> list[Path]:
-        return [Path(x["path"]) for x in self.lines if x["event"] in (events or ("removed",))]
+        return [Path(x["path"]) for x in self.lines if x["event"] in (events or ("deleted",))]
 
 
 def fill_with_everything(disk: Path) -> tuple[list[Path], list[Path]]:
@@ -138,7 +141,7 @@ def fill_with_everything(disk: Path) -> tuple[list[Path], list[Path]]:
     return goes, stay
 
 
-RULE = Retention(2, 25)
+RULE = 2, 25
 
 
 def test_what_may_go_goes_in_order_and_the_rest_stays(disk):
@@ -152,9 +155,9 @@ def test_what_may_go_goes_in_order_and_the_rest_stays(disk):
     assert (stay[-1].with_suffix(".safetensors")).exists()
     for line in watched.lines[:-1]:
         assert line["free_after"] - line["free_before"] >= line["bytes"] >= PIECE
-        assert line["time"].endswith("Z") and line["why"]
+        assert line["time"].endswith("Z") and line["reason"]
     last = watched.lines[-1]
-    assert last["event"] == "check" and last["removed"] == len(goes) and not last["enough"]
+    assert last["event"] == "check" and last["deleted"] == len(goes) and not last["enough"]
     assert last["bytes"] == sum(line["bytes"] for line in watched.lines[:-1])
 
 
@@ -176,7 +179,7 @@ def test_dry_run_says_the_same_once_and_removes_nothing(disk):
     count = len(dry.lines)
     dry.check()
     assert len(dry.lines) == count
-    assert dry.paths("would_remove") == goes and not dry.paths("removed")
+    assert dry.paths("would_delete") == goes and not dry.paths("deleted")
     assert all(path.exists() for path in goes + stay)
     assert shutil.disk_usage(disk).free == before
     wet = Watched(disk, before + 5 * PIECE, RULE)
@@ -184,7 +187,7 @@ def test_dry_run_says_the_same_once_and_removes_nothing(disk):
     start = len(dry.lines)
     assert dry.check() and wet.check()
     assert dry.lines[start]["free_after"] == before + PIECE
-    assert dry.paths("would_remove")[len(goes) :] == wet.paths() == goes[:5]
+    assert dry.paths("would_delete")[len(goes) :] == wet.paths() == goes[:5]
 
 
 def test_the_newest_complete_checkpoint_and_newer_things_stay(disk):
@@ -277,25 +280,25 @@ def test_links_and_mounts_are_not_followed(disk, tmp_path):
 
 def test_an_error_is_told_once_and_the_next_one_goes(disk, monkeypatch):
     steps = [step(disk / "runs" / "one", n) for n in (1, 2, 3, 4)]
-    remove = checkpoints_module._remove_checkpoint
+    delete = candidates._delete_checkpoint
 
-    def hindered(name: str, handle: int) -> None:
-        if name == steps[0].name:
+    def hindered(path: Path) -> None:
+        if path == steps[0]:
             raise PermissionError(13, "Permission denied")
-        if name == steps[1].name:
-            remove(name, handle)  # another watchdog is quicker
-        remove(name, handle)
+        if path == steps[1]:
+            delete(path)  # another watchdog is quicker
+        delete(path)
 
-    monkeypatch.setattr(checkpoints_module, "_remove_checkpoint", hindered)
+    monkeypatch.setattr(candidates, "_delete_checkpoint", hindered)
     watched = Watched(disk, ALL)
     for _ in range(3):
         watched.check()
     assert watched.paths("error") == [steps[0]] and watched.paths() == [steps[2]]
-    assert [line["event"] for line in watched.lines] == ["error", "removed", "check"]
+    assert [line["event"] for line in watched.lines] == ["error", "deleted", "check"]
 
 
 def test_a_log_on_a_full_disk_goes_to_stderr(disk, capfd):
-    log = JsonLines(disk / "log.jsonl")
+    log = EventLog(disk / "log.jsonl")
     log.write(event="first")
     with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
         while True:
@@ -320,13 +323,13 @@ def test_sigterm_ends_it_and_a_shortage_is_said_once(disk):
         process.terminate()
         rest, _ = process.communicate(timeout=20)
     assert process.returncode == 0 and rest == ""
-    assert [line["event"] for line in first] == ["removed", "check"]
+    assert [line["event"] for line in first] == ["deleted", "check"]
     assert first[0]["path"] == str(old) and not first[1]["enough"]
 
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    monkeypatch.setattr(watchdog.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
@@ -341,26 +344,30 @@ def test_once_says_by_its_code_whether_there_is_enough(command, disk):
     consumed = shard(disk, 1)
     code, out, _ = command("--free_gb", "0.008388", "--cache", disk / "cache", "--once")
     assert code == 0 and not consumed.exists()
-    assert [json.loads(line)["event"] for line in out.splitlines()] == ["removed", "check"]
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["deleted", "check"]
     shard(disk, 2, age=60)
     code, out, _ = command("--free_gb", "0.008388", "--cache", disk / "cache", "--once")
-    assert code == 1 and json.loads(out)["removed"] == 0
+    assert code == 1 and json.loads(out)["deleted"] == 0
 
 
 def test_bad_input_is_one_sentence(command, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
     for flags, code, said in [
-        ([], 2, "no folder is given; wanted --runs, --cache or --hub_cache"),
-        (["--runs", tmp_path / "none"], 1, f"runs {tmp_path / 'none'} is no folder"),
-        (["--cache", SCRIPT], 1, f"cache {SCRIPT} is no folder"),
-        (["--hub_cache", link], 1, f"hub_cache {link} is a link; wanted the folder itself"),
-        (["--runs", tmp_path, "--free_gb", "0"], 2, "free_gb is 0.0; wanted a positive number"),
-        (["--runs", tmp_path, "--free_gb", "nan"], 2, "free_gb is nan; wanted a positive"),
-        (["--runs", tmp_path, "--free_gb", "1e9"], 2, "free_gb is 1e+09; wanted less than the"),
-        (["--runs", tmp_path, "--keep_last", "0"], 2, "keep_last is 0; wanted at least 1"),
-        (["--runs", tmp_path, "--every", "0"], 2, "every is 0.0; wanted a positive number"),
-        (["--runs", tmp_path, "--log", tmp_path / "no" / "log"], 1, "log"),
+        ([], 2, "expected --runs, --cache or --hub_cache, got none of them"),
+        (
+            ["--runs", tmp_path / "none"],
+            1,
+            f"--runs {tmp_path / 'none'}: expected a folder, got no",
+        ),
+        (["--cache", SCRIPT], 1, f"--cache {SCRIPT}: expected a folder, got a file"),
+        (["--hub_cache", link], 1, f"--hub_cache {link}: expected a folder, got a link"),
+        (["--runs", tmp_path, "--free_gb", "0"], 2, "expected --free_gb to be positive, got 0.0"),
+        (["--runs", tmp_path, "--free_gb", "nan"], 2, "expected --free_gb to be positive, got nan"),
+        (["--runs", tmp_path, "--free_gb", "1e9"], 2, "expected --free_gb below the size of the"),
+        (["--runs", tmp_path, "--keep_last", "0"], 2, "expected --keep_last of at least 1, got 0"),
+        (["--runs", tmp_path, "--every", "0"], 2, "expected --every to be positive, got 0.0"),
+        (["--runs", tmp_path, "--log", tmp_path / "no" / "log"], 1, "cannot write the log"),
     ]:
         found, out, err = command(*flags)
         assert (found, out) == (code, "") and err.startswith(f"error: {said}"), err
@@ -368,5 +375,5 @@ def test_bad_input_is_one_sentence(command, tmp_path):
 
 
 def test_a_log_that_cannot_be_made_is_refused(tmp_path):
-    with pytest.raises(EchoError, match="cannot be written: Is a directory"):
-        JsonLines(tmp_path)
+    with pytest.raises(EchoError, match=r"cannot write the log .*: Is a directory"):
+        EventLog(tmp_path)

@@ -1,4 +1,4 @@
-"""What the watchdog tells: lines of JSON, and each thing once for as long as it stays so."""
+"""The watchdog's log: lines of JSON, and each problem once for as long as it lasts."""
 
 import contextlib
 import errno
@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from echo_eqx.errors import EchoError
-from echo_eqx.ops.disk.safe import Spared
+from echo_eqx.ops.disk.files import InUse
 
 
-class JsonLines:
-    """A log of JSON objects, appended to `path` or printed; on stderr if that fails.
+class EventLog:
+    """JSON objects, one a line, appended to `path` or printed; on stderr if that fails.
 
-    **Raises**: `EchoError` if the file cannot be made, unless for want of room.
+    **Raises**: `EchoError` if the file cannot be created, unless the disk is full.
     """
 
     def __init__(self, path: Path | None):
         self._path = path
+        self._known: set[tuple[Any, ...]] = set()
+        self._current: set[tuple[Any, ...]] = set()
         try:
             self._append(b"")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise EchoError(f"log {path} cannot be written: {error.strerror}") from None
+                raise EchoError(f"cannot write the log {path}: {error.strerror}") from None
 
     def write(self, **fields: Any) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -34,53 +36,40 @@ class JsonLines:
         try:
             self._append(line.encode())
         except OSError:
-            with contextlib.suppress(OSError):
-                print(line, end="", file=sys.stderr, flush=True)
+            print(line, end="", file=sys.stderr, flush=True)
 
     def _append(self, data: bytes) -> None:
         if self._path is None:
-            while data:  # past the buffer of sys.stdout, which would keep what a full disk refused
-                data = data[os.write(1, data) :]
+            os.write(1, data)  # sys.stdout would keep in its buffer what a full disk refuses
             return
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            before = os.fstat(handle).st_size
-            if os.write(handle, data) < len(data):
-                os.ftruncate(handle, before)  # half a line would spoil the next one
+        with self._path.open("ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(data) < len(data):
+                file.truncate(size)  # half a line would spoil the next one
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(handle)
 
+    def error(self, path: Path, error: Exception) -> None:
+        """Log what is wrong with `path`, unless the check before said so already."""
+        reason = (error.strerror if isinstance(error, OSError) else str(error)) or repr(error)
+        if self.is_new("error", path, reason):
+            self.write(event="error", path=str(path), reason=reason)
 
-class Journal:
-    """Tells what goes wrong while folders are looked through, once for as long as it stays so."""
+    def is_new(self, *key: Any) -> bool:
+        """Whether `key` came up neither in this check nor in the one before."""
+        new = key not in self._known and key not in self._current
+        self._current.add(key)
+        return new
 
-    def __init__(self, log: JsonLines):
-        self.log = log
-        self._said: set[tuple] = set()
-        self._saying: set[tuple] = set()
-
-    def next_check(self) -> None:
-        """A check is over: what was not told in it is news again."""
-        self._said, self._saying = self._saying, set()
-
-    def report(self, path: Path, error: Exception) -> None:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        if self.is_new(("error", path, why)):
-            self.log.write(event="error", path=str(path), why=why or type(error).__name__)
-
-    def is_new(self, what: tuple) -> bool:
-        """Whether `what` was not already so at the check before."""
-        known = what in self._said or what in self._saying
-        self._saying.add(what)
-        return not known
+    def end_check(self) -> None:
+        """From here on what did not come up in this check is new again."""
+        self._known, self._current = self._current, set()
 
     @contextlib.contextmanager
-    def sparing(self, path: Path) -> Iterator[None]:
-        """What is in use or gone is passed over; what cannot be looked at is reported."""
+    def skipping(self, path: Path) -> Iterator[None]:
+        """Pass over `path` if it is in use or gone; log any other error."""
         try:
             yield
-        except (Spared, FileNotFoundError):
+        except (InUse, FileNotFoundError):
             pass
         except (OSError, EchoError) as error:
-            self.report(path, error)
+            self.error(path, error)

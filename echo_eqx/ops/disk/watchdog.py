@@ -1,49 +1,88 @@
-"""Keeping a host's disk free beside a run: what goes when space is short, and what never does.
+"""Keep a host's disk free next to a run: what is deleted when space is short, and what never is.
 
-In this order, and only until there is enough: shards that were read, downloads that stopped, stale
-revisions and repositories of the Hub cache, leftovers of killed runs, checkpoints outside the
-retention rule. Folders are walked by descriptor from those given, and neither links nor mounts are
-followed. A file on which another process holds a lock is in use.
+Deleted in this order, until enough is free: shards already read, stalled downloads, stale revisions
+and repositories of the Hub's cache, leftovers of killed runs, checkpoints outside the retention
+rule. Links and mounts are not followed, and a file that another process has locked is in use.
 """
 
-import contextlib
 import os
-from collections.abc import Callable, Generator
+import queue
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from echo_eqx.ops.disk.cached import read_shards, stopped_downloads
-from echo_eqx.ops.disk.checkpoints import dropped_checkpoints
-from echo_eqx.ops.disk.hub import stale_revisions
-from echo_eqx.ops.disk.log import Journal, JsonLines
-from echo_eqx.ops.disk.safe import Removable, Spared, free_bytes
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.ops.disk.candidates import (
+    Candidate,
+    cached_shards,
+    old_checkpoints,
+    stale_revisions,
+)
+from echo_eqx.ops.disk.log import EventLog
 from echo_eqx.train.checkpoint import Retention
 
 
-class DiskWatchdog:
-    """Removes from the given folders while their file systems have less than `free` bytes free.
+@dataclass(frozen=True)
+class WatchdogArgs:
+    free_gb: float = 20.0
+    """Keep this much free, in 10^9 bytes."""
+    runs: tuple[Path, ...] = ()
+    """Run folders, or folders that hold run folders."""
+    cache: Path | None = None
+    """The trainer's --cache_dir: shards from the Hub."""
+    hub_cache: Path | None = None
+    """The Hub's own cache, such as ~/.cache/huggingface/hub."""
+    hub_days: float = 14.0
+    """Delete repositories in --hub_cache that were not used for this many days."""
+    keep_last: int = 3
+    """Keep this many of the newest checkpoints of each run, whatever the trainer keeps."""
+    keep_every: int = 0
+    """Also keep those at multiples of this many steps; 0: none."""
+    every: float = 30.0
+    """Seconds between checks."""
+    once: bool = False
+    """Check once and exit."""
+    dry_run: bool = False
+    """Log what would be deleted, and delete nothing."""
+    log: Path | None = None
+    """Append the JSON lines to this file; by default they are printed."""
 
-    `runs` are run folders or hold some. The folders must be absolute, without links on the way.
+
+class DiskWatchdog:
+    """Deletes from the given folders while their file systems have too little free space.
+
+    **Raises**: `EchoError` for a folder that cannot be used, `UsageError` for a bad setting.
     """
 
-    def __init__(
-        self,
-        free: int,
-        log: JsonLines,
-        *,
-        retention: Retention,
-        runs: tuple[Path, ...] = (),
-        cache: Path | None = None,
-        hub_cache: Path | None = None,
-        hub_days: float = 14.0,
-        dry_run: bool = False,
-    ):
-        self._wanted, self._journal, self._dry_run = free, Journal(log), dry_run
-        self._runs, self._cache, self._hub_cache = runs, cache, hub_cache
-        self._retention, self._hub_days = retention, hub_days
+    def __init__(self, args: WatchdogArgs):
+        _check_numbers(args)
+        self._required, self._dry_run = round(args.free_gb * 1e9), args.dry_run
+        self._runs = list(dict.fromkeys(self._folder("runs", path) for path in args.runs))
+        self._cache = args.cache and self._folder("cache", args.cache)
+        self._hub_cache = args.hub_cache and self._folder("hub_cache", args.hub_cache)
+        self._hub_days, self._retention = args.hub_days, Retention(args.keep_last, args.keep_every)
+        self._log = EventLog(args.log)
         self._short: set[int] = set()
 
+    def _folder(self, flag: str, path: Path) -> Path:
+        try:
+            if path.is_symlink() or not path.is_dir():
+                got = "a link" if path.is_symlink() else "a file" if path.exists() else "nothing"
+                raise EchoError(f"--{flag} {path}: expected a folder, got {got}")
+            total = shutil.disk_usage(path).total
+        except OSError as error:
+            raise EchoError(f"cannot read --{flag} {path}: {error.strerror}") from None
+        if self._required >= total:
+            raise UsageError(
+                f"expected --free_gb below the size of the disk of {path}, {total / 1e9:g}, got "
+                f"{self._required / 1e9:g}"
+            )
+        return path.resolve()
+
     def check(self, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Remove what is needed, until `stopped`. Whether all file systems then have enough."""
+        """Delete what is necessary, until `stopped`. Whether every disk then has enough free."""
         devices: dict[int, list[Path]] = {}
         enough = True
         for folder in (*self._runs, self._cache, self._hub_cache):
@@ -51,79 +90,101 @@ class DiskWatchdog:
                 try:
                     devices.setdefault(os.lstat(folder).st_dev, []).append(folder)
                 except OSError as error:
-                    self._journal.report(folder, error)
+                    self._log.error(folder, error)
                     enough = False
         for device, folders in devices.items():
             try:
                 enough &= self._check_device(device, folders, stopped)
             except OSError as error:
-                self._journal.report(folders[0], error)
+                self._log.error(folders[0], error)
                 enough = False
-        self._journal.next_check()
+        self._log.end_check()
         return enough
 
     def _check_device(self, device: int, folders: list[Path], stopped: Callable[[], bool]) -> bool:
-        before = free = free_bytes(folders[0])
-        removed = size = news = 0
-        if free < self._wanted:
-            with contextlib.closing(self._removables(folders)) as removables:
-                for item in removables:
-                    was = free
-                    if not self._dry_run and not self._remove(item):
-                        continue
-                    free = free + item.size if self._dry_run else free_bytes(folders[0])
-                    removed, size = removed + 1, size + item.size
-                    news += self._say(item, was, free)
-                    if free >= self._wanted or stopped():
-                        break
-        short = free < self._wanted
-        if news or short != (device in self._short):
-            self._journal.log.write(
+        before = free = shutil.disk_usage(folders[0]).free
+        count = size = logged = 0
+        candidates = self._candidates(folders)
+        while free < self._required and not stopped():
+            candidate = next(candidates, None)
+            if candidate is None:
+                break
+            if not self._dry_run and not self._delete(candidate):
+                continue
+            after = free + candidate.size if self._dry_run else shutil.disk_usage(folders[0]).free
+            count, size = count + 1, size + candidate.size
+            logged += self._log_deletion(candidate, free, after)
+            free = after
+        short = free < self._required
+        if logged or short != (device in self._short):
+            self._log.write(
                 event="check",
                 folders=[str(folder) for folder in folders],
-                wanted=self._wanted,
+                required=self._required,
                 free_before=before,
                 free_after=free,
-                removed=removed,
+                deleted=count,
                 bytes=size,
                 enough=not short,
             )
         (self._short.add if short else self._short.discard)(device)
         return not short
 
-    def _remove(self, item: Removable) -> bool:
-        try:
-            item.remove()
-        except (Spared, FileNotFoundError):
-            return False  # someone else was quicker
-        except OSError as error:
-            self._journal.report(item.path, error)
-            return False
-        return True
+    def _delete(self, candidate: Candidate) -> bool:
+        deleted = False
+        with self._log.skipping(candidate.path):
+            candidate.delete()
+            deleted = True
+        return deleted
 
-    def _say(self, item: Removable, before: int, after: int) -> bool:
-        """Log a removal; one that is only thought of is told once, not at every check."""
-        if self._dry_run and not self._journal.is_new(("would_remove", item.path)):
+    def _log_deletion(self, candidate: Candidate, before: int, after: int) -> bool:
+        """Log a deletion; in a dry run, which finds the same at every check, only once."""
+        if self._dry_run and not self._log.is_new("would_delete", candidate.path):
             return False
-        self._journal.log.write(
-            event="would_remove" if self._dry_run else "removed",
-            kind=item.kind,
-            path=str(item.path),
-            bytes=item.size,
-            why=item.why,
+        self._log.write(
+            event="would_delete" if self._dry_run else "deleted",
+            kind=candidate.kind,
+            path=str(candidate.path),
+            bytes=candidate.size,
+            reason=candidate.reason,
             free_before=before,
             free_after=after,
         )
         return True
 
-    def _removables(self, folders: list[Path]) -> Generator[Removable, None, None]:
-        """What may go, first things first."""
-        cache = self._cache if self._cache in folders else None
-        hub_cache = self._hub_cache if self._hub_cache in folders else None
+    def _candidates(self, folders: list[Path]) -> Iterator[Candidate]:
+        if self._cache in folders:
+            yield from cached_shards(self._cache, self._log)
+        if self._hub_cache in folders:
+            yield from stale_revisions(self._hub_cache, self._hub_days, self._log)
         runs = [folder for folder in folders if folder in self._runs]
-        if cache is not None:
-            yield from read_shards(cache, self._journal)
-            yield from stopped_downloads(cache, self._journal)
-        if hub_cache is not None:
-            yield from stale_revisions(hub_cache, self._hub_days, self._journal)
-        yield from dropped_checkpoints(runs, self._retention, self._journal)
+        yield from old_checkpoints(runs, self._retention, self._log)
+
+
+def watch(args: WatchdogArgs) -> int:
+    """Check every so often until SIGTERM or SIGINT, or only once; the exit code."""
+    watchdog = DiskWatchdog(args)
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # a signal handler may safely fill it
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.put(number))
+    while True:
+        enough = watchdog.check(lambda: not stop.empty())
+        if args.once and stop.empty():
+            return 0 if enough else 1
+        try:
+            stop.get(timeout=args.every)
+            return 0
+        except queue.Empty:
+            continue
+
+
+def _check_numbers(args: WatchdogArgs) -> None:
+    if not (args.runs or args.cache or args.hub_cache):
+        raise UsageError("expected --runs, --cache or --hub_cache, got none of them")
+    least = {"keep_last": 1, "keep_every": 0, "hub_days": 0, "free_gb": None, "every": None}
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if bound is None and not 0 < value < float("inf"):
+            raise UsageError(f"expected --{name} to be positive, got {value}")
+        if bound is not None and not bound <= value < float("inf"):
+            raise UsageError(f"expected --{name} of at least {bound}, got {value}")

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.data.reference import load_reference, set_loudness, speech_of
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.flow.sampler import CANVAS_CLASS
+from echo_eqx.flow.sampler import FRAME_BUCKET
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 
@@ -92,7 +92,7 @@ def encode_padded(codec: DACVAE, audio: Float[np.ndarray, " samples"]) -> np.nda
     """Mean latents of the whole frames in `audio`, with silence behind it up to a few lengths."""
     hop = codec.config.hop
     frames = len(audio) // hop
-    samples = -(-max(frames, 1) // CANVAS_CLASS) * CANVAS_CLASS * hop
+    samples = -(-max(frames, 1) // FRAME_BUCKET) * FRAME_BUCKET * hop
     padded = np.zeros(samples, np.float32)
     padded[: frames * hop] = audio[: frames * hop]
     mean, _ = codec.encode(padded)

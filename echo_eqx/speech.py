@@ -29,7 +29,7 @@ from echo_eqx.data.text import (
 )
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.flow.sampler import (
-    CANVAS_CLASS,
+    FRAME_BUCKET,
     Progress,
     SamplerSettings,
     sample,
@@ -189,7 +189,7 @@ def synthesize_all(
     def clip_of(latents: np.ndarray) -> tuple[np.ndarray, int]:
         end = (speech_end(latents, silence) if trim else 0) or len(latents)
         # Silence far behind the end is not decoded, but few lengths ever are.
-        needed = -(-(end + _DECODED_BEHIND_END) // CANVAS_CLASS) * CANVAS_CLASS
+        needed = -(-(end + _DECODED_BEHIND_END) // FRAME_BUCKET) * FRAME_BUCKET
         audio = decode_in_silence(codec, latents[:needed], message, silence)
         return audio, end * codec.config.hop
 
@@ -436,7 +436,7 @@ def _num_batches(rounds: list[list[_Row]], batch_size: int) -> int:
 def _row_class(row: _Row) -> tuple[int, int]:
     """Padded lengths of text and reference. Rows of one class share a program."""
     text = next((n for n in _TEXT_CLASSES if len(row.ids) <= n), -(-len(row.ids) // 256) * 256)
-    speaker = 0 if row.speaker is None else -(-len(row.speaker) // CANVAS_CLASS) * CANVAS_CLASS
+    speaker = 0 if row.speaker is None else -(-len(row.speaker) // FRAME_BUCKET) * FRAME_BUCKET
     return text, speaker
 
 

@@ -1,4 +1,4 @@
-"""The velocity model: parity, masks, cached keys, sizes."""
+"""The velocity model: parity, masks, cached keys, parameter counts."""
 
 import equinox as eqx
 import jax
@@ -46,7 +46,7 @@ def test_sixth_scale_and_narrow_latents_equal_pytorch(blockwise_dit, blockwise_c
     assert max_difference(velocity, blockwise_cases["velocity"]) < 1e-4
 
 
-def test_velocity_behind_earlier_latents_equals_pytorch(blockwise_dit, blockwise_cases):
+def test_velocity_after_a_prefix_equals_pytorch(blockwise_dit, blockwise_cases):
     x, t, *conditions = inputs_of(blockwise_cases)
     earlier = jnp.pad(jnp.asarray(blockwise_cases["continuation"]), ((0, 0), (0, 24), (0, 0)))
 
@@ -55,10 +55,10 @@ def test_velocity_behind_earlier_latents_equals_pytorch(blockwise_dit, blockwise
         return blockwise_dit.velocity(
             x[:8],
             t,
-            blockwise_dit.context(*conditions),
+            blockwise_dit.encode_conditions(*conditions),
             frame_mask=jnp.ones(8, bool),
             speaker_scale=jnp.ones(3),
-            prefix=blockwise_dit.prefix(earlier, jnp.int32(8)),
+            prefix=blockwise_dit.encode_prefix(earlier, jnp.int32(8)),
         )
 
     golden = blockwise_cases["velocity_block"]
@@ -92,7 +92,7 @@ def test_numpy_arrays_and_a_plain_time_are_taken(golden_dit, dit_cases):
     assert max_difference(velocity, dit_cases["velocity"][0]) < 1e-4
 
 
-def test_padding_behind_text_and_reference_changes_nothing(golden_dit, dit_cases):
+def test_padding_of_text_and_reference_changes_nothing(golden_dit, dit_cases):
     x, t, ids, text_mask, speaker, speaker_mask = (value[:1] for value in inputs_of(dit_cases))
     short = batched(
         golden_dit, x, t, ids[:, :23], text_mask[:, :23], speaker[:, :12], speaker_mask[:, :12]
@@ -111,20 +111,20 @@ def test_velocity_from_cached_keys_equals_uncached(golden_dit, dit_cases):
     @jax.vmap
     def cached(x, t, *conditions):
         mask, ones = jnp.ones(len(x), bool), jnp.ones(golden_dit.config.num_layers)
-        context = golden_dit.context(*conditions)
-        return golden_dit.velocity(x, t, context, frame_mask=mask, speaker_scale=ones)
+        cache = golden_dit.encode_conditions(*conditions)
+        return golden_dit.velocity(x, t, cache, frame_mask=mask, speaker_scale=ones)
 
     uncached = batched(golden_dit, x, t, *conditions)
     assert max_difference(cached(x, t, *conditions), uncached) < 1e-5
 
 
-def test_frames_behind_the_canvas_change_nothing(golden_dit, dit_cases):
+def test_padding_frames_change_nothing(golden_dit, dit_cases):
     x, t, *conditions = (value[0] for value in inputs_of(dit_cases))
-    context = golden_dit.context(*conditions)
+    cache = golden_dit.encode_conditions(*conditions)
     ones = jnp.ones(golden_dit.config.num_layers)
 
     def velocity(x, mask):
-        return golden_dit.velocity(x, t, context, frame_mask=mask, speaker_scale=ones)
+        return golden_dit.velocity(x, t, cache, frame_mask=mask, speaker_scale=ones)
 
     short = velocity(x[:21], jnp.ones(21, bool))
     padded = velocity(x.at[21:].set(jnp.nan), jnp.arange(len(x)) < 21)
@@ -156,9 +156,9 @@ def test_wrong_shapes_are_named_in_one_sentence(golden_dit, dit_cases):
     for arguments, message in (
         ((x[:, :5], t, ids, seen, speaker, heard), r"x: expected latents \(t, 128\), got"),
         ((x[None], t, ids, seen, speaker, heard), r"x: expected latents .* jax\.vmap"),
-        ((x, jnp.ones(2), ids, seen, speaker, heard), "t: expected a single time"),
-        ((x, t, ids[None], seen, speaker, heard), "text_ids: expected whole numbers"),
-        ((x, t, ids.astype(jnp.float32), seen, speaker, heard), "text_ids: expected whole"),
+        ((x, jnp.ones(2), ids, seen, speaker, heard), "t: expected a scalar"),
+        ((x, t, ids[None], seen, speaker, heard), "text_ids: expected integers"),
+        ((x, t, ids.astype(jnp.float32), seen, speaker, heard), "text_ids: expected integers"),
         ((x, t, ids, seen[:-1], speaker, heard), "text_mask: expected booleans"),
         ((x, t, ids, seen, speaker[:, :5], heard), r"speaker_latents: expected latents \(t, 128"),
         ((x, t, ids, seen, speaker[:-1], heard[:-1]), "a multiple of 4 frames"),

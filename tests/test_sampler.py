@@ -1,4 +1,4 @@
-"""The sampler: parity, cached keys, guidance, and what must not compile anew."""
+"""The sampler: parity, cached keys, guidance, and what must not recompile."""
 
 import dataclasses
 import itertools
@@ -115,8 +115,8 @@ def test_a_progress_call_changes_no_bit(golden_dit, dit_cases, conditions):
     assert np.array_equal(shown, sample(golden_dit, *conditions, noise=noise, settings=settings))
 
 
-def test_canvas_padding_changes_nothing(golden_dit, dit_cases, conditions):
-    # 30 frames run on a padded canvas of 128; the plain equations run on exactly 30.
+def test_padding_to_a_bucket_changes_nothing(golden_dit, dit_cases, conditions):
+    # 30 frames are padded to 128; the plain equations run on exactly 30.
     settings = SamplerSettings(steps=3, apg_eta=0.5)
     noise = jnp.asarray(dit_cases["noise"])
     exact = plain_euler(golden_dit, conditions, noise, settings)
@@ -134,15 +134,21 @@ def test_a_row_does_not_depend_on_its_batch(golden_dit, conditions):
     assert max_difference(batch[:1], alone) < 1e-4
 
 
-def test_settings_seeds_and_steps_compile_nothing(golden_dit, conditions):
-    settings = SamplerSettings(steps=3)
-    sample(golden_dit, *conditions, num_frames=20, settings=settings, key=jr.key(0))
-    compiled = []
+def names_of_compiled_programs() -> list[str]:
+    """A list to which every program compiled from now on is added."""
+    names = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **kwargs: (
-            "backend_compile" in event and compiled.append(str(kwargs.get("fun_name")))
+            "backend_compile" in event and names.append(str(kwargs.get("fun_name")))
         )
     )
+    return names
+
+
+def test_changed_settings_seeds_and_steps_do_not_recompile(golden_dit, conditions):
+    settings = SamplerSettings(steps=3)
+    sample(golden_dit, *conditions, num_frames=20, settings=settings, key=jr.key(0))
+    compiled = names_of_compiled_programs()
     for change in (
         {"steps": 5},
         {"cfg_scale": 1.0, "speaker_scale": 0.0},
@@ -154,7 +160,7 @@ def test_settings_seeds_and_steps_compile_nothing(golden_dit, conditions):
     ):
         changed = dataclasses.replace(settings, **change)
         sample(golden_dit, *conditions, num_frames=77, settings=changed, key=jr.key(1))
-    assert not [name for name in compiled if "_euler" in name or "_context" in name]
+    assert not [name for name in compiled if "_euler" in name or "_conditions" in name]
 
 
 def test_reference_scale_acts_only_early_and_in_the_first_layers(golden_dit, dit_cases, conditions):
@@ -211,11 +217,28 @@ def test_settings_out_of_range_are_named(change):
         dataclasses.replace(SamplerSettings(), **change).check()
 
 
+def test_only_the_first_of_equal_blocks_compiles(blockwise_dit, blockwise_cases):
+    conditions = [jnp.asarray(blockwise_cases[name]) for name in CONDITIONS]
+    compiled = names_of_compiled_programs()
+    counts = []
+    sample_blockwise(
+        blockwise_dit,
+        *conditions,
+        block_sizes=[4] * 5,
+        settings=SamplerSettings(steps=1),
+        key=jr.key(0),
+        progress=lambda *_: counts.append(len(compiled)),
+    )
+    assert len(counts) == 5 and counts[0] > 0
+    # The first block's latents are written after its last step, so before the second's.
+    assert counts[1] == counts[-1] == len(compiled)
+
+
 def test_blocks_need_a_blockwise_model_and_whole_patches(golden_dit, blockwise_dit, conditions):
     with pytest.raises(UsageError, match="latent_encoder"):
         sample_blockwise(golden_dit, *conditions, block_sizes=[8], key=jr.key(0))
     ids, mask = conditions[:2]
-    with pytest.raises(UsageError, match="shapes"):
+    with pytest.raises(UsageError, match="expected shapes"):
         noise = [jnp.zeros((3, 8, 21))]
         sample_blockwise(blockwise_dit, ids, mask, block_sizes=[8], noise=noise)
     with pytest.raises(UsageError, match="6 frames"):

@@ -237,7 +237,7 @@ def cache(args: Cache) -> None:
 
     @eqx.filter_jit
     def context_of(model, ids, text_mask, speaker, speaker_mask):
-        return model.context(ids, text_mask, speaker, speaker_mask)
+        return model.encode_conditions(ids, text_mask, speaker, speaker_mask)
 
     context = context_of(model, *inputs[2:])
 

@@ -1,4 +1,4 @@
-"""How the velocities with and without a condition are combined, and what may follow."""
+"""Classifier-free guidance, adaptive projected guidance, and temporal score rescaling."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,17 +10,18 @@ def guidance_update(
     scale: Float[Array, ""],
     eta: Float[Array, ""],
 ) -> Float[Array, "b t c"]:
-    """`scale * (difference - (1 - eta) * its part along the velocity)`, to be added.
+    """The term to add to `velocity`, given the velocity with the condition dropped.
 
-    With eta = 1 this is classifier-free guidance (Ho & Salimans, arXiv:2207.12598). With eta < 1
-    the part of the difference that only lengthens the velocity is weakened: adaptive projected
-    guidance (Sadat et al., arXiv:2410.02416).
+    With `difference = velocity - dropped` it is `scale * (difference - (1 - eta) * parallel)`,
+    where `parallel` is the projection of the difference onto the velocity. eta = 1 is
+    classifier-free guidance (Ho & Salimans, arXiv:2207.12598). eta < 1 weakens the parallel part,
+    which only lengthens the velocity: adaptive projected guidance (Sadat et al., arXiv:2410.02416).
     """
     difference = velocity - dropped
-    axes = (1, 2)
-    length2 = jnp.sum(velocity * velocity, axes, keepdims=True)
-    along = jnp.sum(difference * velocity, axes, keepdims=True) / jnp.maximum(length2, 1e-24)
-    return scale * (difference - (1.0 - eta) * along * velocity)
+    square = jnp.sum(velocity * velocity, (1, 2), keepdims=True)
+    product = jnp.sum(difference * velocity, (1, 2), keepdims=True)
+    parallel = product / jnp.maximum(square, 1e-24) * velocity
+    return scale * (difference - (1.0 - eta) * parallel)
 
 
 def rescale_score(
@@ -30,10 +31,10 @@ def rescale_score(
     k: Float[Array, ""],
     sigma: Float[Array, ""],
 ) -> Float[Array, "b t c"]:
-    """Temporal score rescaling (Xu et al., arXiv:2510.01184); k = 1 changes nothing.
+    """Temporal score rescaling (Xu et al., arXiv:2510.01184); k = 1 returns `velocity`.
 
-    `ratio = (snr sigma^2 + 1) / (snr sigma^2 / k + 1)` with `snr = (1 - t)^2 / t^2`, and the new
-    velocity is `(ratio ((1 - t) v + x) - x) / (1 - t)`, for t < 1.
+    For t < 1 the result is `(ratio ((1 - t) v + x) - x) / (1 - t)`, where
+    `ratio = (snr sigma^2 + 1) / (snr sigma^2 / k + 1)` and `snr = (1 - t)^2 / t^2`.
     """
     data_share = jnp.where(t < 1.0, 1.0 - t, 1.0)
     snr = jnp.square(data_share / t)

@@ -1,4 +1,4 @@
-"""Time conditioning: sinusoidal embedding, its MLP, and each sub-layer's low-rank adaptive norm."""
+"""Timestep conditioning: sinusoidal embedding, its MLP, and a low-rank AdaLN for each sub-layer."""
 
 import equinox as eqx
 import jax
@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from echo_eqx.layers.linear import Linear
-from echo_eqx.layers.norm import rms_normalise
+from echo_eqx.layers.norm import rms_norm
 
 MAX_PERIOD = 10_000.0
 
 
-def time_embedding(t: Float[Array, ""], dim: int) -> Float[Array, " {dim}"]:
+def timestep_embedding(t: Float[Array, ""], dim: int) -> Float[Array, " {dim}"]:
     """`cat(cos a, sin a)` with `a_i = 1000 t * exp(-ln(10000) i / (dim / 2))`, for t in [0, 1]."""
     half = dim // 2
     frequencies = 1000.0 * np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
@@ -22,7 +22,7 @@ def time_embedding(t: Float[Array, ""], dim: int) -> Float[Array, " {dim}"]:
 
 
 class Modulation(eqx.Module):
-    """Shift, scale and gate, a vector each, in float32."""
+    """Shift, scale and gate vectors in float32."""
 
     shift: Float[Array, " d"]
     scale: Float[Array, " d"]
@@ -30,7 +30,7 @@ class Modulation(eqx.Module):
 
 
 class TimeConditioner(eqx.Module):
-    """Maps t to the global shift, scale and gate that all blocks share."""
+    """Maps t to the shift, scale and gate shared by all blocks."""
 
     dense0: Linear
     dense1: Linear
@@ -48,19 +48,19 @@ class TimeConditioner(eqx.Module):
         )
 
     def __call__(self, t: Float[Array, ""]) -> Modulation:
-        c = self.dense1(jax.nn.silu(self.dense0(time_embedding(t, self.embed_dim))))
+        c = self.dense1(jax.nn.silu(self.dense0(timestep_embedding(t, self.embed_dim))))
         shift, scale, gate = jnp.split(self.dense2(jax.nn.silu(c)), 3)
         return Modulation(shift, scale, gate)
 
 
-class LowRank(eqx.Module):
+class LowRankResidual(eqx.Module):
     """`up(down(silu(v))) + v`."""
 
     down: Linear
     up: Linear
 
     @classmethod
-    def init(cls, dim: int, rank: int, *, key: PRNGKeyArray) -> "LowRank":
+    def init(cls, dim: int, rank: int, *, key: PRNGKeyArray) -> "LowRankResidual":
         down = Linear.init(dim, rank, key=key)
         return cls(down, Linear.init(rank, dim, bias=True, zero=True, key=key))
 
@@ -69,28 +69,28 @@ class LowRank(eqx.Module):
 
 
 class LowRankAdaLN(eqx.Module):
-    """A sub-layer's own shift, scale and gate, as low-rank changes to the global ones."""
+    """The shift, scale and gate of one sub-layer: the shared ones plus a low-rank correction."""
 
-    shift: LowRank
-    scale: LowRank
-    gate: LowRank
+    shift: LowRankResidual
+    scale: LowRankResidual
+    gate: LowRankResidual
     eps: float = eqx.field(static=True)
 
     @classmethod
     def init(cls, dim: int, rank: int, eps: float, *, key: PRNGKeyArray) -> "LowRankAdaLN":
         key_shift, key_scale, key_gate = jr.split(key, 3)
         return cls(
-            shift=LowRank.init(dim, rank, key=key_shift),
-            scale=LowRank.init(dim, rank, key=key_scale),
-            gate=LowRank.init(dim, rank, key=key_gate),
+            shift=LowRankResidual.init(dim, rank, key=key_shift),
+            scale=LowRankResidual.init(dim, rank, key=key_scale),
+            gate=LowRankResidual.init(dim, rank, key=key_gate),
             eps=eps,
         )
 
     def __call__(
         self, x: Float[Array, "t d"], time: Modulation
     ) -> tuple[Float[Array, "t d"], Float[Array, "1 d"]]:
-        """The sub-layer's input `rms(x) * (1 + scale) + shift`, and the gate `tanh(gate)`."""
+        """The input of the sub-layer, `rms_norm(x) * (1 + scale) + shift`, and `tanh(gate)`."""
         scale, shift = self.scale(time.scale)[None], self.shift(time.shift)[None]
-        normed = rms_normalise(x, self.eps) * (1.0 + scale) + shift
+        normed = rms_norm(x, self.eps) * (1.0 + scale) + shift
         gate = jnp.tanh(self.gate(time.gate))[None]
         return normed.astype(x.dtype), gate.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Linear maps and embeddings that compute in the type of their input."""
+"""Linear maps and embeddings, computed in the dtype of the input."""
 
 import equinox as eqx
 import jax
@@ -12,9 +12,9 @@ INIT_STD = 0.02
 
 
 class Linear(eqx.Module):
-    """`x @ weight + bias`, the weight cast to the type of `x`.
+    """`x @ weight + bias`, with weight and bias cast to the dtype of `x`.
 
-    Products are exact to the type: float32 inputs are never rounded to TF32 or bfloat16.
+    Matrix products have the full precision of that dtype: float32 is never rounded to TF32.
     """
 
     weight: Float[Array, "i o"]
@@ -24,7 +24,7 @@ class Linear(eqx.Module):
     def init(
         cls, in_dim: int, out_dim: int, *, bias: bool = False, zero: bool = False, key: PRNGKeyArray
     ) -> "Linear":
-        """Kernel from a normal of deviation 0.02 cut at two deviations, or zero; bias zero."""
+        """Kernel: truncated normal, std 0.02, cut at 2 sigma, or zero; bias: zero."""
         shape = (in_dim, out_dim)
         weight = jnp.zeros(shape) if zero else INIT_STD * jr.truncated_normal(key, -2.0, 2.0, shape)
         return cls(weight, jnp.zeros(out_dim) if bias else None)
@@ -42,7 +42,7 @@ class Linear(eqx.Module):
 
 
 class Embedding(eqx.Module):
-    """A row per token."""
+    """One row per token; ids out of range take the nearest row."""
 
     weight: Float[Array, "v d"]
 

@@ -1,4 +1,4 @@
-"""Root-mean-square norm, in float32 whatever the type of the input."""
+"""Root-mean-square norm, computed in float32 for every input dtype."""
 
 import equinox as eqx
 import jax
@@ -6,14 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def rms_normalise(x: Float[Array, "*n d"], eps: float) -> Float[Array, "*n d"]:
+def rms_norm(x: Float[Array, "*n d"], eps: float) -> Float[Array, "*n d"]:
     """`x / sqrt(mean(x^2) + eps)` over the last axis, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 class RMSNorm(eqx.Module):
-    """`rms_normalise(x) * weight`. A weight (h, k) norms each head by itself."""
+    """`rms_norm(x) * weight`. A weight of shape (h, k) normalizes each head separately."""
 
     weight: Float[Array, "*d"]
     eps: float = eqx.field(static=True)
@@ -24,4 +24,4 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
         weight = jnp.broadcast_to(self.weight.astype(jnp.float32), x.shape)
-        return (rms_normalise(x, self.eps) * weight).astype(x.dtype)
+        return (rms_norm(x, self.eps) * weight).astype(x.dtype)

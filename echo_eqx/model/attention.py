@@ -1,4 +1,4 @@
-"""Scaled dot-product attention and the encoders' gated self-attention."""
+"""Scaled dot-product attention, and the gated self-attention of the encoders."""
 
 import equinox as eqx
 import jax
@@ -8,18 +8,18 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from echo_eqx.layers.linear import Linear
 from echo_eqx.layers.norm import RMSNorm
-from echo_eqx.layers.rotary import rotate
+from echo_eqx.layers.rotary import apply_rope
 
 
-def attend(
+def dot_product_attention(
     queries: Float[Array, "t h k"],
     keys: Float[Array, "j h k"],
     values: Float[Array, "j h k"],
     mask: Bool[Array, "#t j"],
 ) -> Float[Array, "t h k"]:
-    """`softmax(q k^T / sqrt(k)) v` for each head, the softmax in float32.
+    """`softmax(q k^T / sqrt(k)) v` for each head, with the softmax in float32.
 
-    Where `mask` is false a key is not seen. A row that sees none gets the mean of all values.
+    Keys where `mask` is false are ignored. A query with no key left gets the mean of all values.
     """
     exact = jax.lax.Precision.HIGHEST
     logits = jnp.einsum(
@@ -36,7 +36,7 @@ def split_heads(x: Float[Array, "t d"], head_dim: int) -> Float[Array, "t h {hea
 
 
 class SelfAttention(eqx.Module):
-    """Attention with normed queries and keys, full RoPE, and a sigmoid gate on the output."""
+    """Self-attention with QK-norm, RoPE on all heads, and a sigmoid gate on the output."""
 
     wq: Linear
     wk: Linear
@@ -63,8 +63,8 @@ class SelfAttention(eqx.Module):
         mask: Bool[Array, "#t t"],
         angles: Float[Array, "t a"],
     ) -> Float[Array, "t d"]:
-        queries = rotate(self.q_norm(split_heads(self.wq(x), self.head_dim)), angles)
-        keys = rotate(self.k_norm(split_heads(self.wk(x), self.head_dim)), angles)
+        queries = apply_rope(self.q_norm(split_heads(self.wq(x), self.head_dim)), angles)
+        keys = apply_rope(self.k_norm(split_heads(self.wk(x), self.head_dim)), angles)
         values = split_heads(self.wv(x), self.head_dim)
-        out = attend(queries, keys, values, mask).reshape(len(x), -1)
+        out = dot_product_attention(queries, keys, values, mask).reshape(len(x), -1)
         return self.wo(jax.nn.sigmoid(self.gate(x)) * out, split_rows=True)

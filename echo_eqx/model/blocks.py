@@ -14,11 +14,11 @@ from echo_eqx.layers.mlp import SwiGLU
 from echo_eqx.layers.norm import RMSNorm
 from echo_eqx.layers.split import whole
 from echo_eqx.model.attention import SelfAttention
-from echo_eqx.model.joint_attention import JointAttention, KeysValues
+from echo_eqx.model.joint_attention import JointAttention, KVCache
 
 
-class EncoderBlock(eqx.Module):
-    """Pre-norm self-attention, pre-norm SwiGLU."""
+class TransformerBlock(eqx.Module):
+    """Pre-norm self-attention and pre-norm SwiGLU, as in the text and latent encoders."""
 
     attention_norm: RMSNorm
     attention: SelfAttention
@@ -26,7 +26,7 @@ class EncoderBlock(eqx.Module):
     mlp: SwiGLU
 
     @classmethod
-    def init(cls, config: EncoderConfig, eps: float, *, key: PRNGKeyArray) -> "EncoderBlock":
+    def init(cls, config: EncoderConfig, eps: float, *, key: PRNGKeyArray) -> "TransformerBlock":
         key_attention, key_mlp = jr.split(key)
         return cls(
             attention_norm=RMSNorm.init(config.dim, eps),
@@ -42,8 +42,8 @@ class EncoderBlock(eqx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class DecoderBlock(eqx.Module):
-    """Joint attention and SwiGLU, each normed, shifted, scaled and gated by the time."""
+class DiTBlock(eqx.Module):
+    """Joint attention and SwiGLU, each with AdaLN and a gate conditioned on the timestep."""
 
     attention_adaln: LowRankAdaLN
     attention: JointAttention
@@ -51,7 +51,7 @@ class DecoderBlock(eqx.Module):
     mlp: SwiGLU
 
     @classmethod
-    def init(cls, config: DiTConfig, *, key: PRNGKeyArray) -> "DecoderBlock":
+    def init(cls, config: DiTConfig, *, key: PRNGKeyArray) -> "DiTBlock":
         key_adaln0, key_attention, key_adaln1, key_mlp = jr.split(key, 4)
         dim, rank, eps = config.model_dim, config.adaln_rank, config.norm_eps
         return cls(
@@ -75,26 +75,26 @@ class DecoderBlock(eqx.Module):
         time: Modulation,
         frame_mask: Bool[Array, " t"],
         angles: Float[Array, "t a"],
-        others: list[tuple[KeysValues, Bool[Array, " _"]]],
+        extra_kv: list[tuple[KVCache, Bool[Array, " _"]]],
     ) -> Float[Array, "t d"]:
         normed, gate = self.attention_adaln(x, time)
-        x = x + gate * self.attention(normed, frame_mask, angles, others)
+        x = x + gate * self.attention(normed, frame_mask, angles, extra_kv)
         normed, gate = self.mlp_adaln(x, time)
         return x + gate * self.mlp(normed)
 
 
 def stack_layers(init: Callable[[PRNGKeyArray], Any], num_layers: int, key: PRNGKeyArray) -> Any:
-    """`num_layers` modules as one, every leaf with a leading layer axis."""
+    """`num_layers` modules stacked into one: every leaf has a leading layer axis."""
     return eqx.filter_vmap(init)(jr.split(key, num_layers))
 
 
 def scan_layers(
     body: Callable[[Any, Array, Any], Array], x: Array, layers: Any, per_layer: Any = None
 ) -> Array:
-    """`x = body(layer, x, per_layer[i])` through the stack, compiled once for all layers.
+    """`x = body(layer, x, per_layer[i])` for each layer, compiled once for all of them.
 
-    The body is checkpointed: a gradient keeps one activation a layer and computes the rest anew.
-    Slices of parameters are gathered in it, so that one layer at a time is whole.
+    The body is checkpointed: the backward pass keeps one activation per layer and recomputes the
+    rest. FSDP shards are gathered inside it, so that only one layer at a time is held in full.
     """
     arrays, static = eqx.partition(layers, eqx.is_array)
 

@@ -1,4 +1,4 @@
-"""Text and reference encoders. Neither sees the noisy latents nor the time."""
+"""Encoders of the text and of latents. They depend on neither the noise nor the timestep."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,18 +8,20 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from echo_eqx.config import DiTConfig, EncoderConfig
 from echo_eqx.layers.linear import Embedding, Linear
 from echo_eqx.layers.rotary import rotary_angles
-from echo_eqx.model.blocks import EncoderBlock, scan_layers, stack_layers
+from echo_eqx.model.blocks import TransformerBlock, scan_layers, stack_layers
 
 
-def init_blocks(config: EncoderConfig, eps: float, key: PRNGKeyArray) -> EncoderBlock:
-    return stack_layers(lambda key: EncoderBlock.init(config, eps, key=key), config.num_layers, key)
+def init_blocks(config: EncoderConfig, eps: float, key: PRNGKeyArray) -> TransformerBlock:
+    return stack_layers(
+        lambda key: TransformerBlock.init(config, eps, key=key), config.num_layers, key
+    )
 
 
 class TextEncoder(eqx.Module):
-    """Byte embedding and bidirectional blocks."""
+    """Byte embedding and bidirectional transformer blocks."""
 
     text_embedding: Embedding
-    blocks: EncoderBlock
+    blocks: TransformerBlock
 
     @classmethod
     def init(cls, config: DiTConfig, *, key: PRNGKeyArray) -> "TextEncoder":
@@ -36,10 +38,10 @@ class TextEncoder(eqx.Module):
 
 
 class LatentEncoder(eqx.Module):
-    """Latents joined four by four and causal blocks, for the reference and for earlier latents."""
+    """Patches of latents and causal transformer blocks, for the reference and for the prefix."""
 
     in_proj: Linear
-    blocks: EncoderBlock
+    blocks: TransformerBlock
     patch_size: int = eqx.field(static=True)
     proj_scale: float = eqx.field(static=True)
 

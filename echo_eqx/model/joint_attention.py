@@ -1,4 +1,4 @@
-"""The decoder's attention: one softmax over its own frames, the text and the reference."""
+"""Joint attention of the DiT: one softmax over latent frames, text and reference."""
 
 import equinox as eqx
 import jax
@@ -8,26 +8,26 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from echo_eqx.layers.linear import Linear
 from echo_eqx.layers.norm import RMSNorm
-from echo_eqx.layers.rotary import rotate_half_of_heads
-from echo_eqx.model.attention import attend, split_heads
+from echo_eqx.layers.rotary import apply_half_rope
+from echo_eqx.model.attention import dot_product_attention, split_heads
 
 
-class KeysValues(eqx.Module):
-    """Keys and values of one source. In a cache they carry a leading layer axis."""
+class KVCache(eqx.Module):
+    """Keys and values of one kind of context, for one layer or with a leading layer axis."""
 
     keys: Float[Array, "*n j h k"]
     values: Float[Array, "*n j h k"]
 
-    def scaled(self, scale: Float[Array, ""]) -> "KeysValues":
+    def scaled(self, scale: Float[Array, ""]) -> "KVCache":
         scale = scale.astype(self.keys.dtype)
-        return KeysValues(self.keys * scale, self.values * scale)
+        return KVCache(self.keys * scale, self.values * scale)
 
 
 class JointAttention(eqx.Module):
-    """Gated attention over [self, latents already generated, text, reference].
+    """Gated attention over [own frames, latents already generated, text, reference].
 
-    All keys pass one `k_norm`. RoPE turns half of the heads, for queries, self keys and the keys of
-    earlier latents; text and reference keys carry no position.
+    All keys share one `k_norm`. RoPE is applied to half of the heads of queries, own keys and keys
+    of latents already generated. Text and reference keys carry no position.
     """
 
     wq: Linear
@@ -81,46 +81,41 @@ class JointAttention(eqx.Module):
     def head_dim(self) -> int:
         return self.q_norm.weight.shape[-1]
 
-    def text_keys_values(self, state: Float[Array, "s e"], mask: Bool[Array, " s"]) -> KeysValues:
+    def text_kv(self, state: Float[Array, "s e"], mask: Bool[Array, " s"]) -> KVCache:
         return self._project(self.wk_text, self.wv_text, state, mask)
 
-    def speaker_keys_values(
-        self, state: Float[Array, "p e"], mask: Bool[Array, " p"]
-    ) -> KeysValues:
+    def speaker_kv(self, state: Float[Array, "p e"], mask: Bool[Array, " p"]) -> KVCache:
         return self._project(self.wk_speaker, self.wv_speaker, state, mask)
 
-    def latent_keys_values(
-        self, state: Float[Array, "p e"], angles: Float[Array, "p a"]
-    ) -> KeysValues:
+    def latent_kv(self, state: Float[Array, "p e"], angles: Float[Array, "p a"]) -> KVCache:
         assert self.wk_latent is not None and self.wv_latent is not None
-        seen = jnp.ones(state.shape[0], bool)
-        projected = self._project(self.wk_latent, self.wv_latent, state, seen)
-        return KeysValues(rotate_half_of_heads(projected.keys, angles), projected.values)
+        kv = self._project(self.wk_latent, self.wv_latent, state, jnp.ones(len(state), bool))
+        return KVCache(apply_half_rope(kv.keys, angles), kv.values)
 
     def _project(
         self, wk: Linear, wv: Linear, state: Float[Array, "j e"], mask: Bool[Array, " j"]
-    ) -> KeysValues:
+    ) -> KVCache:
         keys = self.k_norm(split_heads(wk(state), self.head_dim))
         values = split_heads(wv(state), self.head_dim)
-        # An unseen key has weight zero, but zero times NaN is NaN: its value is cleared too.
-        return KeysValues(keys, jnp.where(mask[:, None, None], values, 0))
+        # A masked key has weight zero, but 0 * NaN is NaN, so its value is cleared too.
+        return KVCache(keys, jnp.where(mask[:, None, None], values, 0))
 
     def __call__(
         self,
         x: Float[Array, "t d"],
         frame_mask: Bool[Array, " t"],
         angles: Float[Array, "t a"],
-        others: list[tuple[KeysValues, Bool[Array, " _"]]],
+        extra_kv: list[tuple[KVCache, Bool[Array, " _"]]],
     ) -> Float[Array, "t d"]:
-        """`others` are the sources beside the frames of `x`, each with the mask of its keys."""
+        """`extra_kv`: more keys and values to attend to, each with the mask of its keys."""
         queries = self.q_norm(split_heads(self.wq(x), self.head_dim))
         keys = self.k_norm(split_heads(self.wk(x), self.head_dim))
         values = split_heads(self.wv(x), self.head_dim)
-        queries = rotate_half_of_heads(queries, angles)
-        keys = rotate_half_of_heads(keys, angles)
+        queries = apply_half_rope(queries, angles)
+        keys = apply_half_rope(keys, angles)
 
-        keys = jnp.concatenate([keys, *(source.keys for source, _ in others)])
-        values = jnp.concatenate([values, *(source.values for source, _ in others)])
-        mask = jnp.concatenate([frame_mask, *(seen for _, seen in others)])
-        out = attend(queries, keys, values, mask[None]).reshape(len(x), -1)
+        keys = jnp.concatenate([keys, *(kv.keys for kv, _ in extra_kv)])
+        values = jnp.concatenate([values, *(kv.values for kv, _ in extra_kv)])
+        mask = jnp.concatenate([frame_mask, *(kv_mask for _, kv_mask in extra_kv)])
+        out = dot_product_attention(queries, keys, values, mask[None]).reshape(len(x), -1)
         return self.wo(jax.nn.sigmoid(self.gate(x)) * out, split_rows=True)

@@ -19,7 +19,7 @@ from echo_eqx.speaker import nearest_voice, speaker_latents
 from echo_eqx.speech import Utterance, synthesize, synthesize_all
 from echo_eqx.trees import cast, num_parameters
 from echo_eqx.weights.load import load_codec, load_dit
-from echo_eqx.weights.own_format import save
+from echo_eqx.weights.native import save
 
 __version__ = version("echo_eqx")
 

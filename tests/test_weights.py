@@ -24,7 +24,7 @@ from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.trees import leaf_names, named_leaves
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.load import dit_from_flax
-from echo_eqx.weights.safetensors_file import SafetensorsFile
+from echo_eqx.weights.safetensors_reader import SafetensorsFile
 
 WEIGHTS_ONLY = GOLDEN / "dit_tiny" / "weights_only.pkl"
 FULL_STATE = GOLDEN / "dit_tiny" / "full_state.pkl"

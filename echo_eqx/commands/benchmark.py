@@ -50,7 +50,7 @@ from echo_eqx.train.checkpoint import CheckpointWriter, Retention
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.state import abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
-from echo_eqx.weights.own_format import array_dtype
+from echo_eqx.weights.native import array_dtype
 
 Dtype = Literal["float32", "bfloat16"]
 

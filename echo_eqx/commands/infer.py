@@ -36,7 +36,7 @@ from echo_eqx.speaker import codec_problem, silence_latent
 from echo_eqx.speech import canvas_seconds, check_pair
 from echo_eqx.weights.checkpoint import MANIFEST
 from echo_eqx.weights.find import SHIPPED, find_weights
-from echo_eqx.weights.own_format import array_dtype
+from echo_eqx.weights.native import array_dtype
 
 PUBLISHED_CODEC, PUBLISHED_WIDTH = "facebook/dacvae-watermarked", 128
 

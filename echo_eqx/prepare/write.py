@@ -19,7 +19,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.assign import ShardEntry
 from echo_eqx.prepare.records import printable
-from echo_eqx.weights.stream_file import save_arrays
+from echo_eqx.weights.safetensors_writer import save_arrays
 
 FORMAT = "echo_eqx"
 

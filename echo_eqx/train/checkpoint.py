@@ -47,8 +47,8 @@ from echo_eqx.weights.checkpoint import (
     step_folder,
     step_of,
 )
-from echo_eqx.weights.own_format import FORMAT, generation_metadata
-from echo_eqx.weights.stream_file import Tensor, write_safetensors
+from echo_eqx.weights.native import FORMAT, generation_metadata
+from echo_eqx.weights.safetensors_writer import Tensor, write_safetensors
 
 _PATIENCE = 1800.0
 """Seconds that process 0 waits for the others' pieces."""

@@ -18,7 +18,7 @@ from echo_eqx.files import expand
 from echo_eqx.hub import HubFileNotFound, hub_errors
 from echo_eqx.train.batches import owned_lanes
 from echo_eqx.train.config import TrainConfig
-from echo_eqx.weights.own_format import SafetensorsFile
+from echo_eqx.weights.native import SafetensorsFile
 
 
 class TrainData:

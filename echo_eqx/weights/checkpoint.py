@@ -23,8 +23,8 @@ from echo_eqx.config import (
 from echo_eqx.errors import EchoError
 from echo_eqx.files import parse_json
 from echo_eqx.generation import GenerationConfig, generation_from_json
-from echo_eqx.weights.own_format import FORMAT
-from echo_eqx.weights.safetensors_file import SafetensorsFile
+from echo_eqx.weights.native import FORMAT
+from echo_eqx.weights.safetensors_reader import SafetensorsFile
 
 KIND, VERSION = "training", 1
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig, codec_config_from_json
 from echo_eqx.errors import EchoError
 from echo_eqx.trees import cast
-from echo_eqx.weights.fill import Sources, check_memory, fill, only
+from echo_eqx.weights.assemble import Sources, check_memory, load_into, single
 from echo_eqx.weights.torch_file import read_torch_file, tensors
 
 Tensors = dict[str, np.ndarray]
@@ -28,7 +28,7 @@ def load_dacvae_pth(path: Path, dtype: Any) -> DACVAE:
     config = _config(content, source, path)
     skeleton = jax.eval_shape(lambda: cast(DACVAE.init(config, key=jax.random.key(0)), dtype))
     check_memory(skeleton, str(path))
-    return fill(skeleton, lambda leaf: _sources(leaf, config), source, source, str(path))
+    return load_into(skeleton, lambda leaf: _sources(leaf, config), source, source, str(path))
 
 
 def _config(content: dict, source: Tensors, path: Path) -> CodecConfig:
@@ -133,7 +133,7 @@ def _module_name(module: str, config: CodecConfig) -> str:
 def _sources(leaf: str, config: CodecConfig) -> Sources:
     """Tensors behind one of our leaves, and how they make it up."""
     if leaf == "watermark.message_embedding":
-        return Sources(["decoder.wm_model.msg_processor.msg_processor.weight"], only)
+        return Sources(["decoder.wm_model.msg_processor.msg_processor.weight"], single)
     if lstm := re.fullmatch(r"watermark\.(encoder|decoder)_lstm\.layers\.(\d+)\.(\w+)", leaf):
         side, layer, field = lstm.groups()
         place = {"encoder": "encoder_block.post.0", "decoder": "decoder_block.pre.1"}[side]
@@ -141,17 +141,17 @@ def _sources(leaf: str, config: CodecConfig) -> Sources:
         if field == "bias":
             return Sources([f"{name}bias_ih_l{layer}", f"{name}bias_hh_l{layer}"], _sum)
         kind = {"weight_in": "ih", "weight_hidden": "hh"}[field]
-        return Sources([f"{name}weight_{kind}_l{layer}"], lambda arrays: only(arrays).T)
+        return Sources([f"{name}weight_{kind}_l{layer}"], lambda arrays: single(arrays).T)
     module, field = leaf.rsplit(".", 1)
     name = _module_name(module, config)
     if field == "alpha":
-        return Sources([f"{name}.alpha"], lambda arrays: only(arrays)[0, :, 0])
+        return Sources([f"{name}.alpha"], lambda arrays: single(arrays)[0, :, 0])
     if field == "bias":
-        return Sources([f"{name}.bias"], only)
+        return Sources([f"{name}.bias"], single)
     # (out, in, k), or (in, out, k) for transposed convolutions, to (k, in, out).
     axes = (2, 0, 1) if module.endswith((".up", ".up.conv")) else (2, 1, 0)
     if module.startswith("watermark."):
-        return Sources([f"{name}.weight"], lambda arrays: only(arrays).transpose(axes))
+        return Sources([f"{name}.weight"], lambda arrays: single(arrays).transpose(axes))
     names = [f"{name}.weight_g", f"{name}.weight_v"]
     return Sources(names, lambda arrays: _fold_weight_norm(*arrays).transpose(axes))
 

@@ -11,7 +11,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import REPO, hub_errors
 from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, newest_intact
-from echo_eqx.weights.parts import INDEX_SUFFIX, parts_of, weight_map
+from echo_eqx.weights.sharded import INDEX_SUFFIX, shard_files, weight_map
 
 SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt")
 USUAL_NAMES = (
@@ -105,7 +105,7 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
         path = Path(hf_hub_download(repo, file, revision=revision))
         if file.endswith(INDEX_SUFFIX):
             folder = file.rpartition("/")[0]
-            for part in parts_of(weight_map(path)):
+            for part in shard_files(weight_map(path)):
                 name = f"{folder}/{part}" if folder else part
                 hf_hub_download(repo, name, revision=revision)
         return path
@@ -127,7 +127,7 @@ def _is_complete(path: Path) -> bool:
     """Whether all that an index lists was downloaded with it; True for any other file."""
     if not path.name.endswith(INDEX_SUFFIX):
         return True
-    return all((path.parent / part).is_file() for part in parts_of(weight_map(path)))
+    return all((path.parent / part).is_file() for part in shard_files(weight_map(path)))
 
 
 def _candidates(names: list[str]) -> list[str]:

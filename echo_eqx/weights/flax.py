@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from echo_eqx.errors import EchoError
-from echo_eqx.weights.inert_pickle import NUMPY, PARSE_ERRORS, Builder, Record, load, ordered_dict
-from echo_eqx.weights.parts import shared_prefix
+from echo_eqx.weights.safe_pickle import NUMPY, PARSE_ERRORS, Builder, Record, load, ordered_dict
+from echo_eqx.weights.sharded import shared_prefix
 
 _MAX_LEAVES = 100_000
 _MAX_DEPTH = 64

@@ -14,9 +14,9 @@ from echo_eqx.errors import EchoError
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import cast
+from echo_eqx.weights.assemble import Arrays, Sources, check_memory, check_sizes, load_into, single
 from echo_eqx.weights.checkpoint import TrainingCheckpoint, checkpoint_generation
 from echo_eqx.weights.dacvae import load_dacvae_pth
-from echo_eqx.weights.fill import Arrays, Sources, check_memory, check_sizes, fill, only
 from echo_eqx.weights.find import find_weights
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.names import (
@@ -25,9 +25,9 @@ from echo_eqx.weights.names import (
     pytorch_config,
     pytorch_sources,
 )
-from echo_eqx.weights.own_format import own_config, own_generation, own_kind
-from echo_eqx.weights.parts import INDEX_SUFFIX, SafetensorsParts, Unwrapped
-from echo_eqx.weights.safetensors_file import SafetensorsFile
+from echo_eqx.weights.native import native_config, native_generation, native_kind
+from echo_eqx.weights.safetensors_reader import SafetensorsFile
+from echo_eqx.weights.sharded import INDEX_SUFFIX, ShardedSafetensors, WithoutPrefix
 
 
 def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
@@ -48,11 +48,11 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
     kind = _kind(path)
     if kind == "safetensors":
         file = _open(path)
-        if own_kind(file) == "dit":
+        if native_kind(file) == "dit":
             return _load_own(file, dtype)
-        if own_kind(file) == "codec":
+        if native_kind(file) == "codec":
             raise EchoError(f"{path} holds a codec; wanted an EchoDiT")
-        weights = Unwrapped(file)
+        weights = WithoutPrefix(file)
         shapes = weights.shapes()
         config = _within(path, lambda: pytorch_config(shapes))
         return _fill_dit(config, dtype, path, pytorch_sources, weights.names, weights)
@@ -79,7 +79,7 @@ def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
         return load_dacvae_pth(path, dtype)
     if kind == "safetensors":
         file = _open(path)
-        if own_kind(file) == "codec":
+        if native_kind(file) == "codec":
             return _load_own(file, dtype)
     raise EchoError(f"{path} holds no codec; wanted a DACVAE weights.pth or safetensors of ours")
 
@@ -91,9 +91,9 @@ def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> 
     return _fill_dit(config, dtype, path, flax_sources, tensors, tensors)
 
 
-def _open(path: Path) -> SafetensorsFile | SafetensorsParts:
+def _open(path: Path) -> SafetensorsFile | ShardedSafetensors:
     is_index = path.name.endswith(INDEX_SUFFIX)
-    return SafetensorsParts(path) if is_index else SafetensorsFile(path)
+    return ShardedSafetensors(path) if is_index else SafetensorsFile(path)
 
 
 def _kind(path: Path) -> str:
@@ -136,9 +136,9 @@ def _load_checkpoint(path: Path, kind: str, dtype: Any) -> Any:
     return _fill_own(checkpoint.config, generation, dtype, path, shapes, arrays)
 
 
-def _load_own(file: SafetensorsFile | SafetensorsParts, dtype: Any) -> Any:
-    weights = Unwrapped(file)
-    config, generation = own_config(file), own_generation(file)
+def _load_own(file: SafetensorsFile | ShardedSafetensors, dtype: Any) -> Any:
+    weights = WithoutPrefix(file)
+    config, generation = native_config(file), native_generation(file)
     return _fill_own(config, generation, dtype, file.path, weights.shapes(), weights)
 
 
@@ -159,7 +159,7 @@ def _fill_own(
 
     skeleton = jax.eval_shape(lambda: cast(init(), dtype))
     check_memory(skeleton, str(path))
-    return fill(skeleton, lambda leaf: Sources([leaf], only), arrays, shapes, str(path))
+    return load_into(skeleton, lambda leaf: Sources([leaf], single), arrays, shapes, str(path))
 
 
 def _fill_dit(
@@ -172,4 +172,4 @@ def _fill_dit(
 ) -> EchoDiT:
     skeleton = jax.eval_shape(lambda: cast(EchoDiT.init(config, key=jax.random.key(0)), dtype))
     check_memory(skeleton, str(path))
-    return fill(skeleton, lambda leaf: sources(leaf, config), arrays, names, str(path))
+    return load_into(skeleton, lambda leaf: sources(leaf, config), arrays, names, str(path))

@@ -12,13 +12,13 @@ import numpy as np
 
 from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import EchoError
-from echo_eqx.weights.fill import Sources, only
+from echo_eqx.weights.assemble import Sources, single
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def _transposed(arrays: list[np.ndarray]) -> np.ndarray:
-    return only(arrays).T
+    return single(arrays).T
 
 
 def _stacked_transposed(arrays: list[np.ndarray]) -> np.ndarray:
@@ -52,7 +52,7 @@ def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:
     name = re.sub(r"time_conditioner\.dense(\d)", lambda m: f"cond_module.{2 * int(m[1])}", leaf)
     name = re.sub(r"_adaln\.(shift|scale|gate)\.(down|up)\.", r"_adaln.\1_\2.", name)
     if not _STACK.search(name):
-        return Sources([name], _transposed if _is_matrix(leaf) else only)
+        return Sources([name], _transposed if _is_matrix(leaf) else single)
     layers = range(_num_layers(leaf, config))
     names = [_STACK.sub(rf"\g<0>{layer}.", name) for layer in layers]
     return Sources(names, _stacked_transposed if _is_matrix(leaf) else np.stack)
@@ -140,7 +140,7 @@ def flax_sources(leaf: str, config: DiTConfig) -> Sources:
             rest = name.removeprefix(ours)
             names = [f"{theirs}{layer}.{rest}" for layer in range(_num_layers(leaf, config))]
             return Sources([name.replace(".", "/") for name in names], np.stack)
-    return Sources([name.replace(".", "/")], only)
+    return Sources([name.replace(".", "/")], single)
 
 
 def flax_config(tensors: Shapes) -> DiTConfig:

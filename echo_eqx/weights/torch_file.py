@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from echo_eqx.errors import EchoError
-from echo_eqx.weights.inert_pickle import (
+from echo_eqx.weights.safe_pickle import (
     PARSE_ERRORS,
     Builder,
     Global,
@@ -20,7 +20,7 @@ from echo_eqx.weights.inert_pickle import (
     load,
     ordered_dict,
 )
-from echo_eqx.weights.parts import shared_prefix
+from echo_eqx.weights.sharded import shared_prefix
 
 _STORAGES = {
     "FloatStorage": np.dtype("<f4"),

@@ -32,12 +32,12 @@ class Sources:
     assemble: Callable[[list[np.ndarray]], np.ndarray]
 
 
-def only(arrays: list[np.ndarray]) -> np.ndarray:
+def single(arrays: list[np.ndarray]) -> np.ndarray:
     (array,) = arrays
     return array
 
 
-def fill(
+def load_into(
     skeleton: T,
     sources: Callable[[str], Sources],
     arrays: Arrays,

@@ -9,13 +9,13 @@ import numpy as np
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import MAX_JSON_BYTES, parse_json
-from echo_eqx.weights.safetensors_file import SafetensorsFile
+from echo_eqx.weights.safetensors_reader import SafetensorsFile
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_PARTS = 1000
 
 
-class SafetensorsParts:
+class ShardedSafetensors:
     """The files that an index `*.safetensors.index.json` lists, as one.
 
     The index is that of the Hugging Face Hub: `weight_map` says for each tensor which file beside
@@ -27,7 +27,9 @@ class SafetensorsParts:
     def __init__(self, path: Path):
         self.path = path
         self._where = weight_map(path)
-        self._files = {name: SafetensorsFile(path.parent / name) for name in parts_of(self._where)}
+        self._files = {
+            name: SafetensorsFile(path.parent / name) for name in shard_files(self._where)
+        }
         for name, file in self._where.items():
             if name not in self._files[file].names:
                 raise EchoError(f"{path}: expected tensor {name[:100]} in {file}; it is not there")
@@ -45,11 +47,11 @@ class SafetensorsParts:
         return self._files[self._where[name]][name]
 
 
-class Unwrapped:
+class WithoutPrefix:
     """Tensors without a prefix that all their names share, as wrappers of a model add: `module.`,
     `_orig_mod.`, `ema_model.`, also one in the other."""
 
-    def __init__(self, weights: SafetensorsFile | SafetensorsParts):
+    def __init__(self, weights: SafetensorsFile | ShardedSafetensors):
         self._weights, self.path = weights, weights.path
         self._prefix = shared_prefix(weights.names)
         self.names = [name.removeprefix(self._prefix) for name in weights.names]
@@ -87,7 +89,7 @@ def weight_map(index: Path) -> dict[str, str]:
             # Nothing outside of the folder is ever read.
             if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
                 raise ValueError(f"expected files *.safetensors beside it, got {str(file)[:100]!r}")
-        if len(parts_of(found)) > _MAX_PARTS:
+        if len(shard_files(found)) > _MAX_PARTS:
             raise ValueError(f"it lists more than {_MAX_PARTS} files")
     except OSError as error:
         raise EchoError(f"{index} cannot be read: {error.strerror}") from None
@@ -96,6 +98,6 @@ def weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def parts_of(where: dict[str, str]) -> list[str]:
+def shard_files(where: dict[str, str]) -> list[str]:
     """The files of an index, in order."""
     return sorted(set(where.values()))

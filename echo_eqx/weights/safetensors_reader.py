@@ -1,7 +1,7 @@
-"""Reading safetensors whose every byte may be wrong, tensor by tensor.
+"""Reading safetensors files in which any byte may be wrong, one tensor at a time.
 
-The format is described in `stream_file`, and so are the checksums that files of ours carry. They
-are compared while a tensor is read, so each byte is read once. Files without them load too.
+The format, and the checksums in our own files, are described in `safetensors_writer`. Checksums
+are verified while a tensor is read, so each byte is read once. Files without them load too.
 """
 
 import json
@@ -20,7 +20,7 @@ import numpy as np
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import MAX_JSON_BYTES, parse_json
-from echo_eqx.weights.stream_file import CHECKSUMS, header_checksum
+from echo_eqx.weights.safetensors_writer import CHECKSUMS, header_checksum
 
 _TYPES = {
     "BOOL": np.dtype(np.bool_),

@@ -22,9 +22,9 @@ from echo_eqx.generation import GenerationConfig, generation_from_json, generati
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.names import to_pytorch
-from echo_eqx.weights.parts import SafetensorsParts
-from echo_eqx.weights.safetensors_file import SafetensorsFile
-from echo_eqx.weights.stream_file import save_arrays
+from echo_eqx.weights.safetensors_reader import SafetensorsFile
+from echo_eqx.weights.safetensors_writer import save_arrays
+from echo_eqx.weights.sharded import ShardedSafetensors
 
 FORMAT = "echo_eqx"
 GENERATION = "generation"
@@ -95,7 +95,7 @@ def _to_disk(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     return out
 
 
-def own_kind(file: SafetensorsFile | SafetensorsParts) -> str | None:
+def native_kind(file: SafetensorsFile | ShardedSafetensors) -> str | None:
     """ "dit" or "codec" for a file of ours, None for another."""
     if file.metadata.get("format") != FORMAT:
         return None
@@ -105,11 +105,11 @@ def own_kind(file: SafetensorsFile | SafetensorsParts) -> str | None:
     return kind
 
 
-def own_config(file: SafetensorsFile | SafetensorsParts) -> DiTConfig | CodecConfig:
+def native_config(file: SafetensorsFile | ShardedSafetensors) -> DiTConfig | CodecConfig:
     """The config that a file of ours carries."""
     try:
         data = parse_json(file.metadata["config"].encode("utf-8", "surrogatepass"))
-        parse = dit_config_from_json if own_kind(file) == "dit" else codec_config_from_json
+        parse = dit_config_from_json if native_kind(file) == "dit" else codec_config_from_json
         return parse(data)
     except KeyError:
         raise EchoError(f"{file.path} carries no config") from None
@@ -117,7 +117,7 @@ def own_config(file: SafetensorsFile | SafetensorsParts) -> DiTConfig | CodecCon
         raise EchoError(f"{file.path} carries no usable config: {error}") from None
 
 
-def own_generation(file: SafetensorsFile | SafetensorsParts) -> GenerationConfig:
+def native_generation(file: SafetensorsFile | ShardedSafetensors) -> GenerationConfig:
     """How to speak with the model of a file of ours, as far as the file says."""
     try:
         return generation_from_json(json.loads(file.metadata.get(GENERATION, "{}")))

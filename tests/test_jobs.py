@@ -78,7 +78,7 @@ def test_pods_of_a_jobset_find_each_other(tpu_py):
         jobset = yaml.safe_load(tpu_py(flags)[1])
         pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
         *_, command = pod["containers"][0]["command"]
-        assert command.startswith("exec python scripts/train.py --data 'a b' --run_dir /mnt")
+        assert command.startswith("exec python -m echo_eqx train --data 'a b' --run_dir /mnt")
         # DNS name of the first pod: JobSet, replicated job, job index, pod index, subdomain.
         assert ("--coordinator echo-train-0-0.echo:8476 --num_processes 4" in command) == together
 
@@ -157,11 +157,14 @@ print(task.num_nodes, resources.job_recovery)
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("skypilot --accelerators tpu-v4-8 --max_hourly_cost 0", "max_hourly_cost is 0.0"),
+        (
+            "skypilot --accelerators tpu-v4-8 --max_hourly_cost 0",
+            "expected --max_hourly_cost",
+        ),
         ("kubernetes --image i --tpu tpu-v4-podslice", "expected --tpu and --topology together"),
-        ("kubernetes --image i --nodes 0", "nodes is 0"),
-        ("slurm --name Echo", "name is 'Echo'"),
-        ("slurm --sbatch_flags='", "sbatch_flags is"),
+        ("kubernetes --image i --nodes 0", "expected --nodes of at least 1, got 0"),
+        ("slurm --name Echo", "expected --name of a letter"),
+        ("slurm --sbatch_flags='", "cannot split --sbatch_flags"),
     ],
 )
 def test_bad_input_is_one_sentence(tpu_py, text, said):

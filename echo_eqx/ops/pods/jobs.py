@@ -1,13 +1,14 @@
-"""Job files for engines that outlive preemptions: a SkyPilot managed job, a Kubernetes JobSet and a
-SLURM batch script, all for the same train.py command.
+"""Job files for engines that restart a run after preemptions: a SkyPilot managed job, a Kubernetes
+JobSet and a SLURM batch script.
 
-train.py exits with 75 if another process of the run is lost and with 76 once it was asked to stop
-and has saved. Both mean "start the same command again", and each engine is told so. Exit codes 1
-and 2 are errors that a restart would only repeat.
+`train` exits with 75 if another process of the run is lost and with 76 if it was asked to stop and
+has saved. Both mean "start the same command again", and each engine is told so. Exit codes 1 and 2
+are errors that a restart would only repeat.
 """
 
 import math
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -15,63 +16,131 @@ from typing import Any
 
 import yaml
 
+from echo_eqx.errors import UsageError
+from echo_eqx.ops.pods.gcloud import SpotArgs, check_name, split_flags
+from echo_eqx.ops.pods.train_flags import warn_if_local
+from echo_eqx.ops.pods.workers import PORT
 from echo_eqx.sharding.hosts import EXIT_PEER_LOST, EXIT_PREEMPTED
 
-PORT = 8476
 RESTART_CODES = (EXIT_PEER_LOST, EXIT_PREEMPTED)
 ERROR_CODES = (1, 2)
 GRACE_SECONDS = 300
-"""Between SIGTERM and SIGKILL; the run saves in them."""
+"""Between SIGTERM and SIGKILL, for the run to save."""
 
 
-@dataclass(frozen=True)
-class SkyPilotJob:
-    """A managed job of SkyPilot; a TPU pod is one node, named such as tpu-v4-64."""
+@dataclass(frozen=True, kw_only=True)
+class JobArgs:
+    name: str = "echo"
+    """Name of the job."""
+    nodes: int = 1
+    """Machines. For SkyPilot a TPU pod counts as one."""
+    max_restarts: int = 20
+    """Restarts before the job fails. SkyPilot counts errors only, not preemptions."""
 
-    name: str
+
+@dataclass(frozen=True, kw_only=True)
+class SkyPilotArgs(SpotArgs, JobArgs):
+    """Print a managed job for `sky jobs launch`; it restarts after preemptions."""
+
     accelerators: str
-    nodes: int
-    spot: bool
-    bucket: str | None
-    """Mounted at the parent folder of --run_dir, such as gs://mine."""
-    max_hourly_cost: float | None
-    """US dollars. SkyPilot chooses no machine that costs more."""
-    max_restarts: int
-    """After errors other than `RESTART_CODES`, such as a machine out of memory."""
+    """Accelerators as SkyPilot names them: tpu-v4-64, tpu-v6e-16, H100:8."""
+    bucket: str | None = None
+    """Bucket to mount at the parent folder of --run_dir, such as gs://MINE."""
+    max_hourly_cost: float | None = None
+    """US dollars; SkyPilot takes no machine that costs more."""
 
 
-def skypilot_yaml(job: SkyPilotJob, flags: Sequence[str], run_dir: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class KubernetesArgs(SpotArgs, JobArgs):
+    """Print a JobSet for `kubectl apply -f -`, for GKE TPU slices or GPU nodes."""
+
+    image: str
+    """Container image with echo_eqx installed."""
+    chips: int = 4
+    """TPU chips or GPUs of each node."""
+    tpu: str | None = None
+    """GKE's name of the TPU, such as tpu-v4-podslice or tpu-v6e-slice; leave it out for GPUs."""
+    topology: str | None = None
+    """Topology of the TPU slice, such as 2x4x4."""
+    claim: str | None = None
+    """PersistentVolumeClaim to mount at the parent folder of --run_dir."""
+    max_hours: float = 168.0
+    """Limit of each attempt; after it the job fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmArgs(JobArgs):
+    """Print a batch script for `sbatch`; srun starts one process for each GPU."""
+
+    gpus: int = 8
+    """GPUs of each node; 0 starts one process on each node."""
+    time: str = "24:00:00"
+    """Limit of each attempt. The run saves before it and is queued again."""
+    sbatch_flags: str = ""
+    """More flags of sbatch: --sbatch_flags='--partition=gpu --account=mine'."""
+
+
+def job_file(args: JobArgs, flags: Sequence[str], run_dir: str) -> str:
+    """The job file of one engine, for `train` with `flags`."""
+    check_name(args.name)
+    match args:
+        case SkyPilotArgs():
+            return _skypilot_yaml(args, flags, run_dir)
+        case KubernetesArgs():
+            return _jobset_yaml(args, flags, run_dir)
+        case SlurmArgs():
+            return _slurm_script(args, flags)
+        case _:
+            raise TypeError(args)
+
+
+def _mount_point(flag: str, volume: str | None, run_dir: str) -> str | None:
+    """The parent folder of --run_dir, if there is a volume to mount at it.
+
+    **Raises**: `UsageError` if the volume would hide a folder of the system.
+    """
+    if volume is None:
+        warn_if_local(run_dir)
+        return None
+    if not run_dir.startswith("/") or len(PurePosixPath(run_dir).parts) < 4:
+        raise UsageError(
+            f"--{flag} is mounted at the parent folder of --run_dir: expected --run_dir such as "
+            f"/mnt/echo/run, got {run_dir}"
+        )
+    return str(PurePosixPath(run_dir).parent)
+
+
+def _skypilot_yaml(args: SkyPilotArgs, flags: Sequence[str], run_dir: str) -> str:
     """A task for `sky jobs launch` (https://docs.skypilot.co/en/latest/reference/yaml-spec.html).
 
     SkyPilot copies the source tree that the command is run in. On TPU pods JAX finds the other
     workers; on GPU nodes each node runs one process.
     """
-    is_tpu = job.accelerators.startswith("tpu")
-    together = ""
-    if job.nodes > 1:
-        together = (
+    is_tpu = args.accelerators.startswith("tpu")
+    rendezvous = ""
+    if args.nodes > 1:
+        rendezvous = (
             f' --coordinator "$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{PORT}"'
             ' --num_processes "$SKYPILOT_NUM_NODES" --process_id "$SKYPILOT_NODE_RANK"'
         )
     resources: dict[str, Any] = {
-        "accelerators": job.accelerators,
-        "use_spot": job.spot,
+        "accelerators": args.accelerators,
+        "use_spot": args.spot,
         "job_recovery": {
-            "max_restarts_on_errors": job.max_restarts,
+            "max_restarts_on_errors": args.max_restarts,
             "recover_on_exit_codes": list(RESTART_CODES),
         },
     }
-    if job.max_hourly_cost is not None:
-        resources["max_hourly_cost"] = job.max_hourly_cost
+    if args.max_hourly_cost is not None:
+        resources["max_hourly_cost"] = args.max_hourly_cost
     task: dict[str, Any] = {
-        "name": job.name,
-        "num_nodes": job.nodes,
+        "name": args.name,
+        "num_nodes": args.nodes,
         "workdir": ".",
         "resources": resources,
     }
-    if job.bucket is not None:
-        mount = str(PurePosixPath(run_dir).parent)
-        task["file_mounts"] = {mount: {"source": job.bucket, "mode": "MOUNT"}}
+    if (mount := _mount_point("bucket", args.bucket, run_dir)) is not None:
+        task["file_mounts"] = {mount: {"source": args.bucket, "mode": "MOUNT"}}
     # Images may have an older Python than the package needs; uv brings one.
     task["setup"] = (
         "pip install --quiet uv\n"
@@ -79,51 +148,31 @@ def skypilot_yaml(job: SkyPilotJob, flags: Sequence[str], run_dir: str) -> str:
         "uv pip install --quiet --python ~/echo_eqx_venv/bin/python "
         f"-e '.[{'tpu' if is_tpu else 'cuda'}]'\n"
     )
-    train = shlex.join(["scripts/train.py", *flags])
-    task["run"] = f"exec ~/echo_eqx_venv/bin/python {train}{together}\n"
+    train = shlex.join(["-m", "echo_eqx", "train", *flags])
+    task["run"] = f"exec ~/echo_eqx_venv/bin/python {train}{rendezvous}\n"
     return _to_yaml(task)
 
 
-@dataclass(frozen=True)
-class KubernetesJob:
-    """A JobSet with one job of `nodes` pods, either on a TPU slice or on GPU nodes."""
-
-    name: str
-    image: str
-    """With echo_eqx installed, and its source tree as the working folder."""
-    nodes: int
-    chips: int
-    """TPU chips or GPUs of each node."""
-    tpu: str | None
-    """GKE's name of the TPU, such as tpu-v4-podslice; None for GPUs."""
-    topology: str | None
-    """Of the TPU slice, such as 2x4x4."""
-    claim: str | None
-    """PersistentVolumeClaim mounted at the parent folder of --run_dir."""
-    spot: bool
-    max_restarts: int
-    max_hours: float
-    """Of each attempt; after them the JobSet fails."""
-
-
-def jobset_yaml(job: KubernetesJob, flags: Sequence[str], run_dir: str) -> str:
+def _jobset_yaml(args: KubernetesArgs, flags: Sequence[str], run_dir: str) -> str:
     """A JobSet for `kubectl apply`, as GKE and xpk run them (https://jobset.sigs.k8s.io).
 
     A pod that is preempted or exits with 75 or 76 restarts all pods, `max_restarts` times. One that
     exits with 1 or 2 fails the JobSet.
     """
-    train = shlex.join(["python", "scripts/train.py", *flags])
-    if job.tpu is None and job.nodes > 1:  # on GKE's TPU slices JAX finds the other pods
+    if (args.tpu is None) != (args.topology is None):
+        raise UsageError("expected --tpu and --topology together, got one of them")
+    train = shlex.join(["python", "-m", "echo_eqx", "train", *flags])
+    if args.tpu is None and args.nodes > 1:  # on GKE's TPU slices JAX finds the other pods
         train += (
-            f" --coordinator {job.name}-train-0-0.{job.name}:{PORT}"
-            f' --num_processes {job.nodes} --process_id "$JOB_COMPLETION_INDEX"'
+            f" --coordinator {args.name}-train-0-0.{args.name}:{PORT}"
+            f' --num_processes {args.nodes} --process_id "$JOB_COMPLETION_INDEX"'
         )
-    resource = "nvidia.com/gpu" if job.tpu is None else "google.com/tpu"
+    resource = "nvidia.com/gpu" if args.tpu is None else "google.com/tpu"
     container: dict[str, Any] = {
         "name": "train",
-        "image": job.image,
+        "image": args.image,
         "command": ["sh", "-c", f"exec {train}"],
-        "resources": {"limits": {resource: job.chips}},
+        "resources": {"limits": {resource: args.chips}},
     }
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -131,27 +180,27 @@ def jobset_yaml(job: KubernetesJob, flags: Sequence[str], run_dir: str) -> str:
         "containers": [container],
     }
     selector = {}
-    if job.tpu is not None:
-        selector["cloud.google.com/gke-tpu-accelerator"] = job.tpu
-        selector["cloud.google.com/gke-tpu-topology"] = job.topology
-    if job.spot:
+    if args.tpu is not None:
+        selector["cloud.google.com/gke-tpu-accelerator"] = args.tpu
+        selector["cloud.google.com/gke-tpu-topology"] = args.topology
+    if args.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     if selector:
         pod["nodeSelector"] = selector
-    if job.claim is not None:
-        mount = str(PurePosixPath(run_dir).parent)
+    if (mount := _mount_point("claim", args.claim, run_dir)) is not None:
         container["volumeMounts"] = [{"name": "runs", "mountPath": mount}]
-        pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": job.claim}}]
-    metadata: dict[str, Any] = {"name": job.name}
-    if job.tpu is not None:  # one TPU slice is one node pool
+        pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": args.claim}}]
+    metadata: dict[str, Any] = {"name": args.name}
+    if args.tpu is not None:  # one TPU slice is one node pool
         key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
         metadata["annotations"] = {key: "cloud.google.com/gke-nodepool"}
+    error_codes = {"containerName": "train", "operator": "In", "values": list(ERROR_CODES)}
     spec = {
         "completionMode": "Indexed",
-        "parallelism": job.nodes,
-        "completions": job.nodes,
+        "parallelism": args.nodes,
+        "completions": args.nodes,
         "backoffLimit": 0,
-        "activeDeadlineSeconds": math.ceil(job.max_hours * 3600),
+        "activeDeadlineSeconds": math.ceil(args.max_hours * 3600),
         "podFailurePolicy": {
             "rules": [
                 # The first rule that matches counts: a preempted pod may show any exit code.
@@ -159,14 +208,7 @@ def jobset_yaml(job: KubernetesJob, flags: Sequence[str], run_dir: str) -> str:
                     "action": "Count",
                     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
                 },
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {
-                        "containerName": "train",
-                        "operator": "In",
-                        "values": list(ERROR_CODES),
-                    },
-                },
+                {"action": "FailJob", "onExitCodes": error_codes},
             ]
         },
         "template": {"spec": pod},
@@ -177,9 +219,9 @@ def jobset_yaml(job: KubernetesJob, flags: Sequence[str], run_dir: str) -> str:
             "kind": "JobSet",
             "metadata": metadata,
             "spec": {
-                "network": {"enableDNSHostnames": True, "subdomain": job.name},
+                "network": {"enableDNSHostnames": True, "subdomain": args.name},
                 "failurePolicy": {
-                    "maxRestarts": job.max_restarts,
+                    "maxRestarts": args.max_restarts,
                     "rules": [
                         {
                             "name": "errorOrDeadline",
@@ -194,48 +236,34 @@ def jobset_yaml(job: KubernetesJob, flags: Sequence[str], run_dir: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class SlurmJob:
-    """A batch job in which srun starts one process for each GPU, as JAX expects under SLURM."""
-
-    name: str
-    nodes: int
-    gpus: int
-    """Of each node; 0 starts one process on each node."""
-    time: str
-    """Limit of each attempt."""
-    max_restarts: int
-    sbatch_flags: tuple[str, ...]
-    """Further ones, such as --partition=gpu."""
-
-
-def slurm_script(job: SlurmJob, command: Sequence[str]) -> str:
+def _slurm_script(args: SlurmArgs, flags: Sequence[str]) -> str:
     """A script for `sbatch` (https://slurm.schedmd.com/sbatch.html).
 
     SLURM sends SIGTERM `GRACE_SECONDS` before the limit; the run saves, and the job is requeued.
     """
     options = [
-        f"--job-name={job.name}",
-        f"--nodes={job.nodes}",
-        f"--ntasks-per-node={max(1, job.gpus)}",
-        *([f"--gpus-per-node={job.gpus}"] if job.gpus else []),
-        f"--time={job.time}",
+        f"--job-name={args.name}",
+        f"--nodes={args.nodes}",
+        f"--ntasks-per-node={max(1, args.gpus)}",
+        *([f"--gpus-per-node={args.gpus}"] if args.gpus else []),
+        f"--time={args.time}",
         f"--signal=TERM@{GRACE_SECONDS}",
         "--requeue",
         "--open-mode=append",
-        f"--output={job.name}-%j.log",
-        *job.sbatch_flags,
+        f"--output={args.name}-%j.log",
+        *split_flags("sbatch_flags", args.sbatch_flags),
     ]
+    train = shlex.join([sys.executable, "-m", "echo_eqx", "train", *flags])
     final = "|".join(map(str, (0, *ERROR_CODES)))
     return "\n".join(
         [
             "#!/bin/bash",
             *(f"#SBATCH {option}" for option in options),
             "# srun returns the highest exit code. Processes that lose a peer end by themselves.",
-            f"srun --kill-on-bad-exit=0 --label {shlex.join(command)}",
+            f"srun --kill-on-bad-exit=0 --label {train}",
             "code=$?",
             f"case $code in {final}) exit $code ;; esac",
-            f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ] && '
+            f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {args.max_restarts} ] && '
             'scontrol requeue "$SLURM_JOB_ID"',
             "exit $code",
             "",
@@ -244,15 +272,14 @@ def slurm_script(job: SlurmJob, command: Sequence[str]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as literal blocks, as a person would write them."""
+    """Writes text of several lines as literal blocks."""
+
+    def represent_text(self, data: str) -> yaml.Node:
+        style = "|" if "\n" in data else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = "|" if "\n" in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _to_yaml(content: dict[str, Any]) -> str:

@@ -1,198 +1,195 @@
-"""A run on all workers at once, or on none: begun, watched until it stands, and ended."""
+"""A run on all workers or on none: start it, watch it settle, follow its logs, stop it."""
 
 import secrets
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from echo_eqx.command import note
+from echo_eqx.command import note, reader_left
 from echo_eqx.errors import EchoError
-from echo_eqx.ops.pods.gcloud import GcloudError, look
-from echo_eqx.ops.pods.shell import Shell
-from echo_eqx.ops.pods.workers import PYTHON, TRAIN, Answer, TpuWorkers, Workers, ask, status
+from echo_eqx.ops.pods.gcloud import GcloudError, describe
+from echo_eqx.ops.pods.install import RetryArgs
+from echo_eqx.ops.pods.workers import PYTHON, Answer, NotSetUp, TpuWorkers, WorkerArgs, Workers
 from echo_eqx.sharding.hosts import EXIT_PEER_LOST, EXIT_PREEMPTED
 
-LAST_LINES = 10
-"""Of a log, to say why a process ended."""
+_LAST_LINES = 10  # of a log, to say why a process ended
+_MAX_FAILURES = 10  # queries in a row without an answer, after which following a log fails
 
 
-@dataclass(frozen=True)
-class LaunchSettings:
-    tries: int = 3
-    timeout: float = 180.0
-    """Seconds for a worker's answer. gcloud itself tries for about a minute."""
-    settle: float = 15.0
-    """Seconds that all must stay alive for the launch to count."""
+@dataclass(frozen=True, kw_only=True)
+class PollArgs:
     poll: float = 2.0
-    pause: float = 5.0
-    """Seconds between tries."""
+    """Seconds between two queries of the workers."""
 
 
-def launch(
-    shell: Shell, workers: Workers, flags: tuple[str, ...], settings: LaunchSettings
-) -> None:
-    """Begin train.py with `flags` on all workers.
+@dataclass(frozen=True, kw_only=True)
+class LaunchArgs(PollArgs, RetryArgs, WorkerArgs):
+    settle: float = 15.0
+    """Seconds that all processes must stay alive."""
 
-    A worker on which it does not begin would leave the others waiting: they are ended, and all are
-    tried again.
 
-    **Raises**: `EchoError` if a run is alive already, a worker is missing at every try, or a
-    process ends with an error.
+def launch(workers: Workers, flags: Sequence[str], args: LaunchArgs) -> None:
+    """Start `train` with `flags` on all workers.
+
+    The others would wait for a worker that does not start, so they are ended and all try again.
+
+    **Raises**: `EchoError` if a run is alive already, a worker fails at every try, or a process
+    ends with an error.
     """
-    ours: set[str] = set()
+    launches: set[str] = set()
     reason = ""
-    for attempt in range(settings.tries):
-        mark = secrets.token_hex(4)
-
-        def begin(worker: str, mark: str = mark) -> list[str]:
-            train = [PYTHON, TRAIN, *flags, *workers.train_flags(worker)]
-            return ["start", workers.run_name(worker), mark, *train]
-
-        if shell.dry_run:
-            status(shell, workers, settings.timeout)
-            ask(shell, workers, begin, settings.timeout, asks=False)
+    for attempt in range(args.tries):
+        if attempt:
+            note(f"{reason}; the others were ended; trying again in {args.pause:g} s")
+            time.sleep(args.pause)
+        answers = workers.status()
+        others = (a for a in answers if a.value and a.alive and a.value["launch"] not in launches)
+        if other := next(others, None):
+            raise EchoError(f"a run is alive on worker {other.worker} of {workers}; stop it first")
+        failed = _first_silent(answers)
+        launch_id = secrets.token_hex(4)
+        if failed is None:
+            launches.add(launch_id)
+            failed = _start(workers, launch_id, flags, args)
+        if workers.shell.dry_run:
             return
-        answers = status(shell, workers, settings.timeout)
-        others = [a for a in answers if a.alive and a.value and a.value["mark"] not in ours]
-        if others:
+        if failed is None:
+            note(f"the run is alive on {len(workers.ids)} workers of {workers}")
+            return
+        if launches:
+            workers.call(lambda worker: ["end", workers.run_name(worker), "KILL"])
+        if _crashed(failed, launch_id):
+            for answer in workers.status({failed.worker: -_LAST_LINES}, among=[failed.worker]):
+                for line in answer.value["lines"] if answer.value else []:
+                    note(f"{failed.worker}| {line}")
             raise EchoError(
-                f"a run is alive on worker {others[0].worker} of {workers}; wanted none: stop it "
-                "before"
+                f"the run on worker {failed.worker} of {workers} {failed} at once; its last lines "
+                "are above"
             )
-        trouble = _silent(answers)
-        if trouble is None:
-            ours.add(mark)
-            answers = ask(shell, workers, begin, settings.timeout, asks=False)
-            trouble = _missing(answers, mark) or _settle(shell, workers, mark, settings)
-        if trouble is None:
-            note(f"the run is alive on {len(answers)} workers of {workers}")
-            return
-        if ours:
-            end_all(shell, workers, settings.timeout)
-        if _crashed_itself(trouble, mark):
-            raise _crashed(shell, workers, trouble, settings.timeout)
-        reason = f"worker {trouble.worker} of {workers} did not start ({trouble.trouble})"
-        if attempt + 1 < settings.tries:
-            note(f"{reason}; the others are ended, and all tried again in {settings.pause:g} s")
-            time.sleep(settings.pause)
-    raise EchoError(f"{reason}, in {settings.tries} tries; on the others the run is ended")
+        reason = f"worker {failed.worker} of {workers} did not start: {failed.problem or failed}"
+    raise EchoError(f"{reason} ({args.tries} tries); the run is ended on the others")
 
 
-def end(
-    shell: Shell, workers: Workers, *, now: bool, seconds: float, poll: float, timeout: float
-) -> bool:
-    """Stop the run everywhere: it saves and ends, or, with `now`, ends at once.
+def _start(
+    workers: Workers, launch_id: str, flags: Sequence[str], args: LaunchArgs
+) -> Answer | None:
+    """Start all processes; one that failed before they settled, if any."""
 
-    False if the pod was deleted meanwhile.
+    def arguments(worker: str) -> list[str]:
+        train = [PYTHON, "-m", "echo_eqx", "train", *flags, *workers.train_flags(worker)]
+        return ["start", workers.run_name(worker), launch_id, *train]
 
-    **Raises**: `EchoError` naming a worker where it is alive after `seconds`, or that says nothing.
+    answers, deadline = workers.call(arguments), time.monotonic() + args.settle
+    while not workers.shell.dry_run:
+        failed = [answer for answer in answers if _is_failed(answer, launch_id)]
+        # A process that crashed took others with it, and says more than they do.
+        failed.sort(key=lambda answer: not _crashed(answer, launch_id))
+        if failed or time.monotonic() > deadline:
+            return failed[0] if failed else None
+        time.sleep(args.poll)
+        answers = workers.status()
+    return None
+
+
+def _is_failed(answer: Answer, launch_id: str) -> bool:
+    """Whether it did not start, or ended though it was neither done nor asked to stop."""
+    value = answer.value
+    if value is None or value["launch"] != launch_id:
+        return True
+    return not value["alive"] and value["code"] not in (0, EXIT_PREEMPTED)
+
+
+def _crashed(answer: Answer, launch_id: str) -> bool:
+    """Whether it ended by an error of its own, not by a signal or for want of another process."""
+    value = answer.value
+    if value is None or value["launch"] != launch_id or value["code"] is None:
+        return False
+    return value["code"] not in (0, EXIT_PEER_LOST, EXIT_PREEMPTED) and value["code"] < 128
+
+
+def stop(workers: Workers, *, now: bool, wait: float, poll: float) -> None:
+    """Stop the run on all workers: it saves and ends, or with `now` ends at once.
+
+    **Raises**: `EchoError` naming a worker where it is alive, or that is silent, after `wait` s.
     """
-
-    def tell(worker: str) -> list[str]:
-        return ["end", workers.run_name(worker), "KILL" if now else "TERM", "stopped"]
-
-    untold, until = list(workers.ids), time.monotonic() + seconds
+    untold, deadline = list(workers.ids), time.monotonic() + wait
     while True:
-        if untold:
-            told = ask(shell, workers, tell, timeout, among=untold, asks=False)
-            untold = [answer.worker for answer in told if answer.value is None]
-        if shell.dry_run:
-            return True
-        answers = status(shell, workers, timeout)
-        silent = _silent(answers)
+        told = workers.call(
+            lambda worker: ["end", workers.run_name(worker), "KILL" if now else "TERM"],
+            among=untold,
+        )
+        untold = [answer.worker for answer in told if answer.value is None]
+        if workers.shell.dry_run:
+            return
+        answers = workers.status()
+        silent = _first_silent(answers)
         left = silent or next((answer for answer in answers if answer.alive), None)
         if left is None:
             break
-        if silent is not None and _is_gone(shell, workers):
-            note(f"{workers} is deleted, and what ran on it is over")
-            return False
-        if time.monotonic() > until:
+        if silent is not None and _is_deleted(workers):
+            note(f"{workers} is deleted, and the run on it has ended")
+            return
+        if time.monotonic() > deadline:
             raise EchoError(
-                f"worker {left.worker} of {workers} has not ended in {seconds:g} s: "
-                f"{how_it_fares(left)}"
+                f"worker {left.worker} of {workers} did not end within {wait:g} s: {left}"
             )
         time.sleep(poll)
     for answer in answers:
-        note(f"worker {answer.worker}: {how_it_fares(answer)}")
-    return True
+        note(f"worker {answer.worker}: {answer}")
 
 
-def end_all(shell: Shell, workers: Workers, timeout: float) -> None:
-    """End what is left of a run at once, as far as its workers can be reached."""
-    ask(shell, workers, lambda i: ["end", workers.run_name(i), "KILL"], timeout, asks=False)
-
-
-def how_it_fares(answer: Answer) -> str:
-    """A worker's run in a few words."""
-    value = answer.value
-    if value is None:
-        return f"no answer ({answer.trouble})"
-    if value["alive"]:
-        return "alive"
-    if value["mark"] is None:
-        return "no run yet"
-    if value["code"] is None:
-        return "gone with its machine"
-    return f"ended with code {value['code']}"
-
-
-def is_own_error(code: int | None) -> bool:
-    """Rather than by a signal, for want of another process, or when asked to."""
-    return code is not None and code not in (0, EXIT_PEER_LOST, EXIT_PREEMPTED) and code < 128
-
-
-def _silent(answers: list[Answer]) -> Answer | None:
+def _first_silent(answers: list[Answer]) -> Answer | None:
     return next((answer for answer in answers if answer.value is None), None)
 
 
-def _is_gone(shell: Shell, workers: Workers) -> bool:
-    """Their pod is there no more, as far as gcloud can say."""
+def _is_deleted(workers: Workers) -> bool:
     try:
-        return isinstance(workers, TpuWorkers) and look(shell, workers.pod).absent
+        return isinstance(workers, TpuWorkers) and describe(workers.shell, workers.pod).absent
     except GcloudError:
         return False
 
 
-def _missing(answers: list[Answer], mark: str) -> Answer | None:
-    """One that did not begin, or has ended since, unless it was done or stopped."""
-    missing = []
-    for answer in answers:
-        value = answer.value
-        if value is None:
-            missing.append(answer)
-            continue
-        ended = not value["alive"] and value["code"] != 0 and not value["stopped"]
-        if value["mark"] != mark or ended:
-            missing.append(Answer(answer.worker, value, how_it_fares(answer)))
-    # A process that crashed has ended others, and says more than they do.
-    missing.sort(key=lambda answer: not _crashed_itself(answer, mark))
-    return missing[0] if missing else None
+def check_no_run(workers: Workers, advice: str) -> None:
+    """**Raises**: `EchoError` with `advice` if a run is alive on a worker."""
+    try:
+        alive = [answer.worker for answer in workers.status() if answer.alive]
+    except NotSetUp:
+        return
+    if alive:
+        raise EchoError(f"a run is alive on worker {alive[0]} of {workers}; {advice}")
 
 
-def _crashed_itself(answer: Answer, mark: str) -> bool:
-    value = answer.value
-    return value is not None and value["mark"] == mark and is_own_error(value["code"])
+def follow(workers: Workers, ids: Sequence[str], lines: int, poll: float) -> dict[str, int | None]:
+    """Print the last `lines` of each log, then new ones until the run ends; returns exit codes.
 
-
-def _settle(shell: Shell, workers: Workers, mark: str, settings: LaunchSettings) -> Answer | None:
-    until = time.monotonic() + settings.settle
-    while True:
-        trouble = _missing(status(shell, workers, settings.timeout), mark)
-        if trouble is not None or time.monotonic() > until:
-            return trouble
-        time.sleep(settings.poll)
-
-
-def _crashed(shell: Shell, workers: Workers, answer: Answer, timeout: float) -> EchoError:
-    assert answer.value is not None
-    show_last_lines(shell, workers, answer.worker, timeout)
-    return EchoError(
-        f"the run on worker {answer.worker} of {workers} ended at once with code "
-        f"{answer.value['code']}; its last lines are above"
-    )
-
-
-def show_last_lines(shell: Shell, workers: Workers, worker: str, timeout: float) -> None:
-    """Print the end of a worker's log."""
-    for answer in status(shell, workers, timeout, lines=LAST_LINES, among=[worker]):
-        for line in answer.value["lines"] if answer.value else []:
-            note(f"{worker}| {line}")
+    **Raises**: `EchoError` for a worker that has had no run, or does not answer any more.
+    """
+    positions, failures = dict.fromkeys(ids, -lines), Counter[str]()
+    codes: dict[str, int | None] = {}
+    while len(codes) < len(ids) and not reader_left():  # such as | head; a run may take days
+        quiet = True
+        answers = workers.status(positions, among=[i for i in ids if i not in codes])
+        for answer in answers:
+            worker, value = answer.worker, answer.value
+            if value is None:
+                failures[worker] += 1
+                if failures[worker] > _MAX_FAILURES:
+                    raise EchoError(
+                        f"cannot read the log of worker {worker} of {workers}: {answer.problem}"
+                    )
+                continue
+            if value["launch"] is None:
+                raise EchoError(f"worker {worker} of {workers} has had no run")
+            failures[worker] = 0
+            for line in value["lines"]:
+                print(f"{worker}| {line}", flush=True)
+                quiet = False
+            positions[worker] = value["position"]
+            if not value["alive"] and not value["lines"]:
+                codes[worker] = value["code"]
+        if workers.shell.dry_run:
+            break
+        if quiet:
+            time.sleep(poll)
+    return codes

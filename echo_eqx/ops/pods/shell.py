@@ -1,4 +1,4 @@
-"""Other programs, as they are run: printed first, many at once, and ended with this one."""
+"""Running other programs: printed first, many at once, and none outlives this process."""
 
 import contextlib
 import os
@@ -8,117 +8,96 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import IO
 
 from echo_eqx.errors import EchoError
 
-_ABOUT = {
+_INSTALL_HINTS = {
     "gcloud": "the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)",
     "ssh": "OpenSSH",
     "scp": "OpenSSH",
-    "sbatch": "a machine of the cluster, where jobs are submitted",
 }
+_TIMED_OUT = 124  # as of timeout(1)
+
+Completed = subprocess.CompletedProcess[str]
 
 
 @dataclass(frozen=True)
-class Done:
-    """How a command ended; `code` is None if it took too long and was stopped."""
-
-    code: int | None
-    out: str
-    err: str
-
-    def reason(self, seconds: float) -> str:
-        """Why it failed, in the words of the program as far as it said any."""
-        if self.code is None:
-            return f"no answer within {seconds:g} s"
-        lines = [line.strip() for line in self.err.splitlines() if line.strip()]
-        errors = [line for line in lines if line.lower().startswith("error")]
-        return (errors or lines or [f"it ended with code {self.code}"])[-1][:300]
-
-
 class Shell:
-    """Runs commands, each printed before; a dry run prints them and does nothing."""
+    """Runs commands, each printed first; a dry run only prints them."""
 
-    def __init__(self, dry_run: bool = False):
-        self.dry_run = dry_run
-        self._said: set[str] = set()
+    dry_run: bool = False
+    _printed: set[str] = field(default_factory=set)
 
-    def run(self, command: Sequence[str], timeout: float, *, asks: bool = False) -> Done:
-        """As `run_all`, of one command. Not for a dry run."""
-        return self.run_all([command], timeout, asks=asks)[0]
+    def run(self, command: Sequence[str], timeout: float, *, is_query: bool = False) -> Completed:
+        """`run_all` of one command. Not for a dry run."""
+        return self.run_all([command], timeout, is_query=is_query)[0]
 
     def run_all(
-        self, commands: Sequence[Sequence[str]], timeout: float, *, asks: bool = False
-    ) -> list[Done]:
-        """Run all at once, for `timeout` s at most; nothing in a dry run.
+        self, commands: Sequence[Sequence[str]], timeout: float, *, is_query: bool = False
+    ) -> list[Completed]:
+        """Run all at once, for at most `timeout` s; [] in a dry run.
 
-        What only `asks` how things are is asked again and again, and printed once.
+        A query changes nothing and is often repeated, so it is printed only the first time.
 
-        **Raises**: `EchoError` for a program that is not there.
+        **Raises**: `EchoError` for a program that is not installed.
         """
-        for command in commands:
-            self.say(command, asks=asks)
+        for line in map(shlex.join, commands):
+            if not is_query or line not in self._printed:
+                print(line, flush=True)
+            self._printed.add(line)
         if self.dry_run:
             return []
+        deadline = time.monotonic() + timeout
         with contextlib.ExitStack() as stack:
-            files = [
-                tuple(stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
-                for _ in commands
-            ]
-            processes = []
-            stack.callback(lambda: [stop(process) for process in processes])
-            for command, (out, err) in zip(commands, files, strict=True):
-                processes.append(start(command, out, err))
-            until = time.monotonic() + timeout
-            done = []
-            for process, outputs in zip(processes, files, strict=True):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, until - time.monotonic()))
-                code = process.poll()
-                for file in outputs:
-                    file.seek(0)
-                out, err = (file.read().decode(errors="replace") for file in outputs)
-                done.append(Done(code, out, err))
-        return done
-
-    def say(self, command: Sequence[str], *, asks: bool = False) -> None:
-        line = shlex.join(command)
-        if not asks or line not in self._said:
-            print(line, flush=True)
-        if asks:
-            self._said.add(line)
+            started: list[tuple[subprocess.Popen, IO[str], IO[str]]] = []
+            for command in commands:
+                out = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+                err = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+                process = _start(command, out, err)
+                stack.callback(_kill, process)
+                started.append((process, out, err))
+            return [_finish(p, out, err, deadline, timeout) for p, out, err in started]
 
 
-def start(command: Sequence[str], out: Any, err: Any) -> subprocess.Popen:
-    """Begin a program in a session of its own: `stop` ends all that it began, and none asks here.
+def failure_reason(completed: Completed) -> str:
+    """Why a command failed: its own last error line, if it printed any."""
+    lines = [line.strip() for line in completed.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error")]
+    return (errors or lines or [f"exit code {completed.returncode}"])[-1][:300]
 
-    **Raises**: `EchoError` if it is not there.
-    """
+
+def _start(command: Sequence[str], out: IO[str], err: IO[str]) -> subprocess.Popen:
+    """A process in a session of its own: it cannot ask questions, and `_kill` ends its children."""
     try:
         return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
         )
     except FileNotFoundError:
-        wanted = _ABOUT.get(command[0], "it installed")
-        raise EchoError(f"{command[0]} is not on PATH; wanted {wanted}") from None
+        hint = _INSTALL_HINTS.get(command[0], "it")
+        raise EchoError(f"{command[0]} is not on PATH; install {hint}") from None
     except OSError as error:
-        raise EchoError(f"{command[0]} cannot be run: {error.strerror}") from None
+        raise EchoError(f"cannot run {command[0]}: {error.strerror}") from None
 
 
-def stop(process: subprocess.Popen) -> None:
-    """End a program of `start` and what it began. Nothing if it has ended."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _finish(
+    process: subprocess.Popen, out: IO[str], err: IO[str], deadline: float, timeout: float
+) -> Completed:
+    try:
+        code = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {timeout:g} s"
+        return subprocess.CompletedProcess(process.args, _TIMED_OUT, "", reason)
+    for file in (out, err):
+        file.seek(0)
+    return subprocess.CompletedProcess(process.args, code, out.read(), err.read())
+
+
+def _kill(process: subprocess.Popen) -> None:
+    for number, seconds in ((signal.SIGTERM, 1.0), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)

@@ -1,5 +1,6 @@
-"""Workers: how a command is run on one of them, and what several answer."""
+"""Workers: how a command is run on one of them, and what they answer."""
 
+import abc
 import json
 import re
 import shlex
@@ -9,174 +10,203 @@ from pathlib import Path
 from typing import Any
 
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.ops.pods.gcloud import Pod
-from echo_eqx.ops.pods.shell import Done, Shell
+from echo_eqx.ops.pods.gcloud import Pod, PodArgs, describe, not_found, split_flags
+from echo_eqx.ops.pods.shell import Completed, Shell, failure_reason
 
-# On a worker, from its home folder.
+# On a worker, relative to its home folder.
 SOURCE = "echo_eqx/source"
 PYTHON = "echo_eqx/venv/bin/python"
 PROGRAM = f"{SOURCE}/echo_eqx/ops/pods/worker.py"
-TRAIN = f"{SOURCE}/scripts/train.py"
 
 PORT = 8476
-"""At which the first host coordinates, unless told otherwise."""
+"""Port at which the first host coordinates."""
 
-# A connection that is gone is noticed within a minute.
-_SSH = ("ConnectTimeout=20", "ServerAliveInterval=15")
+_SSH = ("ConnectTimeout=20", "ServerAliveInterval=15")  # a lost connection ends within a minute
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerArgs(PodArgs):
+    hosts: str | None = None
+    """Machines to use instead of a pod, such as a,me@b,c; ssh must not ask for a password."""
+    coordinator: str | None = None
+    """HOST:PORT at which all --hosts reach the first; by default its name, and port 8476."""
+    ssh_flags: str = ""
+    """More flags for ssh and scp, or for gcloud's: --ssh_flags='--internal-ip'."""
+    timeout: float = 180.0
+    """Seconds to wait for a worker's answer."""
 
 
 @dataclass(frozen=True)
-class TpuWorkers:
-    """Workers of a pod, which find each other by themselves."""
+class Answer:
+    """What a worker answered, or why it did not."""
+
+    worker: str
+    value: dict[str, Any] | None
+    problem: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.value is not None and self.value["alive"]
+
+    def __str__(self) -> str:
+        """The state of the run on this worker, in a few words."""
+        if self.value is None:
+            return f"no answer ({self.problem})"
+        if self.alive:
+            return "alive"
+        if self.value["launch"] is None:
+            return "no run yet"
+        code = self.value["code"]
+        return "lost with its machine" if code is None else f"ended with code {code}"
+
+
+class NotSetUp(EchoError):
+    """A worker has no copy of the package."""
+
+
+@dataclass(frozen=True)
+class Workers(abc.ABC):
+    """Machines on which one run has a process each."""
+
+    shell: Shell
+    name: str
+    ids: tuple[str, ...]
+    ssh_flags: tuple[str, ...]
+    timeout: float
+
+    @abc.abstractmethod
+    def command(self, worker: str, remote: list[str]) -> list[str]:
+        """The command that runs `remote` on a worker."""
+
+    @abc.abstractmethod
+    def copy_command(self, worker: str, file: Path, target: str) -> list[str]:
+        """The command that copies a file to `target` in a worker's home folder."""
+
+    @abc.abstractmethod
+    def run_name(self, worker: str) -> str:
+        """Name of the run's folder on a worker."""
+
+    @abc.abstractmethod
+    def train_flags(self, worker: str) -> list[str]:
+        """Flags of `train` that differ between the workers."""
+
+    def call(
+        self,
+        arguments: Callable[[str], list[str]],
+        *,
+        among: Iterable[str] | None = None,
+        is_query: bool = False,
+    ) -> list[Answer]:
+        """Run `worker.py` with `arguments(worker)` on all workers at once; [] in a dry run.
+
+        **Raises**: `NotSetUp` if a worker has no `worker.py`.
+        """
+        ids = tuple(self.ids if among is None else among)
+        commands = [self.command(i, [PYTHON, "-P", PROGRAM, *arguments(i)]) for i in ids]
+        completed = self.shell.run_all(commands, self.timeout, is_query=is_query)
+        for worker, end in zip(ids, completed, strict=bool(completed)):
+            if end.returncode == 127 or "can't open file" in end.stderr:
+                raise NotSetUp(f"worker {worker} of {self} has no {PROGRAM}; run setup first")
+        return [_parse(*pair) for pair in zip(ids, completed, strict=bool(completed))]
+
+    def status(
+        self, starts: dict[str, int] | None = None, *, among: Iterable[str] | None = None
+    ) -> list[Answer]:
+        """State and log of each worker, from byte `starts[worker]`, or the last -start lines."""
+
+        def arguments(worker: str) -> list[str]:
+            return ["status", self.run_name(worker), str((starts or {}).get(worker, -1))]
+
+        return self.call(arguments, among=among, is_query=True)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class TpuWorkers(Workers):
+    """Workers of a pod; JAX finds the others by itself."""
 
     pod: Pod
-    ids: tuple[str, ...]
-    ssh_flags: tuple[str, ...] = ()
 
     def command(self, worker: str, remote: list[str]) -> list[str]:
-        """What runs `remote` on a worker."""
-        options = [f"--ssh-flag=-o{option}" for option in _SSH]
-        flags = [f"--worker={worker}", f"--command={shlex.join(remote)}", *options]
-        return self.pod.command("tpu-vm", "ssh", self.pod.name, *flags, *self.ssh_flags)
+        flags = [f"--worker={worker}", f"--command={shlex.join(remote)}"]
+        flags += [f"--ssh-flag=-o{option}" for option in _SSH]
+        return self.pod.command("tpu-vm", "ssh", self.name, *flags, *self.ssh_flags)
 
-    def copy(self, worker: str, file: Path, target: str) -> list[str]:
-        """What copies a file to `target` in a worker's home folder."""
-        options = [f"--scp-flag=-o{option}" for option in _SSH]
-        flags = [str(file), f"{self.pod.name}:{target}", f"--worker={worker}", *options]
+    def copy_command(self, worker: str, file: Path, target: str) -> list[str]:
+        flags = [str(file), f"{self.name}:{target}", f"--worker={worker}"]
+        flags += [f"--scp-flag=-o{option}" for option in _SSH]
         return self.pod.command("tpu-vm", "scp", *flags, *self.ssh_flags)
 
     def run_name(self, worker: str) -> str:
-        """Folder of the run on a worker."""
-        return self.pod.name
+        return self.name
 
     def train_flags(self, worker: str) -> list[str]:
-        """What train.py must be told on a worker besides the settings of the run."""
         return []
-
-    def __str__(self) -> str:
-        return self.pod.name
 
 
 @dataclass(frozen=True)
-class SshHosts:
-    """Machines that plain ssh reaches, of which the first coordinates."""
+class SshHosts(Workers):
+    """Machines reached by plain ssh; the first coordinates."""
 
-    name: str
     hosts: tuple[str, ...]
     coordinator: str
-    ssh_flags: tuple[str, ...] = ()
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(str(index) for index in range(len(self.hosts)))
 
     def command(self, worker: str, remote: list[str]) -> list[str]:
-        """What runs `remote` on a worker."""
         return ["ssh", *self._options(), self.hosts[int(worker)], shlex.join(remote)]
 
-    def copy(self, worker: str, file: Path, target: str) -> list[str]:
-        """What copies a file to `target` in a worker's home folder."""
+    def copy_command(self, worker: str, file: Path, target: str) -> list[str]:
         return ["scp", *self._options(), str(file), f"{self.hosts[int(worker)]}:{target}"]
 
     def _options(self) -> list[str]:
         return [f"-o{option}" for option in ("BatchMode=yes", *_SSH)] + list(self.ssh_flags)
 
     def run_name(self, worker: str) -> str:
-        """Folder of the run on a worker; hosts may share a home folder."""
-        return f"{self.name}-{worker}"
+        return f"{self.name}-{worker}"  # hosts may share a home folder
 
     def train_flags(self, worker: str) -> list[str]:
-        """What train.py must be told on a worker besides the settings of the run."""
         count = str(len(self.hosts))
-        together = ["--coordinator", self.coordinator, "--num_processes", count]
-        return [*together, "--process_id", worker]
-
-    def __str__(self) -> str:
-        return self.name
+        rendezvous = ["--coordinator", self.coordinator, "--num_processes", count]
+        return [*rendezvous, "--process_id", worker]
 
 
-def ssh_hosts(
-    name: str, hosts: str, coordinator: str | None, ssh_flags: tuple[str, ...]
-) -> SshHosts:
-    """Hosts from a text such as a,me@b,c. **Raises**: `UsageError` for what is no such text."""
-    names = tuple(hosts.split(","))
-    for host in names:
-        if re.fullmatch(r"(\w[\w.-]*@)?\w[\w.-]*", host) is None:
-            raise UsageError(f"hosts has {host!r}; wanted names such as a,me@b,c")
-    if len(set(names)) < len(names):
-        raise UsageError(f"hosts is {hosts}; wanted each host once")
-    coordinator = coordinator or f"{names[0].rpartition('@')[2]}:{PORT}"
-    if re.fullmatch(r".+:\d+", coordinator) is None:
-        raise UsageError(f"coordinator is {coordinator!r}; wanted HOST:PORT")
-    return SshHosts(name, names, coordinator, ssh_flags)
+def find_workers(shell: Shell, args: WorkerArgs) -> Workers:
+    """The hosts, or the workers of the pod.
 
-
-Workers = TpuWorkers | SshHosts
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a worker said; None and the trouble if it said nothing."""
-
-    worker: str
-    value: dict[str, Any] | None
-    trouble: str = ""
-
-    @property
-    def alive(self) -> bool:
-        return self.value is not None and self.value["alive"]
-
-
-class NotSetUp(EchoError):
-    """A worker has no package that could be asked."""
-
-
-def ask(
-    shell: Shell,
-    workers: Workers,
-    remote: Callable[[str], list[str]],
-    timeout: float,
-    *,
-    among: Iterable[str] | None = None,
-    asks: bool = True,
-) -> list[Answer]:
-    """Ask all, or some, at once by `worker.py` with the arguments of `remote`; [] in a dry run.
-
-    **Raises**: `NotSetUp` if it is not there on one of them.
+    **Raises**: `UsageError` for bad hosts, `EchoError` for a pod that is not ready.
     """
-    ids = tuple(workers.ids if among is None else among)
-    commands = [workers.command(i, [PYTHON, "-P", PROGRAM, *remote(i)]) for i in ids]
-    done = shell.run_all(commands, timeout, asks=asks)
-    answers = [_answer(i, d, timeout) for i, d in zip(ids, done, strict=bool(done))]
-    for answer, end in zip(answers, done, strict=True):
-        if answer.value is None and (end.code == 127 or "can't open file" in end.err):
-            raise NotSetUp(
-                f"worker {answer.worker} of {workers} has no {PROGRAM}; wanted a setup before"
-            )
-    return answers
+    pod = Pod(args.name, args.zone, args.project)
+    ssh_flags = split_flags("ssh_flags", args.ssh_flags)
+    if args.hosts is not None:
+        hosts = tuple(args.hosts.split(","))
+        for host in hosts:
+            if re.fullmatch(r"(\w[\w.-]*@)?\w[\w.-]*", host) is None:
+                raise UsageError(f"expected --hosts such as a,me@b,c, got {host!r} in it")
+        if len(set(hosts)) < len(hosts):
+            raise UsageError(f"expected each of --hosts once, got {args.hosts}")
+        coordinator = args.coordinator or f"{hosts[0].rpartition('@')[2]}:{PORT}"
+        if re.fullmatch(r".+:\d+", coordinator) is None:
+            raise UsageError(f"expected --coordinator HOST:PORT, got {coordinator!r}")
+        ids = tuple(map(str, range(len(hosts))))
+        return SshHosts(shell, args.name, ids, ssh_flags, args.timeout, hosts, coordinator)
+    if args.coordinator is not None:
+        raise UsageError("--coordinator needs --hosts: the workers of a pod find each other")
+    ids = ("all",)
+    if not shell.dry_run:
+        state = describe(shell, pod)
+        if state.absent:
+            raise not_found(pod)
+        if not state.ready:
+            raise EchoError(f"expected {pod} to be READY, got {state}")
+        ids = tuple(map(str, range(state.num_workers)))
+    return TpuWorkers(shell, args.name, ids, ssh_flags, args.timeout, pod)
 
 
-def status(
-    shell: Shell,
-    workers: Workers,
-    timeout: float,
-    *,
-    lines: int = 0,
-    among: Iterable[str] | None = None,
-) -> list[Answer]:
-    """How the run fares on each worker."""
-
-    def remote(worker: str) -> list[str]:
-        return ["status", workers.run_name(worker), str(lines)]
-
-    return ask(shell, workers, remote, timeout, among=among)
-
-
-def _answer(worker: str, done: Done, seconds: float) -> Answer:
-    if done.code == 0:
-        lines = [line for line in done.out.splitlines() if line.startswith("{")]
-        try:
-            return Answer(worker, json.loads(lines[-1]))
-        except (IndexError, ValueError):
-            return Answer(worker, None, "an answer that is none")
-    return Answer(worker, None, done.reason(seconds))
+def _parse(worker: str, completed: Completed) -> Answer:
+    if completed.returncode != 0:
+        return Answer(worker, None, failure_reason(completed))
+    try:  # what stands before the last line is from a connection that broke
+        return Answer(worker, json.loads(completed.stdout.rstrip().rpartition("\n")[2]))
+    except ValueError:
+        return Answer(worker, None, "unparseable reply")

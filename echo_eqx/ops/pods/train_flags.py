@@ -1,0 +1,42 @@
+"""The flags of `train`, checked before anything is rented or submitted."""
+
+from collections.abc import Sequence
+
+import tyro
+
+from echo_eqx.command import note
+from echo_eqx.errors import UsageError
+from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
+
+_PER_WORKER = ("--coordinator", "--num_processes", "--process_id")
+_LOCAL_DISKS = ("/home/", "/root/", "/tmp/", "/dev/shm/", "~")
+
+
+def check_train_flags(flags: Sequence[str]) -> str:
+    """The --run_dir of a run with these flags.
+
+    **Raises**: `UsageError`, or an exit by tyro, for what `train` would refuse on every worker.
+    """
+    names = [flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in flags]
+    for name, flag in zip(names, flags, strict=True):
+        if name == "--config":
+            raise UsageError(f"{flag} is a file on this machine; pass its settings as flags")
+        if name in _PER_WORKER:
+            raise UsageError(f"{flag} is set on each worker; leave it out")
+    model = TrainConfig.model
+    for name, flag, after in zip(names, flags, [*flags[1:], model], strict=True):
+        if name == "--model":
+            model = flag.partition("=")[2] or after
+    base = TRAIN_PRESETS.get(model, TrainConfig(model=model))
+    config = tyro.cli(TrainConfig, args=list(flags), default=base, prog="train")
+    config.check()
+    return str(config.run_dir)
+
+
+def warn_if_local(run_dir: str) -> None:
+    """Warn if checkpoints would be deleted with the pod."""
+    if not run_dir.startswith("/") or run_dir.startswith(_LOCAL_DISKS):
+        note(
+            f"warning: --run_dir {run_dir} looks like a worker's own disk, which is deleted with "
+            "the pod; use a mounted bucket or NFS that all workers see"
+        )

@@ -22,7 +22,7 @@ from echo_eqx.data.text import (
     encode_text,
     expand_english,
     halve_text,
-    normalise_text,
+    normalize_text,
     says_something,
     speaking_width,
     split_text,
@@ -379,7 +379,7 @@ def _pieces_of(
 ) -> list[str]:
     check_text(utterance.text)
     text = expand_english(utterance.text) if expand else utterance.text
-    text = normalise_text(text) if normalise else text
+    text = normalize_text(text) if normalise else text
     width = duration * CHARACTERS_PER_SECOND
     pieces = split_text(text, dit.config.max_text_bytes - 1, width)
     return [piece for piece in pieces if says_something(piece)]

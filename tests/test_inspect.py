@@ -52,10 +52,10 @@ def command(monkeypatch, capsys):
 
 
 def report_of(source: object, tmp_path: Path, **window: int) -> Report:
-    listing = list_shards(str(source), tmp_path / "cache")
+    shard_index = list_shards(str(source), tmp_path / "cache")
     cache = ShardCache(tmp_path / "cache", 10**9)
     try:
-        return inspect_shards(listing, cache, **window)
+        return inspect_shards(shard_index, cache, **window)
     finally:
         cache.close()
 
@@ -272,9 +272,9 @@ def test_a_sample_is_played_with_its_reference(command, tmp_path, golden_codec):
 
 def test_what_cannot_be_played_is_one_sentence(command, tmp_path):
     write_shard(tmp_path / "a.tar", [("mute", parts(text="")), ("fine", parts())])
-    listing, cache = list_shards(str(tmp_path), tmp_path), ShardCache(tmp_path / "cache", 10**9)
+    shard_index, cache = list_shards(str(tmp_path), tmp_path), ShardCache(tmp_path / "cache", 10**9)
     with pytest.raises(EchoError, match=r"'mute' of a.tar is broken \(text: the text is empty\)"):
-        find_sample(listing, cache, "mute")
+        find_sample(shard_index, cache, "mute")
     done = command("--data", tmp_path, "--codec", CODEC, "--play", "fine")
     assert done.returncode == 1 and "5 channels; the codec decodes 12" in done.stderr
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 import echo_eqx
 from echo_eqx.commands import prepare as prepare_command
 from echo_eqx.data.shards import list_shards
-from echo_eqx.data.text import normalise_text
+from echo_eqx.data.text import normalize_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.assign import CLUSTER, assign
 from echo_eqx.prepare.clips import list_clips
@@ -271,7 +271,7 @@ def test_texts_are_written_as_a_model_is_given_them_and_the_index_says_so(oddly_
     output = oddly_named / "shards" / "a"
     index = json.loads((output / "index-000-of-001.json").read_text())
     texts = [json.loads(parts["json"])["text"] for parts in samples_of(output).values()]
-    assert set(texts) == {normalise_text(TYPED)} and len(texts) == 11
+    assert set(texts) == {normalize_text(TYPED)} and len(texts) == 11
     assert index["settings"]["normalize_text"] is True
     assert [refusal["kind"] for refusal in index["refused"]["input"]] == ["text"]
     index = prepare_here(oddly_named, tmp_path / "raw", normalize_text=False)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from shards import npy_bytes, write_shard
 
-from echo_eqx.data.shard_index import Skipped, index_tar
 from echo_eqx.data.tar import MAX_EXTENDED, Member, TarError, read_members
+from echo_eqx.data.tar_index import Skipped, index_tar
 
 LATENTS = npy_bytes(np.zeros((3, 8), np.float16))
 TEXT = b'{"text": "words"}'

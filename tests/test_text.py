@@ -16,7 +16,7 @@ from echo_eqx.data.text import (
     encode_text,
     expand_english,
     halve_text,
-    normalise_text,
+    normalize_text,
     speaking_width,
     split_text,
 )
@@ -83,15 +83,15 @@ def test_a_tag_is_never_cut():
 
 
 def test_text_is_cleaned_as_in_training():
-    assert normalise_text("“Hi” — it’s…\nme: you; we") == '[S1] "Hi" , it\'s... me, you, we'
-    assert normalise_text("[S2] Hi.") == "[S2] Hi."
+    assert normalize_text("“Hi” — it’s…\nme: you; we") == '[S1] "Hi" , it\'s... me, you, we'
+    assert normalize_text("[S2] Hi.") == "[S2] Hi."
 
 
 @pytest.mark.parametrize("text", ["(laughs) Hi.", "[music] Hi.", "S1 says hi.", "Hi. [S2] Hello."])
 def test_every_text_has_a_tag_in_front(text):
-    assert normalise_text(text) == f"[S1] {text}"
-    assert normalise_text(normalise_text(text)) == normalise_text(text)
-    pieces = split_text(normalise_text(f"{text} And more of it. " * 9), 100, 30.0)
+    assert normalize_text(text) == f"[S1] {text}"
+    assert normalize_text(normalize_text(text)) == normalize_text(text)
+    pieces = split_text(normalize_text(f"{text} And more of it. " * 9), 100, 30.0)
     assert len(pieces) > 5 and all(re.match(r"\[S[12]\] ", piece) for piece in pieces)
 
 
@@ -137,7 +137,7 @@ PLAIN = "Turn off the kitchen lights, René."
     ],
 )
 def test_other_forms_of_the_same_letters_are_one_text(written):
-    assert normalise_text(written) == f"[S1] {PLAIN}"
+    assert normalize_text(written) == f"[S1] {PLAIN}"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_other_forms_of_the_same_letters_are_one_text(written):
     ],
 )
 def test_characters_with_a_meaning_of_their_own_stay(text):
-    assert normalise_text(text) == f"[S1] {text}"
+    assert normalize_text(text) == f"[S1] {text}"
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_characters_with_a_meaning_of_their_own_stay(text):
     ],
 )
 def test_dashes_and_foreign_question_marks(text, clean):
-    assert normalise_text(text) == f"[S1] {clean}"
-    assert normalise_text(normalise_text(text)) == normalise_text(text)
+    assert normalize_text(text) == f"[S1] {clean}"
+    assert normalize_text(normalize_text(text)) == normalize_text(text)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_syllables_and_graphemes_stay_whole(syllables):
 
 
 def test_pieces_are_even_and_none_is_a_single_word():
-    text = normalise_text(
+    text = normalize_text(
         "Dr. Smith opened the door. He said that Mr. J. R. R. Tolkien had met St. Paul on a "
         "Monday, and that they had a very long conversation about everything under the sun before "
         "the small grey cat came in through the door. Then we left."
@@ -349,6 +349,6 @@ def test_no_number_or_symbol_is_left_in_english():
 
 def test_sentences_the_small_voice_was_trained_on_are_left():
     for text in training_texts(0, 500):
-        assert normalise_text(text) == f"[S1] {text}"
+        assert normalize_text(text) == f"[S1] {text}"
         if not re.search("[0-9]", text):
             assert expand_english(text) == text

@@ -81,11 +81,11 @@ def test_data_that_cannot_be_used_is_named(config, tmp_path):
     message = refusal(config, data=str(narrow))
     assert "narrow holds latents of 8 channels; the model has 128 (--latent_dim)" in message
     message = refusal(config, data=str(narrow), latent_dim=8)
-    assert "no silence.safetensors or silence.npy beside the shards" in message
+    assert "expected silence.safetensors or silence.npy next to the shards" in message
     assert "--silence zeros" in message
     np.save(tmp_path / "other.npy", np.zeros((4, 6), np.float16))
     assert "other.npy" in refusal(config, silence=str(tmp_path / "other.npy"))
-    assert "4 shards" in refusal(config, lanes=8)
+    assert "4 shards" in refusal(config, num_streams=8)
     assert "hf://datasets" in refusal(config, data="hf://models/a/b")
 
 
@@ -95,16 +95,16 @@ def test_meshes_and_batches_that_do_not_divide(config):
     assert "do not split over tensor=8" in refusal(config, mesh="tensor=8")
 
 
-def test_lanes_that_do_not_divide_over_hosts(monkeypatch):
+def test_streams_that_do_not_divide_over_hosts(monkeypatch):
     from echo_eqx.train import batches
 
     mesh = make_mesh(mesh_shape("fsdp=8", 8))
     monkeypatch.setattr(batches, "owned_rows", lambda mesh, size: np.arange(0, 4))
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(UsageError, match="2 lanes do not divide over 4 hosts"):
-        batches.owned_lanes(mesh, 16, 2)
-    assert batches.owned_lanes(mesh, 16, 4) == [0]
-    assert batches.owned_lanes(mesh, 16, 8) == [0, 1]
+    with pytest.raises(UsageError, match="2 streams do not divide over 4 hosts"):
+        batches.owned_streams(mesh, 16, 2)
+    assert batches.owned_streams(mesh, 16, 4) == [0]
+    assert batches.owned_streams(mesh, 16, 8) == [0, 1]
 
 
 def test_flags_out_of_range(config):
@@ -161,7 +161,7 @@ def test_weights_of_other_sizes_are_refused(config, tmp_path):
 
 
 def test_settings_go_through_json(tmp_path):
-    config = dataclasses.replace(TRAIN_PRESETS["tiny"], data="a", run_dir=tmp_path, lanes=4)
+    config = dataclasses.replace(TRAIN_PRESETS["tiny"], data="a", run_dir=tmp_path, num_streams=4)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_json(config)))
 

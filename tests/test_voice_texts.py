@@ -11,7 +11,7 @@ import pytest
 import soundfile as sf
 import soxr
 
-from echo_eqx.data.text import normalise_text
+from echo_eqx.data.text import normalize_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.voice import espeak, judge
@@ -61,7 +61,7 @@ def test_texts_fit_and_the_normaliser_leaves_them(texts, held_out):
     every = [*texts, *(text for kind in KINDS for text in held_out[kind])]
     for text in every:
         assert text.isascii() and len(text) >= 8
-        assert normalise_text(text) == f"[S1] {text}"
+        assert normalize_text(text) == f"[S1] {text}"
         assert len(f"[S1] {text}") <= MAX_BYTES
     assert len(set(every)) == len(every)
 

@@ -42,7 +42,7 @@ import tyro
 import echo_eqx
 from echo_eqx.command import parse
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, to_json
-from echo_eqx.data import stream as data_stream
+from echo_eqx.data import loader
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import list_shards
 from echo_eqx.sharding.mesh import make_mesh, mesh_shape
@@ -283,32 +283,32 @@ def stream(args: Stream) -> None:
     count = args.shards * args.records
     with tempfile.TemporaryDirectory() as folder:
         write_random_shards(Path(folder), args.shards, args.records, config.latent_dim)
-        listing = list_shards(folder, Path(folder))
+        shard_index = list_shards(folder, Path(folder))
 
         def plain() -> None:
-            for shard in listing.shards:
+            for shard in shard_index.shards:
                 with tarfile.open(shard.path) as tar:
                     for member in tar:
                         file = tar.extractfile(member)
                         assert file is not None
                         file.read()
 
-        window = data_stream.Window(
+        lengths = loader.SequenceLengths(
             config.latent_dim,
             config.max_frames,
             config.max_text_bytes,
             config.max_speaker_frames,
             config.patch_size,
         )
-        lanes = data_stream.num_lanes(args.batch_size, args.shards)
-        source = data_stream.Stream(
-            listing,
-            window,
+        streams = loader.choose_num_streams(args.batch_size, args.shards)
+        source = loader.DataLoader(
+            shard_index,
+            lengths,
             np.zeros((1, config.latent_dim), np.float32),
             batch_size=args.batch_size,
             seed=0,
-            num_lanes=lanes,
-            lanes=range(lanes),
+            num_streams=streams,
+            streams=range(streams),
             cache=ShardCache(Path(folder) / "cache", 10**9),
         )
 

@@ -20,7 +20,7 @@ from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.config import DIT_PRESETS, DiTConfig, presets_of_width
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.fetch import ShardCache
-from echo_eqx.data.shards import Listing, list_shards
+from echo_eqx.data.shards import ShardIndex, list_shards
 from echo_eqx.errors import EchoError, UsageError, printable
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.inspect import Report, find_sample, inspect_shards
@@ -71,14 +71,14 @@ def main() -> None:
     assert args.data is not None
     window = window_of(args)
     folder = args.cache_dir
-    listing = list_shards(args.data, folder)
+    shard_index = list_shards(args.data, folder)
     cache = ShardCache(folder, int(args.cache_gb * 1e9))
     try:
         if args.play is not None:
-            return play(listing, cache, args.play, args.codec, args.output)
+            return play(shard_index, cache, args.play, args.codec, args.output)
         bar = StepBar("reading shards")
         report = inspect_shards(
-            listing,
+            shard_index,
             cache,
             max_frames=window.max_frames,
             max_text_bytes=window.max_text_bytes,
@@ -328,9 +328,9 @@ def plot(report: Report, path: Path) -> None:
 # --- One sample ---------------------------------------------------------------------------------
 
 
-def play(listing: Listing, cache: ShardCache, key: str, weights: str, output: Path) -> None:
+def play(shard_index: ShardIndex, cache: ShardCache, key: str, weights: str, output: Path) -> None:
     """Decode a sample and its reference."""
-    sample = find_sample(listing, cache, key)
+    sample = find_sample(shard_index, cache, key)
     use_compilation_cache()
     codec = echo_eqx.load_codec(weights)
     width = sample.latents.shape[1]

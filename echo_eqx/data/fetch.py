@@ -76,7 +76,7 @@ class ShardCache:
             raise UsageError(
                 f"the shards read at once take {num_bytes} bytes and the cache may hold "
                 f"{self.max_bytes}; wanted --cache_gb of at least {-(-num_bytes // 10**9)}, or "
-                "fewer --lanes"
+                "fewer --num_streams"
             )
 
     def request(self, shard: Shard) -> None:
@@ -131,7 +131,7 @@ class ShardCache:
                 raise UsageError(
                     f"shard {shard.name} could not be had in {ROOM_WAIT:.0f} s: other readers of "
                     f"{self.folder} hold it, or the room for its {shard.size} bytes; wanted a "
-                    "larger --cache_gb or fewer --lanes"
+                    "larger --cache_gb or fewer --num_streams"
                 )
             self._closed.wait(_POLL)
 

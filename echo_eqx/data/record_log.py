@@ -1,24 +1,24 @@
-"""What a stream of samples skips, cuts or leaves out: counted, and named where that helps."""
+"""What a data loader skips, cuts or leaves out: counted, and the first case of each named."""
 
 import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from echo_eqx.data.lanes import Drawn
 from echo_eqx.data.records import BrokenRecord
-from echo_eqx.data.shard_index import Skipped
+from echo_eqx.data.sample_stream import ReadResult
 from echo_eqx.data.shards import Shard
+from echo_eqx.data.tar_index import Skipped
 from echo_eqx.errors import EchoError, printable
 
-ENOUGH_SEEN = 100
-"""Records after which the share of broken ones says something."""
+MIN_SEEN = 100
+"""Records read before the share of broken ones is judged."""
 _NAMES = {
     "broken_records": "{} broken records skipped",
-    "skipped_members": "{} members of shards in no record",
-    "left_out": "{} samples longer than the window left out",
-    "cut_recordings": "{} recordings cut at the window, their texts whole",
-    "cut_texts": "{} texts cut at the window",
+    "skipped_members": "{} shard members that belong to no record",
+    "left_out": "{} samples left out because they are too long",
+    "cut_recordings": "{} recordings cut to --max_frames, their texts whole",
+    "cut_texts": "{} texts cut to --max_text_bytes",
     "cropped_references": "{} references cropped at random",
 }
 
@@ -29,15 +29,15 @@ def describe(counts: Mapping[str, int]) -> str:
 
 
 class RecordLog:
-    """Counts since the start of this process; they run ahead of the batches handed out.
+    """Counts since this process started; they run ahead of the batches already used.
 
-    `broken` has the broken records by kind, `seen` is the number of all that were read. `first` has
-    a sentence on the first case of everything that is counted, in the order they came.
+    `broken` counts broken records by kind, `seen` all records read. `first` has a sentence about
+    the first case of everything that is counted, in order of appearance.
     """
 
     def __init__(self, source: str, max_broken: float, path: Path | None):
-        """More than `max_broken` of the records of `source` broken is an error. Broken records and
-        members in no record are listed in `path`, a file of JSON lines, each once."""
+        """It is an error if more than the share `max_broken` of the records of `source` is broken.
+        Broken records and members of no record are listed once in `path`, a JSON lines file."""
         self.broken: Counter[str] = Counter()
         self.seen = 0
         self.first: dict[str, str] = {}
@@ -48,36 +48,35 @@ class RecordLog:
 
     @property
     def counts(self) -> dict[str, int]:
-        """By the names they have in `metrics.jsonl`; what has not happened is left out, apart from
-        broken records."""
+        """Counts by name in `metrics.jsonl`; zeros are left out, except for broken records."""
         return {"broken_records": self.broken.total(), **self._counts}
 
     def count(self, name: str, sentence: str) -> None:
         self._counts[name] += 1
         self.first.setdefault(name, sentence)
 
-    def add(self, drawn: Drawn) -> None:
+    def add(self, read: ReadResult) -> None:
         """Count a record.
 
         **Raises**: `EchoError` if too many are broken, or the list cannot be written.
         """
         self.seen += 1
-        if isinstance(drawn.result, BrokenRecord):
-            broken = drawn.result
+        if isinstance(read.result, BrokenRecord):
+            broken = read.result
             self.broken[broken.kind] += 1
-            name = f"{drawn.shard.name}:{drawn.key}"
-            sentence = f"{name} is broken and is skipped: {broken.detail}"
+            sentence = f"skipped broken record {read.shard.name}:{read.key}: {broken.detail}"
             self.first.setdefault("broken_records", printable(sentence))
-            self._list(drawn.shard, drawn.key, broken.kind, broken.detail)
+            self._list(read.shard, read.key, broken.kind, broken.detail)
         total = self.broken.total()
-        if self.seen >= ENOUGH_SEEN and total > self._max_broken * self.seen:
+        if self.seen >= MIN_SEEN and total > self._max_broken * self.seen:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in self.broken.most_common())
             raise EchoError(
-                f"{total} of {self.seen} records are broken ({self._kinds()}); wanted at most "
-                f"{self._max_broken:.1%} (--max_broken); the first: {self.first['broken_records']}"
+                f"expected at most {self._max_broken:.1%} broken records (--max_broken), got "
+                f"{total} of {self.seen} ({kinds}); the first: {self.first['broken_records']}"
             )
 
     def add_skipped(self, shard: Shard, members: list[Skipped]) -> None:
-        """Count the members of a shard that are in no record, once for each shard.
+        """Count the members of a shard that belong to no record, once per shard.
 
         **Raises**: `EchoError` if there are many and no record was seen yet, or the list cannot be
         written.
@@ -88,15 +87,15 @@ class RecordLog:
         self._indexed.add(shard.name)
         self._counts["skipped_members"] += len(members)
         sentence = (
-            f"{len(members)} members of {shard.name} are in no record and are not used, such as "
+            f"skipped {len(members)} members of {shard.name} that belong to no record, such as "
             f"{members[0].name[:100]}: {members[0].detail}"
         )
         self.first.setdefault("skipped_members", printable(sentence))
         for member in members:
             self._list(shard, member.name, member.kind, member.detail)
-        many = self._counts["skipped_members"] >= ENOUGH_SEEN and self._max_broken < 1
+        many = self._counts["skipped_members"] >= MIN_SEEN and self._max_broken < 1
         if self.seen == 0 and many:
-            raise EchoError(self.nothing_used("shards read so far have no record"))
+            raise EchoError(self.nothing_used("the shards read so far have no record"))
 
     def nothing_used(self, what: str) -> str:
         """Why there is nothing to train on, with counts and first cases."""
@@ -106,11 +105,8 @@ class RecordLog:
         first = "".join(f"; {sentence}" for sentence in self.first.values())
         return (
             f"{printable(self._source)}: {what}: {describe(reasons) or 'the shards are empty'}"
-            f"{first}; scripts/inspect_shards.py lists all"
+            f"{first}; inspect_shards.py lists them all"
         )
-
-    def _kinds(self) -> str:
-        return ", ".join(f"{kind} {count}" for kind, count in self.broken.most_common())
 
     def _list(self, shard: Shard, key: str, kind: str, detail: str) -> None:
         if self._path is None or (shard.name, key) in self._listed:
@@ -121,17 +117,17 @@ class RecordLog:
             with self._path.open("a") as file:
                 file.write(json.dumps(fields) + "\n")
         except OSError as error:
-            raise EchoError(f"{self._path} cannot be written: {error.strerror}") from None
+            raise EchoError(f"cannot write {self._path}: {error.strerror}") from None
 
 
 def _read_log(path: Path | None) -> set[tuple[str, str]]:
-    """What an earlier start has listed, so that it is not listed twice."""
+    """What earlier starts have listed."""
     listed = set()
     if path is not None and path.is_file():
         for line in path.read_text(errors="replace").splitlines():
             try:
                 fields = json.loads(line)
                 listed.add((fields["shard"], fields["key"]))
-            except (ValueError, KeyError, TypeError, RecursionError):  # a line cut by a kill
+            except (ValueError, KeyError, TypeError, RecursionError):  # a line cut off by a kill
                 continue
     return listed

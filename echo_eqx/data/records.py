@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from echo_eqx.data.shard_index import Entry, index_tar
+from echo_eqx.data.tar_index import RecordEntry, index_tar
 from echo_eqx.errors import EchoError
 
 __all__ = [
     "BrokenRecord",
-    "Entry",
+    "RecordEntry",
     "Sample",
     "index_tar",
     "latent_width",
@@ -56,7 +56,7 @@ class Sample:
     reference: np.ndarray | None
 
 
-def read_sample(descriptor: int, entry: Entry, latent_dim: int) -> Sample:
+def read_sample(descriptor: int, entry: RecordEntry, latent_dim: int) -> Sample:
     """The record at `entry` of an open shard, from any thread.
 
     **Raises**: `BrokenRecord` if it cannot be trained on.
@@ -76,7 +76,7 @@ def read_sample(descriptor: int, entry: Entry, latent_dim: int) -> Sample:
     return Sample(entry.key, text, latents, reference)
 
 
-def latent_width(descriptor: int, entry: Entry) -> int | None:
+def latent_width(descriptor: int, entry: RecordEntry) -> int | None:
     """Channels of a record, from the header of its latents; None if that cannot be right."""
     if entry.latents is None:
         return None

@@ -36,7 +36,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Listing:
+class ShardIndex:
     """The shards of a source, sorted by name."""
 
     source: str
@@ -65,12 +65,12 @@ def frame_rate(codec_json: bytes) -> float | None:
     return rate if isinstance(rate, float) and 0 < rate < 1e6 else None
 
 
-def list_shards(source: str, cache: Path) -> Listing:
+def list_shards(source: str, cache: Path) -> ShardIndex:
     """All *.tar behind `source`: below a folder, matched by a glob, one file, or
     `hf://datasets/owner/name[@revision][/folder]`. Those held out, in a folder `holdout` further
     down, are left out.
 
-    A revision on the Hub is resolved to its commit once. That listing is kept in the folder
+    A revision on the Hub is resolved to its commit once. That shard_index is kept in the folder
     `cache`, and taken from there where the Hub is out of reach.
 
     **Raises**: `EchoError` if there are none, or the Hub is out of reach and nothing is kept.
@@ -109,7 +109,7 @@ def _is_held_out(name: str) -> bool:
     return HOLDOUT in name.split("/")[:-1]
 
 
-def _local(source: str, folder: Path, names: list[str]) -> Listing:
+def _local(source: str, folder: Path, names: list[str]) -> ShardIndex:
     shards = []
     try:
         for name in sorted(names):
@@ -127,10 +127,10 @@ def _local(source: str, folder: Path, names: list[str]) -> Listing:
         raise EchoError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not shards:
         raise EchoError(f"{source} holds no *.tar; wanted at least one shard")
-    return Listing(source, None, tuple(shards))
+    return ShardIndex(source, None, tuple(shards))
 
 
-def _list_hub(source: str, cache: Path) -> Listing:
+def _list_hub(source: str, cache: Path) -> ShardIndex:
     dataset = HubDataset.parse(source)
     kept = cache / f"listing-{hashlib.sha256(source.encode()).hexdigest()[:24]}.json"
     known = _read_listing(kept, source)
@@ -142,7 +142,7 @@ def _list_hub(source: str, cache: Path) -> Listing:
     except HubUnavailable as error:
         if known is not None:
             return known
-        raise EchoError(f"{error}; no earlier listing of it is in {cache}") from None
+        raise EchoError(f"{error}; no earlier shard_index of it is in {cache}") from None
     if not files:
         raise EchoError(f"{source} holds no *.tar; wanted at least one shard")
     facts = {"source": source, "commit": commit, "files": files}
@@ -171,7 +171,7 @@ def _ask_hub(dataset: HubDataset) -> tuple[str, list[Any]]:
     return commit, sorted(files)
 
 
-def _read_listing(kept: Path, source: str) -> Listing | None:
+def _read_listing(kept: Path, source: str) -> ShardIndex | None:
     try:
         facts = json.loads(kept.read_text())
         if facts["source"] == source:
@@ -181,9 +181,9 @@ def _read_listing(kept: Path, source: str) -> Listing | None:
     return None
 
 
-def _listing(source: str, commit: str, files: list[Any]) -> Listing:
+def _listing(source: str, commit: str, files: list[Any]) -> ShardIndex:
     dataset = HubDataset.parse(source).at(commit)
     shards = tuple(
         Shard(name, size, url=dataset.file_url(name), sha256=sha256) for name, size, sha256 in files
     )
-    return Listing(source, commit, shards)
+    return ShardIndex(source, commit, shards)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from echo_eqx.data.audio import audio_seconds, decode_audio
-from echo_eqx.data.text import check_text, normalise_text
+from echo_eqx.data.text import check_text, normalize_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.detect import find_recordings
 from echo_eqx.prepare.records import (
@@ -182,7 +182,7 @@ def _cut(record: Recording, max_seconds: float, keep_long: bool) -> Iterator[Cli
 
 def _normalised(clip: Clip) -> Clip | SkippedInput:
     """`clip` with the text that a model is given, or why nothing of it is left."""
-    text = normalise_text(clip.text)
+    text = normalize_text(clip.text)
     if problem := _problem(text):
         return SkippedInput(problem[0], clip.metadata["source"], f"after cleaning {problem[1]}")
     return replace(clip, text=text)

@@ -21,8 +21,8 @@ from echo_eqx.data.records import (
     load_silence,
     read_sample,
 )
-from echo_eqx.data.shard_index import Entry, Skipped, index_tar
-from echo_eqx.data.shards import FRAME_RATE, Listing
+from echo_eqx.data.shards import FRAME_RATE, ShardIndex
+from echo_eqx.data.tar_index import RecordEntry, Skipped, index_tar
 from echo_eqx.data.text import encode_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.sidecars import (
@@ -134,7 +134,7 @@ class Moments:
 
 
 def inspect_shards(
-    listing: Listing,
+    shard_index: ShardIndex,
     cache: ShardCache,
     *,
     max_frames: int = 768,
@@ -152,7 +152,7 @@ def inspect_shards(
     **Raises**: `EchoError` if a shard cannot be had or read.
     """
     broken: list[Broken] = []
-    beside, unseen = files_beside(listing)
+    beside, unseen = files_beside(shard_index)
     sums, indexed, indexes = read_indexes(beside, cache, broken)
     silence = first_silence(beside)
     rate = find_frame_rate(beside, cache, broken)
@@ -165,9 +165,9 @@ def inspect_shards(
     extras: Counter[str] = Counter()
     fitting = references = with_speaker = compared = 0
     longer_recordings = frames_cut = longer_texts = longer_references = 0
-    for number, shard in enumerate(listing.shards):
-        if number + 1 < len(listing.shards):
-            cache.request(listing.shards[number + 1])
+    for number, shard in enumerate(shard_index.shards):
+        if number + 1 < len(shard_index.shards):
+            cache.request(shard_index.shards[number + 1])
         with opened(cache, shard) as descriptor:
             if shard.name in sums:
                 compared += 1
@@ -190,7 +190,7 @@ def inspect_shards(
                     if entry.damage is None:
                         first = seen.setdefault(entry.key, number)
                         if first != number:
-                            name = listing.shards[first].name
+                            name = shard_index.shards[first].name
                             raise BrokenRecord("duplicate", f"{name} has it too")
                     sample = read_sample(descriptor, entry, width or USUAL_WIDTH)
                 except BrokenRecord as error:
@@ -215,9 +215,9 @@ def inspect_shards(
                 if language is not None:
                     languages[language] += 1
         if progress is not None:
-            progress(number + 1, len(listing.shards))
-    if is_whole(listing):
-        there = {shard.name for shard in listing.shards}
+            progress(number + 1, len(shard_index.shards))
+    if is_whole(shard_index):
+        there = {shard.name for shard in shard_index.shards}
         for name in sorted(set(sums) - there):
             broken.append(Broken(name, "", "lost", "an index has it, but it is not there"))
     if silence is not None and silence.path is not None and moments is not None:
@@ -226,9 +226,9 @@ def inspect_shards(
         except EchoError as error:
             broken.append(Broken(silence.name, "", "silence", str(error)))
     return Report(
-        source=listing.source,
-        revision=listing.revision,
-        shards=len(listing.shards),
+        source=shard_index.source,
+        revision=shard_index.revision,
+        shards=len(shard_index.shards),
         frames=np.array(frames, np.int32),
         text_bytes=np.array(text_bytes, np.int32),
         fitting=fitting,
@@ -253,13 +253,13 @@ def inspect_shards(
     )
 
 
-def find_sample(listing: Listing, cache: ShardCache, key: str) -> Sample:
+def find_sample(shard_index: ShardIndex, cache: ShardCache, key: str) -> Sample:
     """The first record `key`, of any width.
 
     **Raises**: `EchoError` if there is none, or it is broken.
     """
     example = None
-    for shard in listing.shards:
+    for shard in shard_index.shards:
         with opened(cache, shard) as descriptor:
             for entry in index_tar(descriptor):
                 if entry.damage is not None:
@@ -273,15 +273,15 @@ def find_sample(listing: Listing, cache: ShardCache, key: str) -> Sample:
                 except BrokenRecord as error:
                     raise EchoError(f"{key!r} of {shard.name} is broken ({error})") from None
     wanted = "" if example is None else f"; wanted a key such as {example!r}"
-    raise EchoError(f"{listing.source} has no record {key!r}{wanted}")
+    raise EchoError(f"{shard_index.source} has no record {key!r}{wanted}")
 
 
-def _usual_width(descriptor: int, entries: list[Entry]) -> int | None:
+def _usual_width(descriptor: int, entries: list[RecordEntry]) -> int | None:
     widths = Counter(filter(None, (latent_width(descriptor, entry) for entry in entries)))
     return widths.most_common(1)[0][0] if widths else None
 
 
-def _labels(descriptor: int, entry: Entry) -> tuple[str | None, str | None]:
+def _labels(descriptor: int, entry: RecordEntry) -> tuple[str | None, str | None]:
     """Speaker and language of a record that has been read without an error."""
     assert entry.json is not None
     offset, size = entry.json

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi
 
 from echo_eqx.data.fetch import ShardCache
-from echo_eqx.data.shards import Listing, Shard, frame_rate
+from echo_eqx.data.shards import Shard, ShardIndex, frame_rate
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import hub_errors
 
@@ -52,16 +52,16 @@ def folder_of(name: str) -> str:
     return PurePosixPath(name).parent.as_posix()
 
 
-def is_whole(listing: Listing) -> bool:
-    """Whether the listing has all shards of a folder, not a part picked by a glob or name."""
-    return listing.shards[0].path is None or Path(listing.source).expanduser().is_dir()
+def is_whole(shard_index: ShardIndex) -> bool:
+    """Whether the shard_index has all shards of a folder, not a part picked by a glob or name."""
+    return shard_index.shards[0].path is None or Path(shard_index.source).expanduser().is_dir()
 
 
-def files_beside(listing: Listing) -> tuple[list[Shard], str | None]:
+def files_beside(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
     """Indexes and silence in the folders of shards and above all, as files the cache can open, and
     why they cannot be listed."""
-    folders = sorted({".", *(folder_of(shard.name) for shard in listing.shards)})
-    first = listing.shards[0]
+    folders = sorted({".", *(folder_of(shard.name) for shard in shard_index.shards)})
+    first = shard_index.shards[0]
     found = []
     if first.path is not None:
         root = first.path.parents[len(Path(first.name).parts) - 1]
@@ -74,7 +74,7 @@ def files_beside(listing: Listing) -> tuple[list[Shard], str | None]:
         except OSError as error:
             return [], f"{error.filename} cannot be read: {error.strerror}"
         return found, None
-    dataset = listing.dataset
+    dataset = shard_index.dataset
     options = {"repo_type": "dataset", "revision": dataset.revision}
     try:
         with hub_errors(f"cannot list {dataset}"):

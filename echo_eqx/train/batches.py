@@ -20,20 +20,20 @@ def owned_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.array(sorted(rows))
 
 
-def owned_lanes(mesh: Mesh, batch_size: int, num_lanes: int) -> Sequence[int]:
-    """Lanes that this process reads.
+def owned_streams(mesh: Mesh, batch_size: int, num_streams: int) -> Sequence[int]:
+    """Sample streams that this process reads.
 
-    **Raises**: `UsageError` if a lane's rows would lie on two hosts.
+    **Raises**: `UsageError` if the rows of one stream would be split between two hosts.
     """
-    per_lane = batch_size // num_lanes
+    per_stream = batch_size // num_streams
     rows = owned_rows(mesh, batch_size)
-    lanes = sorted(set((rows // per_lane).tolist()))
-    if len(rows) != len(lanes) * per_lane:
+    streams = sorted(set((rows // per_stream).tolist()))
+    if len(rows) != len(streams) * per_stream:
         raise UsageError(
-            f"{num_lanes} lanes do not divide over {jax.process_count()} hosts; wanted a multiple "
-            "by --lanes, which takes at least as many shards"
+            f"{num_streams} streams do not divide over {jax.process_count()} hosts; set "
+            "--num_streams to a multiple of that, with at least as many shards"
         )
-    return lanes
+    return streams
 
 
 @runtime_checkable

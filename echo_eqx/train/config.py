@@ -83,9 +83,9 @@ class TrainConfig(RunConfig):
     run's weights by default."""
     reference_lufs: float = REFERENCE_LUFS
     """Loudness of the references in the data (prepare.py --lufs): others are brought to it."""
-    lanes: int | None = None
-    """Parts that the shards are dealt to, read side by side; each belongs to one host. By default
-    up to 64, as batch and shards allow."""
+    num_streams: int | None = None
+    """Sample streams that the shards are assigned to and that are read in parallel, each by one
+    host. By default as many as batch size and number of shards allow, up to 64."""
     cache_dir: Path = Path("~/.cache/echo_eqx/shards")
     """Where shards from the Hub lie while they are used."""
     cache_gb: float = 200.0

@@ -1,4 +1,4 @@
-"""The data of a run: shards, window, silence and lanes, checked before anything is fetched."""
+"""The data of a run: shards, window, silence and streams, checked before anything is fetched."""
 
 import contextlib
 import json
@@ -9,14 +9,14 @@ from huggingface_hub import hf_hub_download
 from jax.sharding import Mesh
 
 from echo_eqx.config import DiTConfig, presets_of_width
-from echo_eqx.data import stream
+from echo_eqx.data import loader
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.records import load_silence
-from echo_eqx.data.shards import FRAME_RATE, Listing, frame_rate, list_shards
+from echo_eqx.data.shards import FRAME_RATE, ShardIndex, frame_rate, list_shards
 from echo_eqx.errors import EchoError
 from echo_eqx.files import expand
 from echo_eqx.hub import HubFileNotFound, hub_errors
-from echo_eqx.train.batches import owned_lanes
+from echo_eqx.train.batches import owned_streams
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.weights.native import SafetensorsFile
 
@@ -27,36 +27,38 @@ class TrainData:
     def __init__(self, source: str, config: TrainConfig, sizes: DiTConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._cache_dir = expand(config.cache_dir)
-        self.listing = list_shards(source, self._cache_dir)
-        width = stream.first_width(self.listing)
+        self.shard_index = list_shards(source, self._cache_dir)
+        width = loader.first_width(self.shard_index)
         if width not in (None, sizes.latent_dim):
             raise EchoError(
                 f"{source} holds latents of {width} channels; the model has {sizes.latent_dim} "
                 f"(--latent_dim); {_fitting(width)}"
             )
-        self.window = stream.Window(
+        self.lengths = loader.SequenceLengths(
             latent_dim=sizes.latent_dim,
             max_frames=sizes.max_frames,
             max_text_bytes=sizes.max_text_bytes,
             max_speaker_frames=sizes.max_speaker_frames,
             patch_size=sizes.patch_size,
         )
-        self.silence = _find_silence(config.silence, self.listing, sizes.latent_dim)
-        lanes = stream.num_lanes(config.batch_size, len(self.listing.shards), config.lanes)
-        self._num_lanes = lanes
-        self._lanes = owned_lanes(mesh, config.batch_size, lanes)
+        self.silence = _find_silence(config.silence, self.shard_index, sizes.latent_dim)
+        streams = loader.choose_num_streams(
+            config.batch_size, len(self.shard_index.shards), config.num_streams
+        )
+        self._num_streams = streams
+        self._streams = owned_streams(mesh, config.batch_size, streams)
 
-    def stream(
+    def loader(
         self, batch_size: int, *, cursor: dict | None = None, broken_log: Path | None = None
-    ) -> stream.Stream:
-        return stream.Stream(
-            self.listing,
-            self.window,
+    ) -> loader.DataLoader:
+        return loader.DataLoader(
+            self.shard_index,
+            self.lengths,
             self.silence,
             batch_size=batch_size,
             seed=self._config.seed,
-            num_lanes=self._num_lanes,
-            lanes=self._lanes,
+            num_streams=self._num_streams,
+            streams=self._streams,
             cache=ShardCache(self._cache_dir, int(self._config.cache_gb * 1e9)),
             cursor=cursor,
             max_broken=self._config.max_broken,
@@ -68,7 +70,7 @@ class TrainData:
     def frame_rate(self) -> float:
         """Latent frames a second, as codec.json beside the shards says, or else the usual 25."""
         with contextlib.suppress(EchoError, OSError):
-            codec = beside(self.listing, "codec.json")
+            codec = beside(self.shard_index, "codec.json")
             return (codec and frame_rate(codec.read_bytes())) or FRAME_RATE
         return FRAME_RATE
 
@@ -80,39 +82,41 @@ def _fitting(width: int | None) -> str:
     return f"{models}; --latent_dim {width} makes any model fit"
 
 
-def beside(listing: Listing, name: str) -> Path | None:
+def beside(shard_index: ShardIndex, name: str) -> Path | None:
     """The file `name` in the folder or repository of the shards, None if it is not there."""
-    shard = listing.shards[0]
+    shard = shard_index.shards[0]
     if shard.path is not None:
         path = shard.path.parents[len(Path(shard.name).parts) - 1] / name
         return path if path.is_file() else None
     try:
-        with hub_errors(f"cannot download {name} of {listing.source}"):
-            options = {"repo_type": "dataset", "revision": listing.revision}
-            return Path(hf_hub_download(listing.dataset.repo, name, **options))
+        with hub_errors(f"cannot download {name} of {shard_index.source}"):
+            options = {"repo_type": "dataset", "revision": shard_index.revision}
+            return Path(hf_hub_download(shard_index.dataset.repo, name, **options))
     except HubFileNotFound:
         return None
 
 
-def _find_silence(flag: str | None, listing: Listing, latent_dim: int) -> np.ndarray:
+def _find_silence(flag: str | None, shard_index: ShardIndex, latent_dim: int) -> np.ndarray:
     if flag == "zeros":
         return np.zeros((1, latent_dim), np.float32)
     names = ("silence.safetensors", "silence.npy")
-    paths = [expand(Path(flag))] if flag is not None else [beside(listing, name) for name in names]
+    paths = (
+        [expand(Path(flag))] if flag is not None else [beside(shard_index, name) for name in names]
+    )
     for path in paths:
         if path is not None:
             silence = load_silence(path, latent_dim)
-            check_codec(path, listing)
+            check_codec(path, shard_index)
             return silence
     raise EchoError(
-        f"there is no {' or '.join(names)} beside the shards of {listing.source}; give --silence "
-        "FILE, the encoded silence that recordings are padded with, or --silence zeros"
+        f"expected {' or '.join(names)} next to the shards of {shard_index.source}, found neither; "
+        "give --silence FILE (encoded silence, used as padding) or --silence zeros"
     )
 
 
-def check_codec(silence: Path, listing: Listing) -> None:
+def check_codec(silence: Path, shard_index: ShardIndex) -> None:
     """Silence of one codec is noise to another; where both say which they are, they agree."""
-    codec = beside(listing, "codec.json")
+    codec = beside(shard_index, "codec.json")
     if codec is None or silence.suffix != ".safetensors":
         return
     made_silence = SafetensorsFile(silence).metadata.get("codec")
@@ -122,6 +126,6 @@ def check_codec(silence: Path, listing: Listing) -> None:
         raise EchoError(f"{codec} does not say which codec made the data: {error}") from None
     if made_silence is not None and made_silence != made_data:
         raise EchoError(
-            f"{silence} was made by codec {made_silence[:16]}, the data of {listing.source} by "
+            f"{silence} was made by codec {made_silence[:16]}, the data of {shard_index.source} by "
             f"{str(made_data)[:16]}; wanted the silence of the same codec"
         )

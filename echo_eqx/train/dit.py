@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from echo_eqx.command import note
-from echo_eqx.data import stream
+from echo_eqx.data.loader import HostBatch
 from echo_eqx.flow.noising import Batch
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
@@ -45,18 +45,18 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
     source = pinned_source(config)
     data = TrainData(source, config, sizes, mesh)
     held_out = TrainData(config.eval_data, config, sizes, mesh) if config.eval_data else None
-    digest = data.listing.digest()
-    both = digest + (held_out.listing.digest() if held_out else "")
+    digest = data.shard_index.digest()
+    both = digest + (held_out.shard_index.digest() if held_out else "")
     generation = _generation(config, data)
     with run_folder(config, both) as (folder, mark, checkpoint):
-        facts = {"revision": data.listing.revision, "digest": digest}
+        facts = {"revision": data.shard_index.revision, "digest": digest}
         if checkpoint is not None:
-            check_same_run(checkpoint, sizes, config, facts, data.listing.source)
+            check_same_run(checkpoint, sizes, config, facts, data.shard_index.source)
         take_over(folder, config, checkpoint)
         state, samples_seen, cursor = begin(config, checkpoint, mesh)
         compiled = compile_step(lambda: lower_step(config, mesh))
         broken_log = config.run_dir / f"broken-{jax.process_index()}.jsonl"
-        batches = data.stream(config.batch_size, cursor=cursor, broken_log=broken_log)
+        batches = data.loader(config.batch_size, cursor=cursor, broken_log=broken_log)
         eval_batches, samples = _held_out(config, held_out or data, generation, mesh)
         figures = make_evaluate(mesh, config.objective)
 
@@ -114,7 +114,7 @@ def _held_out(
     """Batches to evaluate on, and the speaker of samples, as far as they are asked for."""
     samples, batches = None, []
     if config.sample_every:
-        source = data.stream(config.batch_size)
+        source = data.loader(config.batch_size)
         rows = _first_rows(next(source).batch, config.sample_count)
         source.close()
         assert config.codec is not None
@@ -128,7 +128,7 @@ def _held_out(
             writes=jax.process_index() == 0,
         )
     if config.eval_data:
-        source = data.stream(config.batch_size)
+        source = data.loader(config.batch_size)
         feeder = Feeder(source, Batch, mesh, config.batch_size)
         batches = [feeder.next().batch for _ in range(config.eval_batches)]
         for sentence in feeder.news():
@@ -137,10 +137,10 @@ def _held_out(
     return batches, samples
 
 
-def _first_rows(batch: stream.Batch, count: int) -> stream.Batch:
+def _first_rows(batch: HostBatch, count: int) -> HostBatch:
     """The first rows of process 0, in all processes."""
-    rows = stream.Batch(*(array[:count] for array in batch))
-    return stream.Batch(*map(np.asarray, multihost_utils.broadcast_one_to_all(tuple(rows))))
+    rows = HostBatch(*(array[:count] for array in batch))
+    return HostBatch(*map(np.asarray, multihost_utils.broadcast_one_to_all(tuple(rows))))
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.command import note
 from echo_eqx.data.audio import save_audio
-from echo_eqx.data.stream import Batch
+from echo_eqx.data.loader import HostBatch
 from echo_eqx.errors import EchoError
 from echo_eqx.flow.sampler import sample
 from echo_eqx.generation import GenerationConfig
@@ -28,7 +28,7 @@ class Samples:
     def __init__(
         self,
         run_dir: Path,
-        batch: Batch,
+        batch: HostBatch,
         codec: str,
         mesh: Mesh,
         dtype: str,

@@ -15,7 +15,7 @@ import soundfile as sf
 from tqdm import tqdm
 
 from echo_eqx.command import on_terminal
-from echo_eqx.data.text import normalise_text
+from echo_eqx.data.text import normalize_text
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 
@@ -87,7 +87,7 @@ def speak_corpus(
     """Speak the first `count` of `texts` that take at most `max_seconds`, the voices in turn.
 
     Text `n` becomes `folder/NNNNNN.wav`, 16 bit; `folder/manifest.jsonl` has a line of `audio`,
-    `text` (with the speaker tag, as `normalise_text` gives it), `speaker` and `duration` for each,
+    `text` (with the speaker tag, as `normalize_text` gives it), `speaker` and `duration` for each,
     which is returned too. Clips that the manifest has already are kept, if nothing about them
     differs. The same texts give the same files.
 
@@ -101,7 +101,7 @@ def speak_corpus(
         number, text = numbered
         voice = VOICES[number % len(VOICES)]
         path = folder / f"{number:06d}.wav"
-        row = {"audio": path.name, "text": normalise_text(text), "speaker": voice.name}
+        row = {"audio": path.name, "text": normalize_text(text), "speaker": voice.name}
         before = known.get(path.name, {})
         if row.items() <= before.items() and path.is_file():
             return before if before["duration"] <= max_seconds else None

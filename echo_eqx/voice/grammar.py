@@ -1,7 +1,7 @@
 """Texts to train a small voice on: a grammar over a few thousand common English words.
 
 `words.txt` has the words, `grammar.txt` the rules. Every text is ASCII of at most `MAX_BYTES` with
-the speaker tag, and `normalise_text` changes nothing in it but for that tag.
+the speaker tag, and `normalize_text` changes nothing in it but for that tag.
 
 Texts are kept apart by what they are, not by comparing lists: one text in twenty is held out by its
 checksum, and so is every text with one of the held out words, 6 % of the lexicon.

@@ -97,7 +97,7 @@ def _plain(char: str, is_cjk: bool) -> str:
     return plain if is_ligature or is_circled_letter else char
 
 
-def normalise_text(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Text as the community's models saw it in training.
 
     Quotes are straight, `...` stands for the ellipsis character, colons and semicolons are commas,

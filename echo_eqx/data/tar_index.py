@@ -19,7 +19,7 @@ _MAX_NAME = 4096
 
 
 @dataclass(slots=True)
-class Entry:
+class RecordEntry:
     """Where a record lies in its shard: (offset, size) of each part in bytes.
 
     `damage` says why the shard could not be read on; nothing else is then set.
@@ -43,7 +43,7 @@ class Skipped(NamedTuple):
     """Why it is skipped; the suffix of an extra."""
 
 
-def index_tar(source: Path | int, skipped: list[Skipped] | None = None) -> list[Entry]:
+def index_tar(source: Path | int, skipped: list[Skipped] | None = None) -> list[RecordEntry]:
     """All records of a shard in file order; one more with `damage` where it is cut or damaged.
 
     `source` is a path or the descriptor of an open file, which stays open. Members that are in no
@@ -61,8 +61,8 @@ def index_tar(source: Path | int, skipped: list[Skipped] | None = None) -> list[
         os.close(descriptor)
 
 
-def _index(descriptor: int, skipped: list[Skipped]) -> list[Entry]:
-    entries: dict[str, Entry] = {}
+def _index(descriptor: int, skipped: list[Skipped]) -> list[RecordEntry]:
+    entries: dict[str, RecordEntry] = {}
     files: dict[str, tuple[int, int]] = {}
     dotted: dict[str, list[str]] = {}  # members of each key with dots
     others: list[str] = []
@@ -85,7 +85,7 @@ def _index(descriptor: int, skipped: list[Skipped]) -> list[Entry]:
                 continue
             if _has_dot(key):
                 dotted.setdefault(key, []).append(name)
-            entry = entries.setdefault(key, Entry(key))
+            entry = entries.setdefault(key, RecordEntry(key))
             if getattr(entry, part) is not None:
                 skipped.append(Skipped(name, "duplicate", "a later member has the same key"))
             setattr(entry, part, place)
@@ -98,7 +98,7 @@ def _index(descriptor: int, skipped: list[Skipped]) -> list[Entry]:
     skipped.extend(_other(name, entries) for name in others)
     found = list(entries.values())
     if damage is not None:
-        found.append(Entry("", damage=damage))
+        found.append(RecordEntry("", damage=damage))
     return found
 
 
@@ -123,7 +123,7 @@ def _first_key(name: str) -> str:
     return f"{folder}{slash}{file.partition('.')[0]}"
 
 
-def _is_record(entry: Entry, entries: dict[str, Entry]) -> bool:
+def _is_record(entry: RecordEntry, entries: dict[str, RecordEntry]) -> bool:
     """Whether a key with dots is one: `k.mean.npy` beside `k.npy` is more of k."""
     complete = entry.latents is not None and entry.json is not None
     return complete and _first_key(entry.key) not in entries
@@ -137,13 +137,13 @@ def _why(kind: str, place: tuple[int, int] | None) -> str:
     return f"a {kind}; expected a file (tar --dereference stores what links point to)"
 
 
-def _why_not_dotted(key: str, entries: dict[str, Entry]) -> str:
+def _why_not_dotted(key: str, entries: dict[str, RecordEntry]) -> str:
     if (first := _first_key(key)) in entries:
         return f"{first} is a key as well, so {key} may be more of it; expected keys without dots"
     return f"its key has a dot; expected both {key}.npy and {key}.json, or keys without dots"
 
 
-def _other(name: str, entries: dict[str, Entry]) -> Skipped:
+def _other(name: str, entries: dict[str, RecordEntry]) -> Skipped:
     folder, slash, file = name.rpartition("/")
     if file.startswith("._"):  # what macOS knows of a file
         return Skipped(name, "extra", "._*")

@@ -14,6 +14,13 @@ from safetensors.numpy import save_file
 from shards import DataServer, make_dataset, npy_bytes, sample_parts, sha256, write_shard
 
 from echo_eqx.data.fetch import ShardCache
+from echo_eqx.data.loader import (
+    DataLoader,
+    LoadedBatch,
+    SequenceLengths,
+    choose_num_streams,
+    first_width,
+)
 from echo_eqx.data.records import (
     MAX_JSON,
     BrokenRecord,
@@ -21,17 +28,18 @@ from echo_eqx.data.records import (
     load_silence,
     read_sample,
 )
-from echo_eqx.data.shards import Listing, Shard, list_shards
-from echo_eqx.data.stream import Step, Stream, Window, first_width, num_lanes
+from echo_eqx.data.shards import Shard, ShardIndex, list_shards
 from echo_eqx.errors import EchoError, UsageError
 
 WIDTH = 8
-WINDOW = Window(WIDTH, max_frames=24, max_text_bytes=31, max_speaker_frames=20, patch_size=4)
+LENGTHS = SequenceLengths(
+    WIDTH, max_frames=24, max_text_bytes=31, max_speaker_frames=20, patch_size=4
+)
 SILENCE = np.linspace(1.0, 2.0, 5 * WIDTH, dtype=np.float32).reshape(5, WIDTH)
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Listing:
+def dataset(tmp_path_factory) -> ShardIndex:
     folder = tmp_path_factory.mktemp("data")
     return list_shards(str(make_dataset(folder, shards=10, per_shard=5)), folder)
 
@@ -41,11 +49,11 @@ def opened(tmp_path):
     """Makes streams and closes them."""
     streams = []
 
-    def open_stream(listing: Listing, **settings) -> Stream:
-        settings = {"batch_size": 16, "seed": 1, "num_lanes": 8, **settings}
-        settings.setdefault("lanes", range(settings["num_lanes"]))
+    def open_stream(shard_index: ShardIndex, **settings) -> DataLoader:
+        settings = {"batch_size": 16, "seed": 1, "num_streams": 8, **settings}
+        settings.setdefault("streams", range(settings["num_streams"]))
         settings.setdefault("cache", ShardCache(tmp_path / "cache", 10**9))
-        streams.append(Stream(listing, WINDOW, SILENCE, **settings))
+        streams.append(DataLoader(shard_index, LENGTHS, SILENCE, **settings))
         return streams[-1]
 
     yield open_stream
@@ -53,27 +61,29 @@ def opened(tmp_path):
         stream.close()
 
 
-def take(stream: Stream, count: int) -> list[Step]:
+def take(stream: DataLoader, count: int) -> list[LoadedBatch]:
     return list(itertools.islice(stream, count))
 
 
-def same_step(a: Step, b: Step) -> bool:
+def same_step(a: LoadedBatch, b: LoadedBatch) -> bool:
     pairs = zip(a.batch, b.batch, strict=True)
     same = all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in pairs)
     return same and a.keys == b.keys and a.cursor == b.cursor
 
 
-def merged(steps: list[Step]) -> Step:
-    """The global step from those of the hosts, in order of their lanes."""
+def merged(steps: list[LoadedBatch]) -> LoadedBatch:
+    """The global step from those of the hosts, in order of their streams."""
     batch = type(steps[0].batch)(*map(np.concatenate, zip(*(s.batch for s in steps), strict=True)))
-    cursor = {lane: place for step in steps for lane, place in step.cursor.items()}
-    return Step(batch, [key for step in steps for key in step.keys], cursor)
+    cursor = {stream: place for step in steps for stream, place in step.cursor.items()}
+    return LoadedBatch(batch, [key for step in steps for key in step.keys], cursor)
 
 
-def on_hosts(opened, listing: Listing, hosts: int, count: int, **settings) -> list[Step]:
+def on_hosts(
+    opened, shard_index: ShardIndex, hosts: int, count: int, **settings
+) -> list[LoadedBatch]:
     share = 8 // hosts
-    lanes = [range(host * share, (host + 1) * share) for host in range(hosts)]
-    streams = [take(opened(listing, lanes=own, **settings), count) for own in lanes]
+    streams = [range(host * share, (host + 1) * share) for host in range(hosts)]
+    streams = [take(opened(shard_index, streams=own, **settings), count) for own in streams]
     return [merged(list(steps)) for steps in zip(*streams, strict=True)]
 
 
@@ -88,7 +98,7 @@ def test_one_two_or_eight_hosts_see_the_same_batches(dataset, opened):
 
 
 def test_a_cursor_gives_the_same_bytes_from_anywhere(dataset, opened):
-    """Lanes have 5 or 10 records here, so most of these positions are in different epochs."""
+    """Streams have 5 or 10 records here, so most of these positions are in different epochs."""
     straight = take(opened(dataset), 12)
     epochs = {place[0] for step in straight for place in step.cursor.values()}
     assert epochs == {0, 1, 2, 3, 4}
@@ -98,16 +108,16 @@ def test_a_cursor_gives_the_same_bytes_from_anywhere(dataset, opened):
 
 
 def test_every_sample_comes_once_an_epoch(dataset, opened):
-    stream = opened(dataset, batch_size=4, num_lanes=2)
+    stream = opened(dataset, batch_size=4, num_streams=2)
     steps = take(stream, 25)
-    by_lane = [[key for step in steps for key in step.keys[n : n + 2]] for n in (0, 2)]
-    first, second = ([lane[:25], lane[25:]] for lane in by_lane)
+    by_stream = [[key for step in steps for key in step.keys[n : n + 2]] for n in (0, 2)]
+    first, second = ([stream[:25], stream[25:]] for stream in by_stream)
     everything = set(samples_of(dataset))
     assert set(first[0]) | set(second[0]) == everything and len(everything) == 50
-    for lane in (first, second):
-        assert len(set(lane[0])) == 25 and set(lane[0]) == set(lane[1])
-        assert lane[0] != lane[1]
-        shards = [[key.split(":")[0] for key in epoch] for epoch in lane]
+    for stream in (first, second):
+        assert len(set(stream[0])) == 25 and set(stream[0]) == set(stream[1])
+        assert stream[0] != stream[1]
+        shards = [[key.split(":")[0] for key in epoch] for epoch in stream]
         assert all(len(list(itertools.groupby(epoch))) == 5 for epoch in shards)
 
 
@@ -123,10 +133,10 @@ def test_the_order_belongs_to_the_seed(dataset, opened):
     ]
 
 
-def samples_of(listing: Listing) -> dict[str, tuple[np.ndarray, np.ndarray | None, str]]:
+def samples_of(shard_index: ShardIndex) -> dict[str, tuple[np.ndarray, np.ndarray | None, str]]:
     """What is in the shards, read with nothing but tarfile and NumPy."""
     found = {}
-    for shard in listing.shards:
+    for shard in shard_index.shards:
         assert shard.path is not None
         with tarfile.open(shard.path) as tar:
             files = {m.name: part.read() for m in tar if (part := tar.extractfile(m))}
@@ -274,9 +284,9 @@ def test_each_kind_of_broken_record_is_skipped_counted_and_named(tmp_path, opene
     good = [(f"good{n}", sample_parts(rng, 4, WIDTH)) for n in range(3)]
     mixed = [*((key, parts) for key, (_, parts) in BROKEN.items()), *good]
     write_shard(tmp_path / "data" / "a.tar", mixed)
-    listing, log = list_shards(str(tmp_path / "data"), tmp_path), tmp_path / "broken.jsonl"
+    shard_index, log = list_shards(str(tmp_path / "data"), tmp_path), tmp_path / "broken.jsonl"
     for _ in range(2):  # a second run adds nothing to the log
-        stream = opened(listing, num_lanes=1, batch_size=3, max_broken=1.0, broken_log=log)
+        stream = opened(shard_index, num_streams=1, batch_size=3, max_broken=1.0, broken_log=log)
         steps = take(stream, 3)
         stream.close()
         assert all(
@@ -297,26 +307,26 @@ def test_more_broken_records_than_allowed_end_the_run(tmp_path, opened):
         records = [(f"k{n}", sample_parts(rng, 3, WIDTH)) for n in range(60)]
         records[9] = ("bad", BROKEN["nan-nan"][1])
         write_shard(tmp_path / "data" / f"{shard}.tar", records)
-    listing = list_shards(str(tmp_path / "data"), tmp_path)
+    shard_index = list_shards(str(tmp_path / "data"), tmp_path)
     with pytest.raises(EchoError) as caught:
-        take(opened(listing, num_lanes=2, batch_size=10), 30)
-    assert "records are broken (nan 2); wanted at most 1.0%" in str(caught.value)
-    stream = opened(listing, num_lanes=2, batch_size=10, max_broken=0.05)
+        take(opened(shard_index, num_streams=2, batch_size=10), 30)
+    assert "at most 1.0% broken records (--max_broken), got 2 of" in str(caught.value)
+    stream = opened(shard_index, num_streams=2, batch_size=10, max_broken=0.05)
     assert len(take(stream, 30)) == 30 and stream.log.seen >= 300
 
 
-def test_a_lane_without_one_good_record_ends_the_run(tmp_path, opened):
+def test_a_stream_without_one_usable_record_ends_the_run(tmp_path, opened):
     data = make_dataset(tmp_path / "data", shards=2, per_shard=3)
     write_shard(data / "empty.tar", [])
     write_shard(data / "nothing.tar", [(f"k{n}", BROKEN["nan-nan"][1]) for n in range(4)])
-    listing = list_shards(str(data), tmp_path)
-    with pytest.raises(EchoError, match="one good record"):
-        take(opened(listing, num_lanes=4, batch_size=4), 3)
+    shard_index = list_shards(str(data), tmp_path)
+    with pytest.raises(EchoError, match="usable record"):
+        take(opened(shard_index, num_streams=4, batch_size=4), 3)
     # Among others they are passed over, and a cursor into them is as good as any.
-    straight = take(opened(listing, num_lanes=1, batch_size=1), 20)
+    straight = take(opened(shard_index, num_streams=1, batch_size=1), 20)
     for position in range(1, 15):
         cursor = straight[position - 1].cursor
-        resumed = take(opened(listing, num_lanes=1, batch_size=1, cursor=cursor), 3)
+        resumed = take(opened(shard_index, num_streams=1, batch_size=1, cursor=cursor), 3)
         assert all(map(same_step, straight[position:], resumed))
 
 
@@ -379,8 +389,8 @@ def test_a_damaged_tar_gives_what_comes_before_and_says_so(tmp_path, opened, dam
         read_sample(file.fileno(), broken[0], WIDTH)
     assert caught.value.kind == "tar" and caught.value.detail
     write_shard(tmp_path / "data" / "b.tar", parts)
-    listing = list_shards(str(tmp_path / "data"), tmp_path)
-    stream = opened(listing, num_lanes=1, batch_size=4, max_broken=1.0)
+    shard_index = list_shards(str(tmp_path / "data"), tmp_path)
+    stream = opened(shard_index, num_streams=1, batch_size=4, max_broken=1.0)
     take(stream, 8)
     assert stream.broken["tar"] >= 2
 
@@ -411,13 +421,13 @@ def test_longer_samples_are_left_out_on_request(tmp_path, opened):
         for key, (frames, text) in (kept | others).items()
     ]
     write_shard(tmp_path / "data" / "a.tar", records)
-    listing = list_shards(str(tmp_path / "data"), tmp_path)
-    settings = {"num_lanes": 1, "batch_size": 1, "skip_longer": True}
-    steps = take(opened(listing, **settings), 5)
+    shard_index = list_shards(str(tmp_path / "data"), tmp_path)
+    settings = {"num_streams": 1, "batch_size": 1, "skip_longer": True}
+    steps = take(opened(shard_index, **settings), 5)
     assert [step.keys for step in steps] == [["a.tar:fits"]] * 5
     assert steps[-1].counts["left_out"] >= 8 and "cut_recordings" not in steps[-1].counts
     write_shard(tmp_path / "data" / "a.tar", records[1:])
-    with pytest.raises(EchoError, match="one good record: 2 samples longer than the window left"):
+    with pytest.raises(EchoError, match="usable record: 2 samples left out"):
         take(opened(list_shards(str(tmp_path / "data"), tmp_path), **settings), 1)
 
 
@@ -428,7 +438,7 @@ def test_members_in_no_record_are_counted_once_and_listed(tmp_path, opened):
         for name in ("READ\x1bME", "a\x1b.b.npy"):
             tar.addfile(tarfile.TarInfo(name))
     log = tmp_path / "broken.jsonl"
-    stream = opened(list_shards(str(data), tmp_path), num_lanes=1, batch_size=7, broken_log=log)
+    stream = opened(list_shards(str(data), tmp_path), num_streams=1, batch_size=7, broken_log=log)
     assert take(stream, 6)[-1].counts["skipped_members"] == 2
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted((line["shard"], line["key"], line["kind"]) for line in lines) == [
@@ -436,32 +446,35 @@ def test_members_in_no_record_are_counted_once_and_listed(tmp_path, opened):
         ("b.tar", "a\x1b.b.npy", "member"),
     ]
     sentence = stream.first["skipped_members"]
-    assert "2 members of b.tar are in no record" in sentence and "such as a\\x1b.b.npy" in sentence
+    assert (
+        "2 members of b.tar that belong to no record" in sentence
+        and "such as a\\x1b.b.npy" in sentence
+    )
 
 
 def test_a_run_whose_records_all_vanish_says_so_at_once(tmp_path, opened):
     data = tmp_path / "data"
     for shard in range(3):
         write_shard(data / f"{shard}.tar", [(f"k{n}", {"npz": b"", "txt": b""}) for n in range(60)])
-    listing = list_shards(str(data), tmp_path)
-    stream = opened(listing, num_lanes=1, batch_size=1)
+    shard_index = list_shards(str(data), tmp_path)
+    stream = opened(shard_index, num_streams=1, batch_size=1)
     with pytest.raises(EchoError) as caught:
         take(stream, 1)
     message = str(caught.value)
-    assert "have no record: 120 members of shards in no record" in message
+    assert "have no record: 120 shard members that belong to no record" in message
     assert "k0.npz: expected KEY.npy, KEY.ref.npy or KEY.json" in message
     # Of fewer members all shards are looked at, once.
     for shard in range(3):
         write_shard(data / f"{shard}.tar", [("k", {"npz": b""})])
-    with pytest.raises(EchoError, match="all of its 3 shards without one good record: 3 members"):
-        take(opened(list_shards(str(data), tmp_path), num_lanes=1, batch_size=1), 1)
+    with pytest.raises(EchoError, match=r"none of the 3 shards .* usable record: 3 shard mem"):
+        take(opened(list_shards(str(data), tmp_path), num_streams=1, batch_size=1), 1)
 
 
 def test_what_goes_wrong_in_the_background_comes_to_the_front(tmp_path, opened):
     data = make_dataset(tmp_path / "data", shards=2)
-    listing = list_shards(str(data), tmp_path)
+    shard_index = list_shards(str(data), tmp_path)
     (data / "00001.tar").unlink()
-    stream = opened(listing, num_lanes=1, batch_size=4)
+    stream = opened(shard_index, num_streams=1, batch_size=4)
     for _ in range(2):
         with pytest.raises(EchoError, match=r"00001.tar cannot be opened: No such file"):
             take(stream, 9)
@@ -472,28 +485,28 @@ def test_what_goes_wrong_in_the_background_comes_to_the_front(tmp_path, opened):
 @pytest.mark.parametrize(
     ("cursor", "message"),
     [
-        ({"0": [0, 0, 0]}, "has lanes 0; wanted 0 to 1"),
-        ({str(n): [0, 0, 0] for n in range(4)}, "has lanes 0, 1, 2, 3; wanted 0 to 1"),
-        ({"0": [0, 0, 0], "1": [0, 5, 0]}, "lane 1 is at shard 5 of 5"),
-        ({"0": [0, 0, 0], "1": [0, 4, 99]}, "lane 1 is at record 99 of shard"),
-        ({"0": [0, -1, 0], "1": [0, 0, 0]}, "wanted [epoch, shard, record]"),
-        ({"0": [0, 0], "1": [0, 0, 0]}, "wanted [epoch, shard, record]"),
+        ({"0": [0, 0, 0]}, "expected streams 0 to 1, got 0"),
+        ({str(n): [0, 0, 0] for n in range(4)}, "expected streams 0 to 1, got 0, 1, 2, 3"),
+        ({"0": [0, 0, 0], "1": [0, 5, 0]}, "stream 1: expected a shard below 5, got 5"),
+        ({"0": [0, 0, 0], "1": [0, 4, 99]}, "stream 1: expected a record below 5 in shard"),
+        ({"0": [0, -1, 0], "1": [0, 0, 0]}, "expected [epoch, shard, record], got"),
+        ({"0": [0, 0], "1": [0, 0, 0]}, "expected [epoch, shard, record], got"),
     ],
 )
 def test_a_cursor_that_does_not_fit_is_refused(dataset, opened, cursor, message):
     with pytest.raises(EchoError) as caught:
-        take(opened(dataset, num_lanes=2, cursor=cursor), 1)
+        take(opened(dataset, num_streams=2, cursor=cursor), 1)
     assert message in str(caught.value)
 
 
-def test_lanes_divide_the_batch_and_share_the_shards():
+def test_streams_divide_the_batch_and_share_the_shards():
     cases = {(64, 10_000): 64, (256, 64): 64, (48, 100): 12, (7, 3): 1, (6, 3): 3, (96, 384): 48}
-    for (batch_size, shards), lanes in cases.items():
-        assert num_lanes(batch_size, shards, None) == lanes, (batch_size, shards)
-    assert num_lanes(64, 100, 32) == 32
-    for batch_size, shards, lanes in [(64, 100, 5), (64, 8, 16), (64, 100, 0)]:
-        with pytest.raises(UsageError, match=f"--lanes is {lanes}; wanted"):
-            num_lanes(batch_size, shards, lanes)
+    for (batch_size, shards), streams in cases.items():
+        assert choose_num_streams(batch_size, shards, None) == streams, (batch_size, shards)
+    assert choose_num_streams(64, 100, 32) == 32
+    for batch_size, shards, streams in [(64, 100, 5), (64, 8, 16), (64, 100, 0)]:
+        with pytest.raises(UsageError, match=rf"--num_streams: expected .*, got {streams}"):
+            choose_num_streams(batch_size, shards, streams)
 
 
 def test_from_the_hub_through_a_small_cache_it_is_the_same(tmp_path, monkeypatch, opened):
@@ -505,21 +518,21 @@ def test_from_the_hub_through_a_small_cache_it_is_the_same(tmp_path, monkeypatch
     shards = [
         Shard(s.name, s.size, url=url + s.name, sha256=sha256(data / s.name)) for s in local.shards
     ]
-    listing = Listing("hf://datasets/owner/voices", server.commit, tuple(shards))
-    settings = {"batch_size": 4, "num_lanes": 2}
+    shard_index = ShardIndex("hf://datasets/owner/voices", server.commit, tuple(shards))
+    settings = {"batch_size": 4, "num_streams": 2}
     straight = take(opened(local, **settings), 12)
-    # Twice what a lane may hold at once, then room to fetch ahead.
+    # Twice what a stream may hold at once, then room to fetch ahead.
     largest = max(shard.size for shard in shards)
     for folder, bound in (("tight", 2 * largest), ("ahead", 4 * largest)):
-        stream = opened(listing, cache=ShardCache(tmp_path / folder, bound), **settings)
+        stream = opened(shard_index, cache=ShardCache(tmp_path / folder, bound), **settings)
         assert all(map(same_step, straight, take(stream, 12)))
         stream.close()
         assert sum(path.stat().st_size for path in (tmp_path / folder).glob("*.*")) <= bound
-    with pytest.raises(UsageError, match=r"--cache_gb .* or fewer --lanes"):
-        opened(listing, cache=ShardCache(tmp_path / "none", largest), **settings)
+    with pytest.raises(UsageError, match=r"--cache_gb .* or fewer --num_streams"):
+        opened(shard_index, cache=ShardCache(tmp_path / "none", largest), **settings)
     server.faults = ["404"]
     with pytest.raises(EchoError, match="answers 404"):
-        take(opened(listing, cache=ShardCache(tmp_path / "fresh", 4 * largest), **settings), 2)
+        take(opened(shard_index, cache=ShardCache(tmp_path / "fresh", 4 * largest), **settings), 2)
     server.stop()
 
 
@@ -555,4 +568,4 @@ def test_the_width_of_local_latents_is_known_before_training(dataset, tmp_path):
     assert first_width(dataset) == WIDTH
     path = write_shard(tmp_path / "a.tar", [("a", {"npy": b"noise"}), ("b", {"json": b"{}"})])
     assert first_width(list_shards(str(path), tmp_path)) is None
-    assert first_width(Listing("hub", "c", (Shard("a.tar", 9, url="http://x"),))) is None
+    assert first_width(ShardIndex("hub", "c", (Shard("a.tar", 9, url="http://x"),))) is None

@@ -1,0 +1,329 @@
+"""Batches of samples from shards, in an order that depends only on the seed and the position.
+
+A global batch takes the same number of samples from every stream, in the order of the streams, so
+its content does not depend on which host reads which streams.
+"""
+
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from echo_eqx.data.fetch import CLOSE_WAIT, ShardCache
+from echo_eqx.data.record_log import RecordLog
+from echo_eqx.data.records import Sample, latent_width
+from echo_eqx.data.sample_stream import (
+    ASSIGN,
+    CROP,
+    NoUsableRecord,
+    ReadResult,
+    SampleStream,
+    check_cursor,
+    permutation,
+    random_bits,
+)
+from echo_eqx.data.shards import ShardIndex
+from echo_eqx.data.tar_index import index_tar
+from echo_eqx.data.text import encode_text
+from echo_eqx.errors import EchoError, UsageError, printable
+
+MAX_STREAMS = 64
+PREFETCH = 2
+"""Batches built ahead of the one being used."""
+
+
+@dataclass(frozen=True)
+class SequenceLengths:
+    """Lengths that every sample is cut or padded to; frames are latent frames."""
+
+    latent_dim: int
+    max_frames: int
+    max_text_bytes: int
+    max_speaker_frames: int
+    patch_size: int
+
+
+class HostBatch(NamedTuple):
+    """This host's rows of a batch, as NumPy arrays; axes as in `echo_eqx.config`."""
+
+    latents: np.ndarray
+    """(b, t, c) float32, the recording, padded with silence."""
+    frame_mask: np.ndarray
+    """(b, t) bool, true on frames of the recording."""
+    text_ids: np.ndarray
+    """(b, s) int32."""
+    text_mask: np.ndarray
+    """(b, s) bool."""
+    speaker_latents: np.ndarray
+    """(b, r, c) float32."""
+    speaker_mask: np.ndarray
+    """(b, r) bool, all false where there is no reference."""
+
+
+class LoadedBatch(NamedTuple):
+    """A batch, "shard:key" of each row, and the cursor after it."""
+
+    batch: HostBatch
+    keys: list[str]
+    cursor: dict[str, list[int]]
+    counts: Mapping[str, int] = {}
+    """What was skipped or cut so far in this process, by its name in `metrics.jsonl`."""
+
+
+def check_num_streams(batch_size: int, num_shards: int, num_streams: int) -> None:
+    """**Raises**: `UsageError` if `num_streams` does not divide the batch or exceeds the shards."""
+    if num_streams < 1 or batch_size % num_streams:
+        raise UsageError(
+            f"--num_streams: expected a divisor of the batch size {batch_size}, got {num_streams}"
+        )
+    if num_streams > num_shards:
+        raise UsageError(
+            f"--num_streams: expected at most one per shard, of {num_shards} shards, got "
+            f"{num_streams}"
+        )
+
+
+def choose_num_streams(batch_size: int, num_shards: int, given: int | None = None) -> int:
+    """`given`, else the most streams with equal or nearly equal numbers of shards.
+
+    **Raises**: `UsageError` if `given` does not divide the batch or exceeds the shards.
+    """
+    if given is not None:
+        check_num_streams(batch_size, num_shards, given)
+        return given
+    return max(
+        count
+        for count in range(1, min(batch_size, MAX_STREAMS) + 1)
+        if batch_size % count == 0 and (num_shards % count == 0 or num_shards >= 8 * count)
+    )
+
+
+def first_width(shard_index: ShardIndex) -> int | None:
+    """Latent width of the first readable record; None if the first shard, the only one that is
+    looked at, has none or is not on this machine."""
+    path = shard_index.shards[0].path
+    if path is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise EchoError(f"cannot open {path}: {error.strerror}") from None
+    try:
+        widths = (latent_width(descriptor, entry) for entry in index_tar(descriptor))
+        return next((width for width in widths if width is not None), None)
+    finally:
+        os.close(descriptor)
+
+
+class DataLoader:
+    """Endless batches of the rows that `streams` have in the global batch.
+
+    Closing it closes `cache` too. `log` counts what is skipped or cut.
+    """
+
+    def __init__(
+        self,
+        shard_index: ShardIndex,
+        lengths: SequenceLengths,
+        silence: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        num_streams: int,
+        streams: Sequence[int],
+        cache: ShardCache,
+        cursor: dict[str, list[int]] | None = None,
+        max_broken: float = 0.01,
+        broken_log: Path | None = None,
+        skip_longer: bool = False,
+    ):
+        """`batch_size` is global; `silence` (n, c) pads recordings, its last frame repeated.
+
+        `cursor` is that of a `LoadedBatch`, or those of all hosts merged. It is an error if more
+        than the share `max_broken` of the records is broken; each is listed once in `broken_log`, a
+        JSON lines file. Longer recordings and texts are cut, or left out with `skip_longer`.
+
+        **Raises**: `EchoError` if cursor or silence do not fit, or the shards that are open at once
+        exceed the cache. Errors of the background thread are raised while iterating.
+        """
+        check_num_streams(batch_size, len(shard_index.shards), num_streams)
+        if seed < 0:
+            raise UsageError(f"--seed: expected 0 or more, got {seed}")
+        if silence.ndim != 2 or silence.shape[1] != lengths.latent_dim or not len(silence):
+            raise EchoError(
+                f"silence: expected shape (frames, {lengths.latent_dim}), got {silence.shape}"
+            )
+        self.log = RecordLog(shard_index.source, max_broken, broken_log)
+        self._skip_longer = skip_longer
+        order = permutation(len(shard_index.shards), seed, ASSIGN).tolist()
+        callbacks = self._accepts, self.log.add_skipped
+        self._streams = [
+            SampleStream(n, order[n::num_streams], shard_index, seed, *callbacks)
+            for n in sorted(streams)
+        ]
+        remote = [0 if shard.path else shard.size for shard in shard_index.shards]
+        cache.check_fits(sum(max(remote[i] for i in s.shards) for s in self._streams))
+        if cursor is not None:
+            check_cursor(cursor, num_streams, self._streams)
+            for stream in self._streams:
+                stream.seek(cursor[str(stream.number)])
+        self.lengths, self.cache = lengths, cache
+        self._seed = seed
+        self._rows_per_stream = batch_size // num_streams
+        self._padding = silence[np.minimum(np.arange(lengths.max_frames), len(silence) - 1)]
+        self._ready: queue.Queue[LoadedBatch | BaseException] = queue.Queue(PREFETCH)
+        self._failure: BaseException | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def broken(self) -> Counter[str]:
+        """Records that could not be read, by kind."""
+        return self.log.broken
+
+    @property
+    def first(self) -> dict[str, str]:
+        """A sentence about the first case of everything that is counted."""
+        return self.log.first
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        return self
+
+    def __next__(self) -> LoadedBatch:
+        while not self._closed.is_set():
+            if self._failure is not None:
+                raise self._failure
+            try:
+                ready = self._ready.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if isinstance(ready, LoadedBatch):
+                return ready
+            self._failure = ready
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the threads and release the shards."""
+        self._closed.set()
+        self.cache.close()
+        self._thread.join(CLOSE_WAIT)
+        if not self._thread.is_alive():
+            for stream in self._streams:
+                stream.close()
+
+    def _run(self) -> None:
+        try:
+            for stream in self._streams:
+                self.cache.request(stream.current_shard())
+            while not self._closed.is_set():
+                self._put(self._build())
+        except BaseException as error:  # raised in the thread that iterates
+            self._put(error)
+
+    def _put(self, item: LoadedBatch | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _build(self) -> LoadedBatch:
+        batch = _empty_batch(len(self._streams) * self._rows_per_stream, self.lengths)
+        keys = []
+        for stream in self._streams:
+            if stream.next_shard is not None:
+                self.cache.request(stream.next_shard)
+            for _ in range(self._rows_per_stream):
+                keys.append(self._fill(batch, len(keys), stream))
+        cursor = {str(stream.number): stream.position for stream in self._streams}
+        return LoadedBatch(batch, keys, cursor, self.log.counts)
+
+    def _fill(self, batch: HostBatch, row: int, stream: SampleStream) -> str:
+        """Write the next sample of `stream` into an empty row; returns its "shard:key"."""
+        read = self._next_used(stream)
+        sample, lengths = read.result, self.lengths
+        assert isinstance(sample, Sample)
+        name = f"{read.shard.name}:{read.key}"
+        frames = min(len(sample.latents), lengths.max_frames)
+        batch.latents[row, :frames] = sample.latents[:frames]
+        batch.latents[row, frames:] = self._padding[: lengths.max_frames - frames]
+        batch.frame_mask[row, :frames] = True
+        if len(sample.latents) > frames:
+            self.log.count(
+                "cut_recordings",
+                f"{printable(name)} has {len(sample.latents)} frames and is cut to {frames}, while "
+                "its text stays whole; raise --max_frames, or leave such samples out with "
+                "--skip_longer",
+            )
+        text = encode_text(sample.text)
+        if len(text) > lengths.max_text_bytes:
+            self.log.count(
+                "cut_texts",
+                f"{printable(name)} has a text of {len(text)} bytes with the leading byte, and is "
+                f"cut to {lengths.max_text_bytes}; raise --max_text_bytes, or leave such samples "
+                "out with --skip_longer",
+            )
+        text = text[: lengths.max_text_bytes]
+        batch.text_ids[row, : len(text)] = text
+        batch.text_mask[row, : len(text)] = True
+        if sample.reference is not None:
+            have = len(sample.reference)
+            length = min(have, lengths.max_speaker_frames)
+            start = 0
+            if have > length:
+                start = int(random_bits(1, self._seed, CROP, *read.place)[0]) % (have - length + 1)
+                self.log.count(
+                    "cropped_references",
+                    f"{printable(name)} has a reference of {have} frames, more than "
+                    f"--max_speaker_frames {length}; a random crop is used each time",
+                )
+            length -= length % lengths.patch_size
+            batch.speaker_latents[row, :length] = sample.reference[start : start + length]
+            batch.speaker_mask[row, :length] = True
+        return name
+
+    def _next_used(self, stream: SampleStream) -> ReadResult:
+        while True:
+            try:
+                read = stream.read(self.cache, self.lengths.latent_dim)
+            except NoUsableRecord:
+                what = (
+                    f"none of the {len(stream.shards)} shards of stream {stream.number} has a "
+                    "usable record"
+                )
+                raise EchoError(self.log.nothing_used(what)) from None
+            self.log.add(read)
+            if read.is_used:
+                return read
+            if isinstance(read.result, Sample):
+                name = printable(f"{read.shard.name}:{read.key}")
+                self.log.count(
+                    "left_out",
+                    f"{name} is longer than {self.lengths.max_frames} frames or "
+                    f"{self.lengths.max_text_bytes} bytes of text; --skip_longer leaves it out",
+                )
+
+    def _accepts(self, sample: Sample) -> bool:
+        return not self._skip_longer or (
+            len(sample.latents) <= self.lengths.max_frames
+            and len(encode_text(sample.text)) <= self.lengths.max_text_bytes
+        )
+
+
+def _empty_batch(rows: int, lengths: SequenceLengths) -> HostBatch:
+    text, reference = lengths.max_text_bytes, lengths.max_speaker_frames
+    return HostBatch(
+        np.empty((rows, lengths.max_frames, lengths.latent_dim), np.float32),
+        np.zeros((rows, lengths.max_frames), bool),
+        np.zeros((rows, text), np.int32),
+        np.zeros((rows, text), bool),
+        np.zeros((rows, reference, lengths.latent_dim), np.float32),
+        np.zeros((rows, reference), bool),
+    )

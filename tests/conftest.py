@@ -25,8 +25,10 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import echo_eqx  # noqa: E402
+from echo_eqx.cli import log_to_stderr  # noqa: E402
 from echo_eqx.trees import leaf_names  # noqa: E402
 
+log_to_stderr()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network

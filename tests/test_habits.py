@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from echo_eqx import command
+from echo_eqx import cli
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import EchoError
 from echo_eqx.files import expand
@@ -27,7 +27,8 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 SINKS = r"""
 import os, sys
 from pathlib import Path
-from echo_eqx.command import note, reader_left, run
+import logging
+from echo_eqx.cli import reader_left, run
 
 place = Path(sys.argv[1])
 
@@ -61,7 +62,7 @@ def main():
     for _ in range(1000):
         print("a line that nobody may read, " * 10)
     print("gr\u00fc\u00df \u0433\u043e\u043b\u043e\u0441 \udcff")
-    note("gr\u00fc\u00df \udcff")
+    logging.getLogger("echo_eqx").info("gr\u00fc\u00df \udcff")
     print(end="without an end", flush=True)
     file = os.open(os.devnull, os.O_RDONLY)
     (place / name).write_text(f"{reader_left()} {file > 2}")
@@ -152,7 +153,7 @@ class Args:
 
 
 def parse(*words: str) -> Args:
-    return command.parse(Args, None, arguments=words)
+    return cli.parse(Args, None, arguments=words)
 
 
 def test_the_hint_is_only_for_values_that_may_be_meant(capsys):
@@ -172,7 +173,7 @@ def test_tilde_is_the_home_folder_in_every_path_and_in_no_text(monkeypatch, tmp_
     assert expand(Path("~nobody of this name/x")) == Path("~nobody of this name/x")
     (tmp_path / "c.json").write_text('{"model": "tiny", "run_dir": "~/r"}')
     base = base_of(["--config=~/c.json"], {"tiny": TrainConfig(model="tiny")}, "tiny")
-    config = command.parse(TrainConfig, None, default=base, arguments=[])
+    config = cli.parse(TrainConfig, None, default=base, arguments=[])
     assert config.run_dir == tmp_path / "r"
 
 
@@ -194,10 +195,10 @@ def test_without_a_home_folder_commands_work_or_say_so(monkeypatch, no_cache):
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir is None
-    config = command.parse(TrainConfig, None, arguments=[])
+    config = cli.parse(TrainConfig, None, arguments=[])
     assert config.cache_dir.is_absolute() and config.cache_dir.name == "shards"
     with pytest.raises(EchoError, match="~/x: expected a home folder in place of ~"):
-        command.parse(TrainConfig, None, arguments=["--run_dir=~/x"])
+        cli.parse(TrainConfig, None, arguments=["--run_dir=~/x"])
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(monkeypatch, tmp_path, no_cache):
@@ -227,7 +228,7 @@ def test_a_run_saves_on_signals_that_were_not_ignored(number):
 
 
 def test_the_value_of_a_flag_is_found_in_any_arguments():
-    assert command.flag_value([], "model") is None
-    assert command.flag_value(["--model"], "model") is None
-    assert command.flag_value(["--model", "tiny"], "model") == "tiny"
-    assert command.flag_value(["--seed", "1", "--model=tiny"], "model") == "tiny"
+    assert cli.flag_value([], "model") is None
+    assert cli.flag_value(["--model"], "model") is None
+    assert cli.flag_value(["--model", "tiny"], "model") == "tiny"
+    assert cli.flag_value(["--seed", "1", "--model=tiny"], "model") == "tiny"

@@ -17,7 +17,7 @@ ROOMS = [
     {"flow"},
     {"weights", "speaker"},
     {"speech"},
-    {"command"},
+    {"cli"},
     {"prepare", "voice"},
     {"train"},
     {"ops"},

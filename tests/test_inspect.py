@@ -13,7 +13,7 @@ import soundfile as sf
 from conftest import GOLDEN
 from shards import DataServer, make_dataset, npy_bytes, sample_parts, sha256, write_shard
 
-from echo_eqx.command import run
+from echo_eqx.cli import run
 from echo_eqx.commands import inspect_shards as inspect_shards_command
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import list_shards

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import DATA
 
-from echo_eqx.command import run
+from echo_eqx.cli import run
 from echo_eqx.commands import tpu
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "tpu.py"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from echo_eqx.command import run
+from echo_eqx.cli import run
 from echo_eqx.commands import tpu
 from echo_eqx.ops.pods import gcloud
 from echo_eqx.ops.pods.shell import Shell

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from echo_eqx.command import run
+from echo_eqx.cli import run
 from echo_eqx.commands import watchdog
 from echo_eqx.errors import EchoError
 from echo_eqx.ops.disk import candidates

@@ -5,7 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from echo_eqx.command import run
+from echo_eqx.cli import run
 
 COMMANDS = (
     "infer",

@@ -40,7 +40,7 @@ import psutil
 import tyro
 
 import echo_eqx
-from echo_eqx.command import parse
+from echo_eqx.cli import parse
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, to_json
 from echo_eqx.data import loader
 from echo_eqx.data.fetch import ShardCache

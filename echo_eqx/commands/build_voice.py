@@ -18,7 +18,7 @@ from pathlib import Path
 
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import parse
+from echo_eqx.cli import parse
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError

@@ -10,6 +10,7 @@ they are. Needs espeak-ng; word errors also `pip install pocketsphinx`.
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ import tyro
 
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import note, parse
+from echo_eqx.cli import parse
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import UsageError
@@ -33,6 +34,8 @@ from echo_eqx.voice.evaluate import (
     word_errors,
 )
 from echo_eqx.voice.grammar import Kind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def main() -> None:
             write(args.output / kind, originals, generated, codec.config.sample_rate)
     if args.output is not None:
         (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        note(f"speech and report.json are in {args.output}")
+        logger.info(f"speech and report.json are in {args.output}")
 
 
 def count_words(originals: Originals, generated: list[np.ndarray], rate: int) -> dict[str, float]:

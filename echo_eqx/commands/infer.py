@@ -11,6 +11,7 @@ the canvas is split at ends of sentences, spoken piece by piece in one voice, an
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 import tempfile
 import time
@@ -24,7 +25,7 @@ import tyro
 
 import echo_eqx
 from echo_eqx import voice
-from echo_eqx.command import CompileClock, StepBar, note, on_terminal, parse
+from echo_eqx.cli import CompileClock, StepBar, on_terminal, parse
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.config import DIT_PRESETS
 from echo_eqx.data.audio import audio_kind, save_audio
@@ -37,6 +38,8 @@ from echo_eqx.speech import canvas_seconds, check_pair
 from echo_eqx.weights.checkpoint import MANIFEST
 from echo_eqx.weights.find import SHIPPED, find_weights
 from echo_eqx.weights.native import array_dtype
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_CODEC, PUBLISHED_WIDTH = "facebook/dacvae-watermarked", 128
 
@@ -124,7 +127,7 @@ def main() -> None:
         dtype_name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     checkpoint = find_weights(args.checkpoint)
     if on_terminal():
-        note(f"loading {checkpoint.name}")
+        logger.info(f"loading {checkpoint.name}")
     dit = echo_eqx.load_dit(checkpoint, dtype=array_dtype(dtype_name))
     codec_name, codec_file = find_codec(args, dit)
     codec = echo_eqx.load_codec(codec_file)
@@ -133,7 +136,7 @@ def main() -> None:
     duration = canvas_seconds(dit, codec, args.duration)
     message = message_bits(args, codec)
     if problem := codec_problem(dit.generation, silence_latent(codec)):
-        note(f"warning: codec {codec_name}: {problem}")
+        logger.warning(f"codec {codec_name}: {problem}")
 
     speakers: dict[Path | None, np.ndarray | None] = {None: None}
     for path in dict.fromkeys(job.speaker_ref for job in jobs):

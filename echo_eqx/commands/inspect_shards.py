@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import echo_eqx
-from echo_eqx.command import StepBar, parse
+from echo_eqx.cli import StepBar, parse
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.config import DIT_PRESETS, DiTConfig, presets_of_width
 from echo_eqx.data.audio import audio_kind, save_audio

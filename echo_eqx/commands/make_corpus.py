@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_eqx.command import parse
+from echo_eqx.cli import parse
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.voice.espeak import MANIFEST, speak_corpus
 from echo_eqx.voice.grammar import SMALL_SHARE, cut, endless_training_texts

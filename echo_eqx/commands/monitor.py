@@ -7,11 +7,14 @@
 internet, and nothing in it can change a run.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_eqx.command import note, parse
+from echo_eqx.cli import parse
 from echo_eqx.ops.monitor import MonitorServer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def main() -> None:
     server = MonitorServer(args.runs, args.host, args.port, args.token)
     name = f"[{args.host}]" if ":" in args.host else args.host
     once = "/?token=TEXT" if args.token else "/"
-    note(f"{args.runs} is shown at http://{name}:{server.server_port}{once} until Ctrl-C")
+    logger.info(f"{args.runs} is shown at http://{name}:{server.server_port}{once} until Ctrl-C")
     try:
         server.serve_forever()
     except KeyboardInterrupt:

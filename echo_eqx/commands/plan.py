@@ -8,12 +8,15 @@ The real training step is compiled for so many virtual devices; no weights are m
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-from echo_eqx.command import note, parse
+from echo_eqx.cli import parse
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
 from echo_eqx.train.plan import FULL, GIB, Plan, make_plan, use_virtual_devices
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def main() -> None:
     plan = make_plan(config, args.devices, args.chip, args.efficiency)
     print(json.dumps(as_json(plan), indent=2) if args.json else "\n".join(lines_of(plan)))
     for warning in plan.warnings:
-        note(f"warning: {warning}")
+        logger.warning(warning)
 
 
 def train_config(args: Args) -> TrainConfig:

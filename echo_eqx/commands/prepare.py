@@ -9,6 +9,7 @@ Hugging Face audio dataset in Parquet. The same command again goes on where it s
 machines share the work with --part.
 """
 
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import jax
 from tqdm import tqdm
 
 import echo_eqx
-from echo_eqx.command import note, on_terminal, parse
+from echo_eqx.cli import on_terminal, parse
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.data.shards import HOLDOUT
@@ -35,6 +36,8 @@ from echo_eqx.prepare.push import push
 from echo_eqx.prepare.records import printable
 from echo_eqx.prepare.speakers import reference_warning, with_speakers
 from echo_eqx.prepare.write import PartIndex, write_json, write_shard, write_silence
+
+logger = logging.getLogger(__name__)
 
 SILENCE, SILENCE_SECONDS = "silence.safetensors", 30
 CODEC = "codec.json"
@@ -105,7 +108,7 @@ def main() -> None:
     except OSError as error:
         raise EchoError(f"{args.output} cannot be written: {error.strerror}") from None
     if args.push is not None:
-        push(args.output, args.push, say=note)
+        push(args.output, args.push, say=logger.info)
 
 
 def check_usage(args: Args) -> tuple[int, int]:
@@ -137,18 +140,18 @@ def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> Non
         normalise=args.normalize_text,
         output=output,
         keep_long=True,
-        say=note,
+        say=logger.info,
     )
     clips, said = with_speakers(clips, args.speaker, source_name(source))
     if said:
-        note(said)
+        logger.info(said)
     cuts = cut_long(
         clips,
         max_seconds=limits.max_seconds,
         max_text_bytes=limits.max_text_bytes,
         folder=output / CUTS,
         begin=part / parts,
-        say=note,
+        say=logger.info,
     )
     clips, refused = cuts.clips, refused + cuts.refused
     if not clips:
@@ -159,8 +162,8 @@ def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> Non
             f"{first})"
         )
     if long := too_long_texts(clips, limits.max_text_bytes):
-        note(
-            f"WARNING: {long} of {len(clips)} clips have a text of more than "
+        logger.warning(
+            f"{long} of {len(clips)} clips have a text of more than "
             f"{limits.max_text_bytes} bytes, which training cuts at that length"
         )
     settings = {
@@ -174,7 +177,7 @@ def prepare(args: Args, source: str, output: Path, part: int, parts: int) -> Non
         held = hold_out(clips, parse_holdout(args.holdout), args.seed, output)
         sets[output] = [clip for clip in clips if clip.metadata["source"] not in held]
         sets[output / HOLDOUT] = [clip for clip in clips if clip.metadata["source"] in held]
-        note(f"{len(held)} recordings are held out in {printable(str(output / HOLDOUT))}")
+        logger.info(f"{len(held)} recordings are held out in {printable(str(output / HOLDOUT))}")
     made_by = codec_facts(codec)
     batch_size = args.batch_size or (1 if jax.default_backend() == "cpu" else 8)
     encode = ClipEncoder(codec, EncodeSettings(args.latents, args.lufs, batch_size, args.seed))
@@ -247,12 +250,12 @@ def source_name(source: str) -> str:
 
 def tell_changes(plan: Plan) -> None:
     if plan.added:
-        note(f"{plan.added} clips are new: shards are made for them, those that exist stay")
+        logger.info(f"{plan.added} clips are new: shards are made for them, those that exist stay")
     for what, keys in (("gone from the input", plan.vanished), ("changed", plan.changed)):
         if keys:
             named = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-            note(
-                f"WARNING: {len(keys)} clips are {what} since an earlier run ({named}): shards "
+            logger.warning(
+                f"{len(keys)} clips are {what} since an earlier run ({named}): shards "
                 "that exist keep them as they were; to make all anew, give another --output"
             )
 
@@ -291,7 +294,7 @@ def report(index: PartIndex, frame_rate: float) -> None:
         + (f" (held out, in {HOLDOUT}/)" if index.path.parent.name == HOLDOUT else "")
     )
     if warning := reference_warning(samples, with_reference):
-        note(warning)
+        logger.info(warning)
     refused = [refusal for refusals in index.refused.values() for refusal in refusals]
     if refused:
         counts = Counter(refusal["kind"] for refusal in refused)

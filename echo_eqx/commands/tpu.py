@@ -19,6 +19,7 @@ setup, launch, status, logs and stop also take --hosts a,b,c instead of a pod. -
 a disk that all workers see and that outlives the pod, such as a mounted bucket or NFS.
 """
 
+import logging
 import shlex
 import sys
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Annotated
 
 from tyro.conf import subcommand
 
-from echo_eqx.command import note, parse
+from echo_eqx.cli import parse
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.ops.pods import gcloud
 from echo_eqx.ops.pods.gcloud import CreateArgs, Pod, PodArgs
@@ -36,6 +37,8 @@ from echo_eqx.ops.pods.launch import LaunchArgs, PollArgs, check_no_run, follow,
 from echo_eqx.ops.pods.shell import Shell
 from echo_eqx.ops.pods.train_flags import check_train_flags, warn_if_local
 from echo_eqx.ops.pods.workers import WorkerArgs, find_workers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +181,9 @@ def show_logs(args: Logs, shell: Shell) -> None:
             )
     if args.follow:
         for worker, code in follow(workers, ids, args.lines, args.poll).items():
-            note(f"worker {worker} has ended" + ("" if code is None else f" with code {code}"))
+            logger.info(
+                f"worker {worker} has ended" + ("" if code is None else f" with code {code}")
+            )
         return
     answers = workers.status(dict.fromkeys(ids, -args.lines), among=ids)
     for answer in answers:

@@ -12,7 +12,7 @@ says that another process of the run is gone. Everything the run writes is in --
 
 import sys
 
-from echo_eqx.command import parse
+from echo_eqx.cli import parse
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
 from echo_eqx.train.dit import train
 from echo_eqx.train.settings import base_of

@@ -11,7 +11,7 @@ hosts are as in train.py; `--codec runs/codec` takes the result anywhere.
 
 import sys
 
-from echo_eqx.command import parse
+from echo_eqx.cli import parse
 from echo_eqx.train.codec.config import CODEC_TRAIN_PRESETS, CodecTrainConfig
 from echo_eqx.train.codec.run import train_codec
 from echo_eqx.train.settings import base_of

@@ -10,7 +10,7 @@ another process has locked, or anything reached through a link. It logs JSON lin
 Ctrl-C end it with exit code 0; with --once, code 1 means that there is still too little space.
 """
 
-from echo_eqx.command import parse
+from echo_eqx.cli import parse
 from echo_eqx.ops.disk.watchdog import WatchdogArgs, watch
 
 

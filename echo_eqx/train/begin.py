@@ -1,6 +1,7 @@
 """Where a run begins: fresh, from given weights, from a published state, or where it stopped."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from echo_eqx.command import note
 from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import SCHEME, HubDataset
@@ -34,6 +34,8 @@ from echo_eqx.weights.find import find_weights
 from echo_eqx.weights.flax import FlaxCheckpoint, read_flax_checkpoint
 from echo_eqx.weights.load import dit_from_flax, load_dit
 
+logger = logging.getLogger(__name__)
+
 
 def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
     """The newest checkpoint of a run without damage; each process checks its share of the pieces.
@@ -44,7 +46,7 @@ def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
     for step, path in found:
         checkpoint, problem = open_intact(step, path, jax.process_index(), jax.process_count())
         if problem is not None:
-            note(f"checkpoint {path} is damaged ({problem}); trying the one before")
+            logger.info(f"checkpoint {path} is damaged ({problem}); trying the one before")
         intact = np.array(problem is None)
         if np.all(multihost_utils.process_allgather(intact)) and checkpoint is not None:
             return checkpoint
@@ -111,7 +113,7 @@ def check_same_run(
         )
     if jax.process_index() == 0:
         for line in _sentences(changed, config, checkpoint.step):
-            note(f"warning: {line}")
+            logger.warning(line)
 
 
 def _sentences(changed: dict[str, tuple[Any, Any]], config: RunConfig, step: int) -> Iterator[str]:

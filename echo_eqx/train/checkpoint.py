@@ -6,6 +6,7 @@ behind has another run's mark in its name and is never taken for a piece of this
 """
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -21,7 +22,6 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding
 
-from echo_eqx.command import note
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.train.own_files import (
@@ -49,6 +49,8 @@ from echo_eqx.weights.checkpoint import (
 )
 from echo_eqx.weights.native import FORMAT, generation_metadata
 from echo_eqx.weights.safetensors_writer import Tensor, write_safetensors
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = 1800.0
 """Seconds that process 0 waits for the others' pieces."""
@@ -223,7 +225,7 @@ def _try_to_remove(path: Path, remove: Callable[[], object]) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        note(f"{path} cannot be deleted: {error.strerror}")
+        logger.info(f"{path} cannot be deleted: {error.strerror}")
 
 
 def _own_steps(folder: Path) -> list[int]:
@@ -244,7 +246,7 @@ def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None
     if os.path.lexists(folder) and not folder.is_dir():
         raise EchoError(f"{folder}: expected a folder, got something else; move it away")
     if folder.is_symlink():
-        note(f"{folder} is a link: nothing is deleted there, and old checkpoints stay")
+        logger.info(f"{folder} is a link: nothing is deleted there, and old checkpoints stay")
     complete = dict(find_checkpoints(folder))
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     for name in names:
@@ -255,7 +257,9 @@ def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None
             aside = folder / set_aside_name(name)
             _set_aside(folder / name, aside)
             if in_the_way:
-                note(f"{folder / name}: expected a folder, got something else; it is {aside} now")
+                logger.info(
+                    f"{folder / name}: expected a folder, got something else; it is {aside} now"
+                )
     with open_checkpoints(run_dir) as handle:
         if handle is None:
             return

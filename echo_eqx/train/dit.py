@@ -1,6 +1,7 @@
 """A training run of EchoDiT, from its settings to the loop."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import jax
@@ -9,7 +10,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from echo_eqx.command import note
 from echo_eqx.data.loader import HostBatch
 from echo_eqx.flow.noising import Batch
 from echo_eqx.generation import GenerationConfig
@@ -28,6 +28,8 @@ from echo_eqx.train.samples import Samples
 from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
 from echo_eqx.weights.find import SHIPPED
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, watch: PeerWatch) -> int:
@@ -132,7 +134,7 @@ def _held_out(
         feeder = Feeder(source, Batch, mesh, config.batch_size)
         batches = [feeder.next().batch for _ in range(config.eval_batches)]
         for sentence in feeder.news():
-            note(f"warning: held-out data: {sentence}")
+            logger.warning(f"held-out data: {sentence}")
         source.close()
     return batches, samples
 

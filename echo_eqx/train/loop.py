@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import logging
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from echo_eqx.command import note, on_terminal
+from echo_eqx.cli import on_terminal
 from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.config import to_json as sizes_to_json
 from echo_eqx.data.record_log import describe
@@ -38,6 +39,8 @@ from echo_eqx.train.plan import check_memory
 from echo_eqx.train.run_folder import MetricsFile, RunFolder, note_end
 from echo_eqx.train.settings import RunConfig, to_json
 from echo_eqx.weights.checkpoint import TrainingCheckpoint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,12 @@ def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:
     """
     started = time.perf_counter()
     if jax.process_index() == 0:
-        note("compiling the step")
+        logger.info("compiling the step")
     compiled = lower().compile()
     if jax.process_index() == 0:
-        note(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        logger.info(f"compiled the step in {time.perf_counter() - started:.1f} s")
         if warning := check_memory(compiled.memory_analysis(), jax.local_devices()[0]):
-            note(f"warning: {warning}")
+            logger.warning(warning)
     return compiled
 
 
@@ -114,7 +117,7 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
     first = jax.process_index() == 0
     step = int(state.step)  # type: ignore[attr-defined]
     if first and step:
-        note(f"going on after step {step}")
+        logger.info(f"going on after step {step}")
     writer = CheckpointWriter(
         config.run_dir,
         mark=mark,
@@ -156,7 +159,7 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
 
     def tell_first() -> None:
         for sentence in feeder.news():
-            note(f"warning: {sentence}")
+            logger.warning(sentence)
 
     try:
         placed = feeder.next() if step < config.num_steps else None
@@ -197,9 +200,9 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
     multihost_utils.sync_global_devices("saved")
     if first:
         note_end(config.run_dir, step)
-        note(f"step {step} is saved in {config.run_dir}")
+        logger.info(f"step {step} is saved in {config.run_dir}")
         if counted := describe(feeder.counts):
-            note(f"in the data read since this start: {counted}")
+            logger.info(f"in the data read since this start: {counted}")
     watch.close()
     return 0 if step >= config.num_steps else stop.exit_code
 

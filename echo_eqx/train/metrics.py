@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from echo_eqx.command import note
 from echo_eqx.errors import EchoError
 from echo_eqx.train.flops import peak_flops
 from echo_eqx.train.run_folder import MetricsFile
+
+logger = logging.getLogger(__name__)
 
 FRAMES_PER_HOUR = 25 * 3600
 """Of latents, at the 25 a second of the published codec."""
@@ -152,7 +154,7 @@ class MetricsLog:
                 self._nonfinite_in_a_row = 0
                 continue
             self._nonfinite_in_a_row += 1
-            note(f"step {step}: loss or gradient is not finite; the update is skipped")
+            logger.info(f"step {step}: loss or gradient is not finite; the update is skipped")
             with self._nonfinite_log.open("a") as file:
                 file.write(json.dumps({"step": step, "keys": keys}) + "\n")
             if self._nonfinite_in_a_row >= self._max_nonfinite:

@@ -1,5 +1,6 @@
 """A few texts spoken by the model in training, with their recordings and references."""
 
+import logging
 from pathlib import Path
 
 import jax
@@ -8,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.command import note
 from echo_eqx.data.audio import save_audio
 from echo_eqx.data.loader import HostBatch
 from echo_eqx.errors import EchoError
@@ -20,6 +20,8 @@ from echo_eqx.speaker import codec_problem, silence_latent
 from echo_eqx.speech import decode_in_silence, faded
 from echo_eqx.trees import cast
 from echo_eqx.weights.load import load_codec
+
+logger = logging.getLogger(__name__)
 
 
 class Samples:
@@ -45,7 +47,7 @@ class Samples:
                 raise EchoError(f"codec {codec} has {channels} channels; the data has {width}")
             self._silence = silence_latent(self._codec)
             if problem := codec_problem(generation, self._silence):
-                note(f"warning: codec {codec}: {problem}")
+                logger.warning(f"codec {codec}: {problem}")
 
         def speak(model: EchoDiT, text_ids, text_mask, speaker_latents, speaker_mask):
             return sample(

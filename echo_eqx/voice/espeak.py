@@ -14,7 +14,7 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from echo_eqx.command import on_terminal
+from echo_eqx.cli import on_terminal
 from echo_eqx.data.text import normalize_text
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole

@@ -1,5 +1,6 @@
 """Install this source tree on all workers: copy it, install it, and compare versions."""
 
+import logging
 import re
 import tarfile
 import tempfile
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import echo_eqx
-from echo_eqx.command import note
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.ops.pods.shell import failure_reason
 from echo_eqx.ops.pods.workers import PYTHON, SOURCE, Answer, WorkerArgs, Workers
 from echo_eqx.sharding.hosts import code_digest
+
+logger = logging.getLogger(__name__)
 
 _PARTS = ("pyproject.toml", "README.md", "LICENSE", "echo_eqx", "scripts")
 _INSTALL_SECONDS = 1800.0
@@ -88,7 +90,9 @@ def install(workers: Workers, args: InstallArgs) -> None:
     answers = workers.call(lambda _: ["versions"])
     if answers:
         versions = check_versions(workers, answers)
-        note(f"{len(answers)} workers of {workers} have the same versions: jax {versions['jax']}")
+        logger.info(
+            f"{len(answers)} workers of {workers} have the same versions: jax {versions['jax']}"
+        )
 
 
 def pack(archive: Path) -> None:
@@ -142,7 +146,7 @@ def _run_on(
     left, reason = list(ids), ""
     for attempt in range(args.tries):
         if attempt:
-            note(f"{reason}; trying again in {args.pause:g} s")
+            logger.info(f"{reason}; trying again in {args.pause:g} s")
             time.sleep(args.pause)
         completed = workers.shell.run_all([command(worker) for worker in left], timeout)
         pairs = zip(left, completed, strict=bool(completed))

@@ -1,17 +1,20 @@
 """A run on all workers or on none: start it, watch it settle, follow its logs, stop it."""
 
+import logging
 import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from echo_eqx.command import note, reader_left
+from echo_eqx.cli import reader_left
 from echo_eqx.errors import EchoError
 from echo_eqx.ops.pods.gcloud import GcloudError, describe
 from echo_eqx.ops.pods.install import RetryArgs
 from echo_eqx.ops.pods.workers import PYTHON, Answer, NotSetUp, TpuWorkers, WorkerArgs, Workers
 from echo_eqx.sharding.hosts import EXIT_PEER_LOST, EXIT_PREEMPTED
+
+logger = logging.getLogger(__name__)
 
 _LAST_LINES = 10  # of a log, to say why a process ended
 _MAX_FAILURES = 10  # queries in a row without an answer, after which following a log fails
@@ -41,7 +44,7 @@ def launch(workers: Workers, flags: Sequence[str], args: LaunchArgs) -> None:
     reason = ""
     for attempt in range(args.tries):
         if attempt:
-            note(f"{reason}; the others were ended; trying again in {args.pause:g} s")
+            logger.info(f"{reason}; the others were ended; trying again in {args.pause:g} s")
             time.sleep(args.pause)
         answers = workers.status()
         others = (a for a in answers if a.value and a.alive and a.value["launch"] not in launches)
@@ -55,14 +58,14 @@ def launch(workers: Workers, flags: Sequence[str], args: LaunchArgs) -> None:
         if workers.shell.dry_run:
             return
         if failed is None:
-            note(f"the run is alive on {len(workers.ids)} workers of {workers}")
+            logger.info(f"the run is alive on {len(workers.ids)} workers of {workers}")
             return
         if launches:
             workers.call(lambda worker: ["end", workers.run_name(worker), "KILL"])
         if _crashed(failed, launch_id):
             for answer in workers.status({failed.worker: -_LAST_LINES}, among=[failed.worker]):
                 for line in answer.value["lines"] if answer.value else []:
-                    note(f"{failed.worker}| {line}")
+                    logger.info(f"{failed.worker}| {line}")
             raise EchoError(
                 f"the run on worker {failed.worker} of {workers} {failed} at once; its last lines "
                 "are above"
@@ -128,7 +131,7 @@ def stop(workers: Workers, *, now: bool, wait: float, poll: float) -> None:
         if left is None:
             break
         if silent is not None and _is_deleted(workers):
-            note(f"{workers} is deleted, and the run on it has ended")
+            logger.info(f"{workers} is deleted, and the run on it has ended")
             return
         if time.monotonic() > deadline:
             raise EchoError(
@@ -136,7 +139,7 @@ def stop(workers: Workers, *, now: bool, wait: float, poll: float) -> None:
             )
         time.sleep(poll)
     for answer in answers:
-        note(f"worker {answer.worker}: {answer}")
+        logger.info(f"worker {answer.worker}: {answer}")
 
 
 def _first_silent(answers: list[Answer]) -> Answer | None:

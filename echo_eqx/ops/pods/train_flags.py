@@ -1,12 +1,14 @@
 """The flags of `train`, checked before anything is rented or submitted."""
 
+import logging
 from collections.abc import Sequence
 
 import tyro
 
-from echo_eqx.command import note
 from echo_eqx.errors import UsageError
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 _PER_WORKER = ("--coordinator", "--num_processes", "--process_id")
 _LOCAL_DISKS = ("/home/", "/root/", "/tmp/", "/dev/shm/", "~")
@@ -36,7 +38,7 @@ def check_train_flags(flags: Sequence[str]) -> str:
 def warn_if_local(run_dir: str) -> None:
     """Warn if checkpoints would be deleted with the pod."""
     if not run_dir.startswith("/") or run_dir.startswith(_LOCAL_DISKS):
-        note(
-            f"warning: --run_dir {run_dir} looks like a worker's own disk, which is deleted with "
+        logger.warning(
+            f"--run_dir {run_dir} looks like a worker's own disk, which is deleted with "
             "the pod; use a mounted bucket or NFS that all workers see"
         )

@@ -1,9 +1,10 @@
-"""What every command shares: flags, output, errors as one line, clocks and progress."""
+"""What all commands share: flags, output, one-line errors, timing and progress."""
 
 import contextlib
 import dataclasses
 import io
 import itertools
+import logging
 import os
 import select
 import shlex
@@ -25,12 +26,13 @@ T = TypeVar("T")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; what a user can cause ends as one sentence on stderr.
+    """Run a command. Errors that a user can cause are printed as one line on stderr.
 
-    Exit codes: 0 done, 1 something given could not be used, 2 usage, 130 interrupted. They do not
-    depend on stdout and stderr: see `_Dropping`.
+    Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrupted. A broken
+    stdout or stderr does not change them: see `_Lossy`.
     """
-    _guard_output()
+    _protect_output()
+    log_to_stderr()
     try:
         main()
     except EchoError as error:
@@ -38,11 +40,11 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except MemoryError:
-        _fail("this machine has no memory left", 1)
+        _fail("out of memory", 1)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _fail(f"the device has no memory left ({str(error).splitlines()[0][:200]})", 1)
+        _fail(f"out of device memory ({str(error).splitlines()[0][:200]})", 1)
 
 
 def _fail(message: str, code: int) -> None:
@@ -74,47 +76,48 @@ def parse(
     default: Any = None,
     arguments: Sequence[str] | None = None,
 ) -> Any:
-    """The flags of a command as a dataclass, or as one of a union of subcommands.
+    """Parse flags into a dataclass, or into one of a union of subcommands.
 
-    In every path `~` is the home folder, in `--flag=~/x` too, which no shell expands.
+    `~` at the start of a path is expanded, also in `--flag=~/x`, which shells leave alone.
 
-    **Raises**: `EchoError` for `~` where there is no home folder; exits with 2 for bad flags.
+    **Raises**: `EchoError` if `~` cannot be expanded. Exits with code 2 if the flags are wrong.
     """
     words = sys.argv[1:] if arguments is None else arguments
     given = {} if default is None else {"default": default}
     try:
-        return _expanded(tyro.cli(kind, description=description, args=words, **given))
+        parsed = tyro.cli(kind, description=description, args=words, use_underscores=True, **given)
     except SystemExit:
-        _explain_dashes(kind, words)
+        _hint_at_dashes(kind, words)
         raise
+    return _expand_paths(parsed)
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
-    """What a flag is set to, for defaults that depend on it; None if it is not given."""
+    """The value of a flag, for defaults that depend on it; None if the flag is not given."""
     value = None
     for word, after in itertools.zip_longest(arguments, arguments[1:]):
         flag, equals, rest = word.partition("=")
         if flag.replace("-", "_") == f"__{name}":
             value = rest if equals else after
             if not equals and (after or "-").startswith("-"):
-                value = None  # which `parse` refuses
+                value = None  # `parse` reports the missing value
     return value
 
 
-def _expanded(value: Any) -> Any:
+def _expand_paths(value: Any) -> Any:
     if isinstance(value, Path):
         return expand(value)
     if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(map(_expanded, value))
+        return tuple(map(_expand_paths, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        changed = {name: new for name, old in fields.items() if (new := _expanded(old)) != old}
+        changed = {name: new for name, old in fields.items() if (new := _expand_paths(old)) != old}
         return dataclasses.replace(value, **changed) if changed else value
     return value
 
 
-def _explain_dashes(kind: Any, words: Sequence[str]) -> None:
-    """After refused flags: a value that begins with a dash was taken for a flag."""
+def _hint_at_dashes(kind: Any, words: Sequence[str]) -> None:
+    """Explain how to write a value that starts with a dash, which was parsed as a flag."""
     takes_value = dict(_flags(kind))
     for word, value in itertools.pairwise(words):
         flag, name = value.partition("=")[0], _field_name(word)
@@ -122,9 +125,12 @@ def _explain_dashes(kind: Any, words: Sequence[str]) -> None:
         if not value.startswith("-") or is_flag or flag == "--help" or not takes_value.get(name):
             continue
         with contextlib.suppress(ValueError):
-            float(value)  # a negative number is taken for a value
+            float(value)  # argparse accepts negative numbers
             continue
-        note(f"if {value!r} is the value of {word}, write {shlex.quote(f'{word}={value}')}")
+        print(
+            f"if {value!r} is the value of {word}, write {shlex.quote(f'{word}={value}')}",
+            file=sys.stderr,
+        )
 
 
 def _field_name(flag: str) -> str:
@@ -132,7 +138,7 @@ def _field_name(flag: str) -> str:
 
 
 def _flags(kind: Any) -> Iterator[tuple[str, bool]]:
-    """Names of fields, and whether a value follows the flag."""
+    """Field names, and whether their flags take a value."""
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         for part in typing.get_args(kind):
             yield from _flags(part)
@@ -145,9 +151,9 @@ def _flags(kind: Any) -> Iterator[tuple[str, bool]]:
 # --- Output -------------------------------------------------------------------------------------
 
 
-class _Dropping(io.RawIOBase):
-    """Writes to a file descriptor. What cannot be written is dropped: a closed pipe, a full disk or
-    a terminal that is gone must not end hours of work."""
+class _Lossy(io.RawIOBase):
+    """A file descriptor that ignores write errors: a closed pipe, a full disk or a terminal that
+    has gone away must not end hours of work."""
 
     def __init__(self, number: int):
         self._number = number
@@ -165,18 +171,18 @@ class _Dropping(io.RawIOBase):
         while True:
             try:
                 return os.write(self._number, data)
-            except BlockingIOError:  # a slow reader is no reason to drop anything
+            except BlockingIOError:  # wait for a slow reader
                 select.select([], [self._number], [])
             except OSError:
                 return len(data)
 
 
-def _guard_output() -> None:
-    """Let neither stdout nor stderr fail, whatever they are."""
+def _protect_output() -> None:
+    """Make stdout and stderr safe to write to, whatever they are connected to."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file to be opened would get what is printed
+        except OSError:  # closed: the next file to be opened would take its number
             nothing = os.open(os.devnull, os.O_RDWR)
             os.dup2(nothing, number)
             os.set_inheritable(number, True)
@@ -185,19 +191,18 @@ def _guard_output() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):
-            continue  # a caller has redirected it
-        # What the terminal cannot show is escaped.
+            continue  # redirected by the caller
         new = io.TextIOWrapper(
-            io.BufferedWriter(_Dropping(number)),
+            io.BufferedWriter(_Lossy(number)),
             encoding=stream.encoding if stream else "utf-8",
-            errors="backslashreplace",
+            errors="backslashreplace",  # for terminals that cannot show a character
             line_buffering=True,
         )
         setattr(sys, name, new)
 
 
 def reader_left() -> bool:
-    """Whether stdout is a pipe whose reader has closed it, as `head` does once it has enough."""
+    """Whether stdout is a pipe that its reader has closed, as `head` does."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
@@ -207,16 +212,27 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def note(message: str) -> None:
-    """A line for the person at the command, on stderr."""
-    print(message, file=sys.stderr)
+class _ToStderr(logging.Handler):
+    """Prints `message`, or `warning: message`, to the current `sys.stderr`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(f"{level}{record.getMessage()}", file=sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Show the package's log to the user of a command."""
+    logger = logging.getLogger("echo_eqx")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(_ToStderr())
 
 
 # --- Clocks and progress ------------------------------------------------------------------------
 
 
 class CompileClock:
-    """Seconds spent on tracing, lowering and compiling, or on loading what was compiled before."""
+    """Seconds spent tracing, lowering and compiling, or loading programs from the cache."""
 
     _EVENTS = ("jaxpr_to_mlir_module_duration", "backend_compile_duration", "jaxpr_trace_duration")
 
@@ -231,7 +247,7 @@ class CompileClock:
 
     @property
     def seconds(self) -> float:
-        """Functions are traced within functions, so it is the union of all spans that counts."""
+        """The union of all spans, because functions are traced inside functions."""
         total = until = 0.0
         for start, end in sorted(self._spans):
             total += max(0.0, end - max(start, until))
@@ -240,7 +256,7 @@ class CompileClock:
 
 
 class StepBar:
-    """A progress bar on a terminal, nothing elsewhere. Call it with steps done and in all."""
+    """A progress bar on a terminal, nothing elsewhere. Call it with steps done and total steps."""
 
     def __init__(self, description: str):
         self._bar = tqdm(desc=description, unit="step", disable=not sys.stderr.isatty())

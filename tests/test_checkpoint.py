@@ -30,7 +30,7 @@ from echo_eqx.train.checkpoint import (
 )
 from echo_eqx.train.config import OptimizerConfig, TrainConfig
 from echo_eqx.train.run_folder import RunFolder
-from echo_eqx.train.state import TrainState, fresh_state, sharded_abstract_state
+from echo_eqx.train.state import TrainState, init_train_state, sharded_abstract_state
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.checkpoint import TrainingCheckpoint, find_checkpoints, manifest_checksum
 
@@ -45,7 +45,7 @@ CONFIG = DiTConfig(
     time_embed_dim=12,
     adaln_rank=8,
 )
-AVERAGED = OptimizerConfig(ema=0.9)
+AVERAGED = OptimizerConfig(ema_decay=0.9)
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
@@ -55,7 +55,7 @@ def mesh_of(shape):
 
 def make_state(shape=(1, 8, 1), seed: int = 0, optimizer=AVERAGED) -> TrainState:
     model = random_model(EchoDiT, CONFIG, seed=seed)
-    state = fresh_state(model, optimizer)
+    state = init_train_state(model, optimizer)
     # Every tensor is different from every other.
     numbers = iter(range(1, 1000))
     state = jax.tree.map(lambda x: x + jnp.asarray(next(numbers), x.dtype), state)

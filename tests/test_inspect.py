@@ -284,7 +284,7 @@ def test_what_cannot_be_played_is_one_sentence(command, tmp_path):
     [
         ([], 2, "--data is missing"),
         (["--data", "."], 1, "holds no *.tar"),
-        (["--data", ".", "--frames", 0], 2, "frames is 0"),
+        (["--data", ".", "--max_frames", 0], 2, "max_frames is 0"),
         (["--data", ".", "--cache_gb", 0], 2, "cache_gb is 0.0"),
         (["--data", ".", "--plot", "a.pdf"], 2, "wanted a *.png"),
         (["--data", ".", "--play", "a", "--json"], 2, "--play makes no report"),
@@ -335,7 +335,7 @@ def test_a_model_gives_the_window_and_must_fit_the_width(command, tmp_path):
     facts = json.loads(command("--data", tmp_path / "data", "--model", "voice", "--json").stdout)
     assert facts["longer_recordings"] == facts["longer_texts"] == facts["longer_references"] == 1
     assert facts["frames_cut"] == 10
-    done = command("--data", tmp_path / "data", "--model", "voice", "--frames", 99)
+    done = command("--data", tmp_path / "data", "--model", "voice", "--max_frames", 99)
     assert "WARNING     1 of 2 (50.0%) recordings" not in done.stdout
     done = command("--data", tmp_path / "data", "--model", "840M")
     assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -121,10 +121,19 @@ def seed() -> int:
 
 
 def train(home: Path, run: Path) -> list[str]:
-    lengths = ["--frames", "24", "--text_bytes", "32", "--ref_frames", "16", "--batch_size", "4"]
+    lengths = [
+        "--max_frames",
+        "24",
+        "--max_text_bytes",
+        "32",
+        "--max_speaker_frames",
+        "16",
+        "--batch_size",
+        "4",
+    ]
     where = ["--data", str(home / "data"), "--run_dir", str(run)]
     steps = ["--num_steps", str(STEPS), "--checkpoint_every", "2", "--log_every", "1"]
-    return [str(TRAIN), "--model", "nano", *where, *lengths, *steps, "--ema", "0.9"]
+    return [str(TRAIN), "--model", "nano", *where, *lengths, *steps, "--ema_decay", "0.9"]
 
 
 def trained(run: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def line(step: int, **values: Any) -> str:
-    return json.dumps({"step": step, "loss": 1 + 1 / step, "learning_rate": 1e-3} | values) + "\n"
+    return json.dumps({"step": step, "loss": 1 + 1 / step, "lr": 1e-3} | values) + "\n"
 
 
 def make_run(path: Path, steps: int = 30) -> Path:
@@ -44,14 +44,14 @@ def make_run(path: Path, steps: int = 30) -> Path:
     (path / "environment.json").write_text(json.dumps([{"host": "here"}]))
     with (path / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
-            more: dict[str, Any] = {"gradient_norm": 0.5}
+            more: dict[str, Any] = {"grad_norm": 0.5}
             if step % 10 == 0:
                 more |= {
                     "time": time.time() - steps + step,
-                    "step_seconds": 1.0,
-                    "data_wait": 0.1,
+                    "step_time_s": 1.0,
+                    "data_wait_fraction": 0.1,
                     "samples_per_second": 8.0,
-                    "device_memory_bytes": None,
+                    "peak_memory_bytes": None,
                     "skipped_updates": 0,
                     "broken_records": 1,
                     "eval_loss": 1.5,
@@ -126,7 +126,7 @@ def test_a_curve_holds_each_value_of_a_short_run(tmp_path: Path):
     assert curves["loss"]["mean"] == pytest.approx([1 + 1 / step for step in range(1, 31)])
     assert curves["eval_loss"]["step"] == [10, 20, 30]
     assert curves["broken_records"]["mean"] == [1, 1, 1]
-    assert "device_memory_bytes" not in curves  # null on CPU
+    assert "peak_memory_bytes" not in curves  # null on CPU
 
 
 def test_a_refresh_brings_only_what_is_new(tmp_path: Path):
@@ -138,7 +138,7 @@ def test_a_refresh_brings_only_what_is_new(tmp_path: Path):
     with file.open("a") as out:
         out.write(line(31) + line(32))
     assert page.refresh()["loss"]["step"] == list(range(1, 33))
-    assert page.sent == 2 * 2 * 2  # step and mean of two steps, in loss and learning_rate
+    assert page.sent == 2 * 2 * 2  # step and mean of two steps, in loss and lr
 
 
 def test_a_half_written_line_waits(tmp_path: Path):

@@ -28,7 +28,7 @@ from echo_eqx.trees import named_leaves
 
 PLAN = Path(__file__).parent.parent / "scripts" / "plan.py"
 MESH = "data=2,fsdp=2,tensor=2"
-SHORT = {"batch_size": 16, "frames": 24, "text_bytes": 20, "ref_frames": 16}
+SHORT = {"batch_size": 16, "max_frames": 24, "max_text_bytes": 20, "max_speaker_frames": 16}
 
 
 def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +43,7 @@ def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
 def done() -> subprocess.CompletedProcess[str]:
     """A plan that needs too much memory, on more chips than are closely joined."""
     flags = ("--model", "tiny", "--devices", "10", "--chip", "A100", "--batch_size", "60000")
-    return run_plan(*flags, "--mesh", "data=5,fsdp=2", "--ema", "0.99", "--json")
+    return run_plan(*flags, "--mesh", "data=5,fsdp=2", "--ema_decay", "0.99", "--json")
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_times_add_up(printed):
     assert traffic["total"] == sum(v for k, v in traffic.items() if k != "total")
     assert printed["link_seconds"] == pytest.approx(traffic["total"] / chip.link_bandwidth)
     times = [printed[f"{name}_seconds"] for name in ("arithmetic", "link", "memory")]
-    assert printed["step_seconds"] == max(times)
+    assert printed["step_time_s"] == max(times)
     assert printed["mfu"] == pytest.approx(flops / 10 / chip.flops / max(times))
     assert printed["hours"] == pytest.approx(2000 * max(times) / 3600)
     assert printed["samples"] == 2000 * 60_000
@@ -108,7 +108,7 @@ def test_the_table_says_what_the_json_says(printed):
     table = "\n".join(plan.lines_of(Plan(**facts)))
     assert "temporaries as the CPU compiler counts them" in table
     assert f"{printed['largest_batch']}  at most 90% of memory" in table
-    assert f"{printed['step_seconds']:.3f} s  the largest of the three" in table
+    assert f"{printed['step_time_s']:.3f} s  the largest of the three" in table
     assert f"{printed['step_flops'] / 1e12:,.1f} TFLOP" in table
     assert "120,000,000" in table and "data 5, fsdp 2, tensor 1" in table
 
@@ -117,7 +117,7 @@ def test_bad_input_is_one_sentence():
     cases = {
         "chip is 'v3'; wanted one of v4, v5e,": ("--chip", "v3"),
         "devices is 0; wanted 1 to": ("--devices", "0"),
-        "there are 32": ("--mesh", "fsdp=8"),
+        "expected a mesh of 32 devices": ("--mesh", "fsdp=8"),
         "batch_size 250 does not divide over data x fsdp = 32": ("--batch_size", "250"),
         "model is '3B'; wanted one of": ("--model", "3B"),
     }
@@ -137,10 +137,10 @@ def test_bad_input_is_one_sentence():
 # --- Against the program itself -----------------------------------------------------------------
 
 
-def short_step(mesh_text: str, accumulate: int, **sizes) -> tuple[TrainConfig, Any]:
+def short_step(mesh_text: str, grad_accum_steps: int, **sizes) -> tuple[TrainConfig, Any]:
     """The settings of a small step, and the step traced for the eight devices here."""
     config = dataclasses.replace(TRAIN_PRESETS["tiny"], **{**SHORT, **sizes})
-    optimizer = dataclasses.replace(config.optimizer, accumulate=accumulate)
+    optimizer = dataclasses.replace(config.optimizer, grad_accum_steps=grad_accum_steps)
     objective = dataclasses.replace(config.objective, dtype="bfloat16")
     config = dataclasses.replace(config, optimizer=optimizer, objective=objective)
     mesh = make_mesh(mesh_shape(mesh_text, 8))
@@ -170,9 +170,9 @@ def collectives(jaxpr: Any, times: int = 1):
                     yield from collectives(inner, again)
 
 
-@pytest.mark.parametrize(("mesh", "accumulate"), [(MESH, 2), ("data=1,fsdp=8,tensor=1", 1)])
-def test_traffic_is_what_the_step_asks_for(mesh, accumulate):
-    config, traced = short_step(mesh, accumulate)
+@pytest.mark.parametrize(("mesh", "grad_accum_steps"), [(MESH, 2), ("data=1,fsdp=8,tensor=1", 1)])
+def test_traffic_is_what_the_step_asks_for(mesh, grad_accum_steps):
+    config, traced = short_step(mesh, grad_accum_steps)
     sizes = mesh_shape(mesh, 8)
     sent = dict.fromkeys(("gathers", "scatters", "gradient_sums", "activation_sums"), 0.0)
     for name, axes, size, times in collectives(traced.jaxpr.jaxpr):
@@ -186,7 +186,7 @@ def test_traffic_is_what_the_step_asks_for(mesh, accumulate):
             sent[kind] += times * 2 * size * (n - 1) / n
     dit = config.dit_config()
     model = abstract_state(dit, config.optimizer).model
-    counted = step_traffic(dit, model, sizes, config.batch_size, accumulate)
+    counted = step_traffic(dit, model, sizes, config.batch_size, grad_accum_steps)
     assert counted == Traffic(**{name: round(size) for name, size in sent.items()})
 
 
@@ -201,7 +201,9 @@ def test_flops_of_a_step_are_what_the_compiler_counts(monkeypatch):
     )
     monkeypatch.setitem(DIT_PRESETS, "tiny", one)
     monkeypatch.setattr(jax, "checkpoint", lambda body: body)  # nothing is computed twice
-    config, traced = short_step("fsdp=8", 1, frames=96, text_bytes=80, ref_frames=64)
+    config, traced = short_step(
+        "fsdp=8", 1, max_frames=96, max_text_bytes=80, max_speaker_frames=64
+    )
     counted = traced.lower().cost_analysis()["flops"]
     expected = step_flops(config.dit_config(), config.batch_size) / 8
     # The compiler counts norms, softmax and the update as well.

@@ -12,7 +12,7 @@ from conftest import random_model
 
 from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import UsageError
-from echo_eqx.flow.noising import Batch, draw, flow_loss
+from echo_eqx.flow.objective import Batch, flow_loss, sample_noise
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import batch_sharding, check_batch, mesh_shape
 from echo_eqx.sharding.specs import check_mesh, parameter_spec, state_shardings
@@ -56,13 +56,13 @@ def make_batch(rows: int = 16) -> Batch:
     )
 
 
-def gradients_on(shape, accumulate=1, loss_frames="all"):
+def gradients_on(shape, grad_accum_steps=1, loss_frames="all"):
     mesh = mesh_of(shape)
     objective = ObjectiveConfig(dtype="float32", loss_frames=loss_frames)
     model = random_model(EchoDiT, CONFIG)
     model = jax.device_put(model, state_shardings(model, mesh))
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
-    run = jax.jit(lambda m, b, k: loss_and_gradients(m, b, k, mesh, objective, accumulate))
+    run = jax.jit(lambda m, b, k: loss_and_gradients(m, b, k, mesh, objective, grad_accum_steps))
     loss, gradients = run(model, batch, jr.key(1))
     return float(loss), jax.tree.map(np.asarray, gradients)
 
@@ -73,11 +73,11 @@ def unsharded():
 
 
 @pytest.mark.parametrize(
-    "shape, accumulate",
+    "shape, grad_accum_steps",
     [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((1, 1, 4), 1), ((2, 1, 2), 4)],
 )
-def test_loss_and_every_gradient_equal_the_unsharded(unsharded, shape, accumulate):
-    loss, gradients = gradients_on(shape, accumulate)
+def test_loss_and_every_gradient_equal_the_unsharded(unsharded, shape, grad_accum_steps):
+    loss, gradients = gradients_on(shape, grad_accum_steps)
     expected_loss, expected = unsharded
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     names = leaf_names(expected)
@@ -90,8 +90,8 @@ def test_loss_and_every_gradient_equal_the_unsharded(unsharded, shape, accumulat
 def test_loss_and_gradients_are_those_of_the_objective(unsharded):
     model, batch = random_model(EchoDiT, CONFIG), make_batch()
     key = jr.key(1)
-    draws = draw(key, jnp.arange(16), 16, (14, 8), text_dropout=0.1, speaker_dropout=0.1)
-    loss, gradients = jax.jit(jax.value_and_grad(flow_loss))(model, batch, draws)
+    sample = sample_noise(key, jnp.arange(16), 16, (14, 8), text_dropout=0.1, speaker_dropout=0.1)
+    loss, gradients = jax.jit(jax.value_and_grad(flow_loss))(model, batch, sample)
     assert unsharded[0] == pytest.approx(float(loss), rel=1e-6)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(unsharded[1]), strict=True):
         assert np.abs(np.asarray(a) - b).max() <= 1e-5 * np.abs(b).max()
@@ -99,13 +99,13 @@ def test_loss_and_gradients_are_those_of_the_objective(unsharded):
 
 def test_loss_over_valid_frames_is_a_mean_over_the_global_batch():
     one, _ = gradients_on((1, 1, 1), loss_frames="valid")
-    split, _ = gradients_on((2, 2, 1), accumulate=2, loss_frames="valid")
+    split, _ = gradients_on((2, 2, 1), grad_accum_steps=2, loss_frames="valid")
     assert split == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("preset", DIT_PRESETS)
 def test_one_rule_for_each_parameter(preset):
-    state = abstract_state(DIT_PRESETS[preset], OptimizerConfig(ema=0.5))
+    state = abstract_state(DIT_PRESETS[preset], OptimizerConfig(ema_decay=0.5))
     for name in leaf_names(state.model):
         parameter_spec(name)
     shardings = state_shardings(state, mesh_of((2, 2, 2)))
@@ -118,11 +118,11 @@ def test_meshes_that_do_not_fit_are_refused():
     assert mesh_shape("", 8) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert mesh_shape("data=2, tensor=4", 8) == {"data": 2, "fsdp": 1, "tensor": 4}
     for text in ("fsdp=4", "fsdp=8,fsdp=1", "rows=8", "fsdp=0,data=8", "fsdp=-8", "fsdp", "8"):
-        with pytest.raises(UsageError, match=r"wanted|there are 8"):
+        with pytest.raises(UsageError, match=r"^expected (mesh sizes such as|a mesh of 8 devices)"):
             mesh_shape(text, 8)
     with pytest.raises(UsageError, match="batch_size 12 does not divide over data x fsdp = 8"):
         check_batch(12, 1, {"data": 4, "fsdp": 2, "tensor": 1})
-    with pytest.raises(UsageError, match="in 4 accumulated parts"):
+    with pytest.raises(UsageError, match="in 4 gradient-accumulation steps"):
         check_batch(16, 4, {"data": 4, "fsdp": 2, "tensor": 1})
     model = jax.eval_shape(lambda key: EchoDiT.init(DIT_PRESETS["1.3B"], key=key), jr.key(0))
     check_mesh(model, {"data": 1, "fsdp": 32, "tensor": 4})

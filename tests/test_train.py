@@ -33,7 +33,16 @@ def home(tmp_path_factory):
 
 def start(home: Path, run: str, *flags: str, devices: int = 1, folder=None) -> subprocess.Popen:
     command = [sys.executable, str(TRAIN), "--model", "nano", "--data", str(home / "data")]
-    lengths = ["--frames", "24", "--text_bytes", "32", "--ref_frames", "16", "--batch_size", "8"]
+    lengths = [
+        "--max_frames",
+        "24",
+        "--max_text_bytes",
+        "32",
+        "--max_speaker_frames",
+        "16",
+        "--batch_size",
+        "8",
+    ]
     where = ["--run_dir", str(home / run), "--cache_dir", str(home / "shards")]
     steps = ["--num_steps", str(STEPS), "--checkpoint_every", "3"]
     flags_of_xla = f"--xla_force_host_platform_device_count={devices}"
@@ -86,10 +95,10 @@ def uninterrupted(home):
 def test_a_run_leaves_what_explains_it(home, uninterrupted):
     folder = home / "whole"
     first, last = lines_of(home, "whole")[0], lines_of(home, "whole")[-1]
-    assert first["learning_rate"] == pytest.approx(3e-4) and last["samples_seen"] == STEPS * 8
-    assert 0 <= last["data_wait"] <= 1 and last["audio_hours_per_second"] > 0
+    assert first["lr"] == pytest.approx(3e-4) and last["samples_seen"] == STEPS * 8
+    assert 0 <= last["data_wait_fraction"] <= 1 and last["audio_hours_per_second"] > 0
     config = json.loads((folder / "config.json").read_text())
-    assert config["model"] == "nano" and config["frames"] == 24
+    assert config["model"] == "nano" and config["max_frames"] == 24
     assert json.loads((folder / "environment.json").read_text())[0]["packages"]["jax"]
     assert echo_eqx.load_dit(folder).config.max_frames == 24
     assert len(list((folder / "checkpoints").glob("step_*/manifest.json"))) == 3
@@ -168,7 +177,7 @@ def test_hosts_that_differ_are_named(home):
     together = ["--mesh", "fsdp=8", "--coordinator", port, "--num_processes", "2"]
     both = [
         start(home, "differ", *together, "--process_id", "0", devices=4),
-        start(home, "differ", *together, "--process_id", "1", "--clip", "2.0", devices=4),
+        start(home, "differ", *together, "--process_id", "1", "--max_grad_norm", "2.0", devices=4),
     ]
     said = "".join(out for process in both for out in process.communicate(timeout=120))
     assert re.search(r"host \S+ \(process [01]\) differs from the rest in: settings", said)
@@ -191,7 +200,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(home):
     assert "3 steps in a row had a loss or gradient that is not finite" in said
     lines = lines_of(home, "wild")
     assert [line["updated"] for line in lines][-3:] == [False] * 3
-    assert lines[-3]["parameter_norm"] == lines[-1]["parameter_norm"]
+    assert lines[-3]["param_norm"] == lines[-1]["param_norm"]
     noted = [json.loads(x) for x in (home / "wild" / "nonfinite-0.jsonl").read_text().splitlines()]
     assert [note["step"] for note in noted] == [x["step"] for x in lines if not x["updated"]]
     assert len(noted[0]["keys"]) == 8 and ".tar:" in noted[0]["keys"][0]
@@ -215,7 +224,7 @@ def test_held_out_loss_and_samples(home, tmp_path):
         "--eval_batches",
         "2",
     ]
-    finish(start(home, "heard", *flags, "--ema", "0.9"))
+    finish(start(home, "heard", *flags, "--ema_decay", "0.9"))
     lines = lines_of(home, "heard")
     evaluated = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [6, 12]

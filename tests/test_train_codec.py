@@ -40,7 +40,7 @@ from echo_eqx.train.codec.losses import (
 from echo_eqx.train.codec.standardise import rescaled
 from echo_eqx.train.codec.step import (
     AudioBatch,
-    fresh_state,
+    init_train_state,
     make_step,
     pass_through,
     signal_to_distortion,
@@ -243,7 +243,7 @@ def run_step(devices: int, settings: CodecTrainConfig, steps: int = 2, samples: 
         np.array(jax.devices()[:devices]).reshape(devices, 1, 1), ("data", "fsdp", "tensor")
     )
     init = jax.jit(
-        lambda key: fresh_state(DACVAE.init(SIZES, key=key), settings, key),
+        lambda key: init_train_state(DACVAE.init(SIZES, key=key), settings, key),
         out_shardings=replicated(mesh),
     )
     state = init(jr.key(0))
@@ -390,5 +390,5 @@ def test_what_cannot_be_used_is_one_sentence(whole, home, recordings, tmp_path):
 
 
 def test_meshes_that_do_not_fit_are_refused():
-    with pytest.raises(UsageError, match="there are 8"):
+    with pytest.raises(UsageError, match="expected a mesh of 8 devices"):
         make_mesh(mesh_shape("data=3", 8))

@@ -386,9 +386,9 @@ def metrics_line(step: int) -> str:
     line: dict[str, Any] = {
         "step": step,
         "loss": loss,
-        "gradient_norm": loss / 3,
-        "parameter_norm": 300 + loss / 7,
-        "learning_rate": 1e-4 * math.cos(1e-6 * step),
+        "grad_norm": loss / 3,
+        "param_norm": 300 + loss / 7,
+        "lr": 1e-4 * math.cos(1e-6 * step),
         "updated": True,
     }
     if step % 10 == 0:
@@ -398,13 +398,13 @@ def metrics_line(step: int) -> str:
             "skipped_updates": 0,
             "broken_records": 0,
             "time": 1.7e9 + step,
-            "step_seconds": seconds,
-            "data_wait": 0.001 * loss,
+            "step_time_s": seconds,
+            "data_wait_fraction": 0.001 * loss,
             "samples_per_second": 256 / seconds,
             "audio_hours_per_second": 1 / seconds,
             "flops_per_device": 1e14 / seconds,
             "mfu": 0.4 / seconds,
-            "device_memory_bytes": 3e10,
+            "peak_memory_bytes": 3e10,
         }
     if step % 1000 == 0:
         line |= {"eval_loss": loss, "eval_loss_by_time": [loss] * 8}

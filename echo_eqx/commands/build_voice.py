@@ -99,8 +99,8 @@ def main() -> None:
         codec=decoder,
         init_from=first,
         schedule="wsd",
-        decay=0.4,
-        ema=0.998,
+        decay_ratio=0.4,
+        ema_decay=0.998,
     )
     pack(decoder, last, shards, args.output, args.embedded_shards)
     weights = args.output / voice.WEIGHTS.name
@@ -138,9 +138,9 @@ def train(
         run_dir=run_dir,
         num_steps=steps,
         batch_size=batch_size,
-        frames=sizes.max_frames,
-        text_bytes=sizes.max_text_bytes,
-        ref_frames=sizes.max_speaker_frames,
+        max_frames=sizes.max_frames,
+        max_text_bytes=sizes.max_text_bytes,
+        max_speaker_frames=sizes.max_speaker_frames,
         sample_every=0,
         **flags,
     )

@@ -39,11 +39,11 @@ class Args:
     model: str | None = None
     """Model that the shards are for: its preset gives window, longest text and longest reference,
     and latents of another width are an error."""
-    frames: int | None = None
+    max_frames: int | None = None
     """Window of a sample in latent frames; by default the model's, 768."""
-    text_bytes: int | None = None
+    max_text_bytes: int | None = None
     """Longest text in bytes, with the byte that leads it; by default the model's, 768."""
-    ref_frames: int | None = None
+    max_speaker_frames: int | None = None
     """Longest reference in latent frames; by default the model's, 512."""
     all: bool = False
     """List everything broken, not the first 20, and every channel."""
@@ -107,9 +107,9 @@ def main() -> None:
 def window_of(args: Args) -> DiTConfig:
     """The model's sizes, with the lengths that the flags give."""
     lengths = {
-        "max_frames": args.frames,
-        "max_text_bytes": args.text_bytes,
-        "max_speaker_frames": args.ref_frames,
+        "max_frames": args.max_frames,
+        "max_text_bytes": args.max_text_bytes,
+        "max_speaker_frames": args.max_speaker_frames,
     }
     given = {name: value for name, value in lengths.items() if value is not None}
     return replace(DIT_PRESETS[args.model or "1.3B"], **given)
@@ -128,7 +128,7 @@ def check_usage(args: Args) -> None:
         )
     if args.model is not None and args.model not in DIT_PRESETS:
         raise UsageError(f"model is {args.model!r}; expected one of {', '.join(DIT_PRESETS)}")
-    for name in ("frames", "text_bytes", "ref_frames"):
+    for name in ("max_frames", "max_text_bytes", "max_speaker_frames"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1")
@@ -223,12 +223,12 @@ def warnings(report: Report, window: DiTConfig) -> list[str]:
         found.append(
             f"{share(report.longer_recordings, n)} recordings are longer than {window.max_frames} "
             f"frames: training cuts {hours:.2f} hours of audio off and keeps their texts whole, "
-            "unless it gets a larger --frames, or --skip_longer to leave them out"
+            "unless it gets a larger --max_frames, or --skip_longer to leave them out"
         )
     if report.longer_texts:
         found.append(
             f"{share(report.longer_texts, n)} texts are longer than {window.max_text_bytes} bytes: "
-            "training cuts them, unless it gets a larger --text_bytes, or --skip_longer"
+            "training cuts them, unless it gets a larger --max_text_bytes, or --skip_longer"
         )
     if report.longer_references:
         found.append(

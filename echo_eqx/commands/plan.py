@@ -1,7 +1,7 @@
 """Say what a training run needs, before anything is rented: memory, time, traffic, batch.
 
     echo-eqx plan --model 1.3B --devices 32 --chip v4 --batch_size 256
-    echo-eqx plan --devices 8 --chip H100 --mesh data=2,fsdp=4 --accumulate 4 --json
+    echo-eqx plan --devices 8 --chip H100 --mesh data=2,fsdp=4 --grad_accum_steps 4 --json
 
 The real training step is compiled for so many virtual devices; no weights are made.
 """
@@ -31,17 +31,17 @@ class Args:
     """Samples in a batch, over all devices; by default the preset's."""
     mesh: str = ""
     """Devices by axis, such as data=1,fsdp=8,tensor=1. By default all are along fsdp."""
-    frames: int | None = None
+    max_frames: int | None = None
     """Window of a sample in latent frames, 25 a second; by default the preset's."""
-    text_bytes: int | None = None
+    max_text_bytes: int | None = None
     """Longest text in bytes; by default the preset's."""
-    ref_frames: int | None = None
+    max_speaker_frames: int | None = None
     """Longest reference in latent frames, a multiple of 4; by default the preset's."""
     num_steps: int | None = None
     """Batches to train on, in all; by default the preset's."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Parts that a batch is worked off in, one after the other."""
-    ema: float = 0.0
+    ema_decay: float = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
     efficiency: float = 0.4
     """Share of the chips' rate that the arithmetic reaches where nothing else holds it up."""
@@ -63,9 +63,11 @@ def main() -> None:
 def train_config(args: Args) -> TrainConfig:
     """Settings of the run: the preset's, and the flags that were given."""
     preset = TRAIN_PRESETS.get(args.model, TrainConfig(model=args.model))
-    names = ("batch_size", "frames", "text_bytes", "ref_frames", "num_steps")
+    names = ("batch_size", "max_frames", "max_text_bytes", "max_speaker_frames", "num_steps")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    optimizer = dataclasses.replace(preset.optimizer, accumulate=args.accumulate, ema=args.ema)
+    optimizer = dataclasses.replace(
+        preset.optimizer, grad_accum_steps=args.grad_accum_steps, ema_decay=args.ema_decay
+    )
     # A plan reads no data.
     return dataclasses.replace(preset, data="", mesh=args.mesh, optimizer=optimizer, **given)
 
@@ -81,12 +83,12 @@ def lines_of(plan: Plan) -> list[str]:
     memory, traffic = plan.memory, plan.traffic
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     per_device = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
-    parts = f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""
+    parts = f", in {plan.grad_accum_steps} parts" if plan.grad_accum_steps > 1 else ""
     lines = [
         f"{plan.model}, {plan.num_parameters / 1e6:.0f} M parameters, on {plan.devices} x "
         f"{plan.chip}: {mesh}",
-        f"batch {plan.batch_size}, {per_device} a device{parts}; {plan.frames} frames, "
-        f"{plan.text_bytes} bytes of text, {plan.ref_frames} reference frames",
+        f"batch {plan.batch_size}, {per_device} a device{parts}; {plan.max_frames} frames, "
+        f"{plan.max_text_bytes} bytes of text, {plan.max_speaker_frames} reference frames",
         "",
         "memory on each device",
         row("parameters, float32", in_bytes(memory.parameters)),
@@ -119,7 +121,7 @@ def lines_of(plan: Plan) -> list[str]:
         row("  activations, summed", in_bytes(traffic.activation_sums)),
         row("  over its links", seconds(plan.link_seconds)),
         row("weights through memory", seconds(plan.memory_seconds)),
-        row("step time", seconds(plan.step_seconds), "the largest of the three"),
+        row("step time", seconds(plan.step_time_s), "the largest of the three"),
         row("MFU", f"{plan.mfu:.1%}"),
         "",
         f"the run, {plan.num_steps} steps",

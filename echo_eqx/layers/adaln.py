@@ -65,7 +65,7 @@ class LowRankResidual(eqx.Module):
         return cls(down, Linear.init(rank, dim, bias=True, zero=True, key=key))
 
     def __call__(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
-        return self.up(self.down(jax.nn.silu(v)), split_rows=True) + v
+        return self.up(self.down(jax.nn.silu(v)), row_parallel=True) + v
 
 
 class LowRankAdaLN(eqx.Module):

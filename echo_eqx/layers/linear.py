@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from echo_eqx.layers.split import sum_over_tensor
+from echo_eqx.layers.parallel import psum_tensor
 
 INIT_STD = 0.02
 
@@ -30,12 +30,12 @@ class Linear(eqx.Module):
         return cls(weight, jnp.zeros(out_dim) if bias else None)
 
     def __call__(
-        self, x: Float[Array, "*n i"], *, split_rows: bool = False
+        self, x: Float[Array, "*n i"], *, row_parallel: bool = False
     ) -> Float[Array, "*n o"]:
-        """`split_rows`: in a model split over `tensor`, `x` and the rows of `weight` are parts."""
+        """`row_parallel`: in a model split over `tensor`, `x` and the rows of `weight` are parts."""
         y = jnp.matmul(x, self.weight.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
-        if split_rows:
-            y = sum_over_tensor(y)
+        if row_parallel:
+            y = psum_tensor(y)
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)

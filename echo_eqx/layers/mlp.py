@@ -25,4 +25,4 @@ class SwiGLU(eqx.Module):
         )
 
     def __call__(self, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-        return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x), split_rows=True)
+        return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x), row_parallel=True)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from echo_eqx.layers.split import in_first_half
+from echo_eqx.layers.parallel import rope_head_mask
 
 THETA = 10_000.0
 
@@ -29,5 +29,5 @@ def apply_rope(x: Float[Array, "t h k"], angles: Float[Array, "t a"]) -> Float[A
 
 def apply_half_rope(x: Float[Array, "t h k"], angles: Float[Array, "t a"]) -> Float[Array, "t h k"]:
     """`apply_rope` on the first half of the heads; the other half carries no position."""
-    mask = in_first_half(x.shape[1])
+    mask = rope_head_mask(x.shape[1])
     return jnp.where(mask[None, :, None], apply_rope(x, angles), x)

@@ -67,4 +67,4 @@ class SelfAttention(eqx.Module):
         keys = apply_rope(self.k_norm(split_heads(self.wk(x), self.head_dim)), angles)
         values = split_heads(self.wv(x), self.head_dim)
         out = dot_product_attention(queries, keys, values, mask).reshape(len(x), -1)
-        return self.wo(jax.nn.sigmoid(self.gate(x)) * out, split_rows=True)
+        return self.wo(jax.nn.sigmoid(self.gate(x)) * out, row_parallel=True)

@@ -12,7 +12,7 @@ from echo_eqx.config import DiTConfig, EncoderConfig
 from echo_eqx.layers.adaln import LowRankAdaLN, Modulation
 from echo_eqx.layers.mlp import SwiGLU
 from echo_eqx.layers.norm import RMSNorm
-from echo_eqx.layers.split import whole
+from echo_eqx.layers.parallel import all_gather_params
 from echo_eqx.model.attention import SelfAttention
 from echo_eqx.model.joint_attention import JointAttention, KVCache
 
@@ -101,6 +101,6 @@ def scan_layers(
     @jax.checkpoint
     def step(x, inputs):
         layer, extra = inputs
-        return body(whole(eqx.combine(layer, static)), x, extra), None
+        return body(all_gather_params(eqx.combine(layer, static)), x, extra), None
 
     return jax.lax.scan(step, x, (arrays, per_layer))[0]

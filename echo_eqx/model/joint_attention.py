@@ -118,4 +118,4 @@ class JointAttention(eqx.Module):
         values = jnp.concatenate([values, *(kv.values for kv, _ in extra_kv)])
         mask = jnp.concatenate([frame_mask, *(kv_mask for _, kv_mask in extra_kv)])
         out = dot_product_attention(queries, keys, values, mask[None]).reshape(len(x), -1)
-        return self.wo(jax.nn.sigmoid(self.gate(x)) * out, split_rows=True)
+        return self.wo(jax.nn.sigmoid(self.gate(x)) * out, row_parallel=True)

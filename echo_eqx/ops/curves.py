@@ -18,13 +18,13 @@ FIELDS = (
     "loss",
     "eval_loss",
     "samples_per_second",
-    "step_seconds",
-    "data_wait",
-    "gradient_norm",
-    "learning_rate",
+    "step_time_s",
+    "data_wait_fraction",
+    "grad_norm",
+    "lr",
     "skipped_updates",
     "broken_records",
-    "device_memory_bytes",
+    "peak_memory_bytes",
 )
 """Of a line of metrics.jsonl, drawn each as a curve."""
 LARGEST_STEP = 2**53

@@ -6,17 +6,17 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echo_eqx.errors import UsageError
-from echo_eqx.layers.split import DATA, FSDP, TENSOR
+from echo_eqx.layers.parallel import DATA, FSDP, TENSOR
 
 AXES = (DATA, FSDP, TENSOR)
 BATCH_SPEC = PartitionSpec((DATA, FSDP))
-"""A batch is split over `data` and `fsdp`, and repeated over `tensor`."""
+"""A batch is split over `data` and `fsdp`, and replicated over `tensor`."""
 
 
 def mesh_shape(text: str, num_devices: int) -> dict[str, int]:
-    """Sizes by axis from text such as `data=1,fsdp=8,tensor=1`; an axis left out is 1.
+    """Parse axis sizes such as `data=1,fsdp=8,tensor=1`; an axis left out is 1.
 
-    Empty text lays all devices along `fsdp`.
+    Empty text puts all devices on `fsdp`.
 
     **Raises**: `UsageError` for an unknown axis, or sizes that do not multiply to `num_devices`.
     """
@@ -28,14 +28,14 @@ def mesh_shape(text: str, num_devices: int) -> dict[str, int]:
         name, _, value = (word.strip() for word in part.partition("="))
         good = name in AXES and name not in seen and value.isascii() and value.isdigit()
         if not good or not 0 < int(value[:9]) < 2**20:
-            raise UsageError(f"mesh is {text!r}; wanted sizes such as data=1,fsdp=8,tensor=1")
+            raise UsageError(f"expected mesh sizes such as data=1,fsdp=8,tensor=1, got {text!r}")
         seen.add(name)
         sizes[name] = int(value)
     if math.prod(sizes.values()) != num_devices:
         product = " x ".join(str(size) for size in sizes.values())
         raise UsageError(
-            f"mesh {text} has {product} = {math.prod(sizes.values())} devices; "
-            f"there are {num_devices}"
+            f"expected a mesh of {num_devices} devices, got {text}: "
+            f"{product} = {math.prod(sizes.values())}"
         )
     return sizes
 
@@ -46,13 +46,13 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
     return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=auto)
 
 
-def check_batch(batch_size: int, accumulate: int, sizes: dict[str, int]) -> None:
-    """Every device along `data` and `fsdp` takes the same number of samples in every part."""
-    ways = sizes[DATA] * sizes[FSDP]
-    if accumulate < 1 or batch_size < 1 or batch_size % (ways * accumulate):
+def check_batch(batch_size: int, grad_accum_steps: int, sizes: dict[str, int]) -> None:
+    """Check that each device along `data` and `fsdp` gets as many samples in each microbatch."""
+    devices = sizes[DATA] * sizes[FSDP]
+    if grad_accum_steps < 1 or batch_size < 1 or batch_size % (devices * grad_accum_steps):
         raise UsageError(
-            f"batch_size {batch_size} does not divide over data x fsdp = {ways} devices "
-            f"in {accumulate} accumulated part{'s' * (accumulate != 1)}"
+            f"batch_size {batch_size} does not divide over data x fsdp = {devices} devices "
+            f"in {grad_accum_steps} gradient-accumulation steps"
         )
 
 

@@ -1,7 +1,7 @@
-"""Where each parameter lies on the mesh: one table from its name to a PartitionSpec.
+"""The sharding of each parameter: one table from its name to a PartitionSpec.
 
-`tensor` splits heads and hidden columns, so that a matrix product is shared between devices; `fsdp`
-splits the other dimension, so that no device keeps what all of them use alike.
+`tensor` splits heads and hidden columns, so that devices share a matrix product; `fsdp` splits the
+other dimension, so that parameters are not replicated.
 """
 
 import re
@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from echo_eqx.errors import UsageError
-from echo_eqx.layers.split import DATA, FSDP, TENSOR, Slice, whole
+from echo_eqx.layers.parallel import DATA, FSDP, TENSOR, FSDPShard, all_gather_params
 from echo_eqx.trees import leaf_names
 
-# Of one layer; a stack has its layer axis in front, which is never split.
+# Specs of a single layer. Stacked layers have a leading layer axis, which is never split.
 RULES: tuple[tuple[str, P], ...] = (
     (r"attention\.(w[qkv]|w[kv]_(text|speaker|latent)|gate)\.weight", P(FSDP, TENSOR)),
     (r"attention\.wo\.weight", P(TENSOR, FSDP)),
@@ -40,7 +40,7 @@ _STACK = re.compile(r"((text|speaker|latent)_encoder\.)?blocks\.")
 
 
 def parameter_spec(name: str) -> P:
-    """The spec of the parameter `name`; a name that no rule or several match is our own bug."""
+    """The spec of the parameter `name`. Exactly one rule must match it."""
     stack = _STACK.match(name)
     rest = name[stack.end() :] if stack else name
     matches = [spec for pattern, spec in RULES if re.fullmatch(pattern, rest)]
@@ -49,18 +49,18 @@ def parameter_spec(name: str) -> P:
 
 
 def parameter_specs(model: Any) -> Any:
-    """`model` with the spec of each leaf in its place."""
+    """A tree like `model` with each leaf replaced by its spec."""
     treedef = jax.tree.structure(model)
     return treedef.unflatten(parameter_spec(name) for name in leaf_names(model))
 
 
 def check_mesh(model: Any, sizes: Mapping[str, int]) -> None:
-    """Every split dimension divides; `model` may be abstract.
+    """Check that the mesh divides every split dimension; `model` may be abstract.
 
-    **Raises**: `UsageError` naming the first parameter that does not.
+    **Raises**: `UsageError` naming the first parameter that does not divide.
     """
     names = leaf_names(model)
-    # Heads first: they are what a person chooses `tensor` by.
+    # Norm weights first: their first axis is the heads, which limit the choice of `tensor`.
     order = sorted(
         zip(names, jax.tree.leaves(model), strict=True), key=lambda x: "norm" not in x[0]
     )
@@ -74,10 +74,10 @@ def check_mesh(model: Any, sizes: Mapping[str, int]) -> None:
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Shardings of a training state: moments and averages lie where their parameters do.
+    """Shardings of a training state: moments and EMA are sharded like their parameters.
 
-    A leaf's name ends with that of its parameter, behind `model.`, `adam.mu.` and the like;
-    counters lie everywhere.
+    A leaf's name is its parameter's with a prefix such as `model.` or `adam.mu.`; counters are
+    replicated.
     """
 
     def sharding(name: str, leaf: Any) -> NamedSharding:
@@ -88,24 +88,24 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return treedef.unflatten(map(sharding, leaf_names(state), leaves))
 
 
-def as_slices(model: Any) -> Any:
-    """In `shard_map`: this device's parts of `model`, marked so that `whole` gathers them.
+def mark_fsdp_shards(model: Any) -> Any:
+    """Inside `shard_map`: replace the stacked layers' shards by `FSDPShard`s and gather the others.
 
-    Parameters outside the stacks of layers are few, and are gathered here.
+    `scan_layers` gathers the marked shards layer by layer. The rest are few and are gathered here.
     """
 
     def mark(name: str, leaf: Any) -> Any:
         spec = parameter_spec(name)
         if FSDP not in spec:
             return leaf
-        if _STACK.match(name):  # in the body of the scan the layer axis is gone
-            return Slice(leaf, spec.index(FSDP) - 1)
-        return whole(Slice(leaf, spec.index(FSDP)))
+        if _STACK.match(name):  # the scan's body sees no layer axis
+            return FSDPShard(leaf, spec.index(FSDP) - 1)
+        return all_gather_params(FSDPShard(leaf, spec.index(FSDP)))
 
     leaves, treedef = jax.tree.flatten(model)
     return treedef.unflatten(map(mark, leaf_names(model), leaves))
 
 
-def axes_not_split(spec: P) -> tuple[str, ...]:
-    """Axes of the batch over which a parameter with `spec` is repeated."""
+def replicated_axes(spec: P) -> tuple[str, ...]:
+    """Batch axes over which a parameter with `spec` is replicated."""
     return tuple(axis for axis in (DATA, FSDP) if axis not in spec)

@@ -22,7 +22,7 @@ from echo_eqx.train.checkpoint import put_on_mesh, restore_state
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.optimizer import learning_rate
 from echo_eqx.train.settings import RunConfig, changes
-from echo_eqx.train.state import TrainState, fresh_state, init_state, sharded_abstract_state
+from echo_eqx.train.state import TrainState, init_state, init_train_state, sharded_abstract_state
 from echo_eqx.trees import leaf_names
 from echo_eqx.weights.checkpoint import (
     FOLDER,
@@ -104,12 +104,14 @@ def check_same_run(
             "another --run_dir with --init_from this one"
         )
     changed = changes(checkpoint.manifest.get("settings"), config)
-    if config.optimizer.ema == 0 and any(name.startswith("ema.") for name in checkpoint.tensors):
-        decay = changed.get("ema", (0.999, 0))[0]
+    if config.optimizer.ema_decay == 0 and any(
+        name.startswith("ema.") for name in checkpoint.tensors
+    ):
+        decay = changed.get("ema_decay", (0.999, 0))[0]
         raise EchoError(
-            f"checkpoint {path} keeps a moving average of the weights, which exports are made of, "
-            f"and --ema is 0; go on with --ema {decay}, or begin another --run_dir with "
-            f"--init_from {config.run_dir}"
+            f"checkpoint {path} has a moving average of the weights, which exports are made from, "
+            f"but --ema_decay is 0; continue with --ema_decay {decay}, or start another --run_dir "
+            f"with --init_from {config.run_dir}"
         )
     if jax.process_index() == 0:
         for line in _sentences(changed, config, checkpoint.step):
@@ -130,7 +132,7 @@ def _sentences(changed: dict[str, tuple[Any, Any]], config: RunConfig, step: int
                 f": the schedule of the learning rate has another length, and step {step + 1} has "
                 f"{now} in place of {before}"
             )
-        if name == "ema" and there == 0:
+        if name == "ema_decay" and there == 0:
             line += f": the average begins at the weights of step {step}"
         if name in ("init_from", "resume_from"):
             line = f"--{name} {here} is not used: the run goes on from its own step {step}"
@@ -177,7 +179,7 @@ def _from_weights(source: str, config: TrainConfig, abstract: TrainState) -> Tra
         _check_sizes(loaded.config, config.dit_config(), source)
         model = _place(loaded, abstract.model)
     shardings = state_shardings(abstract, jax.tree.leaves(abstract)[0].sharding.mesh)
-    return jax.jit(lambda m: fresh_state(m, config.optimizer), out_shardings=shardings)(model)
+    return jax.jit(lambda m: init_train_state(m, config.optimizer), out_shardings=shardings)(model)
 
 
 def _from_published(

@@ -28,9 +28,9 @@ class ObjectiveConfig:
     """Share of samples that train without their text, for guidance."""
     speaker_dropout: float = 0.1
     """Share of samples that train without their reference, for guidance."""
-    time_mean: float = 0.0
-    """Mean of the logit of the times that are trained at. Above 0 there is more noise, and more
-    that only the text can tell: a small model learns to read sooner at 1."""
+    timestep_logit_mean: float = 0.0
+    """Mean of the logit-normal distribution of timesteps. Above 0 there is more noise, so the model
+    has to rely on the text: a small model learns to read sooner at 1."""
     loss_frames: Literal["all", "valid"] = "all"
     """all: the silence behind a recording is learned too, which is how a model learns to end."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -52,15 +52,15 @@ class TrainConfig(RunConfig):
     """Begin with these weights: anything infer.py takes as --checkpoint. The optimizer is fresh."""
     resume_from: str | None = None
     """Begin with weights, moments and counters of a published full_state.pkl: a file, or Hub id."""
-    frames: int | None = None
+    max_frames: int | None = None
     """Window of a sample in latent frames, 25 a second; by default the preset's, 768."""
-    text_bytes: int | None = None
+    max_text_bytes: int | None = None
     """Longest text in bytes; by default the preset's, 768."""
-    ref_frames: int | None = None
+    max_speaker_frames: int | None = None
     """Longest reference in latent frames, a multiple of 4; by default the preset's, 512."""
     skip_longer: bool = False
-    """Leave out recordings longer than --frames and texts longer than --text_bytes. Otherwise they
-    are cut: of a longer recording the audio, while its text stays whole. Both are counted."""
+    """Leave out recordings longer than --max_frames and texts longer than --max_text_bytes. By
+    default they are truncated; a truncated recording keeps its whole text. Both are counted."""
     latent_dim: int | None = None
     """Channels of a latent frame; by default the preset's, 128."""
     objective: Annotated[ObjectiveConfig, tyro.conf.arg(name="")] = field(
@@ -95,9 +95,9 @@ class TrainConfig(RunConfig):
         """Sizes of the model, with the lengths it is trained at."""
         preset = DIT_PRESETS[self.model]
         lengths = {
-            "max_frames": self.frames,
-            "max_text_bytes": self.text_bytes,
-            "max_speaker_frames": self.ref_frames,
+            "max_frames": self.max_frames,
+            "max_text_bytes": self.max_text_bytes,
+            "max_speaker_frames": self.max_speaker_frames,
             "latent_dim": self.latent_dim,
         }
         given = {name: value for name, value in lengths.items() if value is not None}
@@ -115,12 +115,16 @@ class TrainConfig(RunConfig):
             raise UsageError("wanted --init_from or --resume_from, not both")
         super().check()
         patch = DIT_PRESETS[self.model].patch_size
-        if self.ref_frames is not None and self.ref_frames % patch:
-            raise UsageError(f"ref_frames is {self.ref_frames}; wanted a multiple of {patch}")
+        if self.max_speaker_frames is not None and self.max_speaker_frames % patch:
+            raise UsageError(
+                f"max_speaker_frames is {self.max_speaker_frames}; wanted a multiple of {patch}"
+            )
         objective = self.objective
         check_shares(text_dropout=objective.text_dropout, speaker_dropout=objective.speaker_dropout)
-        if not -10 <= objective.time_mean <= 10:
-            raise UsageError(f"time_mean is {objective.time_mean}; wanted -10 to 10")
+        if not -10 <= objective.timestep_logit_mean <= 10:
+            raise UsageError(
+                f"timestep_logit_mean is {objective.timestep_logit_mean}; wanted -10 to 10"
+            )
         check_positive(cache_gb=self.cache_gb)
         self.sampler.check()
         if not -70 <= self.reference_lufs <= 0:
@@ -137,9 +141,9 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         num_steps=2_000,
         batch_size=16,
         checkpoint_every=200,
-        frames=256,
-        text_bytes=256,
-        ref_frames=128,
+        max_frames=256,
+        max_text_bytes=256,
+        max_speaker_frames=128,
         optimizer=OptimizerConfig(learning_rate=1e-3),
         keep_every=0,
         eval_every=200,
@@ -153,8 +157,8 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         num_steps=400,
         batch_size=16,
         checkpoint_every=100,
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, ema=0.99),
-        objective=ObjectiveConfig(time_mean=1.0),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, ema_decay=0.99),
+        objective=ObjectiveConfig(timestep_logit_mean=1.0),
         keep_every=0,
         eval_every=100,
         sample_every=100,

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from echo_eqx.data.loader import HostBatch
-from echo_eqx.flow.noising import Batch
+from echo_eqx.flow.objective import Batch
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.hosts import PeerWatch
@@ -41,7 +41,7 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
     config = _resolved(config)
     sizes = config.dit_config()
     ways = mesh_shape(config.mesh, jax.device_count())
-    check_batch(config.batch_size, config.optimizer.accumulate, ways)
+    check_batch(config.batch_size, config.optimizer.grad_accum_steps, ways)
     check_mesh(abstract_state(sizes, config.optimizer).model, ways)
     mesh = make_mesh(ways)
     source = pinned_source(config)

@@ -1,4 +1,4 @@
-"""Loss on held-out data, with noise and times that are the same at every evaluation."""
+"""Loss on held-out data, with the same noise and timesteps at every evaluation."""
 
 from collections.abc import Callable
 
@@ -9,22 +9,22 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from echo_eqx.flow.noising import Batch, draw, frame_weight, squared_errors
-from echo_eqx.layers.split import DATA, FSDP
+from echo_eqx.flow.objective import Batch, frame_weight, sample_noise, squared_errors
+from echo_eqx.layers.parallel import DATA, FSDP
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import BATCH_SPEC
-from echo_eqx.sharding.specs import as_slices, parameter_specs
+from echo_eqx.sharding.specs import mark_fsdp_shards, parameter_specs
 from echo_eqx.train.config import ObjectiveConfig
 from echo_eqx.trees import cast
 
 NUM_BANDS = 4
-"""Equal parts of [0, 1] that losses are told apart by: the first is nearly data, the last noise."""
+"""Timestep bands, equal parts of [0, 1], with a loss each: the first is almost clean data."""
 
 Evaluate = Callable[[EchoDiT, Batch, PRNGKeyArray], Float[Array, "2 bands"]]
 
 
 def make_evaluate(mesh: Mesh, objective: ObjectiveConfig) -> Evaluate:
-    """A jitted `(model, batch, key) -> sums`: squared errors and their weights by band of time."""
+    """A jitted `(model, batch, key) -> sums` of squared errors and weights per timestep band."""
 
     def sums(model: EchoDiT, batch: Batch, key: PRNGKeyArray) -> Float[Array, "2 bands"]:
         batch_size, frames, channels = batch.latents.shape
@@ -32,12 +32,12 @@ def make_evaluate(mesh: Mesh, objective: ObjectiveConfig) -> Evaluate:
         def on_device(model: EchoDiT, batch: Batch, key: PRNGKeyArray) -> Array:
             rows = batch.latents.shape[0]
             index = jax.lax.axis_index((DATA, FSDP)) * rows + jnp.arange(rows)
-            draws = draw(
+            sample = sample_noise(
                 key, index, batch_size, (frames, channels), text_dropout=0.0, speaker_dropout=0.0
             )
-            errors = squared_errors(as_slices(cast(model, objective.dtype)), batch, draws)
+            errors = squared_errors(mark_fsdp_shards(cast(model, objective.dtype)), batch, sample)
             weight = frame_weight(batch, objective.loss_frames == "valid")
-            band = jnp.minimum((draws.t * NUM_BANDS).astype(jnp.int32), NUM_BANDS - 1)
+            band = jnp.minimum((sample.t * NUM_BANDS).astype(jnp.int32), NUM_BANDS - 1)
             in_band = jax.nn.one_hot(band, NUM_BANDS)
             of_rows = jnp.stack([jnp.sum(errors * weight, 1), jnp.sum(weight, 1)])
             exact = jax.lax.Precision.HIGHEST
@@ -54,7 +54,7 @@ def make_evaluate(mesh: Mesh, objective: ObjectiveConfig) -> Evaluate:
 
 
 def evaluate(run: Evaluate, model: EchoDiT, batches: list[Batch]) -> dict[str, object]:
-    """`eval_loss` and `eval_loss_by_time` over `batches`; a band without any time is None."""
+    """`eval_loss` and `eval_loss_by_time` over `batches`; a band without timesteps is None."""
     total = sum(run(model, batch, jr.fold_in(jr.key(0), i)) for i, batch in enumerate(batches))
     errors, weights = jax.device_get(total)
     return {

@@ -191,7 +191,7 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
             if saving:
                 started = time.perf_counter()
                 save(state, placed.cursor)
-                log.attach({"last_save_seconds": time.perf_counter() - started})
+                log.attach({"save_time_s": time.perf_counter() - started})
             placed = None if last or stopping else feeder.next()  # while the device works
     finally:
         writer.wait()  # a checkpoint that is being written is not lost to what stops the run
@@ -274,7 +274,7 @@ class _ProgressLine:
         if "eval_loss" in line:
             parts.append(f"held out {line['eval_loss']:.4f}")
         parts.append(f"{line['samples_per_second']:.1f} samples/s")
-        parts.append(f"data {line['data_wait']:.0%}")
+        parts.append(f"data {line['data_wait_fraction']:.0%}")
         if line["mfu"] is not None:
             parts.append(f"MFU {line['mfu']:.1%}")
         if self._bar is None:

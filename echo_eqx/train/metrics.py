@@ -26,10 +26,10 @@ class StepMetrics(eqx.Module):
     """What a step reports; it stays on the device until someone asks."""
 
     loss: Float[Array, ""]
-    gradient_norm: Float[Array, ""]
+    grad_norm: Float[Array, ""]
     """Before clipping."""
-    parameter_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
+    param_norm: Float[Array, ""]
+    lr: Float[Array, ""]
     updated: Bool[Array, ""]
     """False where loss or gradient was not finite and nothing changed."""
     skipped: Int[Array, ""]
@@ -91,9 +91,9 @@ class MetricsLog:
             {
                 "step": step,
                 "loss": float(metrics.loss),
-                "gradient_norm": float(metrics.gradient_norm),
-                "parameter_norm": float(metrics.parameter_norm),
-                "learning_rate": float(metrics.learning_rate),
+                "grad_norm": float(metrics.grad_norm),
+                "param_norm": float(metrics.param_norm),
+                "lr": float(metrics.lr),
                 "updated": bool(metrics.updated),
                 **{name: float(value) for name, value in metrics.terms.items()},
             }
@@ -137,13 +137,13 @@ class MetricsLog:
         rate = self._step_flops * steps / seconds / jax.device_count()
         values = {
             "time": time.time(),
-            "step_seconds": seconds / steps,
-            "data_wait": min(1.0, (waited - self._waited) / seconds),
+            "step_time_s": seconds / steps,
+            "data_wait_fraction": min(1.0, (waited - self._waited) / seconds),
             "samples_per_second": steps * self._batch_size / seconds,
             "audio_hours_per_second": frames / self._frame_rate / 3600 / seconds,
             "flops_per_device": rate,
             "mfu": rate / peak if peak else None,
-            "device_memory_bytes": memory.get("peak_bytes_in_use"),
+            "peak_memory_bytes": memory.get("peak_bytes_in_use"),
         }
         self.restart_clock(waited)
         return values

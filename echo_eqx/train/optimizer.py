@@ -1,4 +1,4 @@
-"""AdamW, its schedules, and the moving average of the weights."""
+"""AdamW, learning-rate schedules, and the moving average of the weights."""
 
 from typing import Any, TypeVar, cast
 
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int, step: Int[Array, ""]) -> Array:
-    """Rate of the update that step `step` (from 0) makes; 0 for the first one."""
-    warmup = int(num_steps * config.warmup)
+    """Learning rate of step `step`, counted from 0; 0 in the first one if there is a warm-up."""
+    warmup = int(num_steps * config.warmup_ratio)
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, config.learning_rate, warmup, max(num_steps, warmup + 1)
         )
     else:
-        decay = int(num_steps * config.decay)
+        decay = int(num_steps * config.decay_ratio)
         schedule = optax.join_schedules(
             [
                 optax.linear_schedule(0.0, config.learning_rate, warmup),
@@ -35,10 +35,14 @@ def learning_rate(config: OptimizerConfig, num_steps: int, step: Int[Array, ""])
         return jnp.asarray(schedule(step), jnp.float32)
 
 
-def is_decayed(name: str) -> bool:
-    """Matrices decay; AdaLN projections and `out_proj` do not, as in the published trainer."""
-    matrix = name.endswith("weight") and not name.endswith("norm.weight")
-    return matrix and "_adaln." not in name and not name.startswith("out_proj")
+def weight_decay_mask(model: T) -> T:
+    """True for matrices, except AdaLN projections and `out_proj`, as in the published trainer."""
+
+    def decays(name: str) -> bool:
+        is_matrix = name.endswith("weight") and not name.endswith("norm.weight")
+        return is_matrix and "_adaln." not in name and not name.startswith("out_proj")
+
+    return jax.tree.structure(model).unflatten(map(decays, leaf_names(model)))
 
 
 def adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -47,35 +51,30 @@ def adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def adamw_update(
     config: OptimizerConfig,
-    rate: Float[Array, ""],
+    lr: Float[Array, ""],
     model: T,
     gradients: T,
-    gradient_norm: Float[Array, ""],
     state: optax.ScaleByAdamState,
 ) -> tuple[T, optax.ScaleByAdamState]:
-    """New weights and moments: clip, Adam, decay of matrices, step of `-rate`."""
-    too_long = gradient_norm > config.clip
-    scale = jnp.where(too_long, config.clip / gradient_norm, 1.0)
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    """New weights and moments: clip by global norm, Adam, decoupled weight decay, step of `-lr`."""
+    mask: Any = weight_decay_mask(model)
+    chain = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        adam(config),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(lr),
+    )
+    # Only Adam has a state.
+    empty = optax.EmptyState()
+    states = (empty, state, optax.MaskedState(empty), empty)
     with jax.numpy_dtype_promotion("standard"):
-        direction, moments = adam(config).update(cast(Any, gradients), state)
-    leaves, treedef = jax.tree.flatten(model)
-    decay = [config.weight_decay * is_decayed(name) for name in leaf_names(model)]
-    moves = treedef.flatten_up_to(direction)
-    updated = [
-        leaf - rate * (move + amount * leaf)
-        for leaf, move, amount in zip(leaves, moves, decay, strict=True)
-    ]
-    return treedef.unflatten(updated), cast(optax.ScaleByAdamState, moments)
+        updates, states = chain.update(cast(Any, gradients), states, cast(Any, model))
+    return cast(T, optax.apply_updates(cast(Any, model), updates)), cast(Any, states)[1]
 
 
-def moved_average(ema: T, model: T, decay: float, step: Int[Array, ""]) -> T:
-    """`decay * ema + (1 - decay) * model`; over the first steps the decay rises with the step, so
-    that the weights a run began with do not linger."""
+def update_ema(ema: T, model: T, decay: float, step: Int[Array, ""]) -> T:
+    """`decay * ema + (1 - decay) * model`. The decay starts low and rises with the step, so that
+    the initial weights are forgotten quickly."""
     n = step.astype(jnp.float32)
-    kept = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
-    return jax.tree.map(lambda a, b: kept * a + (1.0 - kept) * b, ema, model)
-
-
-def global_norm(tree: Any) -> Float[Array, ""]:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+    decay_now = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+    return cast(T, optax.incremental_update(cast(Any, model), cast(Any, ema), 1.0 - decay_now))

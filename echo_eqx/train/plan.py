@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 
 from echo_eqx.config import DiTConfig
 from echo_eqx.errors import UsageError
-from echo_eqx.layers.split import DATA, FSDP, TENSOR
+from echo_eqx.layers.parallel import DATA, FSDP, TENSOR
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
-from echo_eqx.sharding.specs import axes_not_split, check_mesh, parameter_spec
+from echo_eqx.sharding.specs import check_mesh, parameter_spec, replicated_axes
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.flops import CHIPS, Chip, step_flops
 from echo_eqx.train.metrics import FRAMES_PER_HOUR
@@ -89,10 +89,10 @@ class Plan:
     devices: int
     mesh: dict[str, int]
     batch_size: int
-    accumulate: int
-    frames: int
-    text_bytes: int
-    ref_frames: int
+    grad_accum_steps: int
+    max_frames: int
+    max_text_bytes: int
+    max_speaker_frames: int
     num_steps: int
     efficiency: float
     memory: Memory
@@ -108,7 +108,7 @@ class Plan:
     arithmetic_seconds: float
     link_seconds: float
     memory_seconds: float
-    step_seconds: float
+    step_time_s: float
     mfu: float
     hours: float
     samples: int
@@ -146,8 +146,8 @@ def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: flo
     if not 0 < efficiency <= 1:
         raise UsageError(f"efficiency is {efficiency}; wanted a share above 0, up to 1")
     sizes = mesh_shape(config.mesh, devices)
-    accumulate = config.optimizer.accumulate
-    check_batch(config.batch_size, accumulate, sizes)
+    grad_accum_steps = config.optimizer.grad_accum_steps
+    check_batch(config.batch_size, grad_accum_steps, sizes)
     dit = config.dit_config()
     check_mesh(abstract_state(dit, config.optimizer).model, sizes)
     objective = dataclasses.replace(config.objective, dtype="bfloat16")
@@ -159,14 +159,14 @@ def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: flo
     larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
     # Memory is affine in the samples that a device works on at a time (`rows`): what is kept for
     # each grows with them, state and gathered layers do not. Two points give the line.
-    quantum = accumulate * sizes[DATA] * sizes[FSDP]
+    quantum = grad_accum_steps * sizes[DATA] * sizes[FSDP]
     rows = config.batch_size // quantum
     slope = (step_memory(larger, mesh, state).total - memory.total) / rows
     base = memory.total - slope * rows
     most = max(0, math.floor((FULL * chip.memory - base) / slope))
 
     flops = step_flops(dit, config.batch_size)
-    traffic = step_traffic(dit, state.model, sizes, config.batch_size, accumulate)
+    traffic = step_traffic(dit, state.model, sizes, config.batch_size, grad_accum_steps)
     arithmetic = flops / devices / chip.flops / efficiency
     links = traffic.total / chip.link_bandwidth
     # The update reads weights, moments, average and gradients, and writes all but the last.
@@ -181,10 +181,10 @@ def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: flo
         devices=devices,
         mesh=sizes,
         batch_size=config.batch_size,
-        accumulate=accumulate,
-        frames=dit.max_frames,
-        text_bytes=dit.max_text_bytes,
-        ref_frames=dit.max_speaker_frames,
+        grad_accum_steps=grad_accum_steps,
+        max_frames=dit.max_frames,
+        max_text_bytes=dit.max_text_bytes,
+        max_speaker_frames=dit.max_speaker_frames,
         num_steps=config.num_steps,
         efficiency=efficiency,
         memory=memory,
@@ -197,7 +197,7 @@ def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: flo
         arithmetic_seconds=arithmetic,
         link_seconds=links,
         memory_seconds=update,
-        step_seconds=seconds,
+        step_time_s=seconds,
         mfu=flops / devices / chip.flops / seconds,
         hours=config.num_steps * seconds / 3600,
         samples=samples,
@@ -264,7 +264,7 @@ def _memory_warning(needed: int, limit: int, name: str) -> str | None:
     return (
         f"the step needs {needed / GIB:.1f} GiB of the {limit / GIB:.1f} GiB on each {name}, "
         f"{needed / limit:.0%}: wanted at most {FULL:.0%}, by a smaller --batch_size, more "
-        "--accumulate or more devices"
+        "--grad_accum_steps or more devices"
     )
 
 
@@ -283,7 +283,7 @@ def _warnings(needed: int, chip: Chip, name: str, devices: int) -> list[str]:
 
 
 def step_traffic(
-    config: DiTConfig, model: Any, sizes: Mapping[str, int], batch_size: int, accumulate: int
+    config: DiTConfig, model: Any, sizes: Mapping[str, int], batch_size: int, grad_accum_steps: int
 ) -> Traffic:
     """Bytes each device sends in a step over a mesh of `sizes`; `model` may be abstract.
 
@@ -299,12 +299,12 @@ def step_traffic(
             # Matrices travel in bfloat16. Layers are gathered forwards, and again backwards when
             # they are computed anew; what is outside the stacks is gathered once and kept.
             times = 2 if "blocks." in name else 1
-            gathers += accumulate * times * _ring(2 * size, sizes[FSDP])
-            # Their gradients go back once for each accumulated part.
-            scatters += accumulate * _ring(2 * size, sizes[FSDP])
+            gathers += grad_accum_steps * times * _ring(2 * size, sizes[FSDP])
+            # Their gradients go back once for each grad_accum_stepsd part.
+            scatters += grad_accum_steps * _ring(2 * size, sizes[FSDP])
         # What is left is summed once, in float32: over data, and where fsdp does not split a
         # parameter over that too.
-        axes = axes_not_split(spec)
+        axes = replicated_axes(spec)
         here = 4 * size / (1 if FSDP in axes else sizes[FSDP])
         gradient_sums += 2 * _ring(here, math.prod(sizes[axis] for axis in axes))
 

@@ -28,10 +28,10 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"
     """cosine: linear warm-up, then cosine to 0. wsd: warm-up, a constant rate, and a linear decay
     to 0 over the last steps (Hu et al., arXiv:2404.06395), so that a run can be made longer."""
-    warmup: float = 0.05
-    """Share of --num_steps with a rising rate."""
-    decay: float = 0.2
-    """wsd only: share of --num_steps with a falling rate."""
+    warmup_ratio: float = 0.05
+    """Fraction of --num_steps with a rising learning rate."""
+    decay_ratio: float = 0.2
+    """wsd only: fraction of --num_steps with a falling learning rate."""
     b1: float = 0.9
     """Adam: memory of the gradient's mean."""
     b2: float = 0.99
@@ -40,12 +40,12 @@ class OptimizerConfig:
     """Adam: added to the root of the square."""
     weight_decay: float = 0.01
     """On matrices only: not on biases, norm weights, AdaLN projections and out_proj."""
-    clip: float = 1.0
-    """Largest norm of the whole gradient."""
-    ema: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+    ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.9999; 0 keeps none."""
-    accumulate: int = 1
-    """Parts that a batch is worked off in, one after the other: less memory, the same result."""
+    grad_accum_steps: int = 1
+    """Gradient-accumulation microbatches per batch: less memory, the same result."""
 
 
 @dataclass(frozen=True)
@@ -113,20 +113,26 @@ class RunConfig:
                     raise UsageError(f"{name} is {value}; wanted at least {least}")
         optimizer = self.optimizer
         check_shares(
-            warmup=optimizer.warmup,
-            decay=optimizer.decay,
+            warmup_ratio=optimizer.warmup_ratio,
+            decay_ratio=optimizer.decay_ratio,
             b1=optimizer.b1,
             b2=optimizer.b2,
-            ema=optimizer.ema,
+            ema_decay=optimizer.ema_decay,
             max_broken=self.max_broken,
         )
-        for name in ("b1", "b2", "ema"):
+        for name in ("b1", "b2", "ema_decay"):
             if getattr(optimizer, name) == 1:
                 raise UsageError(f"{name} is 1.0; wanted less than 1")
-        if optimizer.warmup + (optimizer.schedule == "wsd") * optimizer.decay > 1:
-            raise UsageError("warmup and decay are together more than the whole run")
+        decay_ratio = optimizer.decay_ratio if optimizer.schedule == "wsd" else 0.0
+        if optimizer.warmup_ratio + decay_ratio > 1:
+            raise UsageError(
+                "expected warmup_ratio + decay_ratio of at most 1, got "
+                f"{optimizer.warmup_ratio + decay_ratio:g}"
+            )
         check_positive(
-            learning_rate=optimizer.learning_rate, eps=optimizer.eps, clip=optimizer.clip
+            learning_rate=optimizer.learning_rate,
+            eps=optimizer.eps,
+            max_grad_norm=optimizer.max_grad_norm,
         )
         if not 0 <= optimizer.weight_decay < float("inf"):
             raise UsageError(f"weight_decay is {optimizer.weight_decay}; wanted 0 or more")
@@ -155,7 +161,8 @@ _FREE = {
     *("data", "model", "run_dir", "config", "mesh", "coordinator", "num_processes", "process_id"),
     *("start_timeout", "cache_dir", "cache_gb", "checkpoint_every", "keep_last", "keep_every"),
     *("export", "log_every", "eval_every", "sample_every", "sample_count", "codec", "tensorboard"),
-    *("max_broken", "max_nonfinite", "seed", "frames", "text_bytes", "ref_frames", "latent_dim"),
+    *("max_broken", "max_nonfinite", "seed", "latent_dim"),
+    *("max_frames", "max_text_bytes", "max_speaker_frames"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The state of a training run: everything that a step changes."""
+"""The training state: everything that a step changes."""
 
 from typing import Any, cast
 
@@ -18,31 +18,31 @@ from echo_eqx.train.settings import OptimizerConfig
 
 
 class TrainState(eqx.Module):
-    """Master weights, Adam's moments and the average, all float32, and counters.
+    """Master weights, Adam's moments and the EMA, all float32, and counters.
 
-    `step` counts batches that have been used up; `adam.count` counts updates, which is less where
-    an update was skipped because its loss or gradient was not finite.
+    `step` counts batches. `adam.count` counts updates: fewer if updates were skipped because the
+    loss or gradient was not finite.
     """
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
-    """Updates skipped since the beginning."""
+    """Updates skipped since the start of training."""
     model: EchoDiT
     adam: optax.ScaleByAdamState
     ema: EchoDiT | None
 
 
-def fresh_state(model: EchoDiT, config: OptimizerConfig) -> TrainState:
+def init_train_state(model: EchoDiT, config: OptimizerConfig) -> TrainState:
     """The state before the first step from `model`."""
     zero = jnp.zeros((), jnp.int32)
-    ema = jax.tree.map(jnp.copy, model) if config.ema > 0 else None
+    ema = jax.tree.map(jnp.copy, model) if config.ema_decay > 0 else None
     moments: Any = adam(config).init(cast(Any, model))
     return TrainState(zero, zero, model, moments, ema)
 
 
 def abstract_state(config: DiTConfig, optimizer: OptimizerConfig) -> TrainState:
     """Shapes of a state, nothing allocated."""
-    return jax.eval_shape(lambda: fresh_state(EchoDiT.init(config, key=jr.key(0)), optimizer))
+    return jax.eval_shape(lambda: init_train_state(EchoDiT.init(config, key=jr.key(0)), optimizer))
 
 
 def sharded_abstract_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
@@ -60,6 +60,6 @@ def init_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: Mesh, seed: 
     shardings = state_shardings(abstract_state(config, optimizer), mesh)
 
     def init(key):
-        return fresh_state(EchoDiT.init(config, key=key), optimizer)
+        return init_train_state(EchoDiT.init(config, key=key), optimizer)
 
     return jax.jit(init, out_shardings=shardings)(jr.key(seed))

@@ -3,19 +3,25 @@
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from echo_eqx.config import DiTConfig
-from echo_eqx.flow.noising import Batch, draw, frame_weight, squared_errors
-from echo_eqx.layers.split import DATA, FSDP
+from echo_eqx.flow.objective import Batch, frame_weight, sample_noise, squared_errors
+from echo_eqx.layers.parallel import DATA, FSDP
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import BATCH_SPEC, batch_sharding, replicated
-from echo_eqx.sharding.specs import as_slices, axes_not_split, parameter_specs, state_shardings
+from echo_eqx.sharding.specs import (
+    mark_fsdp_shards,
+    parameter_specs,
+    replicated_axes,
+    state_shardings,
+)
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.metrics import StepMetrics
-from echo_eqx.train.optimizer import adamw_update, global_norm, learning_rate, moved_average
+from echo_eqx.train.optimizer import adamw_update, learning_rate, update_ema
 from echo_eqx.train.state import TrainState
 from echo_eqx.trees import cast
 
@@ -26,13 +32,13 @@ def loss_and_gradients(
     key: PRNGKeyArray,
     mesh: Mesh,
     objective: ObjectiveConfig,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
 ) -> tuple[Float[Array, ""], EchoDiT]:
-    """Loss of a global batch and its gradient, which lies on the mesh as the parameters do.
+    """Loss and gradient of a global batch; the gradient is sharded like the parameters.
 
-    Each device works on its rows of the batch. The parameters of a layer are gathered over `fsdp`
-    when the layer runs, in the type of the computation, forwards and again backwards; the gradients
-    go back as reduce-scatters. Over `data` they are summed once, at the end, in float32.
+    Each device processes its rows of the batch. A layer's parameters are gathered over `fsdp` in
+    the compute dtype when the layer runs, in the forward and again in the backward pass, and its
+    gradients are reduce-scattered. Gradients are summed over `data` once, at the end, in float32.
     """
     specs = parameter_specs(model)
     batch_size, frames, channels = batch.latents.shape
@@ -45,25 +51,25 @@ def loss_and_gradients(
 
         def loss(model: EchoDiT, part: tuple[Batch, Array, Array]) -> Float[Array, ""]:
             batch, index, weight = part
-            draws = draw(
+            sample = sample_noise(
                 key,
                 index,
                 batch_size,
                 (frames, channels),
                 text_dropout=objective.text_dropout,
                 speaker_dropout=objective.speaker_dropout,
-                time_mean=objective.time_mean,
+                timestep_logit_mean=objective.timestep_logit_mean,
             )
-            model = as_slices(cast(model, objective.dtype))
-            return jnp.sum(squared_errors(model, batch, draws) * weight) / total
+            model = mark_fsdp_shards(cast(model, objective.dtype))
+            return jnp.sum(squared_errors(model, batch, sample) * weight) / total
 
-        # Gradients of parameters that are repeated over an axis are kept apart until the end.
-        model = jax.tree.map(lambda leaf, spec: _varying(leaf, axes_not_split(spec)), model, specs)
+        # Marking replicated parameters as varying delays the sum of their gradients to the end.
+        model = jax.tree.map(lambda leaf, spec: _varying(leaf, replicated_axes(spec)), model, specs)
         parts = (batch, index, weight)
-        if accumulate == 1:
+        if grad_accum_steps == 1:
             value, gradients = jax.value_and_grad(loss)(model, parts)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), parts)
+            parts = jax.tree.map(lambda x: x.reshape(grad_accum_steps, -1, *x.shape[1:]), parts)
 
             def add(total, part):
                 return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(model, part)), None
@@ -71,7 +77,7 @@ def loss_and_gradients(
             zeros = (_varying(jnp.zeros(()), (DATA, FSDP)), jax.tree.map(jnp.zeros_like, model))
             (value, gradients), _ = jax.lax.scan(add, zeros, parts)
         gradients = jax.tree.map(
-            lambda leaf, spec: jax.lax.psum(leaf, axes_not_split(spec)), gradients, specs
+            lambda leaf, spec: jax.lax.psum(leaf, replicated_axes(spec)), gradients, specs
         )
         return jax.lax.psum(value, (DATA, FSDP)), gradients
 
@@ -94,22 +100,23 @@ def make_train_step(
     optimizer: OptimizerConfig,
     num_steps: int,
 ) -> jax.stages.Wrapped:
-    """The jitted step `(state, batch, key) -> (state, metrics)`; the old state is donated.
+    """The jitted step `(state, batch, key) -> (state, metrics)`, which donates the old state.
 
-    `state` may be abstract: only its shapes are used. `key` is the run's, the same for all steps.
+    `state` may be abstract: only its shapes are used. `key` is the run's key, the same in each
+    step.
     """
 
     def step(state: TrainState, batch: Batch, key: PRNGKeyArray):
         key = jr.fold_in(key, state.step)
         loss, gradients = loss_and_gradients(
-            state.model, batch, key, mesh, objective, optimizer.accumulate
+            state.model, batch, key, mesh, objective, optimizer.grad_accum_steps
         )
-        norm = global_norm(gradients)
-        rate = learning_rate(optimizer, num_steps, state.step)
-        model, adam = adamw_update(optimizer, rate, state.model, gradients, norm, state.adam)
+        norm = optax.tree.norm(gradients)
+        lr = learning_rate(optimizer, num_steps, state.step)
+        model, adam = adamw_update(optimizer, lr, state.model, gradients, state.adam)
         ema = None
         if state.ema is not None:
-            ema = moved_average(state.ema, model, optimizer.ema, state.step)
+            ema = update_ema(state.ema, model, optimizer.ema_decay, state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         model, adam, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -125,9 +132,9 @@ def make_train_step(
         )
         metrics = StepMetrics(
             loss=loss,
-            gradient_norm=norm,
-            parameter_norm=global_norm(model),
-            learning_rate=rate,
+            grad_norm=norm,
+            param_norm=optax.tree.norm(model),
+            lr=lr,
             updated=finite,
             skipped=new.skipped,
             frames=jnp.sum(batch.frame_mask, dtype=jnp.int32),
@@ -146,7 +153,7 @@ def make_train_step(
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, config: DiTConfig) -> Batch:
-    """Shapes of a global batch for a model of `config`, and where its rows lie."""
+    """Shapes and sharding of a global batch for a model of `config`."""
     t, s, r = config.max_frames, config.max_text_bytes, config.max_speaker_frames
 
     def batch() -> Batch:

@@ -71,7 +71,12 @@ class CodecTrainConfig(RunConfig):
     """Train the decoder alone, so that latents made before stay what they are."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimizerConfig(
-            learning_rate=7e-4, warmup=0.05, b1=0.9, b2=0.99, weight_decay=0.0, clip=0.5
+            learning_rate=7e-4,
+            warmup_ratio=0.05,
+            b1=0.9,
+            b2=0.99,
+            weight_decay=0.0,
+            max_grad_norm=0.5,
         )
     )
     loss: CodecLossConfig = field(default_factory=CodecLossConfig)
@@ -103,8 +108,8 @@ class CodecTrainConfig(RunConfig):
         for name, value in dataclasses.asdict(self.loss).items():
             if not 0 <= value < float("inf"):
                 raise UsageError(f"loss.{name} is {value}; wanted 0 or more")
-        if self.optimizer.accumulate != 1:
-            raise UsageError("accumulate is for EchoDiT; crops are small, and --batch_size is too")
+        if self.optimizer.grad_accum_steps != 1:
+            raise UsageError("--grad_accum_steps is for EchoDiT only; use a smaller --batch_size")
         if self.freeze_encoder and self.init_from is None:
             raise UsageError("--freeze_encoder needs --init_from: an encoder that was trained")
         if self.freeze_encoder and self.optimizer.weight_decay:

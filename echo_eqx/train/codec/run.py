@@ -125,7 +125,7 @@ def _begin(
 
     def fresh(model: DACVAE | None) -> CodecState:
         model = DACVAE.init(sizes, key=key_model) if model is None else model
-        return codec_step.fresh_state(model, config, key_critic)
+        return codec_step.init_train_state(model, config, key_critic)
 
     # As NumPy's: of several hosts each has the same ones.
     return jax.jit(fresh, out_shardings=replicated(mesh))(jax.tree.map(np.asarray, given))

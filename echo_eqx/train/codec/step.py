@@ -19,7 +19,7 @@ from echo_eqx.train.codec.config import CodecTrainConfig
 from echo_eqx.train.codec.critic import Critic, critic_loss, decoder_losses
 from echo_eqx.train.codec.losses import divergence, periodicity_distance, spectral_distances
 from echo_eqx.train.metrics import StepMetrics
-from echo_eqx.train.optimizer import adam, adamw_update, global_norm, learning_rate, moved_average
+from echo_eqx.train.optimizer import adam, adamw_update, learning_rate, update_ema
 
 
 class CodecState(eqx.Module):
@@ -49,7 +49,7 @@ class Decoded(NamedTuple):
     deviation: Float[Array, "*b t c"]
 
 
-def fresh_state(model: DACVAE, config: CodecTrainConfig, key: PRNGKeyArray) -> CodecState:
+def init_train_state(model: DACVAE, config: CodecTrainConfig, key: PRNGKeyArray) -> CodecState:
     """The state before the first step from `model`."""
     zero = jnp.zeros((), jnp.int32)
     critic = Critic.init(key=key) if config.loss.adversarial else None
@@ -59,7 +59,7 @@ def fresh_state(model: DACVAE, config: CodecTrainConfig, key: PRNGKeyArray) -> C
         skipped=zero,
         model=model,
         adam=init(model),
-        ema=jax.tree.map(jnp.copy, model) if config.optimizer.ema > 0 else None,
+        ema=jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay > 0 else None,
         critic=critic,
         critic_adam=None if critic is None else init(critic),
     )
@@ -68,7 +68,7 @@ def fresh_state(model: DACVAE, config: CodecTrainConfig, key: PRNGKeyArray) -> C
 def abstract_state(sizes: CodecConfig, config: CodecTrainConfig, mesh: Mesh) -> CodecState:
     """Shapes of a state. A codec is small: every device has all of it."""
     key = jr.key(0)
-    state = jax.eval_shape(lambda: fresh_state(DACVAE.init(sizes, key=key), config, key))
+    state = jax.eval_shape(lambda: init_train_state(DACVAE.init(sizes, key=key), config, key))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), state
     )
@@ -124,21 +124,19 @@ def make_step(
             return cast(Array, total), (terms, decoded.audio)
 
         (value, (terms, decoded)), gradients = jax.value_and_grad(loss, has_aux=True)(state.model)
-        norm = global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         rate = learning_rate(config.optimizer, config.num_steps, state.step)
-        model, moments = adamw_update(
-            config.optimizer, rate, state.model, gradients, norm, state.adam
-        )
+        model, moments = adamw_update(config.optimizer, rate, state.model, gradients, state.adam)
         ema = None
         if state.ema is not None:
-            ema = moved_average(state.ema, model, config.optimizer.ema, state.step)
+            ema = update_ema(state.ema, model, config.optimizer.ema_decay, state.step)
         critic, critic_moments = state.critic, state.critic_adam
         if critic is not None and critic_moments is not None:
             terms["critic_own"], change = jax.value_and_grad(_critic_loss)(
                 critic, decoded, batch.audio
             )
             critic, critic_moments = adamw_update(
-                config.optimizer, rate, critic, change, global_norm(change), critic_moments
+                config.optimizer, rate, critic, change, critic_moments
             )
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         changed = (model, moments, ema, critic, critic_moments)
@@ -147,9 +145,9 @@ def make_step(
         new = CodecState(state.step + 1, state.skipped + jnp.where(finite, 0, 1), *kept)
         metrics = StepMetrics(
             loss=value,
-            gradient_norm=norm,
-            parameter_norm=global_norm(model),
-            learning_rate=rate,
+            grad_norm=norm,
+            param_norm=optax.tree.norm(model),
+            lr=rate,
             updated=finite,
             skipped=new.skipped,
             frames=jnp.array(decoded.size // sizes.hop, jnp.int32),

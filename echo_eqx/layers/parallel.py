@@ -1,0 +1,60 @@
+"""Layers under fully sharded data parallelism (FSDP) and tensor parallelism.
+
+Inside `jax.shard_map` a module holds this device's shards of its parameters. Heads and hidden
+columns are split over the mesh axis `tensor` (Shoeybi et al., 2019, arXiv:1909.08053). The other
+dimension of a matrix is split over `fsdp` and gathered when the layer runs (Rajbhandari et al.,
+2020, arXiv:1910.02054). Outside `shard_map` the functions here do nothing.
+"""
+
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+
+T = TypeVar("T")
+
+
+class FSDPShard(eqx.Module):
+    """This device's shard of a parameter that is split along `axis` over `fsdp`.
+
+    It replaces the array in the tree until `all_gather_params` puts the full array back.
+    """
+
+    shard: Array
+    axis: int = eqx.field(static=True)
+
+
+def all_gather_params(tree: T) -> T:
+    """`tree` with every `FSDPShard` replaced by the full array.
+
+    The gradient of an all-gather is a reduce-scatter: each device keeps the gradient of its shard.
+    """
+
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, FSDPShard):
+            return leaf
+        return jax.lax.all_gather(leaf.shard, FSDP, axis=leaf.axis, tiled=True)
+
+    return jax.tree.map(gather, tree, is_leaf=lambda leaf: isinstance(leaf, FSDPShard))
+
+
+def psum_tensor(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Sum over `tensor` of the devices' partial products; `x` itself outside `shard_map`."""
+    return jax.lax.psum(x, TENSOR) if _in_shard_map() else x
+
+
+def rope_head_mask(num_heads: int) -> Bool[Array, " h"]:
+    """Which of this device's heads get rotary positions: the first half of all heads do."""
+    heads = jnp.arange(num_heads)
+    if not _in_shard_map():
+        return heads < num_heads // 2
+    first = jax.lax.axis_index(TENSOR) * num_heads
+    return first + heads < num_heads * jax.lax.axis_size(TENSOR) // 2
+
+
+def _in_shard_map() -> bool:
+    return TENSOR in jax.sharding.get_abstract_mesh().manual_axes

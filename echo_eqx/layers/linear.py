@@ -32,7 +32,7 @@ class Linear(eqx.Module):
     def __call__(
         self, x: Float[Array, "*n i"], *, row_parallel: bool = False
     ) -> Float[Array, "*n o"]:
-        """`row_parallel`: in a model split over `tensor`, `x` and the rows of `weight` are parts."""
+        """`row_parallel`: under tensor parallelism, `x` and the rows of `weight` are shards."""
         y = jnp.matmul(x, self.weight.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
         if row_parallel:
             y = psum_tensor(y)

@@ -20,19 +20,23 @@ from echo_eqx.errors import EchoError
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import make_mesh
 from echo_eqx.sharding.specs import state_shardings
-from echo_eqx.train.begin import begin, newest_restorable
-from echo_eqx.train.checkpoint import (
+from echo_eqx.train.config import OptimizerConfig, TrainConfig
+from echo_eqx.train.restore import begin, newest_restorable
+from echo_eqx.train.run_folder import RunFolder
+from echo_eqx.train.state import TrainState, init_train_state, sharded_abstract_state
+from echo_eqx.trees import named_leaves
+from echo_eqx.weights.checkpoint.reader import (
+    TrainingCheckpoint,
+    find_checkpoints,
+    manifest_checksum,
+)
+from echo_eqx.weights.checkpoint.retention import Retention
+from echo_eqx.weights.checkpoint.writer import (
     CheckpointWriter,
-    Retention,
     make_missing_export,
     remove_leftovers,
     restore_state,
 )
-from echo_eqx.train.config import OptimizerConfig, TrainConfig
-from echo_eqx.train.run_folder import RunFolder
-from echo_eqx.train.state import TrainState, init_train_state, sharded_abstract_state
-from echo_eqx.trees import named_leaves
-from echo_eqx.weights.checkpoint import TrainingCheckpoint, find_checkpoints, manifest_checksum
 
 CONFIG = DiTConfig(
     model_dim=32,
@@ -62,10 +66,12 @@ def make_state(shape=(1, 8, 1), seed: int = 0, optimizer=AVERAGED) -> TrainState
     return jax.device_put(state, state_shardings(state, mesh_of(shape)))
 
 
-def writer_in(folder: Path, mark: str = 8 * "0a", retention=None, export=True) -> CheckpointWriter:
+def writer_in(
+    folder: Path, launch_id: str = 8 * "0a", retention=None, export=True
+) -> CheckpointWriter:
     return CheckpointWriter(
         folder,
-        mark=mark,
+        launch_id=launch_id,
         process=0,
         num_processes=1,
         retention=retention or Retention(last=10),
@@ -455,10 +461,10 @@ def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_
 
 def test_pieces_of_a_killed_start_are_not_taken_for_this_ones(tmp_path):
     stale = make_state(seed=1)
-    folder = save(tmp_path, 5, stale, mark=4 * "dead")
+    folder = save(tmp_path, 5, stale, launch_id=4 * "dead")
     (folder / "manifest.json").unlink()
     state = make_state(seed=2)
-    save(tmp_path, 5, state, mark=8 * "0b")
+    save(tmp_path, 5, state, launch_id=8 * "0b")
     restored = restore_state(
         newest_restorable(tmp_path), sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
     )

@@ -34,12 +34,13 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.ops.runs import Run
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.write import write_silence
-from echo_eqx.train.checkpoint import CheckpointWriter, Retention
 from echo_eqx.train.config import TRAIN_PRESETS
 from echo_eqx.train.settings import from_json, saved_settings
 from echo_eqx.train.settings import to_json as settings_to_json
 from echo_eqx.trees import named_leaves
-from echo_eqx.weights.checkpoint import TrainingCheckpoint, manifest_checksum, newest_intact
+from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint, manifest_checksum, newest_intact
+from echo_eqx.weights.checkpoint.retention import Retention
+from echo_eqx.weights.checkpoint.writer import CheckpointWriter
 
 SECONDS = 20.0
 """Of this process's time that a case may take at most; most take milliseconds."""
@@ -104,7 +105,7 @@ def make_parts(folder: Path) -> None:
 
 def make_checkpoint(folder: Path, step: int = 2) -> None:
     writer = CheckpointWriter(
-        folder, mark="0a" * 8, process=0, num_processes=1, retention=Retention(), export=True
+        folder, launch_id="0a" * 8, process=0, num_processes=1, retention=Retention(), export=True
     )
     state = State(jax.device_put(np.int32(step)), random_model(EchoDiT, DIT))
     manifest = {"step": step, "samples_seen": 8, "model": to_json(DIT), "seed": 0, "data": {}}

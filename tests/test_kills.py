@@ -29,7 +29,7 @@ PREPARE = TESTS.parent / "scripts" / "prepare.py"
 STEPS = 12
 PARENT = """
 import json, os, runpy, sys
-import echo_eqx, echo_eqx.train.dit, echo_eqx.prepare.encode, echo_eqx.prepare.write, tyro
+import echo_eqx, echo_eqx.train.train_dit, echo_eqx.prepare.encode, echo_eqx.prepare.write, tyro
 for line in sys.stdin:
     log, *command = json.loads(line)
     child = os.fork()

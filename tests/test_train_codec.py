@@ -24,8 +24,8 @@ from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.sharding.mesh import batch_sharding, make_mesh, mesh_shape, replicated
 from echo_eqx.train.codec.config import CodecLossConfig, CodecTrainConfig
-from echo_eqx.train.codec.critic import critic_loss, decoder_losses
 from echo_eqx.train.codec.crops import CropStream
+from echo_eqx.train.codec.discriminators import critic_loss, decoder_losses
 from echo_eqx.train.codec.losses import (
     WINDOWS,
     _autocorrelation,

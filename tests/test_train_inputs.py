@@ -18,10 +18,9 @@ import echo_eqx
 from echo_eqx.config import DIT_PRESETS
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.sharding.hosts import PeerWatch, start_processes
+from echo_eqx.sharding.hosts import Heartbeat, start_processes
 from echo_eqx.sharding.mesh import make_mesh, mesh_shape
-from echo_eqx.train import dit
-from echo_eqx.train.begin import check_same_run, newest_restorable
+from echo_eqx.train import train_dit
 from echo_eqx.train.config import (
     TRAIN_PRESETS,
     ObjectiveConfig,
@@ -29,12 +28,13 @@ from echo_eqx.train.config import (
     to_json,
 )
 from echo_eqx.train.data import TrainData
-from echo_eqx.train.dit import lower_step, train
 from echo_eqx.train.flops import forward_flops, peak_flops, step_flops
 from echo_eqx.train.loop import compile_step
+from echo_eqx.train.restore import check_same_run, newest_restorable
 from echo_eqx.train.settings import base_of, from_json
 from echo_eqx.train.state import init_state
 from echo_eqx.train.step import abstract_batch
+from echo_eqx.train.train_dit import lower_step, train
 
 TRAIN = Path(__file__).parent.parent / "scripts" / "train.py"
 
@@ -51,7 +51,7 @@ def config(data, tmp_path, monkeypatch):
     def nothing(*_):
         raise AssertionError("it went on to compile")
 
-    monkeypatch.setattr(dit, "compile_step", nothing)
+    monkeypatch.setattr(train_dit, "compile_step", nothing)
     return dataclasses.replace(
         TRAIN_PRESETS["tiny"], data=str(data), run_dir=tmp_path / "run", cache_dir=tmp_path / "c"
     )
@@ -61,7 +61,7 @@ def refusal(config: TrainConfig, **changes) -> str:
     changed = dataclasses.replace(config, **changes)
     with pytest.raises(EchoError) as caught:
         changed.check()
-        train(changed, PeerWatch(None))
+        train(changed, Heartbeat(None))
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     return message
@@ -69,7 +69,7 @@ def refusal(config: TrainConfig, **changes) -> str:
 
 def test_what_is_right_comes_to_compiling(config):
     with pytest.raises(AssertionError, match="it went on to compile"):
-        train(config, PeerWatch(None))
+        train(config, Heartbeat(None))
 
 
 def test_data_that_cannot_be_used_is_named(config, tmp_path):
@@ -96,15 +96,15 @@ def test_meshes_and_batches_that_do_not_divide(config):
 
 
 def test_streams_that_do_not_divide_over_hosts(monkeypatch):
-    from echo_eqx.train import batches
+    from echo_eqx.train import device_loader
 
     mesh = make_mesh(mesh_shape("fsdp=8", 8))
     monkeypatch.setattr(batches, "owned_rows", lambda mesh, size: np.arange(0, 4))
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UsageError, match="2 streams do not divide over 4 hosts"):
-        batches.owned_streams(mesh, 16, 2)
-    assert batches.owned_streams(mesh, 16, 4) == [0]
-    assert batches.owned_streams(mesh, 16, 8) == [0, 1]
+        device_loader.owned_streams(mesh, 16, 2)
+    assert device_loader.owned_streams(mesh, 16, 4) == [0]
+    assert device_loader.owned_streams(mesh, 16, 8) == [0, 1]
 
 
 def test_flags_out_of_range(config):

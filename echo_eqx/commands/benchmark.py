@@ -46,10 +46,11 @@ from echo_eqx.data import loader
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import list_shards
 from echo_eqx.sharding.mesh import make_mesh, mesh_shape
-from echo_eqx.train.checkpoint import CheckpointWriter, Retention
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.state import abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
+from echo_eqx.weights.checkpoint.retention import Retention
+from echo_eqx.weights.checkpoint.writer import CheckpointWriter
 from echo_eqx.weights.native import array_dtype
 
 Dtype = Literal["float32", "bfloat16"]
@@ -349,7 +350,7 @@ def save(args: Save) -> None:
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(
             Path(folder),
-            mark="benchmark",
+            launch_id="benchmark",
             process=0,
             num_processes=1,
             retention=Retention(last=1),

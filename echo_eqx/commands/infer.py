@@ -35,7 +35,7 @@ from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import expand, write_whole
 from echo_eqx.speaker import codec_problem, silence_latent
 from echo_eqx.speech import canvas_seconds, check_pair
-from echo_eqx.weights.checkpoint import MANIFEST
+from echo_eqx.weights.checkpoint.reader import MANIFEST
 from echo_eqx.weights.find import SHIPPED, find_weights
 from echo_eqx.weights.native import array_dtype
 

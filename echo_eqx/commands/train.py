@@ -14,9 +14,9 @@ import sys
 
 from echo_eqx.cli import parse
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
-from echo_eqx.train.dit import train
+from echo_eqx.train.distributed import run_training
 from echo_eqx.train.settings import base_of
-from echo_eqx.train.start import run_training
+from echo_eqx.train.train_dit import train
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import sys
 
 from echo_eqx.cli import parse
 from echo_eqx.train.codec.config import CODEC_TRAIN_PRESETS, CodecTrainConfig
-from echo_eqx.train.codec.run import train_codec
+from echo_eqx.train.codec.train_codec import train_codec
+from echo_eqx.train.distributed import run_training
 from echo_eqx.train.settings import base_of
-from echo_eqx.train.start import run_training
 
 
 def main() -> None:

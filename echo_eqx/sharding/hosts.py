@@ -90,18 +90,18 @@ def _in_a_cluster() -> bool:
     return has_tpu and "cpu" not in os.environ.get("JAX_PLATFORMS", "")
 
 
-def check_agreement(facts: Mapping[str, str]) -> str:
-    """Every process has the same `facts`, such as the code's digest by "code".
+def check_agreement(fingerprint: Mapping[str, str]) -> str:
+    """Every process has the same `fingerprint`, such as the code's digest by "code".
 
-    Returns a mark that is the same in all processes and new with each start of a run.
+    Returns a launch_id that is the same in all processes and new with each start of a run.
 
     **Raises**: `EchoError` naming the host that differs, and in what.
     """
-    mark = os.urandom(8)
-    names = sorted(facts)
-    digests = [hashlib.sha256(facts[name].encode()).digest() for name in names]
+    launch_id = os.urandom(8)
+    names = sorted(fingerprint)
+    digests = [hashlib.sha256(fingerprint[name].encode()).digest() for name in names]
     host = socket.gethostname().encode()[:64].ljust(64, b"\0")
-    row = np.frombuffer(mark + host + b"".join(digests), np.uint8)
+    row = np.frombuffer(launch_id + host + b"".join(digests), np.uint8)
     rows = np.atleast_2d(multihost_utils.process_allgather(row))
     for i, name in enumerate(names):
         seen = [bytes(r[72 + 32 * i :][:32]) for r in rows]
@@ -124,7 +124,7 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-class PeerWatch:
+class Heartbeat:
     """Ends this process when another process of the run is gone. Idle in a single process."""
 
     def __init__(self, coordinator: str | None) -> None:

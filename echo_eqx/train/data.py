@@ -16,8 +16,8 @@ from echo_eqx.data.shards import FRAME_RATE, ShardIndex, frame_rate, list_shards
 from echo_eqx.errors import EchoError
 from echo_eqx.files import expand
 from echo_eqx.hub import HubFileNotFound, hub_errors
-from echo_eqx.train.batches import owned_streams
 from echo_eqx.train.config import TrainConfig
+from echo_eqx.train.device_loader import owned_streams
 from echo_eqx.weights.native import SafetensorsFile
 
 

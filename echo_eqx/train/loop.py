@@ -23,22 +23,22 @@ from echo_eqx.config import to_json as sizes_to_json
 from echo_eqx.data.record_log import describe
 from echo_eqx.errors import EchoError
 from echo_eqx.generation import GenerationConfig, generation_to_json
-from echo_eqx.sharding.hosts import EXIT_PREEMPTED, PeerWatch, check_agreement, code_digest
+from echo_eqx.sharding.hosts import EXIT_PREEMPTED, Heartbeat, check_agreement, code_digest
 from echo_eqx.sharding.mesh import replicated
-from echo_eqx.train.batches import Feeder
-from echo_eqx.train.begin import newest_restorable
-from echo_eqx.train.checkpoint import (
+from echo_eqx.train.device_loader import DeviceLoader
+from echo_eqx.train.metrics import MetricsLog
+from echo_eqx.train.plan import check_memory
+from echo_eqx.train.restore import newest_restorable
+from echo_eqx.train.run_folder import MetricsFile, RunFolder, note_end
+from echo_eqx.train.settings import RunConfig, to_json
+from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
+from echo_eqx.weights.checkpoint.writer import (
     CheckpointWriter,
     Retention,
     State,
     make_missing_export,
     remove_leftovers,
 )
-from echo_eqx.train.metrics import MetricsLog
-from echo_eqx.train.plan import check_memory
-from echo_eqx.train.run_folder import MetricsFile, RunFolder, note_end
-from echo_eqx.train.settings import RunConfig, to_json
-from echo_eqx.weights.checkpoint import TrainingCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Run:
     step_flops: float
     frame_rate: float
     """Latent frames a second."""
-    feeder: Feeder
+    loader: DeviceLoader
     evaluate: Callable[[Any], dict[str, Any]] | None
     """Figures of the held-out data for a state."""
     speak: Callable[[Any, int], None] | None
@@ -73,17 +73,17 @@ class Run:
 def run_folder(
     config: RunConfig, data_digest: str
 ) -> Iterator[tuple[RunFolder, str, TrainingCheckpoint | None]]:
-    """The locked folder of a run, the mark of this start, and the checkpoint to go on from.
+    """The locked folder of a run, the launch_id of this start, and the checkpoint to go on from.
 
     **Raises**: `EchoError` if the hosts do not agree on what they are about to do.
     """
-    mark = check_agreement(_facts(config, data_digest))
+    launch_id = check_agreement(_facts(config, data_digest))
     with RunFolder(config.run_dir, writes=jax.process_index() == 0) as folder:
-        folder.check_shared(mark)
-        yield folder, mark, newest_restorable(config.run_dir)
+        folder.check_shared(launch_id)
+        yield folder, launch_id, newest_restorable(config.run_dir)
 
 
-def take_over(folder: RunFolder, config: RunConfig, checkpoint: TrainingCheckpoint | None) -> None:
+def claim(folder: RunFolder, config: RunConfig, checkpoint: TrainingCheckpoint | None) -> None:
     """Make the folder this run's, once nothing can be refused any more."""
     if jax.process_index() == 0:
         remove_leftovers(config.run_dir, checkpoint)
@@ -111,16 +111,16 @@ def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:
     return compiled
 
 
-def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
+def run_steps(run: Run, launch_id: str, heartbeat: Heartbeat) -> int:
     """Train until `num_steps`, or until asked to stop; returns the exit code."""
-    config, feeder, state = run.config, run.feeder, run.state
+    config, loader, state = run.config, run.loader, run.state
     first = jax.process_index() == 0
     step = int(state.step)  # type: ignore[attr-defined]
     if first and step:
         logger.info(f"going on after step {step}")
     writer = CheckpointWriter(
         config.run_dir,
-        mark=mark,
+        launch_id=launch_id,
         process=jax.process_index(),
         num_processes=jax.process_count(),
         retention=Retention(config.keep_last, config.keep_every),
@@ -158,20 +158,20 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
         writer.save(state, manifest, cursor)
 
     def tell_first() -> None:
-        for sentence in feeder.news():
+        for sentence in loader.news():
             logger.warning(sentence)
 
     try:
-        placed = feeder.next() if step < config.num_steps else None
+        device_batch = loader.next() if step < config.num_steps else None
         tell_first()
         # From here processes meet in every step, and for the first time wait for only 30 s.
         multihost_utils.sync_global_devices("begin")
-        log.restart_clock(feeder.waited)
-        while placed is not None:
+        log.restart_clock(loader.waited)
+        while device_batch is not None:
             with jax.transfer_guard_device_to_host("disallow"):  # nothing here waits for it
-                state, metrics = run.compiled(state, placed.batch, key)
+                state, metrics = run.compiled(state, device_batch.batch, key)
                 step += 1
-                log.add(step, metrics, placed.keys)
+                log.add(step, metrics, device_batch.keys)
             writer.poll()
 
             last = step == config.num_steps
@@ -183,27 +183,27 @@ def run_steps(run: Run, mark: str, watch: PeerWatch) -> int:
                 with log.aside():
                     log.attach(run.evaluate(state))
             if step % config.log_every == 0 or evaluating or sampling or saving:
-                line.show(step, log.flush(feeder.waited, feeder.counts))
+                line.show(step, log.flush(loader.waited, loader.counts))
                 tell_first()
             if run.speak is not None and sampling:
                 with log.aside():
                     run.speak(state, step)
             if saving:
                 started = time.perf_counter()
-                save(state, placed.cursor)
+                save(state, device_batch.cursor)
                 log.attach({"save_time_s": time.perf_counter() - started})
-            placed = None if last or stopping else feeder.next()  # while the device works
+            device_batch = None if last or stopping else loader.next()  # while the device works
     finally:
         writer.wait()  # a checkpoint that is being written is not lost to what stops the run
         line.close()
-        feeder.close()
+        loader.close()
     multihost_utils.sync_global_devices("saved")
     if first:
         note_end(config.run_dir, step)
         logger.info(f"step {step} is saved in {config.run_dir}")
-        if counted := describe(feeder.counts):
+        if counted := describe(loader.counts):
             logger.info(f"in the data read since this start: {counted}")
-    watch.close()
+    heartbeat.close()
     return 0 if step >= config.num_steps else stop.exit_code
 
 

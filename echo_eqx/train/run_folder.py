@@ -121,16 +121,16 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def check_shared(self, mark: str) -> None:
+    def check_shared(self, launch_id: str) -> None:
         """**Raises**: `EchoError` if another process sees another folder under this path.
 
-        `mark` is the same in all processes and new with each start.
+        `launch_id` is the same in all processes and new with each start.
         """
         file = self.path / ".start"
         if self._lock is not None:
-            write_whole(file, lambda temporary: temporary.write_text(mark))
+            write_whole(file, lambda temporary: temporary.write_text(launch_id))
         multihost_utils.sync_global_devices("started")
-        if not file.is_file() or file.read_text() != mark:
+        if not file.is_file() or file.read_text() != launch_id:
             raise EchoError(
                 f"{self.path.absolute()} on {socket.gethostname()} is not the folder that process "
                 "0 writes to; wanted a --run_dir on a disk that all hosts see"

@@ -14,7 +14,12 @@ import tyro
 from echo_eqx.cli import flag_value
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import MAX_JSON_BYTES, expand, parse_json
-from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, find_checkpoints
+from echo_eqx.weights.checkpoint.reader import (
+    FOLDER,
+    MANIFEST,
+    TrainingCheckpoint,
+    find_checkpoints,
+)
 
 Config = TypeVar("Config", bound="RunConfig")
 

@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import REPO, hub_errors
-from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, TrainingCheckpoint, newest_intact
+from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, TrainingCheckpoint, newest_intact
 from echo_eqx.weights.sharded import INDEX_SUFFIX, shard_files, weight_map
 
 SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt")

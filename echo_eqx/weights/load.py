@@ -15,7 +15,7 @@ from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import cast
 from echo_eqx.weights.assemble import Arrays, Sources, check_memory, check_sizes, load_into, single
-from echo_eqx.weights.checkpoint import TrainingCheckpoint, checkpoint_generation
+from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint, checkpoint_generation
 from echo_eqx.weights.dacvae import load_dacvae_pth
 from echo_eqx.weights.find import find_weights
 from echo_eqx.weights.flax import read_flax_checkpoint

@@ -26,8 +26,9 @@ from echo_eqx.ops.disk.files import (
     unused_bytes,
 )
 from echo_eqx.ops.disk.log import EventLog
-from echo_eqx.train.checkpoint import Retention
-from echo_eqx.train.own_files import (
+from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, find_checkpoints, step_of
+from echo_eqx.weights.checkpoint.retention import (
+    Retention,
     is_leftover,
     open_checkpoints,
     remove_file,
@@ -35,7 +36,6 @@ from echo_eqx.train.own_files import (
     set_aside_step,
     temporary_export_step,
 )
-from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, find_checkpoints, step_of
 
 STALLED_SECONDS = 3600.0
 """A download that got no byte for this long and that no process holds may go."""

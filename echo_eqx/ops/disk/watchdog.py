@@ -21,7 +21,7 @@ from echo_eqx.ops.disk.candidates import (
     stale_revisions,
 )
 from echo_eqx.ops.disk.log import EventLog
-from echo_eqx.train.checkpoint import Retention
+from echo_eqx.weights.checkpoint.retention import Retention
 
 
 @dataclass(frozen=True)

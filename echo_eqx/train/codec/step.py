@@ -16,7 +16,7 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig
 from echo_eqx.sharding.mesh import batch_sharding, replicated
 from echo_eqx.train.codec.config import CodecTrainConfig
-from echo_eqx.train.codec.critic import Critic, critic_loss, decoder_losses
+from echo_eqx.train.codec.discriminators import Critic, critic_loss, decoder_losses
 from echo_eqx.train.codec.losses import divergence, periodicity_distance, spectral_distances
 from echo_eqx.train.metrics import StepMetrics
 from echo_eqx.train.optimizer import adam, adamw_update, learning_rate, update_ema

@@ -14,16 +14,16 @@ from echo_eqx.data.loader import HostBatch
 from echo_eqx.flow.objective import Batch
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.sharding.hosts import PeerWatch
+from echo_eqx.sharding.hosts import Heartbeat
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
 from echo_eqx.sharding.specs import check_mesh
-from echo_eqx.train.batches import Feeder
-from echo_eqx.train.begin import begin, check_same_run, pinned_source
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.data import TrainData
+from echo_eqx.train.device_loader import DeviceLoader
 from echo_eqx.train.evaluate import evaluate, make_evaluate
 from echo_eqx.train.flops import step_flops
-from echo_eqx.train.loop import Run, compile_step, run_folder, run_steps, take_over
+from echo_eqx.train.loop import Run, claim, compile_step, run_folder, run_steps
+from echo_eqx.train.restore import begin, check_same_run, pinned_source
 from echo_eqx.train.samples import Samples
 from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
@@ -32,7 +32,7 @@ from echo_eqx.weights.find import SHIPPED
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, watch: PeerWatch) -> int:
+def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
     """Train until `num_steps`, or until asked to stop; returns the exit code.
 
     **Raises**: `EchoError` for what was given and cannot be used, as far as possible before
@@ -50,11 +50,11 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
     digest = data.shard_index.digest()
     both = digest + (held_out.shard_index.digest() if held_out else "")
     generation = _generation(config, data)
-    with run_folder(config, both) as (folder, mark, checkpoint):
+    with run_folder(config, both) as (folder, launch_id, checkpoint):
         facts = {"revision": data.shard_index.revision, "digest": digest}
         if checkpoint is not None:
             check_same_run(checkpoint, sizes, config, facts, data.shard_index.source)
-        take_over(folder, config, checkpoint)
+        claim(folder, config, checkpoint)
         state, samples_seen, cursor = begin(config, checkpoint, mesh)
         compiled = compile_step(lambda: lower_step(config, mesh))
         broken_log = config.run_dir / f"broken-{jax.process_index()}.jsonl"
@@ -76,13 +76,13 @@ def train(config: TrainConfig, watch: PeerWatch) -> int:
             compiled=compiled,
             step_flops=step_flops(sizes, config.batch_size),
             frame_rate=data.frame_rate,
-            feeder=Feeder(batches, Batch, mesh, config.batch_size),
+            loader=DeviceLoader(batches, Batch, mesh, config.batch_size),
             evaluate=(lambda state: evaluate(figures, weights(state), eval_batches))
             if eval_batches
             else None,
             speak=(lambda state, step: samples.speak(weights(state), step)) if samples else None,
         )
-        return run_steps(run, mark, watch)
+        return run_steps(run, launch_id, heartbeat)
 
 
 def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
@@ -131,9 +131,9 @@ def _held_out(
         )
     if config.eval_data:
         source = data.loader(config.batch_size)
-        feeder = Feeder(source, Batch, mesh, config.batch_size)
-        batches = [feeder.next().batch for _ in range(config.eval_batches)]
-        for sentence in feeder.news():
+        loader = DeviceLoader(source, Batch, mesh, config.batch_size)
+        batches = [loader.next().batch for _ in range(config.eval_batches)]
+        for sentence in loader.news():
             logger.warning(f"held-out data: {sentence}")
         source.close()
     return batches, samples

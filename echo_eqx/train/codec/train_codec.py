@@ -19,24 +19,24 @@ from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import expand
 from echo_eqx.prepare.clips import Clip, list_clips
-from echo_eqx.sharding.hosts import PeerWatch
+from echo_eqx.sharding.hosts import Heartbeat
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape, replicated
-from echo_eqx.train.batches import Feeder, owned_rows
-from echo_eqx.train.begin import check_same_run
-from echo_eqx.train.checkpoint import restore_state
 from echo_eqx.train.codec.config import CodecTrainConfig
 from echo_eqx.train.codec.crops import CropStream
 from echo_eqx.train.codec.losses import WINDOWS
 from echo_eqx.train.codec.step import AudioBatch, CodecState, abstract_batch, abstract_state
-from echo_eqx.train.loop import Run, compile_step, run_folder, run_steps, take_over
-from echo_eqx.weights.checkpoint import TrainingCheckpoint
+from echo_eqx.train.device_loader import DeviceLoader, owned_rows
+from echo_eqx.train.loop import Run, claim, compile_step, run_folder, run_steps
+from echo_eqx.train.restore import check_same_run
+from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
+from echo_eqx.weights.checkpoint.writer import restore_state
 from echo_eqx.weights.load import load_codec
 
 LONGEST = 1e6
 """Seconds: a codec takes recordings of any length, crop by crop."""
 
 
-def train_codec(config: CodecTrainConfig, watch: PeerWatch) -> int:
+def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
     """Train until `num_steps`, or until asked to stop; returns the exit code.
 
     **Raises**: `EchoError` for what was given and cannot be used.
@@ -55,10 +55,10 @@ def train_codec(config: CodecTrainConfig, watch: PeerWatch) -> int:
     assert config.data is not None
     clips = find_recordings(config.data)
     digest = _digest(clips)
-    with run_folder(config, digest) as (folder, mark, checkpoint):
+    with run_folder(config, digest) as (folder, launch_id, checkpoint):
         if checkpoint is not None:
             check_same_run(checkpoint, sizes, config, {"digest": digest}, config.data)
-        take_over(folder, config, checkpoint)
+        claim(folder, config, checkpoint)
         state = _begin(config, sizes, given, checkpoint, mesh)
         step = codec_step.make_step(mesh, sizes, config, state)
         batch = abstract_batch(mesh, config.batch_size, samples)
@@ -84,11 +84,11 @@ def train_codec(config: CodecTrainConfig, watch: PeerWatch) -> int:
             compiled=compiled,
             step_flops=_flops(compiled) * jax.device_count(),
             frame_rate=sizes.frame_rate,
-            feeder=Feeder(source, AudioBatch, mesh, config.batch_size),
+            loader=DeviceLoader(source, AudioBatch, mesh, config.batch_size),
             evaluate=_evaluation(crops, config, sizes) if config.eval_data else None,
             speak=_speaker(crops, config, sizes) if config.sample_every else None,
         )
-        return run_steps(run, mark, watch)
+        return run_steps(run, launch_id, heartbeat)
 
 
 def find_recordings(source: str) -> list[Clip]:

@@ -18,18 +18,18 @@ from echo_eqx.errors import EchoError
 from echo_eqx.hub import SCHEME, HubDataset
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.specs import state_shardings
-from echo_eqx.train.checkpoint import put_on_mesh, restore_state
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.optimizer import learning_rate
 from echo_eqx.train.settings import RunConfig, changes
 from echo_eqx.train.state import TrainState, init_state, init_train_state, sharded_abstract_state
 from echo_eqx.trees import leaf_names
-from echo_eqx.weights.checkpoint import (
+from echo_eqx.weights.checkpoint.reader import (
     FOLDER,
     TrainingCheckpoint,
     find_checkpoints,
     open_intact,
 )
+from echo_eqx.weights.checkpoint.writer import put_on_mesh, restore_state
 from echo_eqx.weights.find import find_weights
 from echo_eqx.weights.flax import FlaxCheckpoint, read_flax_checkpoint
 from echo_eqx.weights.load import dit_from_flax, load_dit

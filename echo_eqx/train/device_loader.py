@@ -52,7 +52,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Placed:
+class DeviceBatch:
     """A batch on the mesh, with the names of this host's rows and the cursor behind it."""
 
     batch: Any
@@ -60,7 +60,7 @@ class Placed:
     cursor: dict[str, list[int]]
 
 
-class Feeder:
+class DeviceLoader:
     """Batches of a source, put on the mesh as a `kind`, and how long the loop has waited for
     them."""
 
@@ -74,13 +74,13 @@ class Feeder:
         """What was skipped or cut up to the last batch, by its name in `metrics.jsonl`."""
         self._told: set[str] = set()
 
-    def next(self) -> Placed:
+    def next(self) -> DeviceBatch:
         started = time.perf_counter()
         step = next(self._source)
         self.waited += time.perf_counter() - started
         self.counts = step.counts
-        placed = {name: self._place(array) for name, array in step.batch._asdict().items()}
-        return Placed(self._kind(**placed), step.keys, step.cursor)
+        device_batch = {name: self._place(array) for name, array in step.batch._asdict().items()}
+        return DeviceBatch(self._kind(**device_batch), step.keys, step.cursor)
 
     def news(self) -> list[str]:
         """Sentences on the first case of what is counted, each once."""

@@ -10,9 +10,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from echo_eqx.weights.checkpoint import FOLDER, MANIFEST, step_of
+from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, step_of
 
 _PIECES = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.(safetensors|json)")
 """What a process writes into the folder of a checkpoint: the mark of the start, and its number."""
@@ -44,6 +45,19 @@ def temporary_export_step(name: str) -> int | None:
     if match is None or not match[1].endswith(".safetensors"):
         return None
     return step_of(match[1].removesuffix(".safetensors"))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints to keep: the newest `last`, and those at multiples of `every` steps."""
+
+    last: int = 3
+    every: int = 0
+
+    def drops(self, steps: list[int]) -> list[int]:
+        """The steps whose checkpoints are to be deleted."""
+        newest = sorted(steps)[-max(self.last, 1) :]
+        return [s for s in steps if s not in newest and not (self.every and s % self.every == 0)]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 Every process writes the pieces it owns, then a list of them; process 0 waits for all the lists and
 writes the manifest, by which the checkpoint comes into being. What a process that was killed left
-behind has another run's mark in its name and is never taken for a piece of this one.
+behind has another run's launch_id in its name and is never taken for a piece of this one.
 """
 
 import json
@@ -12,7 +12,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -24,16 +23,8 @@ from jax.sharding import NamedSharding
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
-from echo_eqx.train.own_files import (
-    export_name,
-    open_checkpoints,
-    remove_file,
-    remove_step,
-    set_aside_name,
-    temporary_export_step,
-)
 from echo_eqx.trees import leaf_names, named_leaves
-from echo_eqx.weights.checkpoint import (
+from echo_eqx.weights.checkpoint.reader import (
     FOLDER,
     KIND,
     MANIFEST,
@@ -46,6 +37,15 @@ from echo_eqx.weights.checkpoint import (
     piece_name,
     step_folder,
     step_of,
+)
+from echo_eqx.weights.checkpoint.retention import (
+    Retention,
+    export_name,
+    open_checkpoints,
+    remove_file,
+    remove_step,
+    set_aside_name,
+    temporary_export_step,
 )
 from echo_eqx.weights.native import FORMAT, generation_metadata
 from echo_eqx.weights.safetensors_writer import Tensor, write_safetensors
@@ -67,36 +67,24 @@ class State(Protocol):
 StateLike = TypeVar("StateLike", bound=State)
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay: the newest `last`, and those at multiples of `every` steps."""
-
-    last: int = 3
-    every: int = 0
-
-    def drops(self, steps: list[int]) -> list[int]:
-        newest = sorted(steps)[-max(self.last, 1) :]
-        return [s for s in steps if s not in newest and not (self.every and s % self.every == 0)]
-
-
 class CheckpointWriter:
     """Saves states of one run from one process.
 
-    `mark` is the same in all processes and differs from that of any earlier start of the run.
+    `launch_id` is the same in all processes and differs from that of any earlier start of the run.
     """
 
     def __init__(
         self,
         run_dir: Path,
         *,
-        mark: str,
+        launch_id: str,
         process: int,
         num_processes: int,
         retention: Retention,
         export: bool,
     ):
         self._folder = run_dir / FOLDER
-        self._mark = mark
+        self._launch_id = launch_id
         self._process, self._num_processes = process, num_processes
         self._retention, self._export = retention, export
         self._thread: threading.Thread | None = None
@@ -172,7 +160,7 @@ class CheckpointWriter:
             self._error = error
 
     def _write_pieces(self, folder: Path, pieces: list[tuple[str, Box, np.ndarray]]) -> list[dict]:
-        file = folder / f"{self._mark}-{self._process:05d}.safetensors"
+        file = folder / f"{self._launch_id}-{self._process:05d}.safetensors"
         tensors = [
             Tensor(piece_name(name, box), array.dtype, array.shape, lambda array=array: [array])
             for name, box, array in pieces
@@ -186,7 +174,7 @@ class CheckpointWriter:
         ]
 
     def _list(self, folder: Path, process: int) -> Path:
-        return folder / f"{self._mark}-{process:05d}.json"
+        return folder / f"{self._launch_id}-{process:05d}.json"
 
     def _complete(self, folder: Path, shapes: dict, manifest: dict) -> None:
         """Wait for all lists, then write the manifest."""

@@ -1,7 +1,6 @@
-"""The command, as a person runs it: real processes, real files."""
+"""The command, as a person runs it: its flags, files, messages and exit codes."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -11,40 +10,23 @@ import numpy as np
 import pytest
 import soundfile as sf
 from conftest import DATA, GOLDEN, random_model
+from processes import SCRIPTS, call, run
 
 import echo_eqx
 from echo_eqx.config import CodecConfig, WatermarkConfig
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "infer.py"
 CHECKPOINT = GOLDEN / "dit_tiny" / "full_state.pkl"
 NARROW_CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a codec for the golden model, and a compilation cache for all runs."""
+    """A folder with a codec for the golden model."""
     folder = tmp_path_factory.mktemp("infer")
     watermark = WatermarkConfig(dim=2, bottleneck_dim=8)
     config = CodecConfig(encoder_dim=2, hidden_dim=12, decoder_dim=32, watermark=watermark)
     echo_eqx.save(random_model(echo_eqx.DACVAE, config, 0.12), folder / "codec")
     return folder
-
-
-def infer(place: Path, *args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(place / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(place / "hub"),
-        "PYTHONIOENCODING": "utf-8",
-    }
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd or place,
-    )
 
 
 def models(place: Path) -> list[object]:
@@ -75,7 +57,7 @@ def test_published_flags_speak_in_a_given_voice(place, tmp_path):
         "--seed",
         42,
     ]
-    done = infer(place, *command, "--json")
+    done = run(SCRIPTS / "infer.py", *command, "--json")
     assert done.returncode == 0, done.stderr
     audio, rate = sf.read(output)
     assert rate == 48_000 and len(audio) == 3 * rate and np.abs(audio).max() > 1e-3
@@ -95,25 +77,25 @@ def test_published_flags_speak_in_a_given_voice(place, tmp_path):
     assert described["message"] in done.stdout
 
     first = output.read_bytes()
-    again = infer(place, *command)
+    again = call("infer", *command)
     assert again.returncode == 0 and output.read_bytes() == first  # bit for bit
-    assert infer(place, *command[:-1], 43).returncode == 0 and output.read_bytes() != first
+    assert call("infer", *command[:-1], 43).returncode == 0 and output.read_bytes() != first
 
 
 def test_without_watermark_and_as_flac(place, tmp_path):
     text = ["--text", "Hello.", "--output", tmp_path / "out.flac"]
-    done = infer(place, *quick(place), *text, "--no-watermark", "--no-trim")
+    done = call("infer", *quick(place), *text, "--no-watermark", "--no-trim")
     assert done.returncode == 0 and "message" not in done.stdout
     assert sf.info(tmp_path / "out.flac").format == "FLAC"
     bits = "0110" * 4
-    done = infer(place, *quick(place), *text, "--message", bits)
+    done = call("infer", *quick(place), *text, "--message", bits)
     assert f"watermark message: {bits}" in done.stdout
 
 
 def test_lines_of_a_text_file_and_candidates_are_numbered(place, tmp_path):
     (tmp_path / "lines.txt").write_text("Hello.\n\nGood bye.\n")
     output = ["--output", tmp_path / "out.wav", "--num_candidates", 2]
-    done = infer(place, *quick(place), "--text_file", tmp_path / "lines.txt", *output)
+    done = call("infer", *quick(place), "--text_file", tmp_path / "lines.txt", *output)
     assert done.returncode == 0, done.stderr
     names = [f"out_{line:04d}_c{candidate}.wav" for line in (1, 2) for candidate in (1, 2)]
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == names
@@ -128,7 +110,7 @@ def test_json_lines_choose_voice_name_and_seed(place, tmp_path):
     text = "\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "lines.jsonl").write_text(text)
     output = ["--output", tmp_path / "out.wav"]
-    done = infer(place, *quick(place), "--text_file", tmp_path / "lines.jsonl", *output)
+    done = call("infer", *quick(place), "--text_file", tmp_path / "lines.jsonl", *output)
     assert done.returncode == 0, done.stderr
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"lines.jsonl", "a.flac", "out_0002.wav"}
@@ -137,13 +119,13 @@ def test_json_lines_choose_voice_name_and_seed(place, tmp_path):
 def test_long_text_is_spoken_whole(place, tmp_path):
     text = "One sentence stands here. Another one stands here. The last one stands here."
     options = ["--text", text, "--output", tmp_path / "out.wav", "--no-trim"]
-    done = infer(place, *quick(place), *options)
+    done = call("infer", *quick(place), *options)
     assert done.returncode == 0, done.stderr
     assert sf.info(tmp_path / "out.wav").duration == pytest.approx(6.0)
 
 
 def test_help_teaches(place):
-    done = infer(place, "--help")
+    done = call("infer", "--help")
     assert done.returncode == 0
     for word in ("--speaker-ref", "--cfg-scale", "--apg-eta", "owner/name", "voice.mp3"):
         assert word in done.stdout
@@ -221,7 +203,7 @@ def test_bad_input_ends_in_one_sentence_and_a_code(place, tmp_path, name):
     args = [str(files[arg[1:-1]]) if str(arg)[:1] == "{" else arg for arg in args]
     work = tmp_path / "work"
     work.mkdir()
-    done = infer(place, *args, cwd=work)
+    done = call("infer", *args, cwd=work)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -244,20 +226,18 @@ def test_broken_lines_of_a_text_file_are_named(place, tmp_path):
         ("d.jsonl", b'{"text": "a", "output": "x.wav"}\n{"text": "b", "output": "x.wav"}', "same"),
     ):
         (tmp_path / name).write_bytes(content)
-        done = infer(place, *quick(place), "--text_file", tmp_path / name)
+        done = call("infer", *quick(place), "--text_file", tmp_path / name)
         assert done.returncode in (1, 2) and message in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_terminal_sees_a_bar(place, tmp_path):
     # `script` gives the command a terminal and writes down what it shows.
-    command = [sys.executable, SCRIPT, *quick(place), "--text", "Hello."]
+    command = [sys.executable, SCRIPTS / "infer.py", *quick(place), "--text", "Hello."]
     command += ["--output", tmp_path / "out.wav"]
     shown = tmp_path / "shown"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
     done = subprocess.run(
         ["script", "-qec", f"stty cols 100 rows 30; {shlex.join(map(str, command))}", shown],
-        env=environment,
         capture_output=True,
         stdin=subprocess.DEVNULL,
     )

@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import importlib
 import io
-import logging
 import multiprocessing
 import os
 import runpy
@@ -33,7 +32,6 @@ def call(name: str, *args: object, cwd: Path | None = None) -> subprocess.Comple
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", words),
-        mock.patch.object(logging.root, "handlers", []),  # those of pytest
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.chdir(cwd or Path.cwd()),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-_EXACT = jax.lax.Precision.HIGHEST
+from echo_eqx.layers.precision import matmul_precision
 
 
 def init_kernel(
@@ -57,7 +57,7 @@ class Convolution(eqx.Module):
             padding="VALID",
             rhs_dilation=(self.dilation,),
             dimension_numbers=("NWC", "WIO", "NWC"),
-            precision=_EXACT,
+            precision=matmul_precision(x.dtype),
         )[0]
         return y + self.bias.astype(x.dtype)[None]
 
@@ -85,8 +85,9 @@ class Downsample(eqx.Module):
         blocks = x.reshape(-1, self.stride * x.shape[1])
         first = weight[: self.stride].reshape(blocks.shape[1], -1)
         second = weight[self.stride :].reshape(blocks.shape[1], -1)
-        y = jnp.matmul(blocks[:-1], first, precision=_EXACT)
-        y = y + jnp.matmul(blocks[1:], second, precision=_EXACT)
+        precision = matmul_precision(x.dtype)
+        y = jnp.matmul(blocks[:-1], first, precision=precision)
+        y = y + jnp.matmul(blocks[1:], second, precision=precision)
         return y + self.bias.astype(x.dtype)[None]
 
 
@@ -115,7 +116,8 @@ class Upsample(eqx.Module):
     def overlap_add(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         """Block j of the output is the first half of x[j + 1] plus the second half of x[j]."""
         weight = self.weight.astype(x.dtype)
-        first = jnp.einsum("ti,sio->tso", x[1:], weight[: self.stride], precision=_EXACT)
-        second = jnp.einsum("ti,sio->tso", x[:-1], weight[self.stride :], precision=_EXACT)
+        precision = matmul_precision(x.dtype)
+        first = jnp.einsum("ti,sio->tso", x[1:], weight[: self.stride], precision=precision)
+        second = jnp.einsum("ti,sio->tso", x[:-1], weight[self.stride :], precision=precision)
         y = (first + second).reshape(-1, weight.shape[2])
         return y + self.bias.astype(x.dtype)[None]

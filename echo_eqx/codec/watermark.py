@@ -14,8 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from echo_eqx.codec.convolution import Convolution, Downsample, Upsample
 from echo_eqx.config import WatermarkConfig
-
-_EXACT = jax.lax.Precision.HIGHEST
+from echo_eqx.layers.precision import matmul_precision
 
 State = Any
 """What a layer remembers of the previous chunk: arrays, nested in tuples."""
@@ -128,12 +127,13 @@ class LSTMLayer(eqx.Module):
 
     def __call__(self, x: Float[Array, "t d"], state: State) -> tuple[Float[Array, "t d"], State]:
         weight_hidden = self.weight_hidden.astype(x.dtype)
-        inputs = jnp.matmul(x, self.weight_in.astype(x.dtype), precision=_EXACT)
+        precision = matmul_precision(x.dtype)
+        inputs = jnp.matmul(x, self.weight_in.astype(x.dtype), precision=precision)
         inputs = inputs + self.bias.astype(x.dtype)[None]
 
         def step(state, gates):
             hidden, cell = state
-            gates = gates + jnp.matmul(hidden, weight_hidden, precision=_EXACT)
+            gates = gates + jnp.matmul(hidden, weight_hidden, precision=precision)
             i, f, g, o = jnp.split(gates, 4)
             cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
             hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)

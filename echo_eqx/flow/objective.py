@@ -4,12 +4,15 @@ A latent x_0 and unit noise n are joined by the straight line `x_t = (1 - t) x_0
 velocity is `n - x_0` (Lipman et al., 2023, arXiv:2210.02747).
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from echo_eqx.model.blocks import Remat
 from echo_eqx.model.dit import EchoDiT
 
 
@@ -82,11 +85,13 @@ def sample_noise(
     return NoiseSample(t, noise, keep_text, keep_speaker)
 
 
-def squared_errors(dit: EchoDiT, batch: Batch, sample: NoiseSample) -> Float[Array, "b t"]:
+def squared_errors(
+    dit: EchoDiT, batch: Batch, sample: NoiseSample, remat: Remat = "full"
+) -> Float[Array, "b t"]:
     """`|v(x_t, t) - (n - x_0)|^2` for each frame, averaged over channels."""
     t = sample.t[:, None, None]
     noisy = (1.0 - t) * batch.latents + t * sample.noise
-    velocity = jax.vmap(dit)(
+    velocity = jax.vmap(functools.partial(dit, remat=remat))(
         noisy,
         sample.t,
         batch.text_ids,

@@ -255,8 +255,9 @@ def _euler(
             )
 
         batched = jax.vmap(velocity, in_axes=(0, 0, 0, None, None))
-        batched = jax.vmap(batched, in_axes=(None, None, None, 0, 0))
-        v = batched(x, conditions, prefix, keeps_text, keeps_speaker)
+        batched = jax.vmap(batched, in_axes=(0, None, None, 0, 0))
+        branches_x = jnp.broadcast_to(x, (len(keeps_text), *x.shape))
+        v = batched(branches_x, conditions, prefix, keeps_text, keeps_speaker)
         return jnp.where(frame_mask[None, None, :, None], v, 0.0)
 
     def plain(x: Array, t: Array, step: Array) -> Array:

@@ -22,11 +22,11 @@ def timestep_embedding(t: Float[Array, ""], dim: int) -> Float[Array, " {dim}"]:
 
 
 class Modulation(eqx.Module):
-    """Shift, scale and gate vectors in float32."""
+    """Shift, scale and gate vectors in float32. A stack of layers has a leading layer axis."""
 
-    shift: Float[Array, " d"]
-    scale: Float[Array, " d"]
-    gate: Float[Array, " d"]
+    shift: Float[Array, "*n d"]
+    scale: Float[Array, "*n d"]
+    gate: Float[Array, "*n d"]
 
 
 class TimeConditioner(eqx.Module):
@@ -74,23 +74,25 @@ class LowRankAdaLN(eqx.Module):
     shift: LowRankResidual
     scale: LowRankResidual
     gate: LowRankResidual
-    eps: float = eqx.field(static=True)
 
     @classmethod
-    def init(cls, dim: int, rank: int, eps: float, *, key: PRNGKeyArray) -> "LowRankAdaLN":
+    def init(cls, dim: int, rank: int, *, key: PRNGKeyArray) -> "LowRankAdaLN":
         key_shift, key_scale, key_gate = jr.split(key, 3)
         return cls(
             shift=LowRankResidual.init(dim, rank, key=key_shift),
             scale=LowRankResidual.init(dim, rank, key=key_scale),
             gate=LowRankResidual.init(dim, rank, key=key_gate),
-            eps=eps,
         )
 
-    def __call__(
-        self, x: Float[Array, "t d"], time: Modulation
-    ) -> tuple[Float[Array, "t d"], Float[Array, "1 d"]]:
-        """The input of the sub-layer, `rms_norm(x) * (1 + scale) + shift`, and `tanh(gate)`."""
-        scale, shift = self.scale(time.scale)[None], self.shift(time.shift)[None]
-        normed = rms_norm(x, self.eps) * (1.0 + scale) + shift
-        gate = jnp.tanh(self.gate(time.gate))[None]
-        return normed.astype(x.dtype), gate.astype(x.dtype)
+    def __call__(self, time: Modulation) -> Modulation:
+        return Modulation(
+            shift=self.shift(time.shift),
+            scale=self.scale(time.scale),
+            gate=jnp.tanh(self.gate(time.gate)),
+        )
+
+
+def modulate(x: Float[Array, "t d"], by: Modulation, eps: float) -> Float[Array, "t d"]:
+    """A sub-layer's input, `rms(x) * (1 + scale) + shift`."""
+    normed = rms_norm(x, eps) * (1.0 + by.scale[None]) + by.shift[None]
+    return normed.astype(x.dtype)

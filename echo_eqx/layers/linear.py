@@ -7,6 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from echo_eqx.layers.parallel import psum_tensor
+from echo_eqx.layers.precision import matmul_precision
 
 INIT_STD = 0.02
 
@@ -14,7 +15,8 @@ INIT_STD = 0.02
 class Linear(eqx.Module):
     """`x @ weight + bias`, with weight and bias cast to the dtype of `x`.
 
-    Matrix products have the full precision of that dtype: float32 is never rounded to TF32.
+    Matrix products have the full precision of that dtype, float32 included, unless
+    `jax.default_matmul_precision` says otherwise.
     """
 
     weight: Float[Array, "i o"]
@@ -33,7 +35,7 @@ class Linear(eqx.Module):
         self, x: Float[Array, "*n i"], *, row_parallel: bool = False
     ) -> Float[Array, "*n o"]:
         """`row_parallel`: under tensor parallelism, `x` and the rows of `weight` are shards."""
-        y = jnp.matmul(x, self.weight.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+        y = jnp.matmul(x, self.weight.astype(x.dtype), precision=matmul_precision(x.dtype))
         if row_parallel:
             y = psum_tensor(y)
         if self.bias is None:
@@ -51,4 +53,8 @@ class Embedding(eqx.Module):
         return cls(INIT_STD * jr.truncated_normal(key, -2.0, 2.0, (vocab_size, dim)))
 
     def __call__(self, ids: Int[Array, " s"]) -> Float[Array, "s d"]:
-        return jnp.take(self.weight, ids, axis=0, mode="clip")
+        # A product with one-hot rows picks rows exactly, and its gradient is a product too. That of
+        # a gather would be a scatter: slow on TPU, and not deterministic on GPU.
+        rows = self.weight.shape[0]
+        one_hot = jax.nn.one_hot(jnp.clip(ids, 0, rows - 1), rows, dtype=self.weight.dtype)
+        return jnp.matmul(one_hot, self.weight, precision=jax.lax.Precision.HIGHEST)

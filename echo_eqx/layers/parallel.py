@@ -48,12 +48,14 @@ def psum_tensor(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
 
 
 def rope_head_mask(num_heads: int) -> Bool[Array, " h"]:
-    """Which of this device's heads get rotary positions: the first half of all heads do."""
-    heads = jnp.arange(num_heads)
-    if not _in_shard_map():
-        return heads < num_heads // 2
-    first = jax.lax.axis_index(TENSOR) * num_heads
-    return first + heads < num_heads * jax.lax.axis_size(TENSOR) // 2
+    """Which of this device's heads are in the first half of all heads."""
+    first = jax.lax.axis_index(TENSOR) * num_heads if _in_shard_map() else 0
+    return first + jnp.arange(num_heads) < num_heads * tensor_size() // 2
+
+
+def tensor_size() -> int:
+    """Devices that share the heads and hidden columns of a layer; 1 outside `shard_map`."""
+    return jax.lax.axis_size(TENSOR) if _in_shard_map() else 1
 
 
 def _in_shard_map() -> bool:

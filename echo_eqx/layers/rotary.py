@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from echo_eqx.layers.parallel import rope_head_mask
+from echo_eqx.layers.parallel import rope_head_mask, tensor_size
 
 THETA = 10_000.0
 
@@ -29,5 +29,7 @@ def apply_rope(x: Float[Array, "t h k"], angles: Float[Array, "t a"]) -> Float[A
 
 def apply_half_rope(x: Float[Array, "t h k"], angles: Float[Array, "t a"]) -> Float[Array, "t h k"]:
     """`apply_rope` on the first half of the heads; the other half carries no position."""
-    mask = rope_head_mask(x.shape[1])
-    return jnp.where(mask[None, :, None], apply_rope(x, angles), x)
+    if tensor_size() > 1:
+        return jnp.where(rope_head_mask(x.shape[1])[None, :, None], apply_rope(x, angles), x)
+    half = x.shape[1] // 2
+    return jnp.concatenate([apply_rope(x[:, :half], angles), x[:, half:]], axis=1)

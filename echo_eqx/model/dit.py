@@ -18,7 +18,14 @@ from echo_eqx.layers.adaln import TimeConditioner
 from echo_eqx.layers.linear import Linear
 from echo_eqx.layers.norm import RMSNorm
 from echo_eqx.layers.rotary import rotary_angles
-from echo_eqx.model.blocks import DiTBlock, scan_layers, stack_layers
+from echo_eqx.model.attention import KeyMask
+from echo_eqx.model.blocks import (
+    DiTBlock,
+    Remat,
+    modulate_layers,
+    scan_layers,
+    stack_layers,
+)
 from echo_eqx.model.encoders import LatentEncoder, TextEncoder
 from echo_eqx.model.joint_attention import KVCache
 
@@ -102,27 +109,30 @@ class EchoDiT(eqx.Module):
         text_mask: Shaped[Array | np.ndarray, "..."],
         speaker_latents: Shaped[Array | np.ndarray, "..."],
         speaker_mask: Shaped[Array | np.ndarray, "..."],
+        *,
+        remat: Remat = "full",
     ) -> Float[Array, "t {self.config.latent_dim}"]:
         """Velocity at `x` (t, c) and timestep `t` (0 = data, 1 = noise) of one example, float32.
 
         `text_ids` (s,) are UTF-8 bytes after a leading 0. `speaker_latents` are (r, c), where r is
         a multiple of `config.patch_size`. Text and reference are ignored where `text_mask` (s,) and
-        `speaker_mask` (r,) are false.
+        `speaker_mask` (r,) are false. `remat` is what the backward pass recomputes.
 
         **Raises**: `EchoError` naming the argument whose shape or dtype is wrong.
         """
         self._check(x, t, text_ids, text_mask, speaker_latents, speaker_mask)
         noisy, time, latents = (jnp.asarray(a, jnp.float32) for a in (x, t, speaker_latents))
-        text, text_seen = self._encode_text(jnp.asarray(text_ids), jnp.asarray(text_mask))
-        speaker, speaker_seen = self._encode_speaker(latents, jnp.asarray(speaker_mask))
+        text, text_mask = self._encode_text(jnp.asarray(text_ids), jnp.asarray(text_mask), remat)
+        speaker, speaker_mask = self._encode_speaker(latents, jnp.asarray(speaker_mask), remat)
 
         def extra_kv(block: DiTBlock, _):
             return [
-                (block.attention.text_kv(text, text_seen), text_seen),
-                (block.attention.speaker_kv(speaker, speaker_seen), speaker_seen),
+                block.attention.text_kv(text, text_mask),
+                block.attention.speaker_kv(speaker, speaker_mask),
             ]
 
-        return self._decode(noisy, time, extra_kv, None, jnp.ones(x.shape[0], bool), None)
+        masks = [jnp.ones(x.shape[0], bool), text_mask, speaker_mask]
+        return self._decode(noisy, time, extra_kv, None, masks, None, remat)
 
     def _check(self, x, t, text_ids, text_mask, speaker_latents, speaker_mask) -> None:
         width, patch = self.config.latent_dim, self.config.patch_size
@@ -203,16 +213,18 @@ class EchoDiT(eqx.Module):
 
         def extra_kv(_, layer):
             text, speaker, scale, latents = layer
-            out = [(text, conditions.text_mask), (speaker.scaled(scale), conditions.speaker_mask)]
-            if prefix is not None:
-                frames = self.config.patch_size * jnp.arange(latents.keys.shape[0])
-                out.insert(0, (latents, frames < prefix.start))
-            return out
+            earlier = [] if prefix is None else [latents]
+            return [*earlier, text, speaker.scaled(scale)]
 
-        return self._decode(x, t, extra_kv, per_layer, frame_mask, prefix)
+        masks = [frame_mask, conditions.text_mask, conditions.speaker_mask]
+        if prefix is not None:
+            frames = self.config.patch_size * jnp.arange(prefix.latents.keys.shape[1])
+            masks.insert(1, frames < prefix.start)
+        return self._decode(x, t, extra_kv, per_layer, masks, prefix, "full")
 
-    def _decode(self, x, t, extra_kv, per_layer, frame_mask, prefix: Prefix | None):
-        time = self.time_conditioner(t)
+    def _decode(self, x, t, extra_kv, per_layer, masks, prefix, remat: Remat):
+        modulations, blocks = modulate_layers(self.blocks, self.time_conditioner(t))
+        mask = KeyMask.of(jnp.concatenate(masks))
         if prefix is None:
             angles = rotary_angles(x.shape[0], self._head_dim)
         else:
@@ -221,24 +233,25 @@ class EchoDiT(eqx.Module):
             angles = jax.lax.dynamic_slice_in_dim(angles, prefix.start, x.shape[0])
 
         def body(block: DiTBlock, x, layer):
-            return block(x, time, frame_mask, angles, extra_kv(block, layer))
+            modulations, layer = layer
+            return block(x, modulations, angles, extra_kv(block, layer), mask)
 
         # Padding frames must not bring NaN into the keys.
-        x = jnp.where(frame_mask[:, None], x, 0).astype(self.dtype)
-        x = scan_layers(body, self.in_proj(x), self.blocks, per_layer)
+        x = jnp.where(masks[0][:, None], x, 0).astype(self.dtype)
+        x = scan_layers(body, self.in_proj(x), blocks, (modulations, per_layer), remat=remat)
         return self.out_proj(self.out_norm(x)).astype(jnp.float32)
 
-    def _encode_text(self, ids, mask):
-        state = self.text_encoder(jnp.where(mask, ids, 0), mask).astype(self.dtype)
+    def _encode_text(self, ids, mask, remat: Remat = "full"):
+        state = self.text_encoder(jnp.where(mask, ids, 0), mask, remat=remat).astype(self.dtype)
         return self.text_norm(state), mask
 
-    def _encode_speaker(self, latents, mask):
+    def _encode_speaker(self, latents, mask, remat: Remat = "full"):
         # The encoder is causal and takes no mask. Zeros after the last unmasked patch keep NaN out
         # and change nothing before them.
         mask = mask[:: self.config.patch_size]
         is_before_end = jnp.repeat(jnp.cumsum(mask[::-1])[::-1] > 0, self.config.patch_size)
         latents = jnp.where(is_before_end[:, None], latents, 0).astype(self.dtype)
-        return self.speaker_norm(self.speaker_encoder(latents)), mask
+        return self.speaker_norm(self.speaker_encoder(latents, remat=remat)), mask
 
     @property
     def _head_dim(self) -> int:

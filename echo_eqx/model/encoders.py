@@ -1,14 +1,14 @@
 """Encoders of the text and of latents. They depend on neither the noise nor the timestep."""
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from echo_eqx.config import DiTConfig, EncoderConfig
 from echo_eqx.layers.linear import Embedding, Linear
 from echo_eqx.layers.rotary import rotary_angles
-from echo_eqx.model.blocks import TransformerBlock, scan_layers, stack_layers
+from echo_eqx.model.attention import KeyMask
+from echo_eqx.model.blocks import Remat, TransformerBlock, scan_layers, stack_layers
 
 
 def init_blocks(config: EncoderConfig, eps: float, key: PRNGKeyArray) -> TransformerBlock:
@@ -31,10 +31,13 @@ class TextEncoder(eqx.Module):
             blocks=init_blocks(config.text, config.norm_eps, key_blocks),
         )
 
-    def __call__(self, ids: Int[Array, " s"], mask: Bool[Array, " s"]) -> Float[Array, "s e"]:
+    def __call__(
+        self, ids: Int[Array, " s"], mask: Bool[Array, " s"], *, remat: Remat = "full"
+    ) -> Float[Array, "s e"]:
         x = self.text_embedding(ids)
         angles = rotary_angles(len(ids), self.blocks.attention.head_dim)
-        return scan_layers(lambda block, x, _: block(x, mask[None], angles), x, self.blocks)
+        keys = KeyMask.of(mask)
+        return scan_layers(lambda block, x, _: block(x, keys, angles), x, self.blocks, remat=remat)
 
 
 class LatentEncoder(eqx.Module):
@@ -56,9 +59,12 @@ class LatentEncoder(eqx.Module):
             proj_scale=config.speaker_proj_scale,
         )
 
-    def __call__(self, latents: Float[Array, "r c"]) -> Float[Array, "p e"]:
+    def __call__(
+        self, latents: Float[Array, "r c"], *, remat: Remat = "full"
+    ) -> Float[Array, "p e"]:
         num_patches = latents.shape[0] // self.patch_size
         x = self.in_proj(latents.reshape(num_patches, -1)) * self.proj_scale
         angles = rotary_angles(num_patches, self.blocks.attention.head_dim)
-        causal = jnp.tril(jnp.ones((num_patches, num_patches), bool))
-        return scan_layers(lambda block, x, _: block(x, causal, angles), x, self.blocks)
+        return scan_layers(
+            lambda block, x, _: block(x, None, angles, causal=True), x, self.blocks, remat=remat
+        )

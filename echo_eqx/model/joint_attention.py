@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from echo_eqx.layers.linear import Linear
 from echo_eqx.layers.norm import RMSNorm
 from echo_eqx.layers.rotary import apply_half_rope
-from echo_eqx.model.attention import dot_product_attention, split_heads
+from echo_eqx.model.attention import KeyMask, dot_product_attention, split_heads
 
 
 class KVCache(eqx.Module):
@@ -103,19 +103,18 @@ class JointAttention(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "t d"],
-        frame_mask: Bool[Array, " t"],
         angles: Float[Array, "t a"],
-        extra_kv: list[tuple[KVCache, Bool[Array, " _"]]],
+        extra_kv: list[KVCache],
+        mask: KeyMask,
     ) -> Float[Array, "t d"]:
-        """`extra_kv`: more keys and values to attend to, each with the mask of its keys."""
+        """`mask` covers the frames of `x` and then the keys of `extra_kv`, in their order."""
         queries = self.q_norm(split_heads(self.wq(x), self.head_dim))
         keys = self.k_norm(split_heads(self.wk(x), self.head_dim))
         values = split_heads(self.wv(x), self.head_dim)
         queries = apply_half_rope(queries, angles)
         keys = apply_half_rope(keys, angles)
 
-        keys = jnp.concatenate([keys, *(kv.keys for kv, _ in extra_kv)])
-        values = jnp.concatenate([values, *(kv.values for kv, _ in extra_kv)])
-        mask = jnp.concatenate([frame_mask, *(kv_mask for _, kv_mask in extra_kv)])
-        out = dot_product_attention(queries, keys, values, mask[None]).reshape(len(x), -1)
+        keys = jnp.concatenate([keys, *(kv.keys for kv in extra_kv)])
+        values = jnp.concatenate([values, *(kv.values for kv in extra_kv)])
+        out = dot_product_attention(queries, keys, values, mask).reshape(len(x), -1)
         return self.wo(jax.nn.sigmoid(self.gate(x)) * out, row_parallel=True)

@@ -11,6 +11,7 @@ from echo_eqx import voice
 from echo_eqx.config import DIT_PRESETS, DiTConfig
 from echo_eqx.errors import UsageError
 from echo_eqx.generation import REFERENCE_LUFS, SamplerSettings
+from echo_eqx.model.blocks import Remat
 from echo_eqx.train.settings import (
     OptimizerConfig,
     RunConfig,
@@ -36,6 +37,10 @@ class ObjectiveConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of the model: auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters,
     moments, norms and the loss are float32 always."""
+    remat: Remat = "dots"
+    """What the backward pass computes again to save memory: full (one activation per layer is kept:
+    least memory, a third more arithmetic), dots (the results of linear layers and attention are
+    kept, elementwise operations are repeated) or none (everything is kept)."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def loss_and_gradients(
                 timestep_logit_mean=objective.timestep_logit_mean,
             )
             model = mark_fsdp_shards(cast(model, objective.dtype))
-            return jnp.sum(squared_errors(model, batch, sample) * weight) / total
+            return jnp.sum(squared_errors(model, batch, sample, objective.remat) * weight) / total
 
         # Marking replicated parameters as varying delays the sum of their gradients to the end.
         model = jax.tree.map(lambda leaf, spec: _varying(leaf, replicated_axes(spec)), model, specs)

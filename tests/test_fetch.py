@@ -107,12 +107,12 @@ def test_the_wish_of_a_server_to_wait_is_heeded_and_capped(server, tmp_path, mon
         (["404"], 1, "the Hub answered 404"),
         (["401"], 1, "answered 401; check the name, and log in"),
         (["403"], 1, "answered 403; use a token that has access"),
-        (["503"] * 9, 8, "0 of 200000 bytes after 8 attempts: cannot download shard a.tar"),
-        (["short:9"] + ["short:0"] * 9, 8, "stays at 9 of 200000 bytes after 8 attempts"),
+        (["503"] * 9, 8, "0 of 200000 bytes after 8 attempts without progress: cannot download shard a.tar"),
+        (["short:9"] + ["short:0"] * 9, 8, "stopped at 9 of 200000 bytes after 8 attempts"),
         # Nothing new comes of starting over, however much of it.
-        (["norange:70000"] * 20, 8, "stays at 70000 of 200000 bytes after 8 attempts"),
-        (["corrupt"] * 3, 3, "fetched 3 times and has SHA-256"),
-        (["longer"] * 3, 3, "fetched 3 times and has more than 200000 bytes"),
+        (["norange:70000"] * 20, 8, "stopped at 70000 of 200000 bytes after 8 attempts"),
+        (["corrupt"] * 3, 3, "a.tar: expected SHA-256"),
+        (["longer"] * 3, 3, "expected 200000 bytes, got more in 3 downloads"),
     ],
 )
 def test_what_does_not_pass_is_one_sentence(server, tmp_path, faults, requests, message):
@@ -133,7 +133,7 @@ def test_what_does_not_pass_is_one_sentence(server, tmp_path, faults, requests, 
 def test_a_size_that_is_not_the_listed_one_is_refused(server, tmp_path):
     shard = put(server, known=False)
     other = Shard(shard.name, SIZE + 1, url=shard.url)
-    with pytest.raises(EchoError, match="has 200000 bytes; wanted 200001"):
+    with pytest.raises(EchoError, match="expected 200001 bytes, got 200000"):
         ShardCache(tmp_path / "cache", 2 * SIZE).open(other)
     assert len(server.requests) == 3
 
@@ -181,7 +181,7 @@ def test_the_bound_holds_and_nothing_held_is_dropped(server, tmp_path):
         done.set()
         watcher.join()
     assert SIZE < largest <= bound
-    with pytest.raises(UsageError, match=r"take 3000000000 bytes .* --cache_gb of at least 3"):
+    with pytest.raises(UsageError, match=r"--cache_gb: expected at least 3, .* 3000000000 bytes"):
         cache.check_fits(3 * 10**9)
     ShardCache(folder, SIZE)  # a smaller bound holds from the start
     assert not list(folder.glob("*.*"))
@@ -195,7 +195,7 @@ def test_room_that_others_hold_is_waited_for_and_then_refused(server, tmp_path, 
     threading.Timer(0.4, os.close, [held]).start()
     assert contents(second, two) == original(server, two)
     held = first.open(one)
-    with pytest.raises(UsageError, match=r"bb.tar could not be had .* --cache_gb"):
+    with pytest.raises(UsageError, match=r"bb.tar: no room .* --cache_gb"):
         second.open(two)
     os.close(held)
 

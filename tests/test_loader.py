@@ -476,7 +476,7 @@ def test_what_goes_wrong_in_the_background_comes_to_the_front(tmp_path, opened):
     (data / "00001.tar").unlink()
     stream = opened(shard_index, num_streams=1, batch_size=4)
     for _ in range(2):
-        with pytest.raises(EchoError, match=r"00001.tar cannot be opened: No such file"):
+        with pytest.raises(EchoError, match=r"cannot open .*00001.tar: No such file"):
             take(stream, 9)
     stream.close()
     assert list(stream) == []
@@ -528,7 +528,7 @@ def test_from_the_hub_through_a_small_cache_it_is_the_same(tmp_path, monkeypatch
         assert all(map(same_step, straight, take(stream, 12)))
         stream.close()
         assert sum(path.stat().st_size for path in (tmp_path / folder).glob("*.*")) <= bound
-    with pytest.raises(UsageError, match=r"--cache_gb .* or fewer --num_streams"):
+    with pytest.raises(UsageError, match=r"--cache_gb: .* lower --num_streams"):
         opened(shard_index, cache=ShardCache(tmp_path / "none", largest), **settings)
     server.faults = ["404"]
     with pytest.raises(EchoError, match="answers 404"):

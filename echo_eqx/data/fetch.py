@@ -1,9 +1,12 @@
-"""A bounded folder of shards from the Hub, fetched ahead and shared by the processes of a machine.
+"""A bounded cache folder for shards from the Hub, filled ahead and shared by processes.
 
-What makes sharing work: an open, locked file descriptor is what holds a shard or a download, so
-that whoever dies lets go. A download is `NAME.SIZE.part` until it is whole, and counts with its
-full size from the start. A shard's modification time is when it was fetched or asked for, and 0
-once it was opened for reading, which makes it the first to go.
+An open, locked file descriptor holds a shard or a download, so a process that dies releases it. A
+download is `NAME.SIZE.part` until it is complete, and takes up its full size from the start. A
+shard's modification time is when it was fetched or requested, and 0 once it was opened, so shards
+already read are dropped first.
+
+Downloads are our own, not `hf_hub_download`: that one starts over after a killed process, does not
+check where a resumed response starts, and knows no bound.
 """
 
 import contextlib
@@ -28,22 +31,21 @@ from echo_eqx.hub import HubOffline, HubUnavailable, hub_errors
 
 NUM_THREADS = 4
 MAX_ATTEMPTS = 8
-"""Attempts in a row without a byte more than before, after which a download is given up."""
+"""Attempts in a row without progress before a download is given up."""
 MAX_DOWNLOADS = 3
-"""How often a file is fetched whose content turns out wrong."""
+"""Downloads of a file whose content is wrong, before that is an error."""
 BACKOFF = 1.0
 """Seconds before the second attempt; doubles from there, with jitter."""
 MAX_BACKOFF = 60.0
 TIMEOUT = 30.0
 ROOM_WAIT = 600.0
-"""Seconds to wait for room that other readers of the folder hold."""
+"""Seconds to wait for room that other readers of the folder take up."""
 CLOSE_WAIT = 5.0
-"""Seconds that closing waits for threads; one that waits for a server ends with the process."""
+"""Seconds that closing waits for the threads; later they end with the process."""
 UNUSED = 3600.0
-"""Seconds after which a shard or download that no one asked for makes room for one fetched ahead.
-"""
+"""Seconds after which a shard that nobody requested is dropped for a prefetched one."""
 _CACHED = re.compile(r"[0-9a-f]{24}\.[0-9]+\.(tar|part)")
-"""What this cache writes. A folder may hold other tars, which are never dropped."""
+"""File names of this cache. Other files in the folder are never dropped."""
 _POLL = 0.1
 
 
@@ -52,9 +54,9 @@ class CorruptDownload(EchoError):
 
 
 class ShardCache:
-    """Shards as open files; those on the Hub by way of `folder`, never above `max_bytes`.
+    """Shards as open files; those on the Hub are kept in `folder`, within `max_bytes`.
 
-    One object for each `Stream`; several, also of other processes, may share the folder.
+    Each `DataLoader` has its own; several, also in other processes, may share the folder.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -68,21 +70,18 @@ class ShardCache:
                 self._make_room(0, demanded=True)
 
     def check_fits(self, num_bytes: int) -> None:
-        """Refuse shards of `num_bytes` that must be held at once.
-
-        **Raises**: `UsageError` if they exceed the bound.
-        """
+        """**Raises**: `UsageError` if `num_bytes`, held at once, exceed the bound."""
         if num_bytes > self.max_bytes:
             raise UsageError(
-                f"the shards read at once take {num_bytes} bytes and the cache may hold "
-                f"{self.max_bytes}; wanted --cache_gb of at least {-(-num_bytes // 10**9)}, or "
-                "fewer --num_streams"
+                f"--cache_gb: expected at least {-(-num_bytes // 10**9)}, because the shards read "
+                f"at once take {num_bytes} bytes, got {self.max_bytes / 1e9:g}; raise it or set a "
+                "lower --num_streams"
             )
 
     def request(self, shard: Shard) -> None:
-        """Fetch a shard in the background, unless that leaves no room for what is wanted first.
+        """Fetch a shard in the background if there is room that is not needed sooner.
 
-        Cheap enough to be repeated; what fails is raised by `open`.
+        Cheap to repeat; errors are raised by `open`.
         """
         if shard.path is not None or self._closed.is_set():
             return
@@ -100,15 +99,15 @@ class ShardCache:
         self._waiting.put((future, shard))
 
     def open(self, shard: Shard) -> int:
-        """Descriptor of a whole shard. It is held in the cache until `os.close`.
+        """Descriptor of a complete shard. The cache keeps it until `os.close`.
 
-        **Raises**: `EchoError` if it cannot be had.
+        **Raises**: `EchoError` if it cannot be fetched or opened.
         """
         if shard.path is not None:
             try:
                 return os.open(shard.path, os.O_RDONLY)
             except OSError as error:
-                raise EchoError(f"{shard.path} cannot be opened: {error.strerror}") from None
+                raise EchoError(f"cannot open {shard.path}: {error.strerror}") from None
         ahead = self._ahead.pop(shard.name, None)
         if ahead is not None and not ahead.cancel():
             ahead.result()
@@ -122,21 +121,21 @@ class ShardCache:
                 return held
             if self._fetch(shard, demanded=True):
                 continue
-            # What this object fetches ahead ends by itself, and can make room then; so does what
-            # another process fetches of this shard, while it grows.
+            # Wait on while our own prefetches run, which make room when done, or while another
+            # process's download of this shard grows.
             before, pulse = pulse, self._pulse(shard)
             if pulse != before or any(not future.done() for future in self._ahead.values()):
                 deadline = time.monotonic() + ROOM_WAIT
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"shard {shard.name} could not be had in {ROOM_WAIT:.0f} s: other readers of "
-                    f"{self.folder} hold it, or the room for its {shard.size} bytes; wanted a "
-                    "larger --cache_gb or fewer --num_streams"
+                    f"shard {shard.name}: no room for its {shard.size} bytes in {ROOM_WAIT:.0f} s, "
+                    f"because other readers of {self.folder} hold it or the room; raise --cache_gb "
+                    "or set a lower --num_streams"
                 )
             self._closed.wait(_POLL)
 
     def close(self) -> None:
-        """Stop what is fetched; it goes on from there another time."""
+        """Stop all downloads; a later one continues where they stopped."""
         self._closed.set()
         for _ in self._threads:
             self._waiting.put(None)
@@ -165,10 +164,10 @@ class ShardCache:
 
     def _check_open(self, shard: Shard) -> None:
         if self._closed.is_set():
-            raise EchoError(f"shard {shard.name} was not fetched: the stream was closed")
+            raise EchoError(f"shard {shard.name} was not fetched because the loader was closed")
 
     def _fetch(self, shard: Shard, demanded: bool) -> bool:
-        """Whether the shard is now here. It is not if there is no room, or another fetches it."""
+        """Whether the shard is here now; not if there is no room or another process fetches it."""
         self._check_open(shard)
         whole = self._whole(shard)
         try:
@@ -185,12 +184,12 @@ class ShardCache:
         return True
 
     def _reserve(self, shard: Shard, demanded: bool) -> int | None:
-        """Locked descriptor of the shard's download, with room for all of it."""
+        """Locked descriptor of the shard's download, with room for its full size."""
         self.check_fits(shard.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self._whole(shard).with_suffix(".part")
         with self._room_lock():
-            # In this order: a download turns into a whole shard outside of this lock.
+            # In this order: a download becomes a complete shard outside this lock.
             if part.exists():
                 return _lock(part, os.O_RDWR, fcntl.LOCK_EX)
             if self._whole(shard).exists() or not self._make_room(shard.size, demanded):
@@ -204,13 +203,13 @@ class ShardCache:
             yield
 
     def _make_room(self, size: int, demanded: bool) -> bool:
-        """Drop shards until `size` bytes more fit: none that is held, and for one that is only
-        fetched ahead, none that is still to be read."""
+        """Drop shards until `size` more bytes fit: never one that is held, and for a prefetch
+        (not `demanded`) none that is still to be read."""
         files = []
         total = 0
         for path in self.folder.iterdir():
-            if _CACHED.fullmatch(path.name) and not path.is_symlink():  # not other files' room
-                with contextlib.suppress(FileNotFoundError):  # a download has turned whole
+            if _CACHED.fullmatch(path.name) and not path.is_symlink():  # other files do not count
+                with contextlib.suppress(FileNotFoundError):  # a download has completed
                     files.append((path.stat().st_mtime, path))
                 total += _size_of(path)
         missing = total + size - self.max_bytes
@@ -233,14 +232,13 @@ class ShardCache:
         while True:
             try:
                 self._attempt(shard, held)
-                _check_content(shard, held)
-                return
+                return _check_content(shard, held)
             except CorruptDownload as error:
                 os.ftruncate(held, 0)
                 wrong += 1
                 if wrong == MAX_DOWNLOADS:
                     raise EchoError(
-                        f"shard {shard.name} was fetched {wrong} times and {error}"
+                        f"shard {shard.name}: {error} in {wrong} downloads"
                     ) from None
             except HubOffline:
                 raise
@@ -250,8 +248,8 @@ class ShardCache:
                 best = max(best, have)
                 if attempts == MAX_ATTEMPTS:
                     raise EchoError(
-                        f"shard {shard.name} stays at {have} of {shard.size} bytes after "
-                        f"{attempts} attempts: {error}"
+                        f"shard {shard.name}: stopped at {have} of {shard.size} bytes after "
+                        f"{attempts} attempts without progress: {error}"
                     ) from None
                 wait = error.retry_after
                 if wait is None:
@@ -260,7 +258,7 @@ class ShardCache:
                 self._closed.wait(wait)
 
     def _attempt(self, shard: Shard, held: int) -> None:
-        """One request for what is still missing, appended to the download."""
+        """One request for the missing bytes, appended to the download."""
         self._check_open(shard)
         have = os.fstat(held).st_size
         if have >= shard.size:
@@ -273,22 +271,22 @@ class ShardCache:
                 "GET", str(shard.url), headers=headers, timeout=TIMEOUT
             ) as response:
                 hf_raise_for_status(response)
-                start, total = _range_of(response.status_code, response.headers)
+                start, total = _content_range(response.status_code, response.headers)
                 if total is not None and total != shard.size:
-                    raise CorruptDownload(f"has {total} bytes; wanted {shard.size}")
+                    raise CorruptDownload(f"expected {shard.size} bytes, got {total}")
                 if start != have:
                     os.ftruncate(held, 0)
                     have = 0
                     if start != 0:
-                        raise HubUnavailable(f"the answer starts at byte {start}")
+                        raise HubUnavailable(f"the response starts at byte {start}")
                 for chunk in response.iter_bytes():
                     self._check_open(shard)
                     if have + len(chunk) > shard.size:
-                        raise CorruptDownload(f"has more than {shard.size} bytes")
+                        raise CorruptDownload(f"expected {shard.size} bytes, got more")
                     self._append(shard, held, chunk, have)
                     have += len(chunk)
         if have < shard.size:
-            raise HubUnavailable("the answer ended early")
+            raise HubUnavailable("the response ended early")
 
     def _append(self, shard: Shard, held: int, chunk: bytes, position: int) -> None:
         try:
@@ -298,7 +296,7 @@ class ShardCache:
             raise self._cannot_write(shard, error) from None
 
     def _cannot_write(self, shard: Shard, error: OSError) -> EchoError:
-        return EchoError(f"shard {shard.name} cannot be written to {self.folder}: {error.strerror}")
+        return EchoError(f"cannot write shard {shard.name} to {self.folder}: {error.strerror}")
 
 
 def _lock(path: Path, flags: int, kind: int) -> int | None:
@@ -318,7 +316,7 @@ def _lock(path: Path, flags: int, kind: int) -> int | None:
 
 
 def _size_of(path: Path) -> int:
-    """Bytes that a shard has when it is whole: `NAME.SIZE.tar`."""
+    """Size of the complete shard: `NAME.SIZE.tar`."""
     return int(path.name.split(".")[-2])
 
 
@@ -329,11 +327,11 @@ def _check_content(shard: Shard, held: int) -> None:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
-        raise CorruptDownload(f"has SHA-256 {digest}; wanted {shard.sha256}")
+        raise CorruptDownload(f"expected SHA-256 {shard.sha256}, got {digest}")
 
 
-def _range_of(status: int, headers: Mapping[str, str]) -> tuple[int, int | None]:
-    """First byte of an answer, and of how many in all; a server may ignore what was asked for."""
+def _content_range(status: int, headers: Mapping[str, str]) -> tuple[int, int | None]:
+    """First byte of a response, and the file size; a server may ignore the range requested."""
     if status == 200:
         length = headers.get("content-length", "")
         return 0, int(length) if length.isdigit() else None

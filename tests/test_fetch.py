@@ -107,7 +107,11 @@ def test_the_wish_of_a_server_to_wait_is_heeded_and_capped(server, tmp_path, mon
         (["404"], 1, "the Hub answered 404"),
         (["401"], 1, "answered 401; check the name, and log in"),
         (["403"], 1, "answered 403; use a token that has access"),
-        (["503"] * 9, 8, "0 of 200000 bytes after 8 attempts without progress: cannot download shard a.tar"),
+        (
+            ["503"] * 9,
+            8,
+            "0 of 200000 bytes after 8 attempts without progress: cannot download shard a.tar",
+        ),
         (["short:9"] + ["short:0"] * 9, 8, "stopped at 9 of 200000 bytes after 8 attempts"),
         # Nothing new comes of starting over, however much of it.
         (["norange:70000"] * 20, 8, "stopped at 70000 of 200000 bytes after 8 attempts"),

@@ -309,6 +309,12 @@ def test_hostile_members_of_a_tar_are_refused(tmp_path):
         ("bytes.wav", good),
         ("bytes.txt", "wörter".encode("latin-1")),
         ("picture.png", b"..."),
+        ("more.tar.gz", b"..."),
+        ("two.txt", b"one text"),
+        ("two.json", text),
+        ("both.wav", good),
+        ("both.txt", b"not this text"),
+        ("both.json", b'{"text": "but this"}'),
     ]
     path = put_tar(tmp_path / "0.tar", members)
     with tarfile.open(path, "a") as tar:
@@ -318,17 +324,22 @@ def test_hostile_members_of_a_tar_are_refused(tmp_path):
             tar.addfile(info)
     before = sorted(tmp_path.rglob("*"))
     clips, refusals = listed(path)
-    assert [(clip.key, clip.text) for clip in clips] == [("good", "words"), ("plain", "wörter")]
+    assert [(clip.key, clip.text) for clip in clips] == [
+        ("both", "but this"),
+        ("good", "words"),
+        ("plain", "wörter"),
+    ]
     assert kinds(refusals) == {
         "path": 6,
-        "duplicate": 1,
+        "duplicate": 2,
         "orphan": 1,
-        "audio": 1,
+        "audio": 2,
+        "unread": 2,
         "manifest": 1,
         "utf8": 1,
     }
     assert sorted(tmp_path.rglob("*")) == before
-    assert len(clips[0].load(RATE)) == RATE
+    assert len(clips[1].load(RATE)) == RATE
 
 
 def test_tars_that_are_cut_off_or_no_tars_are_refused(tmp_path):

@@ -237,9 +237,7 @@ class ShardCache:
                 os.ftruncate(held, 0)
                 wrong += 1
                 if wrong == MAX_DOWNLOADS:
-                    raise EchoError(
-                        f"shard {shard.name}: {error} in {wrong} downloads"
-                    ) from None
+                    raise EchoError(f"shard {shard.name}: {error} in {wrong} downloads") from None
             except HubOffline:
                 raise
             except HubUnavailable as error:

@@ -11,12 +11,13 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.hub import SCHEME, HubDataset, HubUnavailable, hub_errors
 
-FRAME_RATE = 25.0
-"""Latent frames a second, where the shards do not say."""
+FRAME_RATE = CodecConfig().frame_rate
+"""Latent frames per second of the published codec, assumed where no codec.json is present."""
 HOLDOUT = "holdout"
 """Folder of shards to evaluate on. Nothing in it is listed unless it is asked for by name."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")

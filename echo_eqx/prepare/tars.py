@@ -57,7 +57,8 @@ def _from_tar(tar_name: str, path: Path) -> Recordings:
                 elif member.kind != tar.FILE:
                     yield SkippedInput("path", place, f"is a {member.kind}; expected a file")
                 elif kind not in ("audio", ".json", ".txt"):
-                    continue
+                    detail = "expected audio, .json or .txt; not used"
+                    yield SkippedInput("unread", place, detail)
                 elif kind in groups.setdefault(name, {}):
                     yield SkippedInput("duplicate", place, "is the second of this name")
                 else:
@@ -65,15 +66,18 @@ def _from_tar(tar_name: str, path: Path) -> Recordings:
     except (tar.TarError, OSError) as error:  # what came before is good
         yield SkippedInput("manifest", tar_name, f"cannot be read as a tar: {str(error)[:150]}")
     for name, members in sorted(groups.items()):
-        yield _from_group(f"{tar_name}/{name}", name, path, members)
+        yield from _from_group(f"{tar_name}/{name}", name, path, members)
 
 
 def _from_group(
     full_name: str, name: str, path: Path, members: dict[str, tar.Member]
-) -> Recording | SkippedInput:
+) -> Recordings:
+    """The members of one name: a recording, and what of them is not used."""
     audio = members.get("audio")
     if audio is None:
-        return SkippedInput("audio", full_name, "a transcript without audio")
+        got = " and ".join(sorted(members))
+        yield SkippedInput("audio", full_name, f"expected audio, got only {got}")
+        return
     place = f"{full_name}{PurePosixPath(audio.name).suffix}"
     fields: dict[str, Any] = {}
     for kind in (".txt", ".json"):
@@ -81,7 +85,8 @@ def _from_group(
             continue
         member = members[kind]
         if member.size > MAX_TEXT_BYTES:
-            return SkippedInput("manifest", full_name + kind, f"has {member.size} bytes")
+            yield SkippedInput("manifest", full_name + kind, f"has {member.size} bytes")
+            return
         with FileRange(path, member.offset, member.size).open() as file:
             data = file.read()
         if kind == ".txt":
@@ -89,11 +94,16 @@ def _from_group(
             continue
         parsed = parse_object(data, full_name + kind)
         if isinstance(parsed, SkippedInput):
-            return parsed
+            yield parsed
+            return
+        if "text" in fields and "text" in parsed:
+            detail = "not used, because the .json has the text"
+            yield SkippedInput("duplicate", f"{full_name}.txt", detail)
         fields |= parsed
     if len(members) == 1:
-        return SkippedInput("orphan", place, "audio without a transcript")
-    return Recording(full_name, name, place, FileRange(path, audio.offset, audio.size), fields)
+        yield SkippedInput("orphan", place, "audio without a transcript")
+    else:
+        yield Recording(full_name, name, place, FileRange(path, audio.offset, audio.size), fields)
 
 
 def read_parquet(files: Files) -> Recordings:

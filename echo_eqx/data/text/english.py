@@ -20,6 +20,7 @@ from echo_eqx.data.text.english_tables import (
     KINGS,
     MAY_END,
     MONTHS,
+    NOT_STREETS,
     READ_AS_WORDS,
     SIZES,
     SPELLED,
@@ -125,44 +126,29 @@ def _telephone(match: regex.Match) -> str:
     return plus + ", ".join(map(_digits, regex.findall("[0-9]+", match[0])))
 
 
-def _date(year: str | None, month: int, day: int, match: regex.Match) -> str:
-    if not (1 <= month <= 12 and 1 <= day <= 31):
+def _date(match: regex.Match) -> str:
+    """With the groups year, month (number or name) and day; month and day may be swapped."""
+    year, month, day = match["year"], match["month"], int(match["day"])
+    number = int(month) if month.isdigit() else _month_of(month)
+    if number > 12 and "/" in match[0] and not match[0].startswith(year):
+        number, day = day, number
+    if not (1 <= number <= 12 and 1 <= day <= 31):
         return match[0]
-    said = f"{MONTHS[month - 1]} {_ordinal(str(day))}"
-    return f"{said}, {_year(year)}" if year else said
-
-
-def _iso_date(match: regex.Match) -> str:
-    return _date(match[1], int(match[3]), int(match[4]), match)
-
-
-def _slash_date(match: regex.Match) -> str:
-    first, second = int(match[1]), int(match[2])
-    year = match[3] if len(match[3]) == 4 else "20" + match[3]
-    if first > 12:
-        return _date(year, second, first, match)
-    return _date(year, first, second, match)
-
-
-def _dotted_date(match: regex.Match) -> str:
-    return _date(match[3], int(match[2]), int(match[1]), match)
+    said = f"{MONTHS[number - 1]} {_ordinal(str(day))}"
+    return f"{said}, {_year(year if len(year) == 4 else '20' + year)}" if year else said
 
 
 def _month_of(name: str) -> int:
     return next(i for i, month in enumerate(MONTHS, 1) if month[:3] == name[:3])
 
 
-def _month_first(match: regex.Match) -> str:
-    return _date(match[3], _month_of(match[1]), int(match[2]), match)
-
-
 def _day_first(match: regex.Match) -> str:
-    said = f"the {_ordinal(match[1])} of {MONTHS[_month_of(match[2]) - 1]}"
-    return f"{said}, {_year(match[3])}" if match[3] else said
+    said = f"the {_ordinal(match['day'])} of {MONTHS[_month_of(match['month']) - 1]}"
+    return f"{said}, {_year(match['year'])}" if match["year"] else said
 
 
 def _month_and_year(match: regex.Match) -> str:
-    return f"{MONTHS[_month_of(match[1]) - 1]} {_year(match[2])}"
+    return f"{MONTHS[_month_of(match['month']) - 1]} {_year(match['year'])}"
 
 
 def _time(match: regex.Match) -> str:
@@ -262,8 +248,10 @@ def _word(match: regex.Match) -> str:
 
 
 def _saint_or_street(match: regex.Match) -> str:
-    if regex.match(r"\s+\p{Lu}", match.string, pos=match.end()) and not match["name"]:
-        return "Saint" if match["short"] == "St." else "Doctor"
+    """`5th St.` and `Main St.` are streets; `St. Paul` and `the 3rd St. Patrick's Day` are not."""
+    next_name = regex.match(r"\s+\p{Lu}[\p{L}-]*('s)?", match.string, pos=match.end())
+    if next_name and (next_name[1] or not match["name"]):
+        return f"{match['name'] or ''}{'Saint' if match['short'] == 'St.' else 'Doctor'}"
     ends = "." if regex.match(r"\s*$|\s+\p{Lu}", match.string, pos=match.end()) else ""
     return f"{match['name'] or ''}{'Street' if match['short'] == 'St.' else 'Drive'}{ends}"
 
@@ -292,11 +280,14 @@ def _letters(match: regex.Match) -> str:
 
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-_MONTH = rf"((?:{'|'.join(f'{m}|{m[:3]}' for m in MONTHS)}|Sept)\b)\.?"
+_MONTH = rf"(?P<month>(?:{'|'.join(f'{m}|{m[:3]}' for m in MONTHS)}|Sept)\b)\.?"
+_MM, _DD, _YYYY = r"(?P<month>[0-9]{1,2})", r"(?P<day>[0-9]{1,2})", r"(?P<year>[12][0-9]{3})"
+_HALF = r"(?P<half>[aApP]\.m\.|[AP]\.M\.|[aApP][mM]\b)"
+_ALL_CURRENCIES = "".join(CURRENCIES)
 _BEFORE = r"(?<![\p{L}\p{N}.,/:-])"
 _AFTER = r"(?![\p{L}\p{N}])"
 _FREE = r"(?<![\p{L}\p{N}])"
-_SYMBOL = rf"(?:US)?(?P<symbol>[{''.join(CURRENCIES)}])"
+_SYMBOL = rf"(?:US)?(?P<symbol>[{_ALL_CURRENCIES}])"
 _SIZE = r"(?:\s?(?P<size>thousand|million|billion|trillion|bn|mn|[kKMB])(?!\p{L}))?"
 _EITHER = "|".join(map(regex.escape, sorted(UNITS, key=len, reverse=True)))
 _ENDINGS = "com|org|net|edu|gov|io|ai|dev|app|info|co\\.uk|de|fr|eu"
@@ -338,34 +329,28 @@ _RULES: list[tuple] = [
     _rule(rf"{_BEFORE}0[0-9]{{2,4}}[ /-][0-9]{{3,}}(?:[ -][0-9]{{2,}})*{_AFTER}", _telephone),
     _rule(rf"{_BEFORE}[0-9]{{2,}}(?: [0-9]{{2,}}){{2,}}{_AFTER}", _telephone),
     _rule(
-        rf"{_BEFORE}([0-9]{{4}})([-/])([0-9]{{1,2}})\2([0-9]{{1,2}})(?:T(?=[0-9]))?(?![0-9-])",
-        _iso_date,
+        rf"{_BEFORE}(?P<year>[0-9]{{4}})([-/]){_MM}\2{_DD}(?:T(?=[0-9]))?(?![0-9-])",
+        _date,
     ),
-    _rule(
-        rf"{_BEFORE}([0-9]{{1,2}})/([0-9]{{1,2}})/([0-9]{{4}}|[0-9]{{2}})(?![0-9/])", _slash_date
-    ),
-    _rule(rf"{_BEFORE}([0-9]{{1,2}})\.([0-9]{{1,2}})\.((?:1|2)[0-9]{{3}})(?![0-9])", _dotted_date),
+    _rule(rf"{_BEFORE}{_MM}/{_DD}/(?P<year>[0-9]{{4}}|[0-9]{{2}})(?![0-9/])", _date),
+    _rule(rf"{_BEFORE}{_DD}\.{_MM}\.{_YYYY}(?![0-9])", _date),
     _rule(rf"{_FREE}([vV])?\.?([0-9]+(?:\.[0-9]+){{2,}}){_AFTER}", _version),
     _rule(rf"{_FREE}([vV])\.?\s?([0-9]+(?:\.[0-9]+)?){_AFTER}", _version),
     # Dates and times
+    _rule(rf"\b{_MONTH}\s+{_DD}(?:st|nd|rd|th)?(?:,?\s+{_YYYY})?{_AFTER}", _date),
     _rule(
-        rf"\b{_MONTH}\s+([0-9]{{1,2}})(?:st|nd|rd|th)?(?:,?\s+([12][0-9]{{3}}))?{_AFTER}",
-        _month_first,
-    ),
-    _rule(
-        rf"\b(?:the\s+)?([0-9]{{1,2}})(?:st|nd|rd|th)?\.?\s+(?:of\s+)?{_MONTH}"
-        rf"(?:,?\s+([12][0-9]{{3}}))?{_AFTER}",
+        rf"\b(?:the\s+)?{_DD}(?:st|nd|rd|th)?\.?\s+(?:of\s+)?{_MONTH}"
+        rf"(?:,?\s+{_YYYY})?{_AFTER}",
         _day_first,
     ),
-    _rule(rf"\b{_MONTH},?\s+([12][0-9]{{3}}){_AFTER}", _month_and_year),
+    _rule(rf"\b{_MONTH},?\s+{_YYYY}{_AFTER}", _month_and_year),
     _rule(
         rf"{_BEFORE}(?P<hour>[0-9]{{1,2}}):(?P<minute>[0-9]{{2}})(?::(?P<second>[0-9]{{2}}))?"
-        r"(?:\s?(?P<half>[aApP]\.m\.|[AP]\.M\.|[aApP][mM]\b))?(?![0-9:])",
+        rf"(?:\s?{_HALF})?(?![0-9:])",
         _time,
     ),
     _rule(
-        rf"{_BEFORE}(?P<hour>1[0-2]|0?[1-9])(?P<minute>)(?P<second>)\s?"
-        r"(?P<half>[aApP]\.m\.|[AP]\.M\.|[aApP][mM]\b)",
+        rf"{_BEFORE}(?P<hour>1[0-2]|0?[1-9])(?P<minute>)(?P<second>)\s?{_HALF}",
         _time,
     ),
     _rule(rf"{_BEFORE}([0-9]+):([0-9]+)(?![0-9:])", r"\1 to \2"),
@@ -375,7 +360,7 @@ _RULES: list[tuple] = [
     _rule(rf"{_BEFORE}24/7{_AFTER}", "twenty-four seven"),
     _rule(rf"{_BEFORE}9/11{_AFTER}", "nine eleven"),
     _rule(
-        rf"([{''.join(CURRENCIES)}])({_NUMBER})\s?[-–]\s?\1?({_NUMBER})",
+        rf"([{_ALL_CURRENCIES}])({_NUMBER})\s?[-–]\s?\1?({_NUMBER})",
         lambda match: f"{_number(match[2])} to {match[1]}{match[3]}",
     ),
     _rule(
@@ -397,6 +382,11 @@ _RULES: list[tuple] = [
     _rule(rf"{_FREE}([0-9]+)'([0-9]{{1,2}})\"", lambda m: f"{_number(m[1])} foot {_number(m[2])}"),
     _rule(r"(?<=[0-9])\s?[x×*]\s?(?=[0-9])", " by "),
     _rule(
+        rf"(?P<name>(?!(?:{'|'.join(NOT_STREETS)})\b)\p{{Lu}}\p{{Ll}}+\s+|[0-9](?:st|nd|rd|th)\s+)?"
+        r"(?<!\p{L})(?P<short>St\.|Dr\.)",
+        _saint_or_street,
+    ),
+    _rule(
         rf"{_FREE}([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,15}})(?:st|nd|rd|th){_AFTER}",
         lambda match: _ordinal(match[1]),
     ),
@@ -413,7 +403,6 @@ _RULES: list[tuple] = [
     ),
     _rule(r"\s?/\s?(?=(?:second|minute|hour|day|week|month|year|night|person|kg|lb)\b)", " per "),
     # Words
-    _rule(r"(?P<name>\p{Lu}\p{Ll}+\s+)?(?<!\p{L})(?P<short>St\.|Dr\.)", _saint_or_street),
     _rule(
         rf"(?<!\p{{L}})({'|'.join([*BEFORE_NUMBERS, *map(str.title, BEFORE_NUMBERS)])})"
         r"\.\s?(?=[0-9])",

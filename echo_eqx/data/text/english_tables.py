@@ -3,7 +3,6 @@
 MONTHS = (
     "January February March April May June July August September October November December"
 ).split()
-MONTH = r"(?:" + "|".join([f"{m}|{m[:3]}" for m in MONTHS] + ["Sept"]) + r")\b\.?"
 DAYS = {"Mon": "Monday", "Tue": "Tuesday", "Tues": "Tuesday", "Wed": "Wednesday"}
 DAYS |= {"Thu": "Thursday", "Thurs": "Thursday", "Fri": "Friday", "Sat": "Saturday"}
 DAYS |= {"Sun": "Sunday"}
@@ -51,6 +50,8 @@ WORDS = {
 }  # fmt: skip
 # Their full stop ends a sentence too.
 MAY_END = ("etc.", "Inc.", "Ltd.", "Corp.", "Co.", "Jr.", "Sr.", "et al.", "Ave.", "Blvd.", "Rd.")
+# Capitalised words before `St.` or `Dr.` that are no name of a street.
+NOT_STREETS = "On In At To By For From With The And But Near Ask Tell See Call My Our".split()
 SYMBOLS = {
     "&": "and", "+": "plus", "=": "equals", "@": "at", "%": "percent", "×": "times",
     "÷": "divided by", "±": "plus or minus", "≈": "approximately", "≠": "is not equal to",
@@ -58,8 +59,7 @@ SYMBOLS = {
     ">": "greater than", "°": "degrees", "©": "copyright", "®": "", "™": "", "§": "section",
     "→": "to", "№": "number", "#": "hash", "*": "", "^": "", "~": "about", "|": "", "/": "slash",
     "\\": "backslash", "_": "", "²": "squared", "³": "cubed", "µ": "micro", "μ": "micro",
-    "½": "one half", "⅓": "one third", "⅔": "two thirds", "¼": "one quarter",
-    "¾": "three quarters", "⅛": "one eighth", "$": "dollars", "€": "euros", "£": "pounds",
+    "$": "dollars", "€": "euros", "£": "pounds",
 }  # fmt: skip
 ADDRESS_SYMBOLS = {".": "dot", "@": "at", "/": "slash", "-": "dash", "_": "underscore"}
 ADDRESS_SYMBOLS |= {":": "colon", "?": "question mark", "=": "equals", "&": "and", "#": "hash"}

@@ -1,4 +1,4 @@
-"""Echo: a flow-matching transformer that speaks, over DACVAE latents, in pure Equinox.
+"""Echo: flow-matching text-to-speech over DACVAE latents, in pure Equinox.
 
 import echo_eqx
 
@@ -15,8 +15,8 @@ from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.flow.sampler import sample, sample_blockwise
 from echo_eqx.generation import GenerationConfig, KnownVoice, SamplerSettings
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.speaker import nearest_voice, speaker_latents
-from echo_eqx.speech import Utterance, synthesize, synthesize_all
+from echo_eqx.speech.speaker import nearest_voice, speaker_latents
+from echo_eqx.speech.synthesize import Utterance, synthesize, synthesize_all
 from echo_eqx.trees import cast, num_parameters
 from echo_eqx.weights.load import load_codec, load_dit
 from echo_eqx.weights.native import save

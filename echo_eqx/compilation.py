@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, so that the next process starts quickly."""
+"""JAX's persistent compilation cache: compiled programs on disk, so that processes start fast."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 def use_compilation_cache(folder: str | Path | None = None) -> None:
-    """Keep compiled programs in `folder`, by default `echo_eqx/xla` in the user's cache folder.
+    """Cache compiled programs in `folder`, by default `echo_eqx/xla` in the user's cache folder.
 
-    `synthesize` and every command call this without a folder; then a cache that was configured
-    before stays (`JAX_COMPILATION_CACHE_DIR`, `jax.config`, or this call with a folder), and with
-    `JAX_ENABLE_COMPILATION_CACHE=false` there is none. Where there is no home folder, or it cannot
-    be written to, nothing is kept.
+    `synthesize` and every command call this without a folder. That never replaces a cache
+    configured before (by `JAX_COMPILATION_CACHE_DIR`, `jax.config`, or this function), and does
+    nothing with `JAX_ENABLE_COMPILATION_CACHE=false`, or if the default folder cannot be written.
     """
     if folder is None:
         if _option("jax_compilation_cache_dir") or not _option("jax_enable_compilation_cache"):
@@ -30,9 +29,9 @@ def use_compilation_cache(folder: str | Path | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
     if _option("jax_persistent_cache_min_compile_time_secs") == 1.0:  # JAX's own default
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    # What was compiled before this may have made up JAX's mind that there is no cache.
+    # JAX decides at its first compilation whether there is a cache; make it decide again.
     compilation_cache.reset_cache()
 
 
 def _option(name: str) -> Any:
-    return getattr(jax.config, name)  # type checkers do not know the options
+    return getattr(jax.config, name)  # the options are not declared for type checkers

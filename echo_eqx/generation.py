@@ -1,133 +1,130 @@
-"""How to speak with a model: sampler settings, and all else that its file recommends."""
+"""Sampler settings, and what a checkpoint recommends for generation with it."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from echo_eqx.errors import EchoError, UsageError
 
 Guidance = Literal["independent", "joint", "alternating"]
 
 REFERENCE_LUFS = -23.0
-"""Loudness a reference is brought to if the model's file names none: that of EBU R 128."""
+"""Integrated loudness of references unless the checkpoint names another: that of EBU R 128."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values allowed for a number, both ends included; an annotation of fields."""
+
+    low: int | float
+    high: int | float
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Everything about the way from noise to latents except the seed and the canvas."""
+    """All settings of the sampler except the seed and the length."""
 
-    steps: int = 32
+    steps: Annotated[int, Range(1, 10_000)] = 32
     """Euler steps."""
     guidance: Guidance = "independent"
-    """`independent`: text and reference each with its own branch and scale. `joint`: one branch
-    without both, one scale (cfg_scale). `alternating`: text on even steps, reference on odd."""
-    cfg_scale: float = 3.0
-    """Scale of the text guidance, or of the joint guidance."""
-    speaker_scale: float = 5.0
-    """Scale of the reference guidance."""
-    cfg_min_t: float = 0.5
-    """Guide only at times from here ..."""
-    cfg_max_t: float = 1.0
-    """... to here."""
-    apg_eta: float = 1.0
-    """Adaptive projected guidance: share kept of the part that only lengthens the velocity."""
-    noise_scale: float = 1.0
-    """Factor on the initial noise; 0.8 to 0.9 makes the voice steadier."""
-    start_t: float | None = None
-    """First time; by default 1, or 0.999 with score rescaling, which needs t < 1."""
-    rescale_k: float = 1.0
+    """`independent`: separate branches and scales for text and reference. `joint`: one branch that
+    drops both, with cfg_scale. `alternating`: text on even steps, reference on odd ones."""
+    cfg_scale: Annotated[float, Range(0, 100)] = 3.0
+    """Classifier-free guidance scale of the text, or of both with joint guidance."""
+    speaker_scale: Annotated[float, Range(0, 100)] = 5.0
+    """Classifier-free guidance scale of the reference."""
+    cfg_min_t: Annotated[float, Range(0, 1)] = 0.5
+    """Lowest timestep with guidance."""
+    cfg_max_t: Annotated[float, Range(0, 1)] = 1.0
+    """Highest timestep with guidance."""
+    apg_eta: Annotated[float, Range(-10, 10)] = 1.0
+    """Adaptive projected guidance: weight of the guidance parallel to the velocity; 1 is off."""
+    noise_scale: Annotated[float, Range(0, 10)] = 1.0
+    """Scale of the initial noise; 0.8 to 0.9 gives a steadier voice."""
+    start_t: Annotated[float | None, Range(1e-3, 1)] = None
+    """First timestep. None for 1, or 0.999 with score rescaling, which needs t < 1."""
+    rescale_k: Annotated[float, Range(1e-3, 100)] = 1.0
     """Temporal score rescaling: 1 is off, 1.2 is usual."""
-    rescale_sigma: float = 3.0
-    """Temporal score rescaling: below which noise level it sets in."""
-    speaker_kv_scale: float = 1.0
-    """Factor on the reference's keys and values, 1.1 to 1.5 to hold a voice ..."""
-    speaker_kv_min_t: float = 0.9
-    """... at times from here to 1 ..."""
-    speaker_kv_layers: int | None = None
-    """... in the first so many layers; all by default."""
+    rescale_sigma: Annotated[float, Range(0, 100)] = 3.0
+    """Temporal score rescaling: sigma, where larger values start at higher noise."""
+    speaker_kv_scale: Annotated[float, Range(0, 100)] = 1.0
+    """Scale of the reference's keys and values; 1.1 to 1.5 holds a voice better."""
+    speaker_kv_min_t: Annotated[float, Range(0, 1)] = 0.9
+    """Lowest timestep with speaker_kv_scale."""
+    speaker_kv_layers: Annotated[int | None, Range(0, 10_000)] = None
+    """Number of layers, from the first, with speaker_kv_scale. None for all."""
 
     @property
     def first_time(self) -> float:
-        """`start_t`, or what stands for None."""
+        """`start_t` with None replaced."""
         if self.start_t is not None:
             return self.start_t
         return 1.0 if self.rescale_k == 1 else 0.999
 
     def check(self) -> None:
-        """Raises `UsageError` naming the first setting that is out of its range."""
-        ranges: dict[str, tuple[float, float]] = {
-            "steps": (1, 10_000),
-            "cfg_scale": (0, 100),
-            "speaker_scale": (0, 100),
-            "cfg_min_t": (0, 1),
-            "cfg_max_t": (0, 1),
-            "apg_eta": (-10, 10),
-            "noise_scale": (0, 10),
-            "start_t": (1e-3, 1),
-            "rescale_k": (1e-3, 100),
-            "rescale_sigma": (0, 100),
-            "speaker_kv_scale": (0, 100),
-            "speaker_kv_min_t": (0, 1),
-            "speaker_kv_layers": (0, 10_000),
-        }
-        for name, (low, high) in ranges.items():
+        """**Raises**: `UsageError` naming the first setting that is out of range."""
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UsageError(f"{name} is {value}; wanted {low} to {high}")
-        if self.guidance not in ("independent", "joint", "alternating"):
+            for allowed in getattr(hint, "__metadata__", ()):
+                if isinstance(allowed, Range) and value is not None:
+                    if not allowed.low <= value <= allowed.high:
+                        raise UsageError(
+                            f"{name}: expected {allowed.low} to {allowed.high}, got {value}"
+                        )
+        if self.guidance not in get_args(Guidance):
             raise UsageError(
-                f"guidance is {self.guidance!r}; wanted independent, joint or alternating"
+                f"guidance: expected {', '.join(get_args(Guidance))}, got {self.guidance!r}"
             )
 
 
 @dataclass(frozen=True)
 class KnownVoice:
-    """A voice that a model was trained on."""
+    """A voice in the training data of a model."""
 
     name: str
     mean: tuple[float, ...]
-    """Mean of the latents of its speech, a number for each channel."""
+    """Mean of the latents of its speech, one number per channel."""
     radius: float
-    """How far recordings of this voice stray from `mean`, at most, as `nearest_voice` measures."""
+    """Largest distance of its own recordings from `mean`, as measured by `nearest_voice`."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What the file of a model says about how to speak with it.
+    """What a checkpoint recommends for generation.
 
-    `EchoDiT.generation` holds it, `save` writes it, and `synthesize` and `infer.py` use it for
-    whatever they are not told.
+    It is `EchoDiT.generation`, `save` writes it, and `synthesize` and the command `infer` take
+    their defaults from it.
     """
 
     sampler: SamplerSettings = SamplerSettings()
     duration: float | None = None
-    """Seconds of the canvas; None for 15, or the longest canvas of training if that is shorter."""
+    """Seconds to generate; None for 15, or the longest in training if that is shorter."""
     expand_text: bool = False
-    """Write out numbers, dates, money and abbreviations in English before speaking."""
+    """Write out numbers, dates, money and abbreviations in English."""
     reference_lufs: float = REFERENCE_LUFS
-    """Integrated loudness of the references it was trained with."""
+    """Integrated loudness of the references in training."""
     codec: str | None = None
-    """The codec of its latents, as `load_codec` takes it."""
+    """The codec of the latents, as for `load_codec`."""
     codec_silence: tuple[float, ...] | None = None
-    """The latent of silence by that codec, which tells it from others."""
+    """The latent of silence by that codec, by which another codec is recognized."""
     voices: tuple[KnownVoice, ...] = ()
-    """All voices it knows, if they are few; empty if it takes any voice."""
+    """The voices of the training data, if they are few; empty if the model takes any voice."""
     voice_whitening: tuple[tuple[float, ...], ...] = ()
-    """(c, c): makes the means of recordings of one voice vary by 1 in every direction."""
+    """(c, c) matrix that whitens the mean latents of recordings of one voice."""
 
 
 def generation_to_json(config: GenerationConfig) -> dict[str, Any]:
-    """`config` as plain JSON values."""
+    """`config` as JSON values."""
     return dataclasses.asdict(config)
 
 
 def generation_from_json(data: Any) -> GenerationConfig:
-    """Inverse of `generation_to_json`; what is left out has its default.
+    """Inverse of `generation_to_json`; missing fields have their defaults.
 
-    **Raises**: `EchoError` naming the first field that is unknown, of the wrong type, or out of
-    its range.
+    **Raises**: `EchoError` naming the first field that is unknown, has the wrong type, or is out of
+    range.
     """
     values = _fields(data, GenerationConfig, "generation")
     if "sampler" in values:

@@ -1,4 +1,4 @@
-"""How to speak with a model: kept in its file, used by the command and the library alike."""
+"""Recommended generation settings: kept in the checkpoint, used by command and library alike."""
 
 import dataclasses
 import json
@@ -15,7 +15,10 @@ from echo_eqx import EchoError, GenerationConfig, KnownVoice, SamplerSettings, U
 from echo_eqx.commands import infer
 from echo_eqx.config import DiTConfig, EncoderConfig
 from echo_eqx.generation import generation_from_json, generation_to_json
-from echo_eqx.speech import canvas_seconds
+from echo_eqx.speech import batching
+from echo_eqx.speech.chunks import target_seconds
+from echo_eqx.speech.codec import find_codec
+from echo_eqx.speech.requests import Request, check_outputs
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "infer.py"
 SMALL = DiTConfig(
@@ -76,7 +79,7 @@ def test_files_that_say_nothing_have_the_defaults(tmp_path, dit):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"sampler": {"steps": 0}}, "steps is 0"),
+        ({"sampler": {"steps": 0}}, "steps: expected 1 to"),
         ({"sampler": {"steps": 2.5}}, "steps"),
         ({"sampler": {"cfg_scale": float("inf")}}, "cfg_scale"),
         ({"sampler": {"guidance": ["joint"]}}, "guidance"),
@@ -103,10 +106,10 @@ def test_settings_that_cannot_be_used_are_named(tmp_path, dit, change, message):
         echo_eqx.load_dit(tmp_path / "deep.safetensors")
 
 
-def test_the_canvas_that_a_file_recommends_is_the_default(tmp_path, dit, shipped):
+def test_the_duration_that_a_checkpoint_recommends_is_the_default(tmp_path, dit, shipped):
     model = with_generation(tmp_path, dit, ALL)
-    assert canvas_seconds(model, shipped[1]) == 2.5
-    assert canvas_seconds(model, shipped[1], 1.0) == 1.0
+    assert target_seconds(model, shipped[1]) == 2.5
+    assert target_seconds(model, shipped[1], 1.0) == 1.0
 
 
 def test_the_shipped_voice_says_how_to_speak_with_it(shipped):
@@ -117,15 +120,13 @@ def test_the_shipped_voice_says_how_to_speak_with_it(shipped):
 
 
 def test_recommended_settings_are_those_that_sampling_gets(shipped, monkeypatch):
-    import echo_eqx.speech as speech
-
     given = []
 
     def stand_in(dit, *conditions, noise, settings, progress):
         given.append(settings)
         return np.asarray(noise)
 
-    monkeypatch.setattr(speech, "sample", stand_in)
+    monkeypatch.setattr(batching, "sample", stand_in)
     echo_eqx.synthesize(*shipped, "Hello.")
     echo_eqx.synthesize(*shipped, "Hello.", settings=SamplerSettings(steps=3))
     assert given == [voice.SETTINGS, SamplerSettings(steps=3)]
@@ -156,7 +157,7 @@ def flags(monkeypatch, *words: str) -> None:
 
 def test_flags_override_what_the_file_recommends(monkeypatch, shipped):
     flags(monkeypatch, "--cfg_scale", "3.5")
-    settings = infer.with_defaults_of(*shipped).sampler
+    settings = infer.with_recommended(*shipped).sampler
     assert settings == dataclasses.replace(voice.SETTINGS, cfg_scale=3.5)
 
 
@@ -168,8 +169,8 @@ def test_flags_override_what_the_file_recommends(monkeypatch, shipped):
         (["--no-watermark"], True, None),
         (["--no-watermark"], False, None),
         (["--watermark"], True, "drawn"),
-        (["--watermark"], False, "--watermark: expected a codec with a watermark"),
-        (["--message", "01" * 8], False, "--message: expected a codec with a watermark"),
+        (["--watermark"], False, "--watermark: expected a codec that can embed"),
+        (["--message", "01" * 8], False, "--message: expected a codec that can embed"),
         (["--message", "01" * 8], True, "01" * 8),
     ],
 )
@@ -178,7 +179,7 @@ def test_a_mark_is_what_the_codec_can_make(
 ):
     flags(monkeypatch, *words)
     codec = golden_codec if has_path else shipped[1]
-    args = infer.with_defaults_of(shipped[0], codec)
+    args = infer.with_recommended(shipped[0], codec)
     if expected and expected.startswith("--"):
         with pytest.raises(UsageError, match=expected):
             infer.message_bits(args, codec)
@@ -187,20 +188,19 @@ def test_a_mark_is_what_the_codec_can_make(
     assert (bits is None) == (expected is None)
     if bits is not None:
         assert len(bits) == 16
-    job = infer.Job("Hi.", Path("a.wav"), None, 0)
-    described = infer.effective_settings(args, job, "float32", bits)
+    request = Request("Hi.", Path("a.wav"))
+    described = infer.effective_settings(args, request, "float32", bits)
     assert described["watermark"] == (bits is not None)
 
 
 def test_the_codec_is_the_one_that_the_checkpoint_names(tmp_path, dit, shipped):
-    find, args = infer.find_codec, infer.Args
-    assert find(args(), shipped[0]) == ("voice", voice.CODEC)
-    assert find(args(codec=str(voice.CODEC)), dit)[1] == voice.CODEC
+    assert find_codec(shipped[0]) == ("voice", voice.CODEC)
+    assert find_codec(dit, str(voice.CODEC))[1] == voice.CODEC
     with pytest.raises(EchoError, match=r"names no codec, and its latents have 3 channels; give"):
-        find(args(), dit)
+        find_codec(dit)
     gone = dataclasses.replace(ALL, codec=str(tmp_path / "gone.safetensors"))
-    with pytest.raises(EchoError, match=r"the checkpoint names: .*gone\.safetensors does not"):
-        find(args(), with_generation(tmp_path, dit, gone))
+    with pytest.raises(EchoError, match=r"named by the checkpoint: .*gone\.safetensors does not"):
+        find_codec(with_generation(tmp_path, dit, gone))
 
 
 def test_json_replaces_only_what_it_wrote(tmp_path):
@@ -220,18 +220,18 @@ def test_json_replaces_only_what_it_wrote(tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "nowhere")
     fine = {"ours", "new"}
     for name in [*(name.removesuffix(".json") for name in contents), "folder", "link", "new"]:
-        job = infer.Job("Hi.", tmp_path / f"{name}.wav", None, 0)
+        request = Request("Hi.", tmp_path / f"{name}.wav")
         if name in fine:
-            infer.check_writable([job], infer.Args(json=True))
+            check_outputs([request], metadata=True)
         else:
             with pytest.raises(EchoError, match=rf"{name}\.json was not written by this command"):
-                infer.check_writable([job], infer.Args(json=True))
-        infer.check_writable([job], infer.Args())  # without --json nothing is replaced
+                check_outputs([request], metadata=True)
+        check_outputs([request], metadata=False)  # without --json nothing is replaced
 
 
 def test_the_reference_is_never_replaced_by_the_result(tmp_path):
     recording = tmp_path / "voice.wav"
     recording.write_bytes(b"x")
-    job = infer.Job("Hi.", tmp_path / "." / "voice.wav", recording, 0)
+    request = Request("Hi.", tmp_path / "." / "voice.wav", recording)
     with pytest.raises(EchoError, match="would replace the reference"):
-        infer.check_writable([job], infer.Args())
+        check_outputs([request], metadata=False)

@@ -17,7 +17,7 @@ from conftest import GOLDEN
 
 import echo_eqx
 from echo_eqx import EchoError
-from echo_eqx.speech import speaker_latents
+from echo_eqx.speech.speaker import speaker_latents
 from echo_eqx.weights.safetensors_reader import SafetensorsFile
 
 PTH = GOLDEN / "dacvae_tiny" / "weights.pth"

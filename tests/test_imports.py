@@ -15,7 +15,7 @@ ROOMS = [
     {"layers"},
     {"model", "codec", "data", "sharding"},
     {"flow"},
-    {"weights", "speaker"},
+    {"weights"},
     {"speech"},
     {"cli"},
     {"prepare", "voice"},

@@ -1,5 +1,6 @@
 """The command, as a person runs it: its flags, files, messages and exit codes."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -67,7 +68,7 @@ def test_published_flags_speak_in_a_given_voice(place, tmp_path):
     assert "watermark message: " in done.stdout
     # No bar and no notes without a terminal; random weights never end their speech.
     (warning,) = done.stderr.splitlines()
-    assert "Grüße aus Köln" in warning and "fills its canvas of 3.00 s" in warning
+    assert "Grüße aus Köln" in warning and "does not end within 3.00 s" in warning
 
     described = json.loads((tmp_path / "out.json").read_text())
     assert described["cfg_scale"] == 3.0 and described["speaker_scale"] == 5.0
@@ -129,6 +130,11 @@ def test_help_teaches(place):
     assert done.returncode == 0
     for word in ("--speaker-ref", "--cfg-scale", "--apg-eta", "owner/name", "voice.mp3"):
         assert word in done.stdout
+    # What depends on the checkpoint has no default here: every sampler setting and expand_text.
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    recommended = shown.count("(default: what the checkpoint recommends)")
+    assert recommended == len(dataclasses.fields(echo_eqx.SamplerSettings)) + 1
+    assert "(default: if the codec can)" in shown
 
 
 # --- What cannot be used ------------------------------------------------------------------------
@@ -152,28 +158,36 @@ CASES = {
     "empty text": (["@", "--text", " "], 1, "the text is empty"),
     "nothing to say": (["@", "--text", "..."], 1, "at least one letter or digit, got '...'"),
     "broken UTF-8": (["@", "--text", "a\udcff"], 1, "no UTF-8 at character 1"),
-    "negative steps": (["@", "--text", "Hi.", "--steps", -1], 2, "steps is -1"),
+    "negative steps": (
+        ["@", "--text", "Hi.", "--steps", -1],
+        2,
+        "steps: expected 1 to 10000, got -1",
+    ),
     "steps of a word": (["@", "--text", "Hi.", "--steps", "many"], 2, "many"),
     "unknown flag": (["@", "--text", "Hi.", "--stepz", 3], 2, "stepz"),
     "bad guidance": (["@", "--text", "Hi.", "--guidance", "both"], 2, "both"),
-    "long canvas": (["@", "--text", "Hi.", "--duration", 60], 2, "duration is 60"),
+    "long duration": (["@", "--text", "Hi.", "--duration", 60], 2, "got 60.0 s"),
     "suffix": (["@", "--text", "Hi.", "--output", "out.mp3"], 1, "'.mp3'; wanted .wav or .flac"),
     "unwritable": (
         ["@", "--text", "Hi.", "--output", "/proc/out.wav"],
         1,
-        "out.wav' cannot be",
+        "cannot write output '/proc/out.wav'",
     ),
-    "no folder": (["@", "--text", "Hi.", "--output", "none/out.wav"], 1, "out.wav' cannot be"),
-    "bad message": (["@", "--text", "Hi.", "--message", "01"], 2, "wanted 16 characters"),
+    "no folder": (["@", "--text", "Hi.", "--output", "none/out.wav"], 1, "cannot write output"),
+    "bad message": (["@", "--text", "Hi.", "--message", "01"], 2, "expected 16 digits 0 or 1"),
     "no such text file": (["@", "--text_file", "none.txt"], 1, "none.txt does not exist"),
-    "no candidates": (["@", "--text", "Hi.", "--num_candidates", 0], 2, "num_candidates is 0"),
+    "no candidates": (
+        ["@", "--text", "Hi.", "--num_candidates", 0],
+        2,
+        "num_candidates: expected at least 1",
+    ),
     "missing checkpoint": (["--checkpoint", "none.pkl", "--text", "Hi."], 1, "none.pkl does not"),
     "empty checkpoint": (["--checkpoint", "{empty.pkl}", "--text", "Hi."], 1, "is empty"),
     "cut checkpoint": (["--checkpoint", "{cut.pkl}", "--text", "Hi."], 1, "truncated"),
     "a note": (["--checkpoint", "{note.txt}", "--text", "Hi."], 1, "is no safetensors"),
     "empty folder": (["--checkpoint", "{folder}", "--text", "Hi."], 1, "holds no weights"),
     "codec as model": (["--checkpoint", NARROW_CODEC, "--text", "Hi."], 1, "wanted an EchoDiT"),
-    "two widths": (["@", "--codec", NARROW_CODEC, "--text", "Hi."], 1, "codec decodes 12"),
+    "two widths": (["@", "--codec", NARROW_CODEC, "--text", "Hi."], 1, "got one with 12"),
     "Hub offline": (["--checkpoint", "a/b", "--text", "Hi."], 1, "a/b"),
     "missing voice": (["@", "--text", "Hi.", "--speaker_ref", "no.wav"], 1, "no.wav does not"),
     "folder as voice": (["@", "--text", "Hi.", "--speaker_ref", "{folder}"], 1, "is not a file"),
@@ -181,16 +195,24 @@ CASES = {
     "loudness of NaN": (
         ["@", "--text", "Hi.", "--speaker_ref", DATA / "speech.wav", "--speaker_lufs", "nan"],
         2,
-        "loudness is nan",
+        "got nan",
     ),
-    "a folder as output": (["@", "--text", "Hi.", "--output", "{folder.wav}"], 1, "is a folder"),
+    "a folder as output": (["@", "--text", "Hi.", "--output", "{folder.wav}"], 1, "got a folder"),
     "no name as output": (["@", "--text", "Hi.", "--output", ".", "--num_candidates", 2], 1, "''"),
-    "a long name": (["@", "--text", "Hi.", "--output", "a" * 300 + ".wav"], 1, "cannot be written"),
+    "a long name": (
+        ["@", "--text", "Hi.", "--output", "a" * 300 + ".wav"],
+        1,
+        "cannot write output",
+    ),
     "no such user": (["--checkpoint", "~nosuchuser/x", "--text", "Hi."], 1, "no usable path"),
     "raw voice": (["@", "--text", "Hi.", "--speaker_ref", "{voice.raw}"], 1, "decoded"),
-    "seed": (["@", "--text", "Hi.", "--seed", 2**32], 2, "seed is 4294967296"),
+    "seed": (["@", "--text", "Hi.", "--seed", 2**32], 2, "got 4294967296"),
     "blocks": (["@", "--text", "Hi.", "--duration", 4, "--block_frames", 20], 2, "latent_encoder"),
-    "NaN setting": (["@", "--text", "Hi.", "--cfg_scale", "nan"], 2, "cfg_scale is nan"),
+    "NaN setting": (
+        ["@", "--text", "Hi.", "--cfg_scale", "nan"],
+        2,
+        "cfg_scale: expected 0 to 100, got nan",
+    ),
 }
 
 
@@ -214,16 +236,20 @@ def test_bad_input_ends_in_one_sentence_and_a_code(place, tmp_path, name):
 
 def test_broken_lines_of_a_text_file_are_named(place, tmp_path):
     for name, content, message in (
-        ("empty.txt", b"\n \n", "empty.txt is empty"),
+        ("empty.txt", b"\n \n", "empty.txt: expected one utterance per line"),
         ("silent.txt", b"Hi.\n\n...\n", "silent.txt line 3: the text has nothing to say"),
-        ("latin.txt", b"Gr\xfc\xdfe", "latin.txt is no UTF-8 at byte 2"),
-        ("a.jsonl", b'{"text": "Hi."}\n{"text": ', "line 2 is no JSON"),
-        ("b.jsonl", b'{"txt": "Hi."}', 'line 1 has no "text"'),
-        ("c.jsonl", b'{"text": "Hi.", "speed": 2}', "speed is 2"),
-        ("e.jsonl", b"[" * 100_000, "line 1 is no JSON"),
-        ("f.jsonl", b'{"text": "Hi.", "output": "a\\u0000.wav"}', "cannot be written"),
-        ("g.jsonl", b'{"text": "Hi.", "seed": true}', "seed is True"),
-        ("d.jsonl", b'{"text": "a", "output": "x.wav"}\n{"text": "b", "output": "x.wav"}', "same"),
+        ("latin.txt", b"Gr\xfc\xdfe", "latin.txt: not valid UTF-8 at byte 2"),
+        ("a.jsonl", b'{"text": "Hi."}\n{"text": ', "line 2: not valid JSON"),
+        ("b.jsonl", b'{"txt": "Hi."}', 'line 1: expected a JSON object with a string "text"'),
+        ("c.jsonl", b'{"text": "Hi.", "speed": 2}', "got speed = 2"),
+        ("e.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
+        ("f.jsonl", b'{"text": "Hi.", "output": "a\\u0000.wav"}', "cannot write output"),
+        ("g.jsonl", b'{"text": "Hi.", "seed": true}', "got seed = True"),
+        (
+            "d.jsonl",
+            b'{"text": "a", "output": "x.wav"}\n{"text": "b", "output": "x.wav"}',
+            "a different output",
+        ),
     ):
         (tmp_path / name).write_bytes(content)
         done = call("infer", *quick(place), "--text_file", tmp_path / name)

@@ -1,4 +1,4 @@
-"""Text to audio as a library: voices, lengths, ends, joining."""
+"""Text to audio as a library: reference voices, lengths, where speech ends, joining."""
 
 import dataclasses
 
@@ -13,8 +13,11 @@ import echo_eqx
 from echo_eqx import EchoError, SamplerSettings, UsageError, Utterance, voice
 from echo_eqx.config import CodecConfig, WatermarkConfig
 from echo_eqx.data.audio import load_audio
-from echo_eqx.speaker import codec_problem, encode_padded, silence_latent
-from echo_eqx.speech import _join, _voices, canvas_seconds, decode_in_silence, faded, speech_end
+from echo_eqx.speech import batching
+from echo_eqx.speech.chunks import target_seconds
+from echo_eqx.speech.codec import codec_mismatch, silence_latent
+from echo_eqx.speech.joining import crossfade, decode_with_silence, fade_edges, speech_end
+from echo_eqx.speech.speaker import encode_padded, read_speakers
 
 QUICK = SamplerSettings(steps=2)
 HOP = 1920
@@ -42,7 +45,7 @@ def speak(dit, codec, text="Hello.", **kwargs):
     return echo_eqx.synthesize(dit, codec, text, **{"duration": 1.0, "settings": QUICK, **kwargs})
 
 
-def test_audio_has_the_length_of_the_canvas_and_repeats_with_its_seed(dit, codec):
+def test_audio_has_the_target_length_and_repeats_with_its_seed(dit, codec):
     audio = speak(dit, codec, trim=False)
     assert isinstance(audio, np.ndarray) and audio.dtype == np.float32
     assert audio.shape == (25 * HOP,)
@@ -61,10 +64,10 @@ def test_a_message_is_added_and_changes_little_else(dit, codec):
     assert marked.shape == plain.shape and max_difference(plain, marked) > 0
     with pytest.raises(EchoError, match="16 bits"):
         speak(dit, codec, message=[0, 1])
-    with pytest.raises(EchoError, match="0 and 1"):
+    with pytest.raises(EchoError, match="only 0 and 1"):
         speak(dit, codec, message=[2] * 16)
     deaf = eqx.tree_at(lambda codec: codec.watermark, codec, None)
-    with pytest.raises(EchoError, match="no watermark path"):  # before anything is sampled
+    with pytest.raises(EchoError, match="cannot embed watermarks"):  # before anything is sampled
         speak(dit, deaf, message=[0, 1] * 8, progress=pytest.fail)
 
 
@@ -91,7 +94,7 @@ def test_padding_a_reference_changes_only_its_end(dit, codec):
 def test_latents_that_are_given_are_used_as_they_are(dit, codec):
     """Who has them from `speaker_latents` has chosen their length."""
     longer = np.zeros((520, 128), np.float32)
-    assert np.array_equal(_voices(dit, codec, [Utterance("Hi.", longer)])[0], longer)
+    assert np.array_equal(read_speakers(dit, codec, [longer])[0], longer)
 
 
 def test_only_the_start_of_a_long_reference_is_used(dit, codec):
@@ -110,9 +113,9 @@ def test_only_the_start_of_a_long_reference_is_used(dit, codec):
     [
         (np.zeros(96_000, np.float32), "silent"),
         (np.zeros(1000, np.float32), "expected at least"),
-        (np.full(96_000, np.nan, np.float32), "not finite"),
+        (np.full(96_000, np.nan, np.float32), "expected finite"),
         (np.zeros((20, 12), np.float32), r"\(20, 12\)"),
-        (np.zeros((3, 128), np.float32), "3 frames"),
+        (np.zeros((3, 128), np.float32), "at least 4 frames, got 3"),
         (np.zeros((2, 20, 128), np.float32), r"\(2, 20, 128\)"),
         ("nowhere.wav", "nowhere.wav does not exist"),
         ("nowhere.npy", "nowhere.npy does not exist"),
@@ -124,20 +127,20 @@ def test_references_that_cannot_be_used_are_named(dit, codec, speaker, message):
 
 
 def test_models_that_do_not_belong_together_are_named(dit, golden_codec):
-    with pytest.raises(EchoError, match="128 channels, the codec decodes 12"):
+    with pytest.raises(EchoError, match=r"128 latent channels, .* got one with 12"):
         speak(dit, golden_codec)
 
 
-def test_the_canvas_is_15_seconds_or_the_longest_a_model_knows(dit, codec):
-    assert canvas_seconds(dit, codec) == 15
+def test_the_target_length_is_15_seconds_or_the_longest_in_training(dit, codec):
+    assert target_seconds(dit, codec) == 15
     small = echo_eqx.load_dit(voice.CHECKPOINT), echo_eqx.load_codec(voice.CODEC)
-    assert canvas_seconds(*small) == pytest.approx(3.2)
-    assert canvas_seconds(*small, 2.0) == 2
+    assert target_seconds(*small) == pytest.approx(3.2)
+    assert target_seconds(*small, 2.0) == 2
 
 
 @pytest.mark.parametrize("duration", [0.0, -1.0, 31.0, float("nan")])
-def test_canvases_the_model_does_not_know_are_named(dit, codec, duration):
-    with pytest.raises(UsageError, match=r"duration .* 30\.72 s"):
+def test_lengths_beyond_training_are_named(dit, codec, duration):
+    with pytest.raises(UsageError, match=r"duration: .* 30\.72 s"):
         speak(dit, codec, duration=duration)
 
 
@@ -151,8 +154,8 @@ def test_speech_ends_where_the_flat_tail_begins(codec):
         latents = np.tile(silence, (100, 1)) + 0.01 * rng.standard_normal((100, 128))
         latents[:end] += rng.standard_normal((end, 128))
         latents[20:45][: max(0, end - 50)] = silence  # a pause within is no end
-        assert speech_end(latents, silence) == end
-    assert speech_end(np.tile(silence, (100, 1)), silence) == 0
+        assert speech_end(latents, silence, 25.0) == end
+    assert speech_end(np.tile(silence, (100, 1)), silence, 25.0) == 0
 
 
 def test_silence_is_the_same_everywhere_in_it(codec):
@@ -172,31 +175,31 @@ def test_decoded_silence_has_no_click_at_its_ends(golden_codec):
     shipped = echo_eqx.load_codec("voice")
     latents = np.tile(silence_latent(shipped), (20, 1))
     assert np.abs(np.asarray(shipped.decode(latents))[:2]).max() > 0.05  # padded with zeros
-    assert np.abs(decode_in_silence(shipped, latents)).max() < 1e-3
+    assert np.abs(decode_with_silence(shipped, latents)).max() < 1e-3
     # In the middle it is what the codec itself decodes, for any codec.
     latents = np.random.default_rng(0).standard_normal((40, 12)).astype(np.float32)
     hop = golden_codec.config.hop
     inside = slice(12 * hop, 28 * hop)
     expected = np.asarray(golden_codec.decode(latents))[inside]
-    audio = decode_in_silence(golden_codec, latents)
+    audio = decode_with_silence(golden_codec, latents)
     assert len(audio) == 40 * hop and max_difference(audio[inside], expected) < 1e-4
-    assert np.abs(faded(audio, 48_000)[[0, -1]]).max() < 1e-3
+    assert np.abs(fade_edges(audio, 48_000)[[0, -1]]).max() < 1e-3
 
 
 def test_another_codec_than_that_of_the_data_is_noticed():
     shipped, generation = echo_eqx.load_codec("voice"), echo_eqx.load_dit("voice").generation
     silence = silence_latent(shipped)
-    assert codec_problem(generation, silence) is None
-    assert codec_problem(generation, silence.astype(ml_dtypes.bfloat16).astype(np.float32)) is None
-    assert "noise" in str(codec_problem(generation, silence + 0.2))
-    assert codec_problem(echo_eqx.GenerationConfig(), silence) is None
+    assert codec_mismatch(generation, silence) is None
+    assert codec_mismatch(generation, silence.astype(ml_dtypes.bfloat16).astype(np.float32)) is None
+    assert "noise" in str(codec_mismatch(generation, silence + 0.2))
+    assert codec_mismatch(echo_eqx.GenerationConfig(), silence) is None
 
 
 # --- Long texts ---------------------------------------------------------------------------------
 
 
-def test_long_texts_are_spoken_whole_in_pieces(dit, codec):
-    pieces = [
+def test_long_texts_are_spoken_whole_in_chunks(dit, codec):
+    chunks = [
         "This is the first sentence.",
         "Here is the second one.",
         "And a third one follows.",
@@ -205,42 +208,40 @@ def test_long_texts_are_spoken_whole_in_pieces(dit, codec):
     options = {"duration": 2.0, "trim": False, "speaker": speaker}
     audio = speak(dit, codec, LONG, **options)
     assert len(audio) == 3 * 50 * HOP
-    # A piece is what its text alone gives with the same seed, but for the noise of its place.
-    first = speak(dit, codec, pieces[0], **options)
+    # The first chunk is what its text alone gives with the same seed.
+    first = speak(dit, codec, chunks[0], **options)
     assert max_difference(audio[: 50 * HOP - 4800], first[: 50 * HOP - 4800]) < 1e-4
 
 
-def test_without_a_reference_all_pieces_take_the_voice_of_the_first(dit, codec, monkeypatch):
-    import echo_eqx.speech as speech
-
+def test_without_a_reference_all_chunks_take_the_voice_of_the_first(dit, codec, monkeypatch):
     given = []
-    original = speech.sample
+    original = batching.sample
 
     def listening(dit, ids, mask, speaker=None, speaker_mask=None, **kwargs):
         out = original(dit, ids, mask, speaker, speaker_mask, **kwargs)
         given.append((speaker, speaker_mask, np.asarray(out)))
         return out
 
-    monkeypatch.setattr(speech, "sample", listening)
+    monkeypatch.setattr(batching, "sample", listening)
     speak(dit, codec, LONG, duration=2.0, trim=False)
     (none, _, first), (voice, mask, _) = given
-    assert none is None and mask.sum() == 2 * 48  # two pieces, 50 frames in whole patches
+    assert none is None and mask.sum() == 2 * 48  # two chunks, 50 frames in whole patches
     assert np.array_equal(voice[0, :48], first[0, :48])
     assert np.array_equal(voice[0], voice[1])
 
 
-def test_speech_that_fills_its_canvas_is_spoken_again_in_halves(dit, codec, caplog):
-    # Random weights never end: each canvas is full to its last frame.
+def test_speech_that_does_not_end_is_spoken_again_in_halves(dit, codec, caplog):
+    # Random weights never end: they speak to the last frame.
     text = "We speak about many things, and other people listen."
     voice = echo_eqx.speaker_latents(dit, codec, DATA / "speech.wav")
     options = {"duration": 4.0, "speaker": voice}
     audio = speak(dit, codec, text, **options)
-    assert len(audio) == 2 * 100 * HOP  # both halves, each on a canvas of its own
+    assert len(audio) == 2 * 100 * HOP  # both halves, each of the full length
     assert np.array_equal(audio, speak(dit, codec, text, **options))
     assert not np.array_equal(audio, speak(dit, codec, text, **options, seed=43))
     (warning, *_) = caplog.messages
     assert "We speak about many things," in warning and "other people listen." in warning
-    assert "fills its canvas of 4.00 s" in warning and "try another seed" in warning
+    assert "does not end within 4.00 s" in warning and "try another seed" in warning
 
 
 @pytest.mark.parametrize(
@@ -254,17 +255,15 @@ def test_one_warning_names_what_is_not_spoken_again(dit, codec, caplog, text, op
 
 
 def test_speech_that_ends_in_silence_is_kept_without_a_warning(dit, codec, caplog):
-    import echo_eqx.speech as speech
-
     silence = silence_latent(codec)
-    original, calls = speech.sample, []
+    original, calls = batching.sample, []
 
     def ending(*args, **kwargs):
         calls.append(1)
         return original(*args, **kwargs).at[:, 30:].set(silence)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speech, "sample", ending)
+        patch.setattr(batching, "sample", ending)
         audio = speak(dit, codec, "Hello everybody out there.", duration=2.0)
     assert len(audio) == 30 * HOP and len(calls) == 1 and not caplog.records
 
@@ -272,13 +271,13 @@ def test_speech_that_ends_in_silence_is_kept_without_a_warning(dit, codec, caplo
 def test_joined_clips_keep_every_sample_but_at_the_seams():
     fade = 100
     clips = [(np.full(1000, level, np.float32), 900) for level in (0.1, 0.2, 0.3)]
-    audio = _join(clips, fade)
+    audio = crossfade(clips, fade)
     assert len(audio) == 2700
     for start, level in ((0, 0.1), (1000, 0.2), (1900, 0.3)):
         assert np.allclose(audio[start : start + 800], level)
     seam = audio[900:1000]
     assert (np.diff(seam) >= -1e-7).all() and 0.1 <= seam.min() and seam.max() <= 0.2 + 1e-6
-    alone = _join([(np.arange(50, dtype=np.float32), 50)], fade)
+    alone = crossfade([(np.arange(50, dtype=np.float32), 50)], fade)
     assert np.array_equal(alone, np.arange(50))
 
 
@@ -310,7 +309,7 @@ def test_text_that_cannot_be_spoken_is_named(dit, codec, text, message):
 
 def test_a_result_that_is_not_finite_is_named(dit, codec):
     wild = eqx.tree_at(lambda dit: dit.out_proj.bias, dit, jnp.full(128, 3e38))
-    with pytest.raises(EchoError, match="not finite; wanted gentler settings"):
+    with pytest.raises(EchoError, match=r"expected finite latents .* gentler settings"):
         speak(wild, codec)
 
 
@@ -338,10 +337,10 @@ def test_blockwise_models_speak_block_by_block(blockwise_dit):
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_seeds_out_of_range_are_named(dit, codec, seed):
-    with pytest.raises(UsageError, match=f"seed is {seed}"):
+    with pytest.raises(UsageError, match=f"seed: expected .* got {seed}"):
         speak(dit, codec, seed=seed)
 
 
 def test_settings_are_checked_before_anything_runs(dit, codec):
-    with pytest.raises(UsageError, match="steps is -1"):
+    with pytest.raises(UsageError, match="steps: expected 1 to 10000, got -1"):
         speak(dit, codec, settings=dataclasses.replace(QUICK, steps=-1))

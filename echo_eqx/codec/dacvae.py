@@ -92,7 +92,8 @@ class DACVAE(eqx.Module):
                 f"latents: expected shape (frames, {self.config.latent_dim}) with at least one "
                 f"frame, got {latents.shape} (for a batch use jax.vmap)"
             )
-        watermark = None if message is None else self._watermark_for(message)
+        self.check_message(message)
+        watermark = None if message is None else self.watermark
         bits = None if message is None else jnp.asarray(message).astype(jnp.int32)
         state = None if watermark is None else _initial_state(watermark)
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
@@ -109,7 +110,10 @@ class DACVAE(eqx.Module):
             out.append(audio)
         return jnp.concatenate(out)
 
-    def _watermark_for(self, message: Any) -> Watermark:
+    def check_message(self, message: Any) -> None:
+        """**Raises**: `EchoError` unless `message` is None or bits that this codec can embed."""
+        if message is None:
+            return
         if self.watermark is None:
             raise EchoError("message: expected None, since this codec cannot embed watermarks")
         if np.shape(message) != (self.watermark.num_bits,):
@@ -118,7 +122,6 @@ class DACVAE(eqx.Module):
             )
         if not isinstance(message, Tracer) and not np.isin(message, (0, 1)).all():
             raise EchoError("message: expected only 0 and 1")
-        return self.watermark
 
 
 @eqx.filter_jit

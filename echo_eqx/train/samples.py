@@ -16,8 +16,8 @@ from echo_eqx.flow.sampler import sample
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import replicated
-from echo_eqx.speaker import codec_problem, silence_latent
-from echo_eqx.speech import decode_in_silence, faded
+from echo_eqx.speech.codec import codec_mismatch, silence_latent
+from echo_eqx.speech.joining import decode_with_silence, fade_edges
 from echo_eqx.trees import cast
 from echo_eqx.weights.load import load_codec
 
@@ -46,7 +46,7 @@ class Samples:
             if channels != width:
                 raise EchoError(f"codec {codec} has {channels} channels; the data has {width}")
             self._silence = silence_latent(self._codec)
-            if problem := codec_problem(generation, self._silence):
+            if problem := codec_mismatch(generation, self._silence):
                 logger.warning(f"codec {codec}: {problem}")
 
         def speak(model: EchoDiT, text_ids, text_mask, speaker_latents, speaker_mask):
@@ -85,5 +85,5 @@ class Samples:
         if not len(latents) or not np.isfinite(latents).all():  # a new model may run away
             return
         rate = self._codec.config.sample_rate
-        audio = decode_in_silence(self._codec, latents, silence=self._silence)
-        save_audio(path, faded(audio, rate), rate)
+        audio = decode_with_silence(self._codec, latents, silence=self._silence)
+        save_audio(path, fade_edges(audio, rate), rate)

@@ -18,8 +18,9 @@ from echo_eqx.errors import EchoError
 from echo_eqx.flow.sampler import SamplerSettings
 from echo_eqx.generation import GenerationConfig, KnownVoice
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.speaker import Speaker, encode_padded, silence_latent, speaker_latents
-from echo_eqx.speech import Utterance, synthesize_all
+from echo_eqx.speech.codec import silence_latent
+from echo_eqx.speech.speaker import Speaker, encode_padded, speaker_latents
+from echo_eqx.speech.synthesize import Utterance, synthesize_all
 from echo_eqx.voice import REFERENCE_LUFS, SETTINGS
 from echo_eqx.voice.espeak import SILENCE_SECONDS, VOICES, speak
 from echo_eqx.voice.grammar import Kind, held_out_texts

@@ -1,0 +1,106 @@
+"""The length to generate, and long texts split into chunks that fit it."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.data.text import (
+    CHARACTERS_PER_SECOND,
+    check_text,
+    encode_text,
+    expand_english,
+    halve_text,
+    normalize_text,
+    says_something,
+    speaking_width,
+    split_text,
+)
+from echo_eqx.errors import UsageError
+from echo_eqx.model.dit import EchoDiT
+
+DEFAULT_SECONDS = 15.0
+RETRY_FILL = 0.5
+"""If the speech of a chunk does not end within its length, the chunk is halved, provided that its
+text needs at least this share of the length, by estimate. Otherwise halves would not end either."""
+
+_MAX_NAMED = 5
+_log = logging.getLogger("echo_eqx.speech")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of an utterance that is generated at once."""
+
+    index: tuple[int, ...]
+    """Number of the utterance, number of the chunk in it, then 0 or 1 for each halving."""
+    text: str
+    speaker: np.ndarray | None
+    """Reference latents (r, c)."""
+    seed: int
+
+    @property
+    def utterance(self) -> int:
+        return self.index[0]
+
+    @property
+    def ids(self) -> np.ndarray:
+        return encode_text(self.text)
+
+
+def target_seconds(dit: EchoDiT, codec: DACVAE, duration: float | None = None) -> float:
+    """Length generated for each chunk: `duration`, or by default what the model recommends, or else
+    15 s, but at most the longest seen in training.
+
+    **Raises**: `UsageError` if `duration` is not positive or longer than that.
+    """
+    longest = dit.config.max_frames / codec.config.frame_rate
+    if duration is None:
+        return min(dit.generation.duration or DEFAULT_SECONDS, longest)
+    if not 0 < duration <= longest + 1e-6:
+        raise UsageError(
+            f"duration: expected more than 0 and at most {longest:.2f} s, the longest the model "
+            f"was trained with, got {duration} s (longer texts are split and joined)"
+        )
+    return duration
+
+
+def split_into_chunks(
+    text: str, dit: EchoDiT, seconds: float, normalize: bool, expand: bool
+) -> list[str]:
+    """Texts of at most `seconds` of speech and at most as many bytes as the model takes.
+
+    **Raises**: `EchoError` if `text` cannot be spoken.
+    """
+    check_text(text)
+    text = expand_english(text) if expand else text
+    text = normalize_text(text) if normalize else text
+    chunks = split_text(text, dit.config.max_text_bytes - 1, seconds * CHARACTERS_PER_SECOND)
+    return [chunk for chunk in chunks if says_something(chunk)]
+
+
+def halve_chunk(chunk: Chunk, speaker: np.ndarray, seconds: float) -> list[Chunk]:
+    """Two shorter chunks in the same voice.
+
+    Empty if the text cannot be split, or is so short that `seconds` must have been enough for it.
+    """
+    if speaking_width(chunk.text) < RETRY_FILL * seconds * CHARACTERS_PER_SECOND:
+        return []
+    halves = halve_text(chunk.text)
+    if len(halves) == 1:
+        return []
+    return [Chunk((*chunk.index, i), text, speaker, chunk.seed) for i, text in enumerate(halves)]
+
+
+def warn_of_missing_ends(chunks: list[Chunk], seconds: float) -> None:
+    """Log which chunks are still speaking in their last frame."""
+    texts = [repr(chunk.text) for chunk in sorted(chunks, key=lambda chunk: chunk.index)]
+    more = f" and {len(texts) - _MAX_NAMED} more" if len(texts) > _MAX_NAMED else ""
+    _log.warning(
+        "the speech of %s%s does not end within %.2f s, so its end may be missing; try another "
+        "seed, a longer duration, or shorter sentences",
+        ", ".join(texts[:_MAX_NAMED]),
+        more,
+        seconds,
+    )

@@ -1,0 +1,76 @@
+"""Whether a codec fits a model, and which codec a model needs."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from echo_eqx.codec.dacvae import DACVAE, encoder_context_frames
+from echo_eqx.config import DIT_PRESETS
+from echo_eqx.errors import EchoError
+from echo_eqx.generation import GenerationConfig
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.weights.find import find_weights
+
+PUBLISHED_CODEC, PUBLISHED_WIDTH = "facebook/dacvae-watermarked", 128
+TOLERANCE = 0.05
+"""RMS difference between the silence latents of one codec, at most. Rounding weights to bfloat16
+changes them by less; latents have a standard deviation of about 1."""
+
+
+def silence_latent(codec: DACVAE) -> Float[np.ndarray, " c"]:
+    """The latent of digital silence, away from the edges of the signal."""
+    frames = encoder_context_frames(codec.config)
+    mean, _ = codec.encode(np.zeros((2 * frames + 1) * codec.config.hop, np.float32))
+    return np.asarray(mean[frames], np.float32)
+
+
+def check_latent_dim(dit: EchoDiT, codec: DACVAE) -> None:
+    """**Raises**: `EchoError` if the codec cannot decode what the model generates."""
+    if dit.config.latent_dim != codec.config.latent_dim:
+        raise EchoError(
+            f"expected a codec with {dit.config.latent_dim} latent channels, as the checkpoint "
+            f"generates, got one with {codec.config.latent_dim}; use the codec that the model was "
+            "trained with"
+        )
+
+
+def codec_mismatch(generation: GenerationConfig, silence: Float[np.ndarray, " c"]) -> str | None:
+    """A warning if a model was trained on latents of another codec, None if nothing shows that.
+
+    **Arguments**: `generation` of the model; `silence` the `silence_latent` of the codec.
+    """
+    expected = generation.codec_silence
+    if expected is None or len(expected) != len(silence):
+        return None
+    difference = silence - np.asarray(expected, np.float32)
+    rms = float(np.sqrt(np.mean(np.square(difference))))
+    if rms < TOLERANCE:
+        return None
+    return (
+        "expected the codec that the model's training data was encoded with, got another one: its "
+        f"silence latent differs by {rms:.2f} RMS; speech may be noise, see --codec"
+    )
+
+
+def find_codec(dit: EchoDiT, codec: str | None = None) -> tuple[str, Path]:
+    """Name and file of the codec for a model: `codec`, or else the one its checkpoint names, or
+    else the published one.
+
+    **Raises**: `EchoError` if there is none, or it cannot be found.
+    """
+    if codec is not None:
+        return codec, find_weights(codec, "codec")
+    width, named = dit.config.latent_dim, dit.generation.codec
+    if named is None and width != PUBLISHED_WIDTH:
+        known = ", such as --codec voice" if width == DIT_PRESETS["voice"].latent_dim else ""
+        raise EchoError(
+            f"the checkpoint names no codec, and its latents have {width} channels; give --codec "
+            f"with the codec it was trained with{known}"
+        )
+    name = named or PUBLISHED_CODEC
+    try:
+        return name, find_weights(name, "codec")
+    except EchoError as error:
+        origin = "named by the checkpoint" if named else "of the published models"
+        raise EchoError(f"the codec {origin}: {error}; or give --codec FILE") from None

@@ -1,0 +1,182 @@
+"""Reference voices: from a recording to the latents a model takes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.data.reference import load_reference, set_loudness, speech_of
+from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.flow.sampler import FRAME_BUCKET
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.speech.batching import round_up
+
+Speaker = str | Path | Float[np.ndarray | Array, "..."]
+"""Path of a recording, path `*.npy` or array (r, c) of latents, or audio (samples,) at the sample
+rate of the codec."""
+
+MAX_SPEAKER_SECONDS = 120.0
+
+
+def speaker_latents(
+    dit: EchoDiT,
+    codec: DACVAE,
+    speaker: Speaker,
+    *,
+    max_seconds: float | None = None,
+    lufs: float | None = None,
+) -> Float[np.ndarray, "r c"]:
+    """Latents (r, c) of a reference voice, cropped to whole patches.
+
+    Of a recording only the speech is used, without leading silence or steady noise and without DC
+    offset, at the loudness that the model was trained with. Latents are used as they are.
+
+    **Arguments**: `speaker` as in `synthesize`; `max_seconds` of speech to use, by default the
+    longest seen in training; `lufs` integrated loudness to normalize a recording to, by default
+    `dit.generation.reference_lufs`.
+
+    **Raises**: `EchoError` naming the reference if it is unreadable, too short, silent, clipped,
+    not finite, or has the wrong shape.
+    """
+    rate, hop = codec.config.sample_rate, codec.config.hop
+    trained = dit.config.max_speaker_frames / codec.config.frame_rate
+    max_seconds = trained if max_seconds is None else max_seconds
+    if lufs is not None and not -70 <= lufs <= 0:
+        raise UsageError(f"loudness of the reference: expected -70 to 0 LUFS, got {lufs}")
+    longest = longest_reference(dit, codec)
+    if not 0 < max_seconds <= longest:
+        raise UsageError(
+            f"length of the reference: expected more than 0 and at most {longest:.0f} s, got "
+            f"{max_seconds} s"
+        )
+    max_frames = int(max_seconds * codec.config.frame_rate + 1e-6)
+    name = str(speaker) if isinstance(speaker, str | Path) else "the reference"
+    is_clean = False
+    if isinstance(speaker, str | Path):
+        speaker = (
+            _load_latents(Path(speaker))
+            if Path(speaker).suffix == ".npy"
+            else load_reference(speaker, rate, max_seconds)
+        )
+        is_clean = speaker.ndim == 1
+    array = np.asarray(speaker if speaker.ndim == 1 else speaker[:max_frames], np.float32)
+    if not np.isfinite(array).all():
+        raise EchoError(f"{name}: expected finite values, got NaN or infinity")
+    if array.ndim == 1:
+        speech = array if is_clean else speech_of(array, rate, name)
+        speech = speech[: max_frames * hop]
+        # The loudness meter ignores everything below -70 LUFS, so quiet speech is scaled up first.
+        speech = speech * (0.5 / float(np.abs(speech).max()))
+        level = dit.generation.reference_lufs if lufs is None else lufs
+        latents = encode_padded(codec, set_loudness(speech, rate, level))
+    elif array.ndim == 2 and array.shape[1] == dit.config.latent_dim:
+        latents = array
+    else:
+        raise EchoError(
+            f"{name}: expected audio (samples,) or latents (frames, {dit.config.latent_dim}), got "
+            f"shape {array.shape}"
+        )
+    patch = dit.config.patch_size
+    if len(latents) < patch:
+        raise EchoError(f"{name}: expected at least {patch} frames, got {len(latents)}")
+    return trim_to_patches(latents, dit)
+
+
+def read_speakers(
+    dit: EchoDiT, codec: DACVAE, speakers: Sequence[Speaker | None]
+) -> list[np.ndarray | None]:
+    """`speaker_latents` of each speaker; a recording named several times is read once."""
+    by_path: dict[str, np.ndarray] = {}
+    latents: list[np.ndarray | None] = []
+    for speaker in speakers:
+        if isinstance(speaker, str | Path):
+            if str(speaker) not in by_path:
+                by_path[str(speaker)] = speaker_latents(dit, codec, speaker)
+            latents.append(by_path[str(speaker)])
+        elif speaker is None:
+            latents.append(None)
+        elif not isinstance(speaker, np.ndarray | jax.Array):
+            raise EchoError(
+                "speaker: expected the path of a recording, or an array of audio or latents, got "
+                f"{type(speaker).__name__}"
+            )
+        else:
+            # Latents have the length that the caller chose.
+            seconds = longest_reference(dit, codec) if speaker.ndim == 2 else None
+            latents.append(speaker_latents(dit, codec, speaker, max_seconds=seconds))
+    return latents
+
+
+def longest_reference(dit: EchoDiT, codec: DACVAE) -> float:
+    """The longest reference that a model takes, in seconds."""
+    return max(MAX_SPEAKER_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate)
+
+
+def encode_padded(codec: DACVAE, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
+    """Mean latents of the whole frames in `audio`; padding to a bucket saves compilations."""
+    hop = codec.config.hop
+    frames = len(audio) // hop
+    samples = round_up(max(frames, 1), FRAME_BUCKET) * hop
+    padded = np.zeros(samples, np.float32)
+    padded[: frames * hop] = audio[: frames * hop]
+    mean, _ = codec.encode(padded)
+    return np.asarray(mean[:frames], np.float32)
+
+
+def _load_latents(path: Path) -> np.ndarray:
+    try:
+        # Memory-mapped, so that a header that claims too large a shape allocates nothing.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise EchoError(f"{path} does not exist; expected a file of reference latents") from None
+    except Exception as error:  # NumPy raises many kinds of errors for a damaged header
+        raise EchoError(f"{path}: not a readable .npy file ({type(error).__name__})") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        raise EchoError(f"{path}: expected latents, floats of shape (frames, channels)")
+    return array
+
+
+def trim_to_patches(latents: np.ndarray, dit: EchoDiT) -> np.ndarray:
+    """Latents cropped to whole patches, or padded to one patch if there are fewer frames."""
+    patch = dit.config.patch_size
+    whole = latents[: len(latents) // patch * patch]
+    return whole if len(whole) else np.pad(latents, ((0, patch - len(latents)), (0, 0)))
+
+
+def nearest_voice(dit: EchoDiT, latents: Float[np.ndarray, "r c"]) -> tuple[str, float] | None:
+    """The voice of the model's training data nearest to a reference, and its distance.
+
+    The distance is the Mahalanobis distance of mean latents, divided by that of the voice's
+    farthest own recording: above 1 it is another voice. None if the model takes any voice.
+
+    **Arguments**: `latents` from `speaker_latents`.
+    """
+    known, whitening = dit.generation.voices, np.asarray(dit.generation.voice_whitening)
+    if not known or whitening.shape[0] != latents.shape[1]:
+        return None
+    mean = np.mean(latents, axis=0)
+    distances = {
+        voice.name: float(np.sqrt(np.mean(np.square((mean - voice.mean) @ whitening))))
+        / voice.radius
+        for voice in known
+    }
+    return min(distances.items(), key=lambda item: item[1])
+
+
+def describe_reference(dit: EchoDiT, codec: DACVAE, latents: Float[np.ndarray, "r c"]) -> str:
+    """Length of a reference and the voice it resembles, for a person to read."""
+    used = f"{len(latents) / codec.config.frame_rate:.2f} s of speech"
+    nearest = nearest_voice(dit, latents)
+    if nearest is None:
+        return used
+    name, distance = nearest
+    if distance <= 1:
+        return f"{used}, sounds like {name} (distance {distance:.2f})"
+    names = ", ".join(voice.name for voice in dit.generation.voices)
+    return (
+        f"{used}, unlike the voices this model knows ({names}); expect the nearest, {name} "
+        f"(distance {distance:.2f}; a known voice stays below 1)"
+    )

@@ -1,0 +1,166 @@
+"""Text to audio: one utterance, or many in batches."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.compilation import use_compilation_cache
+from echo_eqx.errors import UsageError
+from echo_eqx.flow.sampler import Progress
+from echo_eqx.generation import SamplerSettings
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.speech.batching import BatchSampler
+from echo_eqx.speech.chunks import (
+    Chunk,
+    halve_chunk,
+    split_into_chunks,
+    target_seconds,
+    warn_of_missing_ends,
+)
+from echo_eqx.speech.codec import check_latent_dim, silence_latent
+from echo_eqx.speech.joining import Message, decode_and_join, speech_end
+from echo_eqx.speech.speaker import Speaker, read_speakers, trim_to_patches
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A text to speak, with its voice and seed."""
+
+    text: str
+    speaker: Speaker | None = None
+    """The reference voice, as in `synthesize`."""
+    seed: int = 42
+
+
+def synthesize(
+    dit: EchoDiT,
+    codec: DACVAE,
+    text: str,
+    speaker: Speaker | None = None,
+    *,
+    duration: float | None = None,
+    seed: int = 42,
+    settings: SamplerSettings | None = None,
+    message: Message = None,
+    trim: bool = True,
+    normalize_text: bool = True,
+    expand_text: bool | None = None,
+    progress: Progress | None = None,
+) -> Float[np.ndarray, " samples"]:
+    """Speak `text`: mono audio (samples,), float32, at `codec.config.sample_rate`.
+
+    **Arguments**:
+    - `speaker`: the reference voice, a recording or its latents; None for an arbitrary voice.
+    - `duration`: seconds generated for each chunk of text, which the model fills with speech and
+      then silence. None for `dit.generation.duration`, or else 15 s or the longest the model was
+      trained with.
+    - `settings`: None for `dit.generation.sampler`.
+    - `message`: bits to embed as a watermark; None for no watermark.
+    - `trim`: cut the silence at the end.
+    - `normalize_text`: clean the text as in training.
+    - `expand_text`: write out numbers, dates, money, addresses and abbreviations in English. None
+      for `dit.generation.expand_text`.
+    - `progress`: called after each sampling step.
+
+    Texts that are too long are split into chunks at the ends of sentences; the chunks are spoken in
+    one voice and joined. If the speech of a chunk does not end within `duration`, the chunk is
+    spoken again as two shorter ones. If that does not help, the logger `echo_eqx.speech` warns that
+    its end may be missing. Without `trim` chunks are never spoken again.
+
+    Audio starts and ends at zero. Compiled programs are cached on disk, see
+    `use_compilation_cache`.
+
+    **Raises**: `EchoError` naming the argument that cannot be used.
+    """
+    (audio,) = synthesize_all(
+        dit,
+        codec,
+        [Utterance(text, speaker, seed)],
+        duration=duration,
+        settings=settings,
+        message=message,
+        trim=trim,
+        normalize_text=normalize_text,
+        expand_text=expand_text,
+        progress=progress,
+    )
+    return audio
+
+
+def synthesize_all(
+    dit: EchoDiT,
+    codec: DACVAE,
+    utterances: Sequence[Utterance],
+    *,
+    duration: float | None = None,
+    settings: SamplerSettings | None = None,
+    message: Message = None,
+    trim: bool = True,
+    normalize_text: bool = True,
+    expand_text: bool | None = None,
+    batch_size: int = 8,
+    block_frames: int | None = None,
+    progress: Progress | None = None,
+) -> list[Float[np.ndarray, " samples"]]:
+    """`synthesize` for many utterances, in batches of at most `batch_size` chunks.
+
+    `block_frames` makes block-wise models generate each chunk in blocks of that many frames.
+    """
+    use_compilation_cache()
+    settings = settings or dit.generation.sampler
+    settings.check()
+    check_latent_dim(dit, codec)
+    codec.check_message(message)
+    for utterance in utterances:
+        if not 0 <= utterance.seed < 2**32:
+            raise UsageError(f"seed: expected 0 to 2^32 - 1, got {utterance.seed}")
+    speakers = read_speakers(dit, codec, [utterance.speaker for utterance in utterances])
+    seconds = target_seconds(dit, codec, duration)
+    num_frames = max(1, round(seconds * codec.config.frame_rate))
+    expand = dit.generation.expand_text if expand_text is None else expand_text
+    texts = [split_into_chunks(u.text, dit, seconds, normalize_text, expand) for u in utterances]
+    sampler = BatchSampler(dit, num_frames, block_frames, settings, batch_size, progress)
+    silence = silence_latent(codec)
+
+    def end_of(latents: np.ndarray) -> int:
+        return speech_end(latents, silence, codec.config.frame_rate)
+
+    # Without a reference the first chunk settles on a voice, which the others then take.
+    first, second = [], []
+    for i, (utterance, parts) in enumerate(zip(utterances, texts, strict=True)):
+        for j, part in enumerate(parts):
+            chunk = Chunk((i, j), part, speakers[i], utterance.seed)
+            (second if speakers[i] is None and j > 0 else first).append(chunk)
+    latents = sampler(first, second)
+    for i, speaker in enumerate(speakers):
+        if speaker is None:
+            spoken = latents[i, 0]
+            spoken = spoken[: end_of(spoken) or None][: dit.config.max_speaker_frames]
+            speakers[i] = trim_to_patches(spoken, dit)
+    second = [dataclasses.replace(chunk, speaker=speakers[chunk.utterance]) for chunk in second]
+    latents |= sampler(second)
+
+    chunks, endless = first + second, []
+    while full := [chunk for chunk in chunks if end_of(latents[chunk.index]) == num_frames]:
+        chunks = []
+        for chunk in full:
+            speaker = speakers[chunk.utterance]
+            halves = halve_chunk(chunk, speaker, seconds) if trim and speaker is not None else []
+            if halves:
+                del latents[chunk.index]
+                chunks += halves
+            else:
+                endless.append(chunk)
+        latents |= sampler(chunks)
+    if endless:
+        warn_of_missing_ends(endless, seconds)
+    return [
+        decode_and_join(
+            codec, [latents[k] for k in sorted(latents) if k[0] == i], message, trim, silence
+        )
+        for i in range(len(utterances))
+    ]

@@ -1,30 +1,29 @@
-"""A web page of training runs, served from what is in their folders. It changes nothing."""
+"""A web page that shows training runs from what is in their folders. It changes nothing."""
 
-import functools
 import gzip
 import hashlib
 import hmac
 import importlib
 import ipaddress
 import json
-import os
+import math
 import re
 import shutil
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.ops.curves import FIELDS
-from echo_eqx.ops.inside import Trouble
-from echo_eqx.ops.runs import Run, Runs, Shared
+from echo_eqx.ops.run_files import FileProblem
+from echo_eqx.ops.runs import Run, Runs
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
@@ -32,8 +31,9 @@ _PAGE_FILES = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
-_SECURITY = {
-    # Plotly sets styles on its elements; scripts come from files of this server only.
+_HEADERS = {
+    "Cache-Control": "no-store",
+    # Plotly sets styles on its elements; scripts come from this server only.
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -43,17 +43,16 @@ _SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _TEXT = "text/plain; charset=utf-8"
-_BLOCK = 256 << 10
 _COOKIE = "echo_monitor"
 _READ_SECONDS = 1.0
-"""Of new lines in one answer; the page asks on at once when there are more."""
+"""Time to read new lines for one answer; the page asks again at once if there are more."""
 
 
 class MonitorServer(ThreadingHTTPServer):
-    """Serves the runs of `root` at `host` and `port`; port 0 takes a free one.
+    """Serves the runs in `root` at `host` and `port`; port 0 takes a free one.
 
-    **Raises**: `EchoError` for a missing folder or package, or a port that cannot be had;
-    `UsageError` for an address that others can reach without a token.
+    **Raises**: `EchoError` for a missing folder or package, or a port that is in use; `UsageError`
+    for an address that other machines can reach, without a token.
     """
 
     daemon_threads = True
@@ -61,16 +60,17 @@ class MonitorServer(ThreadingHTTPServer):
 
     def __init__(self, root: Path, host: str, port: int, token: str | None):
         if not root.is_dir():
-            raise EchoError(f"{root} is not a folder; wanted one with runs, or a run")
+            raise EchoError(f"expected --runs to be a folder of runs, or a run, got {root}")
         if not 0 <= port < 65536:
-            raise UsageError(f"--port {port} is not from 0 to 65535")
-        if token is not None and not token:
-            raise UsageError("--token is empty")
+            raise UsageError(f"expected --port from 0 to 65535, got {port}")
+        if token == "":
+            raise UsageError("expected a --token of at least one character, got none")
         if token is None and not _is_loopback(host):
-            raise UsageError(f"--host {host} lets others in, so it needs a --token that they give")
+            raise UsageError(f"--host {host} lets other machines in; add --token TEXT")
         self.runs = Runs(root)
-        self.overview = Shared(self._overview)
-        self.plotly = _plotly()
+        self._overview: dict[str, Any] = {}
+        self._overview_time, self._lock = -math.inf, threading.Lock()
+        self.plotly = _read_plotly()
         self.token = token
         self.cookie = hashlib.sha256((token or "").encode()).hexdigest()
         self.host_names = {"localhost", "127.0.0.1", "::1", host}
@@ -78,22 +78,20 @@ class MonitorServer(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise EchoError(
-                f"port {port} of {host} cannot be had ({reason}); another is chosen with --port"
-            ) from None
-        threading.Thread(target=self.runs.read_ahead, daemon=True).start()
+            reason = error.strerror or error
+            raise EchoError(f"cannot bind {host}:{port} ({reason}); try --port") from None
 
-    def _overview(self) -> dict[str, Any]:
-        try:
-            free = shutil.disk_usage(self.runs.root).free
-        except OSError:
-            free = None
-        found = [{"name": name, **_status(run)} for name, run in self.runs.all().items()]
-        return {"runs": found, "disk_free_bytes": free}
+    def overview(self) -> dict[str, Any]:
+        """The state of all runs, computed once for all requests that wait for it."""
+        requested = time.monotonic()
+        with self._lock:
+            if self._overview_time < requested:
+                self._overview_time = time.monotonic()
+                self._overview = _overview(self.runs)
+            return self._overview
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the error, unless it is a browser that went away."""
+        """Print the error, unless the browser closed the connection."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -105,24 +103,19 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _plotly() -> bytes:
-    """The script that draws, packed by gzip."""
+def _read_plotly() -> bytes:
     try:
         importlib.import_module("pyarrow.json")  # reads the metrics
-        package = importlib.import_module("plotly")
-        return _packed(Path(str(package.__file__)).parent / "package_data" / "plotly.min.js")
+        plotly = importlib.import_module("plotly")
+        script = Path(str(plotly.__file__)).parent / "package_data" / "plotly.min.js"
+        return gzip.compress(script.read_bytes(), 6)
     except (ImportError, OSError):
         raise EchoError(
-            "the monitor needs a package that is not here: pip install 'echo_eqx[monitor]'"
+            "the monitor needs plotly and pyarrow: pip install 'echo_eqx[monitor]'"
         ) from None
 
 
-@functools.cache
-def _packed(path: Path) -> bytes:
-    return gzip.compress(path.read_bytes(), 6)
-
-
-class _Refused(Exception):
+class _HTTPError(Exception):
     """Ends a request with this status and text."""
 
     def __init__(self, status: int, text: str):
@@ -140,19 +133,18 @@ class _Handler(BaseHTTPRequestHandler):
         # A body is never read, so what follows it must not be taken for a request.
         if self.headers.get("Content-Length") or self.headers.get("Transfer-Encoding"):
             self.close_connection = True
-        self._started = False
         try:
-            self._answer()
-        except _Refused as refusal:
-            self.send_error(refusal.status, str(refusal))
-        except OSError:
-            raise  # the browser went away
-        except Exception:  # our own fault, which still gets an answer
+            path, query = _parse_address(self.path)
+            cookie = self._check_access(query)
+            body, kind, headers = self._answer(path, query)
+        except _HTTPError as error:
+            self.send_error(error.status, str(error))
+        except Exception:  # our own bug, which still gets an answer
             traceback.print_exc()
-            if self._started:
-                self.close_connection = True
-            else:
-                self.send_error(500, "the monitor failed; its terminal says how")
+            self.send_error(500, "the monitor failed; see its terminal")
+        else:
+            status = 206 if "Content-Range" in headers else 200
+            self._send(status, body, kind, cookie | headers)
 
     do_HEAD = do_GET
 
@@ -164,196 +156,166 @@ class _Handler(BaseHTTPRequestHandler):
         return valid
 
     def send_error(self, code: int, message: str | None = None, explain: Any = None) -> None:
-        # The base class says 501 to a method that has no do_METHOD, 414 to a line that is too long
-        # and 505 to a version that is not HTTP.
+        # The base class says 501 to a method without do_METHOD, 414 to a line that is too long and
+        # 505 to a bad version.
         if code == 501:
             code, message = 405, "only GET and HEAD"
         elif code in (414, 505):
             code = 400
         if self.request_version in ("", "HTTP/0.9"):
-            self.request_version = "HTTP/1.0"  # to 0.9 the base class sends no status
+            self.request_version = "HTTP/1.0"  # to 0.9 the base class sends no status line
         self.close_connection = True
-        allow = {"Allow": "GET, HEAD", "Connection": "close"}
-        self._send((message or str(code)).encode(), _TEXT, allow, code)
+        headers = {"Allow": "GET, HEAD", "Connection": "close"}
+        self._send(code, (message or str(code)).encode(), _TEXT, headers)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged: one of them holds the token."""
 
-    def _answer(self) -> None:
-        path, query = _parsed(self.path)
-        new_cookie = self._check_allowed(query)
-        if path in _PAGE_FILES:
-            name, kind = _PAGE_FILES[path]
-            self._send((_PAGE / name).read_bytes(), kind, new_cookie)
-        elif path == "/plotly.js":
-            self._send_plotly()
-        elif path == "/runs.json":
-            self._send_json(self.server.overview())
-        elif path in _DATA:
-            self._send_json(_DATA[path](self._run(query), query))
-        elif match := re.fullmatch(r"/samples/([^/]+)/([0-9]{1,18})/([^/]+)", path):
-            run = self.server.runs.all().get(match[1])
-            if run is None:
-                raise _Refused(404, "not found")
-            try:
-                file = run.open_sample(int(match[2]), match[3])
-            except Trouble as trouble:
-                raise _Refused(404, str(trouble)) from None
-            with file:
-                self._send_file(file, "audio/wav" if match[3].endswith(".wav") else _TEXT)
-        else:
-            raise _Refused(404, "not found")
+    def _check_access(self, query: dict[str, str]) -> dict[str, str]:
+        """The cookie to set for a token in the query.
 
-    def _check_allowed(self, query: dict[str, list[str]]) -> dict[str, str]:
-        """**Raises**: `_Refused` unless the token is known; returns the cookie for a new one.
+        Without a token only this machine may ask, by its own name: a page of another site can make
+        its own name point here.
 
-        Without a token only this machine asks, and by its own name: a page of another site whose
-        name was made to point here would ask by that name.
+        **Raises**: `_HTTPError` for anyone else.
         """
         server = self.server
         if server.token is None:
             hosts = self.headers.get_all("Host", [""])
             name = re.sub(r":[0-9]+$", "", hosts[0]).strip("[]").lower()
             if len(hosts) > 1 or name not in server.host_names:
-                raise _Refused(
+                raise _HTTPError(
                     400, "expected this machine's own name as Host; start the monitor with --token"
                 )
             return {}
-        given = query.get("token", [""])[0]
-        if hmac.compare_digest(given.encode(), server.token.encode()):
+        if hmac.compare_digest(query.get("token", "").encode(), server.token.encode()):
             return {"Set-Cookie": f"{_COOKIE}={server.cookie}; Path=/; HttpOnly; SameSite=Strict"}
         try:
             cookie = SimpleCookie(self.headers.get("Cookie", "")).get(_COOKIE)
         except CookieError:
             cookie = None
         if cookie is None or not hmac.compare_digest(cookie.value.encode(), server.cookie.encode()):
-            raise _Refused(403, "add ?token=TEXT to the address, as given with --token")
+            raise _HTTPError(403, "add ?token=TEXT to the address, as given with --token")
         return {}
 
-    def _run(self, query: dict[str, list[str]]) -> Run:
-        run = self.server.runs.all().get(query.get("run", [""])[0])
-        if run is None:
-            raise _Refused(404, "there is no such run")
-        return run
-
-    def _send_plotly(self) -> None:
-        script = self.server.plotly
-        packed = "gzip" in self.headers.get("Accept-Encoding", "")
-        headers = {"Cache-Control": "private, max-age=86400", "Vary": "Accept-Encoding"}
-        if packed:
-            headers["Content-Encoding"] = "gzip"
-        body = script if packed else gzip.decompress(script)
-        self._send(body, "text/javascript; charset=utf-8", headers)
-
-    def _send_json(self, value: Any) -> None:
-        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-        self._send(text.encode(), "application/json", {})
-
-    def _send_file(self, file: BinaryIO, kind: str) -> None:
-        size = os.fstat(file.fileno()).st_size
-        first, last = _range(self.headers.get("Range"), size)
-        headers = {"Accept-Ranges": "bytes"}
-        if first is None:
-            first, last, status = 0, size - 1, 200
+    def _answer(self, path: str, query: dict[str, str]) -> tuple[bytes, str, dict[str, str]]:
+        """Body, content type and further headers."""
+        if path in _PAGE_FILES:
+            name, kind = _PAGE_FILES[path]
+            return (_PAGE / name).read_bytes(), kind, {}
+        if path == "/plotly.js":
+            headers = {"Content-Encoding": "gzip", "Cache-Control": "private, max-age=86400"}
+            return self.server.plotly, "text/javascript; charset=utf-8", headers
+        runs = self.server.runs
+        if match := re.fullmatch(r"/samples/([^/]+)/([0-9]{1,15})/([^/]+)", path):
+            return self._sample(runs.all().get(match[1]), int(match[2]), match[3])
+        if path == "/runs.json":
+            value = self.server.overview()
+        elif path in ("/data.json", "/about.json", "/samples.json"):
+            run = runs.all().get(query.get("run", ""))
+            if run is None:
+                raise _HTTPError(404, "there is no such run")
+            answers = {"/data.json": _data, "/about.json": _about, "/samples.json": _samples}
+            value = answers[path](run, query)
         else:
-            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-            status = 206
-        file.seek(first)
-        left = last - first + 1
-        self._send_head(left, kind, headers, status)
-        while left and self.command != "HEAD":
-            block = file.read(min(left, _BLOCK))
-            if not block:  # the file was cut meanwhile
-                self.close_connection = True
-                break
-            self.wfile.write(block)
-            left -= len(block)
+            raise _HTTPError(404, "not found")
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+        return text.encode(errors="replace"), "application/json", {}
 
-    def _send(self, body: bytes, kind: str, headers: dict[str, str], status: int = 200) -> None:
-        self._send_head(len(body), kind, headers, status)
+    def _sample(self, run: Run | None, step: int, name: str) -> tuple[bytes, str, dict[str, str]]:
+        try:
+            if run is None:
+                raise FileProblem("there is no such run")
+            with run.open_sample(step, name) as file:
+                body = file.read()
+        except FileProblem as problem:
+            raise _HTTPError(404, str(problem)) from None
+        headers, size = {"Accept-Ranges": "bytes"}, len(body)
+        if (part := _range(self.headers.get("Range"), size)) is not None:
+            headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{size}"
+            body = body[part]
+        return body, "audio/wav" if name.endswith(".wav") else _TEXT, headers
+
+    def _send(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        content = {"Content-Type": kind, "Content-Length": str(len(body))}
+        for name, value in (_HEADERS | content | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _send_head(self, size: int, kind: str, headers: dict[str, str], status: int) -> None:
-        self._started = True
-        self.send_response(status)
-        fixed = {"Content-Type": kind, "Content-Length": str(size), "Cache-Control": "no-store"}
-        for name, value in (fixed | _SECURITY | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
 
-
-def _parsed(target: str) -> tuple[str, dict[str, list[str]]]:
-    """Path and query of a request.
-
-    **Raises**: `_Refused` with 400 for an address that is not one.
-    """
+def _parse_address(target: str) -> tuple[str, dict[str, str]]:
+    """Path and query of a request. **Raises**: `_HTTPError` with 400 for an invalid one."""
     try:
         if not re.fullmatch(r"/(?:[!-$&-~]|%[0-9A-Fa-f]{2})*", target):
             raise ValueError
         url = urlsplit(target)
-        return unquote(url.path, errors="strict"), parse_qs(
-            url.query, errors="strict", max_num_fields=20
-        )
+        query = parse_qs(url.query, errors="strict", max_num_fields=20)
+        return unquote(url.path, errors="strict"), {name: query[name][0] for name in query}
     except ValueError:
-        raise _Refused(400, "this is not a valid address") from None
+        raise _HTTPError(400, "this is not a valid address") from None
 
 
-def _range(header: str | None, size: int) -> tuple[int | None, int]:
-    """First and last byte asked for; None for all of them.
+def _range(header: str | None, size: int) -> slice | None:
+    """The bytes a Range header asks for, None for all of them.
 
-    **Raises**: `_Refused` for a range outside the file.
+    **Raises**: `_HTTPError` for a range outside the file.
     """
     match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", header or "")
     if match is None or match[0] == "bytes=-":
-        return None, size - 1
+        return None
     if match[1]:
-        first, last = int(match[1]), min(int(match[2] or size), size - 1)
+        first, stop = int(match[1]), min(int(match[2] or size) + 1, size)
     else:
-        first, last = max(0, size - int(match[2])), size - 1
-    if first > last:
-        raise _Refused(416, "this range is not in the file")
-    return first, last
+        first, stop = max(0, size - int(match[2])), size
+    if first >= stop:
+        raise _HTTPError(416, "this range is not in the file")
+    return slice(first, stop)
+
+
+def _overview(runs: Runs) -> dict[str, Any]:
+    try:
+        free = shutil.disk_usage(runs.root).free
+    except OSError:
+        free = None
+    statuses = [{"name": name, **_status(run)} for name, run in runs.all().items()]
+    return {"runs": statuses, "disk_free_bytes": free}
 
 
 def _status(run: Run) -> dict[str, Any]:
-    """Of one run; whatever fails in it is told as its trouble, and no other run's."""
+    """A failure in one run is a problem of that run and hides no other."""
     try:
         return run.status()
     except Exception as error:
         traceback.print_exc()
         nothing = dict.fromkeys(("num_steps", "step", "age", "every", "left", "samples"))
-        return {**nothing, "saved": False, "trouble": [f"cannot be shown: {error!r}"]}
+        return {**nothing, "saved": False, "problems": [f"cannot be shown: {error!r}"]}
 
 
-def _data(run: Run, query: dict[str, list[str]]) -> dict[str, Any]:
-    """Of a curve the page says `field:stride:full`."""
-    have = {}
-    for item in query.get("have", [""])[0].split(","):
+def _data(run: Run, query: dict[str, str]) -> dict[str, Any]:
+    """The page says `key:stride:full` of each curve that it has."""
+    known = {}
+    for item in query.get("have", "").split(","):
         match = re.fullmatch(r"(\w+):([0-9]{1,9}):([0-9]{1,9})", item)
         if match and match[1] in FIELDS:
-            have[match[1]] = int(match[2]), int(match[3])
-    version = query.get("version", [""])[0]
-    known = int(version) if re.fullmatch(r"-?[0-9]{1,18}", version) else 0
-    return run.metrics.news(known, have, _READ_SECONDS)
+            known[match[1]] = int(match[2]), int(match[3])
+    return run.metrics.update(_integer(query.get("version", "")) or 0, known, _READ_SECONDS)
 
 
-def _about(run: Run, _: dict[str, list[str]]) -> dict[str, Any]:
+def _about(run: Run, query: dict[str, str]) -> dict[str, Any]:
     return {"config": run.json("config.json"), "environment": run.json("environment.json")}
 
 
-def _samples(run: Run, query: dict[str, list[str]]) -> dict[str, Any]:
+def _samples(run: Run, query: dict[str, str]) -> dict[str, Any]:
     steps = run.sample_steps()
-    asked = query.get("step", [""])[0]
-    step = int(asked) if re.fullmatch(r"[0-9]{1,18}", asked) else None
+    step = _integer(query.get("step", ""))
     if step not in steps:
         step = steps[0] if steps else None
     samples, count = run.samples(step) if step is not None else ([], 0)
     return {"steps": steps, "step": step, "samples": samples, "count": count}
 
 
-_DATA: dict[str, Callable[[Run, dict[str, list[str]]], dict[str, Any]]] = {
-    "/data.json": _data,
-    "/about.json": _about,
-    "/samples.json": _samples,
-}
+def _integer(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None

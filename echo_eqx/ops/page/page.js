@@ -1,11 +1,11 @@
 "use strict";
 
-// Curves of all runs that are checked, and samples and settings of one. Every two seconds the page
-// asks for what is new; a curve comes in buckets, of which all but the last stay as they are.
+// Curves of all checked runs, and samples and settings of one. Every two seconds the page asks for
+// what is new; a curve comes in buckets, and all but its last bucket stay as they are.
 
 const REFRESH_MS = 2000;
-const SMOOTHING = 0.95; // of the running mean over the points drawn
-const LARGEST = 1e100; // beyond it an axis overflows, and the other runs' curves are gone
+const SMOOTHING = 0.95; // of the running mean over buckets
+const LARGEST = 1e100; // a larger value would overflow the axis and hide the other runs' curves
 const CHARTS = [
   { field: "loss", title: "Loss", note: "raw, and smoothed over about 20 points", smooth: true },
   { field: "eval_loss", title: "Evaluation loss", markers: true },
@@ -38,10 +38,10 @@ const COLORS = {
 
 const element = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const runs = new Map(); // name -> {shown, number, version, curves, read, unreadable, undrawn, failed}
-const stale = new Set(CHARTS.map((chart) => chart.field));
-let samplesShown = "";
-let aboutShown = "";
+const plotlyLoaded = new Promise((done) => addEventListener("DOMContentLoaded", done));
+const runs = new Map(); // name -> what is known of the run, see addRun
+const stale = new Set(); // fields whose chart must be drawn again
+const redraw = () => CHARTS.forEach((chart) => stale.add(chart.field));
 
 function make(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -62,7 +62,7 @@ function duration(seconds) {
   return `${Math.round(seconds / 86400)} days`;
 }
 
-// Whether a run is alive: reports come at a pace, though evaluation and saving take their time.
+// Whether a run is alive: reports come regularly, though evaluating and saving take a while.
 function liveness({ step, num_steps, age, every, left, saved }) {
   if (step === null) return ["waiting", "no step yet"];
   const place = `step ${step}${num_steps ? ` of ${num_steps}` : ""}`;
@@ -83,32 +83,33 @@ function color(run) {
 }
 
 function addRun(name) {
-  // Many runs at once would be a tangle, so only the first are checked.
-  const run = { shown: runs.size < 8, number: runs.size, curves: {}, version: 0, read: 0, undrawn: 0 };
+  // Curves of many runs at once are unreadable, so only the first few are checked.
+  const run = { number: runs.size, shown: runs.size < 8, version: 0, read: 0, curves: {} };
   const box = make("input", { type: "checkbox", checked: run.shown });
   box.addEventListener("change", () => {
     run.shown = box.checked;
-    CHARTS.forEach((chart) => stale.add(chart.field));
+    redraw();
     refresh();
   });
   run.title = make("b", { textContent: name });
   run.line = make("span");
-  run.trouble = make("span", { className: "trouble" });
-  const lines = make("div", {}, run.title, run.line, run.trouble);
+  run.problems = make("span", { className: "problems" });
+  const lines = make("div", {}, run.title, run.line, run.problems);
   run.card = make("label", { className: "run" }, box, lines);
+  run.option = make("option", { value: name, textContent: name });
   element("runs").append(run.card);
-  element("run").append(make("option", { value: name, textContent: name }));
+  element("run").append(run.option);
   runs.set(name, run);
 }
 
 function showRuns(overview) {
-  const names = overview.runs.map((run) => run.name);
-  for (const name of runs.keys()) {
+  const names = overview.runs.map((status) => status.name);
+  for (const [name, run] of runs) {
     if (names.includes(name)) continue;
-    runs.get(name).card.remove();
-    [...element("run").options].find((option) => option.value === name)?.remove();
+    run.card.remove();
+    run.option.remove();
     runs.delete(name);
-    CHARTS.forEach((chart) => stale.add(chart.field));
+    redraw();
   }
   for (const status of overview.runs) {
     if (!runs.has(status.name)) addRun(status.name);
@@ -116,74 +117,58 @@ function showRuns(overview) {
     const [kind, text] = liveness(status);
     const notes = [text];
     if (run.shown && run.read < 1) notes.push(`${Math.floor(run.read * 100)}% read`);
-    if (run.undrawn) notes.push(`${run.undrawn} values are too large to be drawn`);
+    if (run.tooLarge) notes.push(`${run.tooLarge} values are too large to be drawn`);
     if (run.unreadable) notes.push(`${run.unreadable} lines cannot be read`);
     run.line.textContent = notes.join("; ");
     run.line.className = kind;
-    run.trouble.textContent = [...status.trouble, ...(run.failed ? [run.failed] : [])].join("; ");
+    run.problems.textContent = status.problems.concat(run.failed ?? []).join("; ");
     run.title.style.borderColor = color(run);
   }
-  // The first run with samples, until the person chooses another.
-  const select = element("run");
-  const selected = overview.runs.find((run) => run.name === select.value);
-  const heard = overview.runs.find((run) => run.samples !== null);
-  if (!runChosen && heard && (selected?.samples ?? null) === null) select.value = heard.name;
+  // The first run with samples, unless the user chose another.
+  const hasSamples = (status) => status.samples !== null;
+  const selected = overview.runs.find((status) => status.name === element("run").value);
+  const first = overview.runs.find(hasSamples);
+  if (!runChosen && first && !(selected && hasSamples(selected))) element("run").value = first.name;
   const free = overview.disk_free_bytes;
   const disk = free === null ? "" : `${(free / 2 ** 30).toFixed(1)} GiB of disk free`;
   element("state").textContent = runs.size ? disk : `There is no run yet. ${disk}`;
   for (const id of ["listen", "charts", "settings"]) element(id).hidden = !runs.size;
 }
 
-// What goes wrong with one run is told at it, and keeps no other from being shown.
+// A failure is shown with its run and does not keep the others from being shown.
 async function readCurves(name, run) {
   try {
-    await readNews(name, run);
+    const have = Object.entries(run.curves).map(([field, c]) => `${field}:${c.stride}:${c.full}`);
+    const news = await ask("data.json", { run: name, version: run.version, have: have.join() });
+    if (news.version !== run.version) {
+      Object.keys(run.curves).forEach((field) => stale.add(field));
+      run.curves = {};
+      run.tooLarge = 0;
+    }
+    Object.assign(run, { version: news.version, read: news.read, unreadable: news.unreadable });
+    for (const [field, part] of Object.entries(news.curves)) {
+      const join = (key) => {
+        const values = (part[key] ?? []).map((x) => (Math.abs(x) > LARGEST ? null : x));
+        return (run.curves[field]?.[key] ?? []).slice(0, part.start).concat(values);
+      };
+      run.tooLarge += part.mean.filter((x) => Math.abs(x) > LARGEST).length;
+      const [step, mean, low, high] = ["step", "mean", "low", "high"].map(join);
+      run.curves[field] = { stride: part.stride, full: part.full, step, mean, low, high };
+      stale.add(field);
+    }
     run.failed = null;
   } catch (error) {
-    run.failed = `its curves cannot be read: ${error.message}`;
+    run.failed = `cannot read its curves: ${error.message}`;
   }
 }
 
-async function readNews(name, run) {
-  const have = Object.entries(run.curves).map(([field, c]) => `${field}:${c.stride}:${c.full}`);
-  const news = await ask("data.json", { run: name, version: run.version, have: have.join() });
-  if (news.version !== run.version) {
-    Object.keys(run.curves).forEach((field) => stale.add(field));
-    run.curves = {};
-    run.undrawn = 0;
-  }
-  run.version = news.version;
-  run.read = news.read;
-  run.unreadable = news.unreadable;
-  for (const [field, part] of Object.entries(news.curves)) {
-    const known = run.curves[field];
-    const join = (key) => [
-      ...(known?.[key] ?? []).slice(0, part.start),
-      ...(part[key] ?? []).map((value) => (Math.abs(value) > LARGEST ? null : value)),
-    ];
-    run.curves[field] = {
-      stride: part.stride,
-      full: part.full,
-      step: join("step"),
-      mean: join("mean"),
-      low: join("low"),
-      high: join("high"),
-    };
-    stale.add(field);
-    run.undrawn += (part.mean ?? []).filter((value) => Math.abs(value) > LARGEST).length;
-  }
-}
+const scaled = (values, scale) => values.map((value) => value && value * scale);
 
-// A bucket is drawn as an upright line from its lowest to its highest value.
+// A bucket is drawn as a vertical line from its lowest to its highest value.
 function raw(curve, scale) {
-  if (curve.stride === 1) return { x: curve.step, y: curve.mean.map((y) => y && y * scale) };
-  const x = [];
-  const y = [];
-  curve.step.forEach((step, i) => {
-    x.push(step, step);
-    y.push(curve.low[i] && curve.low[i] * scale, curve.high[i] && curve.high[i] * scale);
-  });
-  return { x, y };
+  if (curve.stride === 1) return { x: curve.step, y: scaled(curve.mean, scale) };
+  const y = curve.low.flatMap((low, i) => [low, curve.high[i]]);
+  return { x: curve.step.flatMap((step) => [step, step]), y: scaled(y, scale) };
 }
 
 function smoothed(curve, scale) {
@@ -191,9 +176,9 @@ function smoothed(curve, scale) {
   let weight = 0;
   const y = curve.mean.map((value) => {
     if (value === null) return null;
-    sum = SMOOTHING * sum + (1 - SMOOTHING) * value * scale;
+    sum = SMOOTHING * sum + (1 - SMOOTHING) * value;
     weight = SMOOTHING * weight + (1 - SMOOTHING);
-    return sum / weight;
+    return (scale * sum) / weight;
   });
   return { x: curve.step, y };
 }
@@ -203,32 +188,25 @@ function draw(chart) {
   for (const [name, run] of runs) {
     const curve = run.curves[chart.field];
     if (!run.shown || !curve?.mean.some((value) => value !== null)) continue;
-    const base = { type: "scatter", name, line: { color: color(run), width: 1.5 } };
-    const points = curve.step.length < 2 || chart.markers ? "lines+markers" : "lines";
-    traces.push({
-      ...base,
-      ...raw(curve, chart.scale ?? 1),
-      mode: points,
-      opacity: chart.smooth ? 0.35 : 1,
-    });
-    if (chart.smooth) {
-      traces.push({
-        ...base,
-        ...smoothed(curve, chart.scale ?? 1),
-        mode: points,
-        name: `${name}, smoothed`,
-        line: { color: color(run), width: 2.5 },
-      });
-    }
+    const add = (points, name, width, opacity) => {
+      const mode = curve.step.length < 2 || chart.markers ? "lines+markers" : "lines";
+      traces.push({ ...points, name, mode, opacity, line: { color: color(run), width } });
+    };
+    const scale = chart.scale ?? 1;
+    add(raw(curve, scale), name, 1.5, chart.smooth ? 0.35 : 1);
+    if (chart.smooth) add(smoothed(curve, scale), `${name}, smoothed`, 2.5, 1);
   }
   const style = getComputedStyle(document.documentElement);
+  const edge = style.getPropertyValue("--edge");
   const axis = {
-    gridcolor: style.getPropertyValue("--edge"),
-    zerolinecolor: style.getPropertyValue("--edge"),
+    gridcolor: edge,
+    zerolinecolor: edge,
     automargin: true,
+    visible: traces.length > 0,
   };
+  const place = { x: 0.5, xref: "paper", y: 0.5, yref: "paper", showarrow: false };
   const layout = {
-    uirevision: "kept", // a refresh leaves the person's zoom
+    uirevision: "kept", // a refresh keeps the zoom
     showlegend: false,
     margin: { l: 48, r: 12, t: 12, b: 36 },
     paper_bgcolor: "rgba(0,0,0,0)",
@@ -238,72 +216,14 @@ function draw(chart) {
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
     xaxis: { ...axis, title: { text: "step" } },
     yaxis: { ...axis, rangemode: chart.zero ? "tozero" : "normal" },
+    annotations: traces.length ? [] : [{ ...place, text: "none reported" }],
   };
-  if (!traces.length) {
-    layout.xaxis.visible = layout.yaxis.visible = false;
-    layout.annotations = [{ text: "none reported", showarrow: false, x: 0.5, xref: "paper", y: 0.5, yref: "paper" }];
-  }
   const settings = { responsive: true, displaylogo: false, displayModeBar: false };
-  const plot = element(`plot-${chart.field}`);
-  plot.querySelector(":scope > svg")?.remove();
-  return Plotly.react(plot, traces, layout, settings);
-}
-
-// Until the browser has shown what was changed, unless no one looks.
-function shown() {
-  if (document.hidden) return null;
-  return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-}
-
-// A curve without axes, since a browser works on Plotly for a second or two when it first comes.
-function sketch(chart) {
-  const curves = [...runs.values()].map((run) => run.shown && run.curves[chart.field]);
-  const points = curves.map((curve) =>
-    curve ? curve.step.map((x, i) => [x, curve.mean[i]]).filter(([, y]) => y !== null) : [],
-  );
-  const span = (values) => {
-    const low = values.reduce((a, b) => Math.min(a, b), Infinity);
-    const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
-    return (value) => (high > low ? (100 * (value - low)) / (high - low) : 50);
-  };
-  const across = span(points.flat().map(([x]) => x));
-  const up = span([...points.flat().map(([, y]) => y), ...(chart.zero ? [0] : [])]);
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 100 100");
-  svg.setAttribute("preserveAspectRatio", "none");
-  [...runs.values()].forEach((run, i) => {
-    if (!points[i].length) return;
-    const path = document.createElementNS(svg.namespaceURI, "path");
-    path.setAttribute("d", `M${points[i].map(([x, y]) => `${across(x)} ${100 - up(y)}`).join("L")}`);
-    path.style.stroke = color(run);
-    svg.append(path);
-  });
-  element(`plot-${chart.field}`).replaceChildren(svg);
-}
-
-let plotly = null;
-
-// Asked for only now: until it has run, nothing else does.
-function loadPlotly() {
-  plotly ??= new Promise((done, failed) => {
-    const script = make("script", { src: "plotly.js", onload: done });
-    script.onerror = () => {
-      plotly = null;
-      failed(new Error("plotly.js did not come"));
-    };
-    document.head.append(script);
-  });
-  return plotly;
+  return Plotly.react(`plot-${chart.field}`, traces, layout, settings);
 }
 
 async function drawStale() {
-  if (!stale.size) return;
-  if (!window.Plotly) {
-    CHARTS.forEach(sketch);
-    await shown();
-    performance.mark("sketched");
-    await loadPlotly();
-  }
+  await plotlyLoaded;
   for (const chart of CHARTS) {
     if (!stale.delete(chart.field)) continue;
     try {
@@ -311,25 +231,28 @@ async function drawStale() {
     } catch (error) {
       element(`plot-${chart.field}`).textContent = `cannot be drawn: ${error.message}`;
     }
-    await shown();
-    performance.mark("drawn");
+    await new Promise(setTimeout); // the browser stays responsive
   }
+}
+
+// Text that did not change is left alone: the user may be selecting in it.
+function setText(id, text) {
+  if (element(id).textContent !== text) element(id).textContent = text;
 }
 
 async function showAbout(name) {
   const about = await ask("about.json", { run: name });
-  const text = JSON.stringify([name, about]);
-  if (text === aboutShown) return;
-  aboutShown = text;
-  element("settings-run").textContent = name;
-  element("config").textContent = JSON.stringify(about.config, null, 2);
-  element("environment").textContent = JSON.stringify(about.environment, null, 2);
+  setText("settings-run", name);
+  setText("config", JSON.stringify(about.config, null, 2));
+  setText("environment", JSON.stringify(about.environment, null, 2));
 }
 
 function player(label, url) {
   const audio = make("audio", { controls: true, preload: "metadata", src: url });
   return make("label", { textContent: label }, audio);
 }
+
+let samplesShown = "";
 
 async function showSamples(name, step) {
   const found = await ask("samples.json", { run: name, step });
@@ -354,7 +277,7 @@ async function showSamples(name, step) {
   element("samples").replaceChildren(...(cards.length ? cards : ["none yet"]));
 }
 
-// The newest samples, unless the person chose others or listens.
+// The newest samples, unless the user chose others or is listening.
 async function showDetails() {
   const name = element("run").value;
   if (!name) return;
@@ -381,10 +304,8 @@ let busy = false;
 let again = false;
 
 async function refresh() {
-  if (busy) {
-    again = true;
-    return;
-  }
+  again = busy;
+  if (busy) return;
   busy = true;
   clearTimeout(timer);
   let wait = REFRESH_MS;
@@ -393,14 +314,13 @@ async function refresh() {
     const shown = [...runs].filter(([, run]) => run.shown);
     await Promise.all(shown.map(([name, run]) => readCurves(name, run)));
     if (shown.some(([, run]) => run.read < 1)) wait = 0;
-    await drawStale();
     await showDetails();
+    await drawStale();
   } catch (error) {
     element("state").textContent = `No answer from the monitor: ${error.message}`;
   }
   busy = false;
   if (again) wait = 0;
-  again = false;
   timer = setTimeout(() => document.hidden || refresh(), wait);
 }
 
@@ -411,9 +331,10 @@ for (const chart of CHARTS) {
     make("div", { className: chart.field === "loss" ? "chart first" : "chart" }, title, plot),
   );
 }
-history.replaceState(null, "", location.pathname); // the cookie stands for the token from here on
+redraw();
+history.replaceState(null, "", location.pathname); // from here on the cookie stands for the token
 dark.addEventListener("change", () => {
-  CHARTS.forEach((chart) => stale.add(chart.field));
+  redraw();
   refresh();
 });
 document.addEventListener("visibilitychange", () => document.hidden || refresh());

@@ -59,16 +59,39 @@ def test_every_package_has_a_floor():
     assert rooms - {"__pycache__", "py.typed"} == set(FLOOR)
 
 
-def test_import_brings_no_other_framework_and_touches_no_device():
+def test_import_is_light_and_has_no_side_effects():
+    """No device is touched; umask, logging, environment, signals and JAX's settings stay; neither
+    other frameworks nor what only some uses need are imported."""
     script = """
-import sys
+import logging, os, signal, sys, warnings
+import jax, equinox  # which have effects of their own
+
+def state():
+    umask = os.umask(0)
+    os.umask(umask)
+    loggers = [logging.root, logging.getLogger("echo_eqx"), logging.getLogger("jax")]
+    return {
+        "umask": umask,
+        "logging": [(logger.level, logger.handlers[:], logger.filters[:]) for logger in loggers],
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
+        "jax": dict(jax.config.values),
+        "warnings": warnings.filters[:],
+        "output": (sys.stdout, sys.stderr, sys.excepthook),
+        "folder": os.getcwd(),
+    }
+
+before = state()
 import echo_eqx
-heavy = {"torch", "tensorflow", "flax", "haiku", "orbax"} & set(sys.modules)
+after = state()
+print([name for name in before if before[name] != after[name]])
+heavy = "torch tensorflow flax haiku orbax optax tyro scipy num2words psutil huggingface_hub.hf_api"
+print(sorted(set(heavy.split()) & set(sys.modules)))
 from jax._src import xla_bridge
-print(sorted(heavy), xla_bridge.backends_are_initialized())
+print(xla_bridge.backends_are_initialized())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "[] False", done.stdout + done.stderr
+    assert done.stdout.split("\n") == ["[]", "[]", "False", ""], done.stdout + done.stderr
 
 
 def test_public_names_are_documented():

@@ -14,13 +14,13 @@ from echo_eqx.data.text import (
     CHARACTERS_PER_SECOND,
     check_text,
     encode_text,
-    expand_english,
     halve_text,
     normalize_text,
     speaking_width,
     split_text,
 )
 from echo_eqx.data.text.boundaries import cuts_after_sentences, cuts_inside_word
+from echo_eqx.data.text.english import expand_english
 from echo_eqx.voice.espeak import SILENCE_SECONDS, Voice, speak
 from echo_eqx.voice.grammar import training_texts
 

@@ -10,7 +10,6 @@ from echo_eqx.data.text import (
     CHARACTERS_PER_SECOND,
     check_text,
     encode_text,
-    expand_english,
     halve_text,
     normalize_text,
     says_something,
@@ -74,7 +73,10 @@ def split_into_chunks(
     **Raises**: `EchoError` if `text` cannot be spoken.
     """
     check_text(text)
-    text = expand_english(text) if expand else text
+    if expand:
+        from echo_eqx.data.text.english import expand_english  # compiles many patterns
+
+        text = expand_english(text)
     text = normalize_text(text) if normalize else text
     chunks = split_text(text, dit.config.max_text_bytes - 1, seconds * CHARACTERS_PER_SECOND)
     return [chunk for chunk in chunks if says_something(chunk)]

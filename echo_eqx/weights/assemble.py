@@ -8,7 +8,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import ml_dtypes
 import numpy as np
-import psutil
 
 from echo_eqx.errors import EchoError
 from echo_eqx.trees import leaf_names
@@ -124,6 +123,8 @@ def check_memory(skeleton: Any, where: str) -> None:
     if stats and "bytes_limit" in stats:
         free, place = stats["bytes_limit"] - stats.get("bytes_in_use", 0), str(device)
     else:
+        import psutil
+
         free, place = psutil.virtual_memory().available, "this machine"
     if needed > free:
         raise EchoError(

@@ -5,8 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.constants import HF_HUB_CACHE
+import huggingface_hub  # imports its parts on first use
 
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import REPO, hub_errors
@@ -95,25 +94,25 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
     if file is None:
         try:
             with hub_errors(f"{where} is not in the cache, and listing it failed"):
-                listed = HfApi().list_repo_files(repo, revision=revision)
+                listed = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
         except EchoError:
             if len(candidates := _candidates(names)) == 1:
                 return cached / candidates[0]
             raise
         file = _choose(listed, f"repository {where}", f"write {where}:FILE")
     with hub_errors(f"{where}:{file} is not in the cache, and downloading it failed"):
-        path = Path(hf_hub_download(repo, file, revision=revision))
+        path = Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
         if file.endswith(INDEX_SUFFIX):
             folder = file.rpartition("/")[0]
             for part in shard_files(weight_map(path)):
                 name = f"{folder}/{part}" if folder else part
-                hf_hub_download(repo, name, revision=revision)
+                huggingface_hub.hf_hub_download(repo, name, revision=revision)
         return path
 
 
 def _cached_snapshot(repo: str, revision: str) -> Path:
     """Folder of a revision in the Hub's cache, whether it is there or not."""
-    root = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    root = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     reference = root / "refs" / revision
     return root / "snapshots" / (reference.read_text() if reference.is_file() else revision)
 

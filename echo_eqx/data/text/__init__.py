@@ -1,7 +1,6 @@
 """Text for the models: cleaned as in training, written out, measured, and cut into pieces."""
 
 from echo_eqx.data.text.clean import check_text, encode_text, normalize_text, says_something
-from echo_eqx.data.text.english import expand_english
 from echo_eqx.data.text.split import halve_text, split_text
 from echo_eqx.data.text.width import CHARACTERS_PER_SECOND, speaking_width
 
@@ -9,7 +8,6 @@ __all__ = [
     "CHARACTERS_PER_SECOND",
     "check_text",
     "encode_text",
-    "expand_english",
     "halve_text",
     "normalize_text",
     "says_something",

@@ -104,7 +104,7 @@ class Watched:
             WatchdogArgs(
                 free_gb=free / 1e9,
                 runs=(disk / "runs",),
-                cache=disk / "cache",
+                cache_dir=disk / "cache",
                 hub_cache=disk / "hub",
                 keep_last=keep[0],
                 keep_every=keep[1],
@@ -342,11 +342,11 @@ def command(monkeypatch, capfd):
 
 def test_once_says_by_its_code_whether_there_is_enough(command, disk):
     consumed = shard(disk, 1)
-    code, out, _ = command("--free_gb", "0.008388", "--cache", disk / "cache", "--once")
+    code, out, _ = command("--free_gb", "0.008388", "--cache_dir", disk / "cache", "--once")
     assert code == 0 and not consumed.exists()
     assert [json.loads(line)["event"] for line in out.splitlines()] == ["deleted", "check"]
     shard(disk, 2, age=60)
-    code, out, _ = command("--free_gb", "0.008388", "--cache", disk / "cache", "--once")
+    code, out, _ = command("--free_gb", "0.008388", "--cache_dir", disk / "cache", "--once")
     assert code == 1 and json.loads(out)["deleted"] == 0
 
 
@@ -354,13 +354,13 @@ def test_bad_input_is_one_sentence(command, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
     for flags, code, said in [
-        ([], 2, "expected --runs, --cache or --hub_cache, got none of them"),
+        ([], 2, "expected --runs, --cache_dir or --hub_cache, got none of them"),
         (
             ["--runs", tmp_path / "none"],
             1,
             f"--runs {tmp_path / 'none'}: expected a folder, got no",
         ),
-        (["--cache", SCRIPT], 1, f"--cache {SCRIPT}: expected a folder, got a file"),
+        (["--cache_dir", SCRIPT], 1, f"--cache_dir {SCRIPT}: expected a folder, got a file"),
         (["--hub_cache", link], 1, f"--hub_cache {link}: expected a folder, got a link"),
         (["--runs", tmp_path, "--free_gb", "0"], 2, "expected --free_gb to be positive, got 0.0"),
         (["--runs", tmp_path, "--free_gb", "nan"], 2, "expected --free_gb to be positive, got nan"),

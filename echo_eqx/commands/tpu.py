@@ -42,28 +42,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Create(CreateArgs):
-    """Request a pod, as a queued resource."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup(InstallArgs):
-    """Install this source tree on all workers and check that all have the same versions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch(LaunchArgs):
-    """Start train on all workers at once; if one does not start, end the others and try again."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Status(WorkerArgs):
     """Show the state of the pod and of the run on each worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Logs(PollArgs, WorkerArgs):
-    """Print what the processes print."""
+    """Print the logs of the run, each line after the number of its worker."""
 
     follow: bool = False
     """Go on until the run has ended."""
@@ -97,9 +82,9 @@ def main() -> None:
         at = words.index("--")
         words, separator, train_flags = words[:at], True, words[at + 1 :]
     args = parse(
-        Annotated[Create, subcommand("create")]
-        | Annotated[Setup, subcommand("setup")]
-        | Annotated[Launch, subcommand("launch")]
+        Annotated[CreateArgs, subcommand("create")]
+        | Annotated[InstallArgs, subcommand("setup")]
+        | Annotated[LaunchArgs, subcommand("launch")]
         | Annotated[Status, subcommand("status")]
         | Annotated[Logs, subcommand("logs")]
         | Annotated[Stop, subcommand("stop")]
@@ -112,7 +97,7 @@ def main() -> None:
     )
     check_numbers(args)
     run_dir = ""
-    if isinstance(args, Launch | JobArgs):
+    if isinstance(args, LaunchArgs | JobArgs):
         if not separator:
             raise UsageError("expected the flags of train after --, got none")
         run_dir = check_train_flags(train_flags)
@@ -123,13 +108,13 @@ def main() -> None:
         return
     shell, pod = Shell(args.dry_run), Pod(args.name, args.zone, args.project)
     match args:
-        case Create():
+        case CreateArgs():
             gcloud.create(shell, pod, args)
-        case Setup():
+        case InstallArgs():
             workers = find_workers(shell, args)
             check_no_run(workers, "stop it first")
             install(workers, args)
-        case Launch():
+        case LaunchArgs():
             if args.hosts is None:
                 warn_if_local(run_dir)
             launch(find_workers(shell, args), train_flags, args)

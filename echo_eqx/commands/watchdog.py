@@ -1,6 +1,6 @@
 """Keep a host's disk free next to a training run.
 
-    echo-eqx watchdog --free_gb 20 --runs runs/ --cache ~/.cache/echo_eqx/shards
+    echo-eqx watchdog --free_gb 20 --runs runs/ --cache_dir ~/.cache/echo_eqx/shards
     echo-eqx watchdog --free_gb 50 --runs runs/mine --keep_last 2 --once --dry_run
 
 While a file system of the given folders has less than --free_gb free, these are deleted, in this

@@ -30,7 +30,7 @@ class WatchdogArgs:
     """Keep this much free, in 10^9 bytes."""
     runs: tuple[Path, ...] = ()
     """Run folders, or folders that hold run folders."""
-    cache: Path | None = None
+    cache_dir: Path | None = None
     """The trainer's --cache_dir: shards from the Hub."""
     hub_cache: Path | None = None
     """The Hub's own cache, such as ~/.cache/huggingface/hub."""
@@ -60,7 +60,7 @@ class DiskWatchdog:
         _check_numbers(args)
         self._required, self._dry_run = round(args.free_gb * 1e9), args.dry_run
         self._runs = list(dict.fromkeys(self._folder("runs", path) for path in args.runs))
-        self._cache = args.cache and self._folder("cache", args.cache)
+        self._cache_dir = args.cache_dir and self._folder("cache_dir", args.cache_dir)
         self._hub_cache = args.hub_cache and self._folder("hub_cache", args.hub_cache)
         self._hub_days, self._retention = args.hub_days, Retention(args.keep_last, args.keep_every)
         self._log = EventLog(args.log)
@@ -85,7 +85,7 @@ class DiskWatchdog:
         """Delete what is necessary, until `stopped`. Whether every disk then has enough free."""
         devices: dict[int, list[Path]] = {}
         enough = True
-        for folder in (*self._runs, self._cache, self._hub_cache):
+        for folder in (*self._runs, self._cache_dir, self._hub_cache):
             if folder is not None:
                 try:
                     devices.setdefault(os.lstat(folder).st_dev, []).append(folder)
@@ -153,8 +153,8 @@ class DiskWatchdog:
         return True
 
     def _candidates(self, folders: list[Path]) -> Iterator[Candidate]:
-        if self._cache in folders:
-            yield from cached_shards(self._cache, self._log)
+        if self._cache_dir in folders:
+            yield from cached_shards(self._cache_dir, self._log)
         if self._hub_cache in folders:
             yield from stale_revisions(self._hub_cache, self._hub_days, self._log)
         runs = [folder for folder in folders if folder in self._runs]
@@ -179,8 +179,8 @@ def watch(args: WatchdogArgs) -> int:
 
 
 def _check_numbers(args: WatchdogArgs) -> None:
-    if not (args.runs or args.cache or args.hub_cache):
-        raise UsageError("expected --runs, --cache or --hub_cache, got none of them")
+    if not (args.runs or args.cache_dir or args.hub_cache):
+        raise UsageError("expected --runs, --cache_dir or --hub_cache, got none of them")
     least = {"keep_last": 1, "keep_every": 0, "hub_days": 0, "free_gb": None, "every": None}
     for name, bound in least.items():
         value = getattr(args, name)

@@ -43,6 +43,8 @@ class SpotArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class CreateArgs(SpotArgs, PodArgs):
+    """Request a pod, as a queued resource."""
+
     accelerator_type: str
     """Type as gcloud names it: v4-64, v5litepod-16, v5p-32, v6e-16."""
     runtime_version: str | None = None

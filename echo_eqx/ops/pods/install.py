@@ -42,13 +42,15 @@ rm "$1"
 @dataclass(frozen=True, kw_only=True)
 class RetryArgs:
     tries: int = 5
-    """Try this many times; a new pod takes a while to accept connections."""
+    """Times to try; a new pod takes a while to accept connections."""
     pause: float = 10.0
     """Seconds between tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstallArgs(RetryArgs, WorkerArgs):
+    """Install this source tree on all workers and check that all have the same versions."""
+
     extra: str | None = None
     """Extra of the package: by default tpu on a pod, cuda on --hosts. '' for none."""
     before: str = ""

@@ -28,8 +28,10 @@ class PollArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchArgs(PollArgs, RetryArgs, WorkerArgs):
+    """Start train on all workers at once; if one does not start, end the others and try again."""
+
     settle: float = 15.0
-    """Seconds that all processes must stay alive."""
+    """Seconds for which all processes must stay alive before the launch counts."""
 
 
 def launch(workers: Workers, flags: Sequence[str], args: LaunchArgs) -> None:

@@ -1,9 +1,18 @@
 """Echo: flow-matching text-to-speech over DACVAE latents, in pure Equinox.
 
-import echo_eqx
+    dit, codec = echo_eqx.load_dit("voice"), echo_eqx.load_codec("voice")
+    audio = echo_eqx.synthesize(dit, codec, "Hello.")
 
-dit, codec = echo_eqx.load_dit("voice"), echo_eqx.load_codec("voice")
-audio = echo_eqx.synthesize(dit, codec, "Hello.")
+- Models: `EchoDiT` and `DACVAE`, with their sizes `DiTConfig` and `CodecConfig`. `DIT_PRESETS` and
+  `CODEC_PRESETS` are the sizes by name.
+- Weights: `load_dit` and `load_codec` read every known format, `save` writes ours, `cast` changes
+  the dtype, `num_parameters` counts.
+- Text to audio: `synthesize` one text, `synthesize_all` a list of `Utterance`s in batches.
+- Reference voices: `speaker_latents` of a recording, `nearest_voice` among those a model knows.
+- Text to latents: `sample`, and `sample_blockwise` for block-wise models, with `SamplerSettings`.
+- What a checkpoint recommends: `GenerationConfig`, with the `KnownVoice`s of the training data.
+- Errors: `EchoError` for input that cannot be used, `UsageError` for wrong arguments.
+- `use_compilation_cache` sets the folder of compiled programs.
 """
 
 from importlib.metadata import version

@@ -97,5 +97,6 @@ print(xla_bridge.backends_are_initialized())
 def test_public_names_are_documented():
     for name in echo_eqx.__all__:
         value = getattr(echo_eqx, name)
+        assert f"`{name}`" in echo_eqx.__doc__, name
         if callable(value):
             assert value.__doc__ and len(value.__doc__) > 20, name

@@ -92,7 +92,7 @@ def test_padding_a_reference_changes_only_its_end(dit, codec):
 
 
 def test_latents_that_are_given_are_used_as_they_are(dit, codec):
-    """Who has them from `speaker_latents` has chosen their length."""
+    """The caller of `speaker_latents` has chosen their length."""
     longer = np.zeros((520, 128), np.float32)
     assert np.array_equal(read_speakers(dit, codec, [longer])[0], longer)
 
@@ -153,7 +153,7 @@ def test_speech_ends_where_the_flat_tail_begins(codec):
     for end in (1, 10, 60, 95, 100):
         latents = np.tile(silence, (100, 1)) + 0.01 * rng.standard_normal((100, 128))
         latents[:end] += rng.standard_normal((end, 128))
-        latents[20:45][: max(0, end - 50)] = silence  # a pause within is no end
+        latents[20:45][: max(0, end - 50)] = silence  # a pause within speech is not its end
         assert speech_end(latents, silence, 25.0) == end
     assert speech_end(np.tile(silence, (100, 1)), silence, 25.0) == 0
 

@@ -18,7 +18,7 @@ from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import EchoError
 from echo_eqx.files import expand
 from echo_eqx.train.config import TrainConfig
-from echo_eqx.train.loop import _StopSignal
+from echo_eqx.train.distributed import StopSignal
 from echo_eqx.train.settings import base_of
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -214,11 +214,11 @@ def test_a_run_saves_on_signals_that_were_not_ignored(number):
     before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
     try:
         signal.signal(number, signal.SIG_IGN)  # as nohup does
-        ignoring = _StopSignal()
+        ignoring = StopSignal()
         os.kill(os.getpid(), number)
         assert not ignoring.requested(1)
         signal.signal(number, signal.default_int_handler)
-        stop = _StopSignal()
+        stop = StopSignal()
         os.kill(os.getpid(), number)
         assert stop.requested(1)
         assert stop.exit_code == (130 if number == signal.SIGINT else 76)

@@ -129,9 +129,9 @@ def test_bad_input_is_one_sentence():
     config = TRAIN_PRESETS["tiny"]
     for efficiency in (0.0, 1.5, math.nan):
         with pytest.raises(UsageError, match=f"efficiency is {efficiency}; wanted"):
-            make_plan(config, 8, "v4", efficiency)
+            make_plan(config, 8, "v4", efficiency, 25.0)
     with pytest.raises(UsageError, match="do not split over tensor=8"):
-        make_plan(dataclasses.replace(config, mesh="tensor=8"), 8, "v4", 0.4)
+        make_plan(dataclasses.replace(config, mesh="tensor=8"), 8, "v4", 0.4, 25.0)
 
 
 # --- Against the program itself -----------------------------------------------------------------

@@ -29,9 +29,9 @@ from echo_eqx.train.config import (
 )
 from echo_eqx.train.data import TrainData
 from echo_eqx.train.flops import forward_flops, peak_flops, step_flops
-from echo_eqx.train.loop import compile_step
 from echo_eqx.train.restore import check_same_run, newest_restorable
 from echo_eqx.train.settings import base_of, from_json
+from echo_eqx.train.setup import compile_step
 from echo_eqx.train.state import init_state
 from echo_eqx.train.step import abstract_batch
 from echo_eqx.train.train_dit import lower_step, train
@@ -150,14 +150,14 @@ def test_another_run_in_the_folder_is_refused(config, tmp_path):
     from test_checkpoint import make_state, save
 
     save(config.run_dir, 1, make_state())
-    assert "of another architecture: its model_dim is 32; this run's is 192" in refusal(config)
+    assert "has another architecture: expected model_dim 192, got 32" in refusal(config)
 
 
 def test_weights_of_other_sizes_are_refused(config, tmp_path):
     model = random_model(EchoDiT, dataclasses.replace(DIT_PRESETS["tiny"], mlp_dim=64))
     echo_eqx.save(model, tmp_path / "m.safetensors")
     message = refusal(config, init_from=str(tmp_path / "m.safetensors"))
-    assert "m.safetensors has mlp_dim 64; this run's model has 512" in message
+    assert "expected mlp_dim 512, as in this run, got 64" in message
     assert "does not exist" in refusal(config, init_from=str(tmp_path / "none.safetensors"))
     assert "does not exist" in refusal(config, resume_from=str(tmp_path / "none.pkl"))
 
@@ -292,15 +292,15 @@ def test_what_a_resumed_run_does_otherwise_is_told_in_a_line_each(saved_run, cap
     resumed(saved_run, **elsewhere)
     assert capsys.readouterr().err == "", "the same run, started again"
     cases = {
-        "--batch_size was 16 up to step 4 and is 32 from there on": {"batch_size": 32},
-        "--skip_longer was False up to step 4 and is True": {"skip_longer": True},
-        "--text_dropout was 0.1 up": {"objective": ObjectiveConfig(text_dropout=0.2)},
-        "--eval_data was None up": {"eval_data": "c"},
-        "--silence was None up": {"silence": "zeros"},
-        "--init_from other.pkl is not used: the run goes on from its own step 4": {
+        "--batch_size was 16 until step 4 and is 32 from now on": {"batch_size": 32},
+        "--skip_longer was False until step 4 and is True": {"skip_longer": True},
+        "--text_dropout was 0.1 until": {"objective": ObjectiveConfig(text_dropout=0.2)},
+        "--eval_data was None until": {"eval_data": "c"},
+        "--silence was None until": {"silence": "zeros"},
+        "--init_from other.pkl is ignored: the run resumes from its own step 4": {
             "init_from": "other.pkl"
         },
-        "the run has 4 steps and --num_steps is 3: it is at its end": {"num_steps": 3},
+        "the run has done 4 steps and --num_steps is 3: nothing to do": {"num_steps": 3},
     }
     for message, changed in cases.items():
         resumed(saved_run, **changed)
@@ -316,8 +316,8 @@ def test_a_stretched_schedule_is_told_with_the_rates(saved_run, capsys):
     resumed(saved_run, num_steps=1000)
     said = capsys.readouterr().err
     # After step 4 of 10 the cosine is at 0.4; of 1000 the warm-up of 50 steps is at 4.
-    assert "--num_steps was 10 up to step 4 and is 1000" in said
-    assert "step 5 has 8e-05 in place of 0.000655" in said and said.count("\n") == 1
+    assert "--num_steps was 10 until step 4 and is 1000" in said
+    assert "step 5 has rate 8e-05 instead of 0.000655" in said and said.count("\n") == 1
 
 
 def test_a_moving_average_is_not_dropped(saved_run):

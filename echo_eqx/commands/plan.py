@@ -1,9 +1,9 @@
-"""Say what a training run needs, before anything is rented: memory, time, traffic, batch.
+"""Estimate what a training run needs, before renting it: memory, time, traffic, batch size.
 
     echo-eqx plan --model 1.3B --devices 32 --chip v4 --batch_size 256
     echo-eqx plan --devices 8 --chip H100 --mesh data=2,fsdp=4 --grad_accum_steps 4 --json
 
-The real training step is compiled for so many virtual devices; no weights are made.
+The real training step is compiled for that many virtual devices; no weights are allocated.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from echo_eqx.cli import parse
+from echo_eqx.config import CODEC_PRESETS
+from echo_eqx.errors import UsageError
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
 from echo_eqx.train.plan import FULL, GIB, Plan, make_plan, use_virtual_devices
 
@@ -22,29 +24,32 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Args:
     model: str = "1.3B"
-    """Architecture, by the name of its preset: 1.3B, 840M, 2.4B, tiny."""
+    """Preset of the model: 1.3B, 840M, 2.4B, tiny."""
     devices: int = 32
     """Chips, over all hosts."""
     chip: str = "v4"
-    """v4, v5e, v5p, v6e (TPU), A100 (of 80 GB), H100, H200."""
+    """One of v4, v5e, v5p, v6e (TPU), A100 (of 80 GB), H100, H200."""
     batch_size: int | None = None
-    """Samples in a batch, over all devices; by default the preset's."""
+    """Samples per batch, over all devices; by default the preset's."""
     mesh: str = ""
-    """Devices by axis, such as data=1,fsdp=8,tensor=1. By default all are along fsdp."""
+    """Devices by axis, such as data=1,fsdp=8,tensor=1. By default all are on fsdp."""
     max_frames: int | None = None
-    """Window of a sample in latent frames, 25 a second; by default the preset's."""
+    """Longest recording in latent frames; by default the preset's."""
     max_text_bytes: int | None = None
     """Longest text in bytes; by default the preset's."""
     max_speaker_frames: int | None = None
     """Longest reference in latent frames, a multiple of 4; by default the preset's."""
     num_steps: int | None = None
-    """Batches to train on, in all; by default the preset's."""
+    """Total training steps; by default the preset's."""
     grad_accum_steps: int = 1
-    """Parts that a batch is worked off in, one after the other."""
+    """Gradient-accumulation microbatches per batch."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
+    codec: str = "48khz"
+    """Preset of the codec that made the latents: 48khz, 24khz, tiny. Its frame rate gives the hours
+    of audio."""
     efficiency: float = 0.4
-    """Share of the chips' rate that the arithmetic reaches where nothing else holds it up."""
+    """Fraction of the chips' peak FLOP/s that compute reaches when nothing else limits it."""
     json: bool = False
     """Print the plan as one JSON object, in bytes and seconds."""
 
@@ -53,15 +58,18 @@ def main() -> None:
     args = parse(Args, __doc__)
     config = train_config(args)
     config.check()
+    if args.codec not in CODEC_PRESETS:
+        raise UsageError(f"codec is {args.codec!r}; expected one of {', '.join(CODEC_PRESETS)}")
+    frame_rate = CODEC_PRESETS[args.codec].frame_rate
     use_virtual_devices(args.devices)
-    plan = make_plan(config, args.devices, args.chip, args.efficiency)
+    plan = make_plan(config, args.devices, args.chip, args.efficiency, frame_rate)
     print(json.dumps(as_json(plan), indent=2) if args.json else "\n".join(lines_of(plan)))
     for warning in plan.warnings:
         logger.warning(warning)
 
 
 def train_config(args: Args) -> TrainConfig:
-    """Settings of the run: the preset's, and the flags that were given."""
+    """Settings of the run: the preset with the given flags."""
     preset = TRAIN_PRESETS.get(args.model, TrainConfig(model=args.model))
     names = ("batch_size", "max_frames", "max_text_bytes", "max_speaker_frames", "num_steps")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

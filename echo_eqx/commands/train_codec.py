@@ -2,7 +2,7 @@
 
     echo-eqx train_codec --data recordings/ --run_dir runs/codec
     echo-eqx train_codec --model 48khz --data clips.jsonl --mesh data=8 --batch_size 64
-    echo-eqx train_codec --init_from runs/codec --freeze_encoder --loss.adversarial \\
+    echo-eqx train_codec --init_from runs/codec --freeze_encoder --loss.adversarial 1 \\
         --data recordings/ --run_dir runs/sharper
 
 The same command again goes on where the run stopped. Checkpoints, exit codes, metrics and several

@@ -68,7 +68,7 @@ class TrainData:
 
     @property
     def frame_rate(self) -> float:
-        """Latent frames a second, as codec.json beside the shards says, or else the usual 25."""
+        """Latent frames per second, from the shards' codec.json, or else of the published codec."""
         with contextlib.suppress(EchoError, OSError):
             codec = beside(self.shard_index, "codec.json")
             return (codec and frame_rate(codec.read_bytes())) or FRAME_RATE

@@ -1,5 +1,6 @@
-"""From a host's rows of the stream to global batches on the mesh."""
+"""Global batches on the mesh, from the rows that each host loads."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from jax.sharding import Mesh
 from echo_eqx.errors import UsageError
 from echo_eqx.sharding.mesh import batch_sharding
 
+logger = logging.getLogger(__name__)
+
 
 def owned_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Rows of a global batch that devices of this process work on, in order."""
+    """Sorted rows of a global batch that this process's devices hold."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     rows = {row for index in indices if index for row in range(*index[0].indices(batch_size))}
     return np.array(sorted(rows))
@@ -38,12 +41,11 @@ def owned_streams(mesh: Mesh, batch_size: int, num_streams: int) -> Sequence[int
 
 @runtime_checkable
 class Source(Protocol):
-    """Endless batches: arrays by name, names of this host's rows, the cursor behind them, and
-    counts of what was skipped or cut."""
+    """An endless iterator of host batches, with `batch`, `keys`, `cursor` and `counts` each."""
 
     @property
     def first(self) -> Mapping[str, str]:
-        """A sentence on the first case of what is counted."""
+        """A message on the first occurrence of each thing counted."""
         ...
 
     def __next__(self) -> Any: ...
@@ -53,16 +55,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A batch on the mesh, with the names of this host's rows and the cursor behind it."""
+    """A batch on the mesh, the names of this host's rows, and the data cursor after the batch."""
 
-    batch: Any
+    arrays: Any
     keys: list[str]
     cursor: dict[str, list[int]]
 
 
 class DeviceLoader:
-    """Batches of a source, put on the mesh as a `kind`, and how long the loop has waited for
-    them."""
+    """Puts the batches of `source` on the mesh, each as a `kind`, and measures the time waited."""
 
     def __init__(self, source: Source, kind: Callable[..., Any], mesh: Mesh, batch_size: int):
         self._source, self._kind = source, kind
@@ -70,29 +71,30 @@ class DeviceLoader:
         self._rows = owned_rows(mesh, batch_size)
         self._batch_size = batch_size
         self.waited = 0.0
+        """Seconds."""
         self.counts: Mapping[str, int] = {}
-        """What was skipped or cut up to the last batch, by its name in `metrics.jsonl`."""
-        self._told: set[str] = set()
+        """Samples skipped or truncated so far, by their key in `metrics.jsonl`."""
+        self._logged: set[str] = set()
 
     def next(self) -> DeviceBatch:
         started = time.perf_counter()
-        step = next(self._source)
+        loaded = next(self._source)
         self.waited += time.perf_counter() - started
-        self.counts = step.counts
-        device_batch = {name: self._place(array) for name, array in step.batch._asdict().items()}
-        return DeviceBatch(self._kind(**device_batch), step.keys, step.cursor)
+        self.counts = loaded.counts
+        arrays = {name: self._put(array) for name, array in loaded.batch._asdict().items()}
+        return DeviceBatch(self._kind(**arrays), loaded.keys, loaded.cursor)
 
-    def news(self) -> list[str]:
-        """Sentences on the first case of what is counted, each once."""
-        found = {name: self._source.first[name] for name in list(self._source.first)}
-        fresh = [sentence for name, sentence in found.items() if name not in self._told]
-        self._told |= set(found)
-        return fresh
+    def log_warnings(self, prefix: str = "") -> None:
+        """Log each thing that the source has skipped or truncated, the first time it happens."""
+        for name in list(self._source.first):
+            if name not in self._logged:
+                logger.warning(f"{prefix}{self._source.first[name]}")
+                self._logged.add(name)
 
     def close(self) -> None:
         self._source.close()
 
-    def _place(self, local: np.ndarray) -> jax.Array:
+    def _put(self, local: np.ndarray) -> jax.Array:
         def rows(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(self._batch_size)
             first = int(np.searchsorted(self._rows, start))

@@ -1,19 +1,22 @@
-"""The start of a training run: its processes, and what becomes of their errors."""
+"""Starts the processes of a run, stops them on signals, and reports their errors."""
 
+import os
+import signal
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import EchoError
-from echo_eqx.sharding.hosts import Heartbeat, start_processes
+from echo_eqx.sharding.hosts import EXIT_PREEMPTED, Heartbeat, start_processes
 from echo_eqx.train.settings import Config
 
 
 def run_training(config: Config, train: Callable[[Config, Heartbeat], int]) -> NoReturn:
-    """Check the settings, start what processes there are, train, and exit with the code."""
+    """Check the settings, connect the processes, train, and exit with the code of `train`."""
     config.check()
     use_compilation_cache()
     start_processes(
@@ -24,20 +27,50 @@ def run_training(config: Config, train: Callable[[Config, Heartbeat], int]) -> N
         code = train(config, heartbeat)
     except OSError as error:
         place = error.filename or config.run_dir
-        _end(heartbeat, EchoError(f"{place} cannot be read or written: {error.strerror or error}"))
+        _fail(heartbeat, EchoError(f"cannot read or write {place}: {error.strerror or error}"))
     except (Exception, KeyboardInterrupt) as error:
-        _end(heartbeat, error)
+        _fail(heartbeat, error)
     else:
         raise SystemExit(code)
 
 
-def _end(heartbeat: Heartbeat, error: BaseException) -> NoReturn:
-    """An error of one process is the end of all; of several, each says whose it is."""
+def _fail(heartbeat: Heartbeat, error: BaseException) -> NoReturn:
+    """End all processes because of an error in this one, which is named if there are several."""
     if jax.process_count() == 1:
         raise error
-    who = f"process {jax.process_index()}"
+    process = f"process {jax.process_index()}"
     if isinstance(error, EchoError):
-        heartbeat.fail(f"{who}: {error}", error.exit_code)
+        heartbeat.fail(f"{process}: {error}", error.exit_code)
     heartbeat.wait_for_news()
     traceback.print_exception(error)
-    heartbeat.fail(f"{who}: {type(error).__name__}", 1)
+    heartbeat.fail(f"{process}: {type(error).__name__}", 1)
+
+
+class StopSignal:
+    """SIGTERM or SIGHUP, seen by all hosts at the same step; also Ctrl-C in a single process.
+
+    A signal that was ignored at the start, as SIGHUP is under nohup, stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = EXIT_PREEMPTED
+        self._received = False
+        # With several processes JAX handles SIGTERM itself, and must keep its handler.
+        handlers = {signal.SIGHUP: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        if jax.process_count() == 1:
+            handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), self._handle)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT:
+            self.exit_code = 130
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is final
+        self._received = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`."""
+        if jax.process_count() == 1:
+            return self._received
+        return multihost_utils.reached_preemption_sync_point(step)

@@ -1,6 +1,7 @@
-"""What a run reports: kept on the device until a look at it, then written line by line."""
+"""Metrics of a run: kept on the device until they are flushed, then written line by line."""
 
 import contextlib
+import importlib
 import json
 import logging
 import time
@@ -11,19 +12,18 @@ from typing import Any
 import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
 
+from echo_eqx.cli import on_terminal
 from echo_eqx.errors import EchoError
 from echo_eqx.train.flops import peak_flops
 from echo_eqx.train.run_folder import MetricsFile
 
 logger = logging.getLogger(__name__)
 
-FRAMES_PER_HOUR = 25 * 3600
-"""Of latents, at the 25 a second of the published codec."""
-
 
 class StepMetrics(eqx.Module):
-    """What a step reports; it stays on the device until someone asks."""
+    """Metrics of one step, on the device until `MetricsLog.flush` fetches them."""
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
@@ -31,19 +31,19 @@ class StepMetrics(eqx.Module):
     param_norm: Float[Array, ""]
     lr: Float[Array, ""]
     updated: Bool[Array, ""]
-    """False where loss or gradient was not finite and nothing changed."""
+    """False if loss or gradient was not finite, so that nothing changed."""
     skipped: Int[Array, ""]
-    """Updates skipped since the beginning."""
+    """Updates skipped since the start of training."""
     frames: Int[Array, ""]
-    """Frames of recordings in the batch."""
+    """Frames of recordings in the batch, without padding."""
     terms: dict[str, Float[Array, ""]]
-    """Parts of the loss by name, before they are weighted."""
+    """Unweighted terms of the loss by name."""
 
 
 class MetricsLog:
-    """Collects what steps report. Only `flush` waits for the device.
+    """Collects the metrics of steps. Only `flush` waits for the device.
 
-    Every process counts; process 0 writes.
+    Every process counts; only process 0 writes.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class MetricsLog:
         frame_rate: float,
         tensorboard: Any = None,
     ):
-        """`frame_rate` is that of the latents, in frames a second."""
+        """`frame_rate` is that of the latents, in frames per second."""
         self._file, self._nonfinite_log = file, nonfinite_log
         self._step_flops, self._batch_size = step_flops, batch_size
         self._max_nonfinite = max_nonfinite
@@ -75,16 +75,16 @@ class MetricsLog:
         self.samples_seen += self._batch_size
 
     def attach(self, values: dict[str, Any]) -> None:
-        """Values for the line of the last step."""
+        """Add values to the line of the last step."""
         self._extra |= values
 
     def flush(self, waited: float, counts: Mapping[str, int]) -> dict[str, Any]:
-        """Fetch what is pending, write a line for each step, and return the last one.
+        """Fetch pending metrics, write a line for each step, and return the last one.
 
-        `waited` is how long the loop has waited for data, `counts` what the data's reader has
-        skipped or cut, both since this start.
+        `waited` is how long the loop has waited for data, in seconds, and `counts` how many samples
+        were skipped or truncated, both since this launch.
 
-        **Raises**: `EchoError` after too many steps in a row that were not finite.
+        **Raises**: `EchoError` after `max_nonfinite` steps in a row that were not finite.
         """
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
         lines = [
@@ -114,7 +114,7 @@ class MetricsLog:
                 for name, value in line.items():
                     if isinstance(value, int | float):
                         self._tensorboard.add_scalar(name, value, line["step"])
-        self._watch_nonfinite(lines)
+        self._check_nonfinite(lines)
         self._pending, self._extra = [], {}
         return lines[-1]
 
@@ -122,8 +122,8 @@ class MetricsLog:
         self._started, self._waited = time.perf_counter(), waited
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens within is no part of the speed of training."""
+    def pause(self) -> Iterator[None]:
+        """Leave the time spent inside out of the measured speed."""
         jax.block_until_ready([metrics for _, metrics, _ in self._pending])
         started = time.perf_counter()
         yield
@@ -148,17 +148,59 @@ class MetricsLog:
         self.restart_clock(waited)
         return values
 
-    def _watch_nonfinite(self, lines: list[dict[str, Any]]) -> None:
+    def _check_nonfinite(self, lines: list[dict[str, Any]]) -> None:
         for line, (step, _, keys) in zip(lines, self._pending, strict=True):
             if line["updated"]:
                 self._nonfinite_in_a_row = 0
                 continue
             self._nonfinite_in_a_row += 1
-            logger.info(f"step {step}: loss or gradient is not finite; the update is skipped")
+            logger.info(f"step {step}: loss or gradient is not finite; skipped the update")
             with self._nonfinite_log.open("a") as file:
                 file.write(json.dumps({"step": step, "keys": keys}) + "\n")
             if self._nonfinite_in_a_row >= self._max_nonfinite:
                 raise EchoError(
-                    f"{self._nonfinite_in_a_row} steps in a row had a loss or gradient that is not "
-                    f"finite, up to step {step}; their samples are in {self._nonfinite_log}"
+                    f"loss or gradient was not finite in {self._nonfinite_in_a_row} steps in a "
+                    f"row, up to step {step}; their samples are listed in {self._nonfinite_log}"
                 )
+
+
+class ProgressLine:
+    """A bar on a terminal, plain lines elsewhere; silent on all hosts but the first."""
+
+    def __init__(self, num_steps: int, step: int, shown: bool):
+        self._shown = shown
+        self._bar = None
+        if shown and on_terminal():
+            self._bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def show(self, step: int, line: dict[str, Any]) -> None:
+        """Show the metrics of `step`."""
+        if not self._shown:
+            return
+        parts = [f"loss {line['loss']:.4f}"]
+        if "eval_loss" in line:
+            parts.append(f"eval loss {line['eval_loss']:.4f}")
+        parts.append(f"{line['samples_per_second']:.1f} samples/s")
+        parts.append(f"data wait {line['data_wait_fraction']:.0%}")
+        if line["mfu"] is not None:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        if self._bar is None:
+            print(f"step {step}: {', '.join(parts)}", flush=True)
+            return
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def tensorboard_writer(run_dir: Path) -> Any:
+    try:
+        writer = importlib.import_module("tensorboardX").SummaryWriter
+    except ImportError:
+        raise EchoError(
+            "--tensorboard needs tensorboardX, which is not installed: "
+            "pip install 'echo_eqx[tensorboard]'"
+        ) from None
+    return writer(str(run_dir / "tensorboard"))

@@ -1,4 +1,4 @@
-"""Where a run begins: fresh, from given weights, from a published state, or where it stopped."""
+"""The initial state of a run: random, from weights, from a published state, or restored."""
 
 import contextlib
 import logging
@@ -38,34 +38,34 @@ logger = logging.getLogger(__name__)
 
 
 def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
-    """The newest checkpoint of a run without damage; each process checks its share of the pieces.
+    """The newest intact checkpoint of a run; each process verifies its share of the pieces.
 
-    **Raises**: `EchoError` if there are checkpoints and all are damaged.
+    **Raises**: `EchoError` if there are checkpoints but all are damaged.
     """
     found = find_checkpoints(run_dir / FOLDER)
     for step, path in found:
         checkpoint, problem = open_intact(step, path, jax.process_index(), jax.process_count())
         if problem is not None:
-            logger.info(f"checkpoint {path} is damaged ({problem}); trying the one before")
+            logger.info(f"checkpoint {path} is damaged ({problem}); trying the previous one")
         intact = np.array(problem is None)
         if np.all(multihost_utils.process_allgather(intact)) and checkpoint is not None:
             return checkpoint
     if found:
         raise EchoError(
-            f"no checkpoint in {run_dir / FOLDER} is intact, of {len(found)}; "
-            "move them away to begin anew"
+            f"all {len(found)} checkpoints in {run_dir / FOLDER} are damaged; "
+            "move them away to start over"
         )
     return None
 
 
 def pinned_source(config: TrainConfig) -> str:
-    """`config.data`; a dataset on the Hub at the commit that the run began with, if it has."""
+    """`config.data`; a dataset on the Hub at the commit that the run started with, if it has."""
     assert config.data is not None
     if not config.data.startswith(SCHEME):
         return config.data
     dataset = HubDataset.parse(config.data)
     for _, path in find_checkpoints(config.run_dir / FOLDER) if not dataset.revision else ():
-        with contextlib.suppress(EchoError, KeyError):  # damage is found out later
+        with contextlib.suppress(EchoError, KeyError):  # damage is reported later
             revision = TrainingCheckpoint(path).manifest["data"]["revision"]
             return str(dataset.at(revision)) if revision else config.data
     return config.data
@@ -78,29 +78,28 @@ def check_same_run(
     data: dict[str, Any],
     source: str,
 ) -> None:
-    """Refuse to go on with another run, and tell which settings are other ones than before.
+    """Check that `checkpoint` belongs to this run, and warn about settings that have changed.
 
-    `data` is what a checkpoint says of the data, which is in `source`.
+    `data` identifies the data from `source` in checkpoints.
 
-    **Raises**: `EchoError` if model, seed or data differ, or a moving average would be dropped.
+    **Raises**: `EchoError` if model, seed or data differ, or an EMA would be dropped.
     """
     path = checkpoint.path
     if type(checkpoint.config) is not type(sizes):
-        raise EchoError(f"checkpoint {path} is of a {checkpoint.model_kind}; wanted another folder")
+        raise EchoError(f"checkpoint {path} is of a {checkpoint.model_kind}; use another --run_dir")
     for name, there in vars(checkpoint.config).items():
         if (here := getattr(sizes, name)) != there:
             raise EchoError(
-                f"checkpoint {path} is of another architecture: its {name} is {there}; "
-                f"this run's is {here}"
+                f"checkpoint {path} has another architecture: expected {name} {here}, got {there}"
             )
     if checkpoint.manifest.get("seed") != config.seed:
         raise EchoError(
-            f"checkpoint {path} was trained with seed {checkpoint.manifest.get('seed')}; "
-            f"this run's is {config.seed}"
+            f"checkpoint {path} has another seed: expected {config.seed}, got "
+            f"{checkpoint.manifest.get('seed')}"
         )
     if checkpoint.manifest.get("data", {}).get("digest") != data["digest"]:
         raise EchoError(
-            f"the data of {source} are not those that {path} was trained on; wanted the same, or "
+            f"the data in {source} differs from what {path} was trained on; use the same data, or "
             "another --run_dir with --init_from this one"
         )
     changed = changes(checkpoint.manifest.get("settings"), config)
@@ -119,30 +118,30 @@ def check_same_run(
 
 
 def _sentences(changed: dict[str, tuple[Any, Any]], config: RunConfig, step: int) -> Iterator[str]:
-    """What a run that goes on after `step` does otherwise than before, a line for each setting."""
+    """What changes for a run that resumes after `step`, a line per setting."""
     if step >= config.num_steps:
-        yield f"the run has {step} steps and --num_steps is {config.num_steps}: it is at its end"
+        yield f"the run has done {step} steps and --num_steps is {config.num_steps}: nothing to do"
         return
     for name, (there, here) in changed.items():
-        line = f"--{name} was {there} up to step {step} and is {here} from there on"
+        line = f"--{name} was {there} until step {step} and is {here} from now on"
         if name == "num_steps" and isinstance(there, int) and there > 0:
             rates = (learning_rate(config.optimizer, n, jnp.array(step)) for n in (there, here))
             before, now = (f"{float(rate):.3g}" for rate in rates)
             line += (
-                f": the schedule of the learning rate has another length, and step {step + 1} has "
-                f"{now} in place of {before}"
+                f": the learning-rate schedule has another length, and step {step + 1} has rate "
+                f"{now} instead of {before}"
             )
         if name == "ema_decay" and there == 0:
-            line += f": the average begins at the weights of step {step}"
+            line += f": the average starts from the weights of step {step}"
         if name in ("init_from", "resume_from"):
-            line = f"--{name} {here} is not used: the run goes on from its own step {step}"
+            line = f"--{name} {here} is ignored: the run resumes from its own step {step}"
         yield line
 
 
-def begin(
+def init_or_restore(
     config: TrainConfig, checkpoint: TrainingCheckpoint | None, mesh: Mesh
 ) -> tuple[TrainState, int, dict[str, Any] | None]:
-    """State, samples seen, and cursor in the data (None for its beginning)."""
+    """State, samples seen, and data cursor (None for the start of the data)."""
     dit_config = config.dit_config()
     abstract = sharded_abstract_state(dit_config, config.optimizer, mesh)
     if checkpoint is not None:
@@ -159,12 +158,12 @@ def begin(
 
 
 def _from_weights(source: str, config: TrainConfig, abstract: TrainState) -> TrainState:
-    """Of another run each device reads its slices; other formats are read whole."""
+    """Initial state with the weights of `source`. Run folders and checkpoints are read by shard."""
     path = find_weights(source)
     if path.is_dir():
         checkpoint = TrainingCheckpoint(path)
         if not isinstance(checkpoint.config, DiTConfig):
-            raise EchoError(f"{source} holds a codec; wanted an EchoDiT")
+            raise EchoError(f"expected the weights of an EchoDiT, got a codec: {source}")
         _check_sizes(checkpoint.config, config.dit_config(), source)
         arrays = checkpoint.model_arrays()
         leaves, treedef = jax.tree.flatten(abstract.model)
@@ -186,7 +185,9 @@ def _from_published(
     published: FlaxCheckpoint, path: Path, config: TrainConfig, abstract: TrainState
 ) -> TrainState:
     if published.mu is None or published.nu is None:
-        raise EchoError(f"{path} holds no optimizer state; wanted --init_from for weights alone")
+        raise EchoError(
+            f"expected an optimizer state in {path}; use its weights alone with --init_from"
+        )
     trees = []
     for tensors in (published.params, published.mu, published.nu):
         tree = _on_host(lambda tensors=tensors: dit_from_flax(tensors, path, jnp.float32))
@@ -207,7 +208,7 @@ def _from_published(
 
 
 def _on_host(load: Any) -> Any:
-    """Weights of other formats are read whole, so they stay off the accelerator."""
+    """Load whole weights into host memory, not onto the accelerator."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return load()
 
@@ -220,9 +221,9 @@ def _place(model: EchoDiT, abstract: EchoDiT) -> EchoDiT:
     return treedef.unflatten(map(place, jax.tree.leaves(model), leaves))
 
 
-def _check_sizes(found: DiTConfig, wanted: DiTConfig, source: str) -> None:
-    """Lengths of training may differ; they are in no shape."""
+def _check_sizes(found: DiTConfig, expected: DiTConfig, source: str) -> None:
+    """All sizes must match, except the maximum lengths, which no parameter depends on."""
     for name, there in vars(found).items():
-        here = getattr(wanted, name)
+        here = getattr(expected, name)
         if not name.startswith("max_") and here != there:
-            raise EchoError(f"{source} has {name} {there}; this run's model has {here}")
+            raise EchoError(f"expected {name} {here}, as in this run, got {there} in {source}")

@@ -1,4 +1,4 @@
-"""A few texts spoken by the model in training, with their recordings and references."""
+"""Samples generated in training, written with their recordings and references."""
 
 import logging
 from pathlib import Path
@@ -24,8 +24,8 @@ from echo_eqx.weights.load import load_codec
 logger = logging.getLogger(__name__)
 
 
-class Samples:
-    """Speaks the rows of `batch` with the same noise every time. Process 0 decodes and writes."""
+class SampleWriter:
+    """Generates the rows of `batch`, always from the same noise. Process 0 decodes and writes."""
 
     def __init__(
         self,
@@ -44,12 +44,15 @@ class Samples:
             self._codec = load_codec(codec)
             width, channels = batch.latents.shape[-1], self._codec.config.latent_dim
             if channels != width:
-                raise EchoError(f"codec {codec} has {channels} channels; the data has {width}")
+                raise EchoError(
+                    f"expected a codec with {width} channels, as in the data, got {channels} in "
+                    f"{codec}"
+                )
             self._silence = silence_latent(self._codec)
             if problem := codec_mismatch(generation, self._silence):
                 logger.warning(f"codec {codec}: {problem}")
 
-        def speak(model: EchoDiT, text_ids, text_mask, speaker_latents, speaker_mask):
+        def generate(model: EchoDiT, text_ids, text_mask, speaker_latents, speaker_mask):
             return sample(
                 cast(model, dtype),
                 text_ids,
@@ -60,12 +63,13 @@ class Samples:
                 key=jr.key(0),
             )
 
-        # All processes hold parts of the model, so all take part.
-        self._speak = jax.jit(speak, out_shardings=replicated(mesh))
+        # Every process holds shards of the model, so every process generates.
+        self._generate = jax.jit(generate, out_shardings=replicated(mesh))
 
-    def speak(self, model: EchoDiT, step: int) -> None:
+    def write(self, model: EchoDiT, step: int) -> None:
+        """Generate with `model` and write `samples/step_N/`."""
         rows = self._batch
-        latents = self._speak(
+        latents = self._generate(
             model, rows.text_ids, rows.text_mask, rows.speaker_latents, rows.speaker_mask
         )
         if self._codec is None:
@@ -82,7 +86,7 @@ class Samples:
 
     def _save(self, path: Path, latents: np.ndarray) -> None:
         assert self._codec is not None
-        if not len(latents) or not np.isfinite(latents).all():  # a new model may run away
+        if not len(latents) or not np.isfinite(latents).all():  # an untrained model may diverge
             return
         rate = self._codec.config.sample_rate
         audio = decode_with_silence(self._codec, latents, silence=self._silence)

@@ -1,4 +1,4 @@
-"""Settings of a training run of a codec."""
+"""Settings for training a codec."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -14,61 +14,58 @@ from echo_eqx.train.settings import OptimizerConfig, RunConfig, check_positive
 
 @dataclass(frozen=True)
 class CodecLossConfig:
-    """Weights of the terms of the loss."""
+    """Weights of the loss terms."""
 
     mel: float = 1.0
-    """Distance of log mel spectra, summed over five resolutions."""
-    magnitude: float = 0.3
-    """Distance of log spectra, likewise."""
+    """L1 distance of log mel spectra, summed over five resolutions."""
+    stft: float = 0.3
+    """L1 distance of log magnitude spectra, summed over the same resolutions."""
     periodicity: float = 0.0
-    """Distance of normalised autocorrelations, over the lags of a voice's pitch: for a decoder that
-    makes harmonics at the rates of its own stages in place of the voice's. 5 is much."""
+    """Distance of normalised autocorrelations at the lags of vocal pitch. Use it if the decoder
+    produces harmonics of its own upsampling rates instead of the voice's; 5 is a large weight."""
     waveform: float = 10.0
-    """Mean absolute difference of the samples."""
-    divergence: float = 0.01
-    """Nats that a channel of a frame carries (KL from the standard normal): keeps latents small and
-    smooth, which is what a model of them needs."""
-    adversarial: bool = False
-    """Train discriminators along, which make the sound sharper: better after a run without, whose
-    weights --init_from takes."""
-    critic: float = 1.0
-    """adversarial only: what the discriminators take for a recording."""
-    features: float = 2.0
-    """adversarial only: difference of what the discriminators see on their way."""
+    """L1 distance of the samples."""
+    kl: float = 0.01
+    """KL divergence from the standard normal, in nats per channel and frame: keeps latents small
+    and smooth, so that a model can learn them."""
+    adversarial: float = 0.0
+    """Above 0, also train discriminators, for a sharper sound: 1 as published. Best done in a
+    second run that starts from the weights of one without (--init_from)."""
+    feature_matching: float = 2.0
+    """Only with discriminators: L1 distance of their hidden features."""
 
 
 @dataclass(frozen=True)
 class CodecTrainConfig(RunConfig):
     model: str = "24khz"
-    """Sizes, by the name of a preset: 24khz, 48khz, tiny. The watermark of a codec is not trained:
-    without --init_from it has none."""
+    """Preset of the sizes: 24khz, 48khz, tiny. The watermark is not trained: without --init_from
+    there is none."""
     data: str | None = None
-    """Recordings, as prepare.py takes them: a folder, a manifest, tars, Parquet. Transcripts are
-    needed by that format alone."""
+    """Recordings, as for prepare: a folder, a manifest, tars, Parquet. Transcripts are not used."""
     run_dir: Path = Path("runs/codec")
-    """Everything the run writes. The same command again goes on where it stopped."""
+    """Where the run writes. The same command again resumes the run."""
     num_steps: int = 400_000
     batch_size: int = 8
-    """Crops in a batch, over all devices."""
+    """Crops per batch, over all devices."""
     checkpoint_every: int = 500
     keep_every: int = 0
-    """Checkpoints at multiples of so many steps stay too; 0 keeps none of them."""
+    """Also keep checkpoints at multiples of this many steps; 0 keeps only the newest."""
     init_from: str | None = None
-    """Begin with these weights, and have their sizes: anything infer.py takes as --codec."""
+    """Start from these weights, with their sizes: anything that infer takes as --codec."""
     crop_seconds: float = 0.4
-    """Length of a crop, about: it has whole latent frames."""
+    """Length of a crop, rounded to whole latent frames."""
     sample_rate: int | None = None
-    """Of the audio, in hertz; by default the preset's."""
+    """Sample rate of the audio in Hz; by default the preset's."""
     encoder_dim: int | None = None
-    """Channels at the full rate; they double with every change of rate. By default the preset's."""
+    """Channels at the sample rate; each downsampling doubles them. By default the preset's."""
     encoder_rates: tuple[int, ...] | None = None
-    """Factors between the rate of samples and that of latents; the decoder has them backwards."""
+    """Downsampling factors from samples to latents; the decoder upsamples by them in reverse."""
     latent_dim: int | None = None
-    """Channels of a latent; by default the preset's."""
+    """Channels of a latent frame; by default the preset's."""
     decoder_dim: int | None = None
-    """Channels at the rate of latents; they halve with every change of rate."""
+    """Channels at the rate of latents; each upsampling halves them. By default the preset's."""
     freeze_encoder: bool = False
-    """Train the decoder alone, so that latents made before stay what they are."""
+    """Train the decoder only, so that existing latents stay valid."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=7e-4,
@@ -82,7 +79,7 @@ class CodecTrainConfig(RunConfig):
     loss: CodecLossConfig = field(default_factory=CodecLossConfig)
 
     def codec_config(self) -> CodecConfig:
-        """Sizes of a codec that is trained from nothing."""
+        """Sizes of a codec that is trained from scratch."""
         given = {
             name: getattr(self, name)
             for name in ("sample_rate", "encoder_dim", "encoder_rates", "latent_dim", "decoder_dim")
@@ -97,23 +94,23 @@ class CodecTrainConfig(RunConfig):
 
     def check(self) -> None:
         if self.model not in CODEC_PRESETS:
-            raise UsageError(f"model is {self.model!r}; wanted one of {', '.join(CODEC_PRESETS)}")
+            raise UsageError(f"model is {self.model!r}; expected one of {', '.join(CODEC_PRESETS)}")
         if self.data is None:
-            raise UsageError("--data is missing; wanted recordings: a folder, a manifest or tars")
+            raise UsageError("--data is missing; expected recordings: a folder, a manifest or tars")
         super().check()
         check_positive(crop_seconds=self.crop_seconds)
         rates = self.encoder_rates
         if rates is not None and not (rates and all(0 < rate < 1000 for rate in rates)):
-            raise UsageError(f"encoder_rates is {rates}; wanted factors such as 4 5 6 8")
+            raise UsageError(f"encoder_rates is {rates}; expected factors such as 4 5 6 8")
         for name, value in dataclasses.asdict(self.loss).items():
             if not 0 <= value < float("inf"):
-                raise UsageError(f"loss.{name} is {value}; wanted 0 or more")
+                raise UsageError(f"loss.{name} is {value}; expected 0 or more")
         if self.optimizer.grad_accum_steps != 1:
             raise UsageError("--grad_accum_steps is for EchoDiT only; use a smaller --batch_size")
         if self.freeze_encoder and self.init_from is None:
-            raise UsageError("--freeze_encoder needs --init_from: an encoder that was trained")
+            raise UsageError("--freeze_encoder needs the trained encoder of --init_from")
         if self.freeze_encoder and self.optimizer.weight_decay:
-            raise UsageError("--freeze_encoder needs --weight_decay 0, which moves every matrix")
+            raise UsageError("--freeze_encoder needs --weight_decay 0, or the encoder decays")
 
 
 CODEC_TRAIN_PRESETS: dict[str, CodecTrainConfig] = {

@@ -1,4 +1,4 @@
-"""Crops of recordings to train a codec on: the same for the same seed on any number of hosts."""
+"""Random crops of recordings to train a codec on, the same on any number of hosts."""
 
 import bisect
 import itertools
@@ -13,8 +13,8 @@ import numpy as np
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import Clip
 
-_AHEAD = 8
-"""Batches that are decoded before they are asked for."""
+_PREFETCH = 8
+"""Batches that are decoded in advance."""
 
 
 class Audio(NamedTuple):
@@ -24,23 +24,22 @@ class Audio(NamedTuple):
 
 @dataclass(frozen=True)
 class Crops:
-    """One batch, and the names of what it was cut from. The step is all there is of a cursor."""
+    """One batch, and the names of its recordings. The cursor is empty: the step is enough."""
 
     batch: Audio
     keys: list[str]
     cursor: dict[str, list[int]]
     counts: dict[str, int]
-    """What was skipped up to here, by its name in `metrics.jsonl`."""
+    """Crops skipped so far, by their key in `metrics.jsonl`."""
 
 
 class CropStream:
-    """An endless stream of batches from `step` on; a batch depends on seed, step and row alone.
+    """An endless iterator over batches from `step` on, each a function of seed, step and row.
 
-    A crop begins anywhere in the recordings, a longer one being met more often, and what is shorter
-    than a crop is followed by silence.
+    Crops are uniform over all audio, so longer recordings come up more often. Shorter recordings
+    are padded with silence. An undecodable crop is replaced by another one.
 
-    **Raises**: `EchoError`, at `next`, if more than `max_broken` of the crops cannot be decoded.
-    Another crop stands in for one that cannot.
+    **Raises**: `EchoError`, from `next`, if more than `max_broken` of the crops cannot be decoded.
     """
 
     def __init__(
@@ -62,18 +61,18 @@ class CropStream:
         self._crops = 0
         self._step = step
         self._pool = ThreadPoolExecutor(4)
-        self._ahead: deque[list[Future]] = deque()
-        for _ in range(_AHEAD):
+        self._prefetched: deque[list[Future]] = deque()
+        for _ in range(_PREFETCH):
             self._submit()
 
     @property
     def first(self) -> dict[str, str]:
-        """A sentence on the first recording that could not be read."""
+        """A message about the first recording that could not be read."""
         problem = next(iter(self.broken), None)
-        return {} if problem is None else {"broken_records": f"a crop is skipped: {problem}"}
+        return {} if problem is None else {"broken_records": f"skipped a crop: {problem}"}
 
     def __next__(self) -> Crops:
-        crops = [future.result() for future in self._ahead.popleft()]
+        crops = [future.result() for future in self._prefetched.popleft()]
         self._submit()
         self._count(crops)
         audio = np.stack([audio for audio, _, _ in crops])
@@ -85,22 +84,22 @@ class CropStream:
 
     def _submit(self) -> None:
         step = self._step
-        self._ahead.append([self._pool.submit(self._crop, step, row) for row in self._rows])
+        self._prefetched.append([self._pool.submit(self._crop, step, row) for row in self._rows])
         self._step += 1
 
     def _crop(self, step: int, row: int) -> tuple[np.ndarray, str, list[str]]:
         rng = np.random.default_rng((self._seed, step, row))
         problems: list[str] = []
         while len(problems) < 10:
-            clip, start = self._place(rng)
+            clip, start = self._sample_crop(rng)
             try:
                 return self._load(clip, start), clip.key, problems
             except EchoError as error:
                 problems.append(str(error))
-        raise EchoError(f"ten crops one after the other could not be read; {problems[-1]}")
+        raise EchoError(f"could not read ten crops in a row; {problems[-1]}")
 
-    def _place(self, rng: np.random.Generator) -> tuple[Clip, float]:
-        """A clip, and where a crop of it begins."""
+    def _sample_crop(self, rng: np.random.Generator) -> tuple[Clip, float]:
+        """A clip, and the start of a crop in it, in seconds."""
         place = rng.uniform(0, self._ends[-1])
         clip = self._clips[min(bisect.bisect(self._ends, place), len(self._clips) - 1)]
         length = self._samples / self._sample_rate
@@ -121,5 +120,5 @@ class CropStream:
         broken = sum(self.broken.values())
         if broken > max(1.0, self._max_broken * self._crops):
             raise EchoError(
-                f"{broken} of {self._crops} crops could not be read; {next(iter(self.broken))}"
+                f"could not read {broken} of {self._crops} crops; {next(iter(self.broken))}"
             )

@@ -1,7 +1,7 @@
-"""How far decoded audio is from what was encoded, on spectra of several resolutions.
+"""Reconstruction losses of a codec: multi-resolution spectra, periodicity, KL divergence.
 
-The mel and magnitude terms are those of multi-resolution spectral losses (Yamamoto et al., 2020,
-arXiv:1910.11480; Kumar et al., 2023, arXiv:2306.06546), here on log10 alone.
+The mel and STFT losses follow Yamamoto et al. (2020, arXiv:1910.11480) and Kumar et al. (2023,
+arXiv:2306.06546), but compare log10 magnitudes only.
 """
 
 import functools
@@ -14,15 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 WINDOWS = (2048, 1024, 512, 256, 128)
-"""Samples in a window; the hop is a quarter of it."""
+"""Window lengths in samples; the hop is a quarter of the window."""
 FLOOR = 1e-3
-"""Magnitudes below it are alike. White noise of deviation 1 has magnitudes around 1."""
+"""Magnitudes are clipped below at this. White noise of std 1 has magnitudes around 1."""
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 def spectrum(audio: Float[Array, " samples"], window: int) -> Float[Array, "frames bins two"]:
-    """Short-time spectrum under a Hann window, (frames, window // 2 + 1), its real and imaginary
-    parts."""
+    """STFT with a Hann window, (frames, window // 2 + 1), as real and imaginary parts."""
     hop = window // 4
     blocks = jnp.pad(audio, (0, -audio.shape[0] % hop)).reshape(-1, hop)
     count = blocks.shape[0] - 3
@@ -37,10 +36,9 @@ def spectrum(audio: Float[Array, " samples"], window: int) -> Float[Array, "fram
 
 @functools.cache
 def _transform(window: int) -> tuple[np.ndarray, np.ndarray]:
-    """(window // 2, bins) and a row less: cosines for what is even about the middle of a frame and
-    sines for what is odd, under a Hann window of norm 1, whose sample 0 is zero."""
-    # As matrices: on CPU as many FFTs at a time as there are threads wait for ever for each other's
-    # thread (jaxlib 0.11).
+    """DFT matrices: cosines (window // 2, bins) for the even part of a frame, and sines, one row
+    less, for the odd part, times a Hann window of norm 1 whose sample 0 is zero."""
+    # Not FFTs: on CPU, concurrent FFTs deadlock once they occupy all threads (jaxlib 0.11).
     hann = np.hanning(window + 1)[1 : window // 2 + 1, None]
     hann = hann / np.sqrt(2 * np.sum(hann[:-1] ** 2) + 1)
     bins, rows = np.arange(window // 2 + 1), np.arange(1, window // 2 + 1)
@@ -50,35 +48,35 @@ def _transform(window: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def magnitudes(audio: Float[Array, " samples"], window: int) -> Float[Array, "frames bins"]:
-    """Size of `spectrum`."""
-    # The root has no slope at zero.
+    """Magnitudes of `spectrum`."""
+    # The gradient of the root is infinite at zero.
     return jnp.sqrt(jnp.sum(jnp.square(spectrum(audio, window)), axis=-1) + 1e-12)
 
 
 @functools.cache
 def mel_filters(sample_rate: int, window: int) -> np.ndarray:
-    """(bins, bands) triangles of height 1 at equal distances in mel, 2595 log10(1 + f / 700)."""
+    """(bins, bands) triangles of height 1, equally spaced in mel, 2595 log10(1 + f / 700)."""
     bands = 5 * window // 32
 
     def mel(hertz: Any) -> Any:
         return 2595 * np.log10(1 + hertz / 700)
 
     edges = np.linspace(0, mel(np.array(sample_rate / 2)), bands + 2)
-    place = mel(np.linspace(0, sample_rate / 2, window // 2 + 1))[:, None]
-    rising = (place - edges[None, :-2]) / (edges[1:-1] - edges[:-2])[None]
-    falling = (edges[None, 2:] - place) / (edges[2:] - edges[1:-1])[None]
+    centers = mel(np.linspace(0, sample_rate / 2, window // 2 + 1))[:, None]
+    rising = (centers - edges[None, :-2]) / (edges[1:-1] - edges[:-2])[None]
+    falling = (edges[None, 2:] - centers) / (edges[2:] - edges[1:-1])[None]
     return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
 
 
 def log_distance(a: Float[Array, "t f"], b: Float[Array, "t f"]) -> Float[Array, ""]:
-    """Mean absolute difference of log10."""
+    """Mean absolute difference of log10 magnitudes."""
     return jnp.mean(jnp.abs(jnp.log10(jnp.maximum(a, FLOOR)) - jnp.log10(jnp.maximum(b, FLOOR))))
 
 
 def spectral_distances(
     decoded: Float[Array, " samples"], audio: Float[Array, " samples"], sample_rate: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Distances of mel spectra and of spectra, each summed over the windows that fit."""
+    """Mel and STFT distances, each summed over the windows that are not longer than the audio."""
     mel, linear = jnp.zeros(()), jnp.zeros(())
     for window in WINDOWS:
         if window > audio.shape[0]:
@@ -96,9 +94,8 @@ def spectral_distances(
 def periodicity_distance(
     decoded: Float[Array, " samples"], audio: Float[Array, " samples"], sample_rate: int
 ) -> Float[Array, ""]:
-    """How differently both resemble themselves a pitch period later: mean absolute difference of
-    normalised autocorrelations at the lags of 500 to 60 Hz (Boersma, 1993), over frames of 40 ms or
-    a little longer, of which the louder count more; 0 where no frame fits."""
+    """Mean absolute difference of normalised autocorrelations at the lags of 500 to 60 Hz (Boersma,
+    1993), over frames of 40 ms or a little longer, weighted by loudness; 0 if no frame fits."""
     window = 1 << math.ceil(math.log2(sample_rate / 25))
     if window > audio.shape[0]:
         return jnp.zeros(())
@@ -118,14 +115,15 @@ def periodicity_distance(
 
 @functools.cache
 def _autocorrelation(window: int, lags: tuple[int, ...]) -> np.ndarray:
-    """(bins, lags): autocorrelation at `lags` from the power of a frame's spectrum."""
+    """(bins, lags): maps a power spectrum to the autocorrelation at `lags`."""
     bins = np.arange(window // 2 + 1)
-    sides = np.where((bins == 0) | (bins == window // 2), 1, 2)  # of a real signal's spectrum
+    # All other bins of a real signal's spectrum stand for two.
+    sides = np.where((bins == 0) | (bins == window // 2), 1, 2)
     cosines = np.cos(2 * np.pi / window * (np.outer(bins, lags) % window))
     return (sides[:, None] * cosines / window).astype(np.float32)
 
 
-def divergence(mean: Float[Array, "t c"], deviation: Float[Array, "t c"]) -> Float[Array, ""]:
-    """KL divergence from the standard normal, in nats for each channel of a frame
-    (Kingma & Welling, 2014, arXiv:1312.6114)."""
-    return jnp.mean(0.5 * (mean**2 + deviation**2 - 1) - jnp.log(deviation))
+def kl_divergence(mean: Float[Array, "t c"], std: Float[Array, "t c"]) -> Float[Array, ""]:
+    """KL divergence from the standard normal, in nats per channel and frame (Kingma & Welling,
+    2014, arXiv:1312.6114)."""
+    return jnp.mean(0.5 * (mean**2 + std**2 - 1) - jnp.log(std))

@@ -1,4 +1,4 @@
-"""Latents of mean 0 and deviation 1 in every channel, by the bottleneck's own projections."""
+"""Standardises latents to mean 0 and std 1 per channel, inside the bottleneck's projections."""
 
 from collections.abc import Sequence
 
@@ -13,23 +13,21 @@ from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings
 
 
 def standardise(codec: DACVAE, clips: Sequence[Clip], batch_size: int = 8) -> DACVAE:
-    """`codec` with the latents of `clips` standardised; clips that cannot be read are left out."""
+    """`codec` with its latents of `clips` standardised; unreadable clips are skipped."""
     encoded = ClipEncoder(codec, EncodeSettings(batch_size=batch_size))(clips, lambda _: None)
     latents = [x.astype(np.float64) for x in encoded.values() if isinstance(x, np.ndarray)]
     joined = np.concatenate(latents)
     return rescaled(codec, joined.mean(0), joined.std(0))
 
 
-def rescaled(
-    codec: DACVAE, mean: Float[np.ndarray, " c"], deviation: Float[np.ndarray, " c"]
-) -> DACVAE:
-    """`codec` whose latents are `(z - mean) / deviation` where they were z; it decodes the same.
+def rescaled(codec: DACVAE, mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> DACVAE:
+    """`codec` with latents `(z - mean) / std` instead of z, and the same decoded audio.
 
-    The bottleneck's own deviation is `softplus(scale) + 1e-4`, which no projection divides;
-    it is scaled as its small values are, which is where a trained bottleneck has them.
+    The bottleneck's std is `softplus(scale) + 1e-4`, which a linear map cannot rescale exactly. It
+    is rescaled as for small values, where softplus is an exponential: a trained std is small.
     """
     shift = jnp.asarray(mean, jnp.float32)
-    factor = jnp.asarray(deviation, jnp.float32)
+    factor = jnp.asarray(std, jnp.float32)
     into, out = codec.bottleneck.in_proj, codec.bottleneck.out_proj
     both = jnp.concatenate([factor, jnp.ones_like(factor)])
     lowered = jnp.concatenate([shift / factor, jnp.log(factor)])

@@ -1,4 +1,4 @@
-"""One step of codec training: state, losses and updates."""
+"""One step of codec training: state, losses and update."""
 
 import math
 from typing import Any, NamedTuple, cast
@@ -16,23 +16,27 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig
 from echo_eqx.sharding.mesh import batch_sharding, replicated
 from echo_eqx.train.codec.config import CodecTrainConfig
-from echo_eqx.train.codec.discriminators import Critic, critic_loss, decoder_losses
-from echo_eqx.train.codec.losses import divergence, periodicity_distance, spectral_distances
+from echo_eqx.train.codec.discriminators import (
+    Discriminators,
+    discriminator_loss,
+    generator_losses,
+)
+from echo_eqx.train.codec.losses import kl_divergence, periodicity_distance, spectral_distances
 from echo_eqx.train.metrics import StepMetrics
 from echo_eqx.train.optimizer import adam, adamw_update, learning_rate, update_ema
 
 
 class CodecState(eqx.Module):
-    """Everything that a step changes; `critic` and its moments only where one is trained along."""
+    """Everything that a step changes; discriminators only in adversarial training."""
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
-    """Updates skipped since the beginning."""
+    """Updates skipped since the start of training."""
     model: DACVAE
     adam: optax.ScaleByAdamState
     ema: DACVAE | None
-    critic: Critic | None
-    critic_adam: optax.ScaleByAdamState | None
+    discriminators: Discriminators | None
+    discriminators_adam: optax.ScaleByAdamState | None
 
 
 class AudioBatch(eqx.Module):
@@ -42,17 +46,17 @@ class AudioBatch(eqx.Module):
 
 
 class Decoded(NamedTuple):
-    """What goes through the codec and comes out of it."""
+    """Decoded audio, and the distribution of the latents it was decoded from."""
 
     audio: Float[Array, "*b samples"]
     mean: Float[Array, "*b t c"]
-    deviation: Float[Array, "*b t c"]
+    std: Float[Array, "*b t c"]
 
 
 def init_train_state(model: DACVAE, config: CodecTrainConfig, key: PRNGKeyArray) -> CodecState:
     """The state before the first step from `model`."""
     zero = jnp.zeros((), jnp.int32)
-    critic = Critic.init(key=key) if config.loss.adversarial else None
+    discriminators = Discriminators.init(key=key) if config.loss.adversarial else None
     init: Any = adam(config.optimizer).init
     return CodecState(
         step=zero,
@@ -60,13 +64,13 @@ def init_train_state(model: DACVAE, config: CodecTrainConfig, key: PRNGKeyArray)
         model=model,
         adam=init(model),
         ema=jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay > 0 else None,
-        critic=critic,
-        critic_adam=None if critic is None else init(critic),
+        discriminators=discriminators,
+        discriminators_adam=None if discriminators is None else init(discriminators),
     )
 
 
 def abstract_state(sizes: CodecConfig, config: CodecTrainConfig, mesh: Mesh) -> CodecState:
-    """Shapes of a state. A codec is small: every device has all of it."""
+    """Shapes of a state, replicated over the mesh: a codec is small."""
     key = jr.key(0)
     state = jax.eval_shape(lambda: init_train_state(DACVAE.init(sizes, key=key), config, key))
     return jax.tree.map(
@@ -74,38 +78,37 @@ def abstract_state(sizes: CodecConfig, config: CodecTrainConfig, mesh: Mesh) -> 
     )
 
 
-def pass_through(
+def reconstruct(
     codec: DACVAE, audio: Float[Array, " samples"], key: PRNGKeyArray | None, freeze_encoder: bool
 ) -> Decoded:
-    """Encode, draw latents around their mean (without a `key` take the mean), and decode."""
-    mean, deviation = codec.bottleneck.moments(codec.encoder(audio))
+    """Encode, sample latents (without a `key` take their mean), and decode."""
+    mean, std = codec.bottleneck.moments(codec.encoder(audio))
     if freeze_encoder:
-        mean, deviation = jax.lax.stop_gradient((mean, deviation))
-    latents = mean if key is None else mean + deviation * jr.normal(key, mean.shape)
-    return Decoded(codec.decoder(codec.bottleneck.out_proj(latents)), mean, deviation)
+        mean, std = jax.lax.stop_gradient((mean, std))
+    latents = mean if key is None else mean + std * jr.normal(key, mean.shape)
+    return Decoded(codec.decoder(codec.bottleneck.out_proj(latents)), mean, std)
 
 
 def distances(decoded: Decoded, audio: Float[Array, "b samples"], rate: int) -> dict[str, Array]:
-    """The terms of the loss that need no critic, each a mean over the batch."""
-    mel, magnitude = jax.vmap(lambda a, b: spectral_distances(a, b, rate))(decoded.audio, audio)
+    """The reconstruction and KL terms of the loss, each a mean over the batch."""
+    mel, stft = jax.vmap(lambda a, b: spectral_distances(a, b, rate))(decoded.audio, audio)
     return {
         "mel": jnp.mean(mel),
-        "magnitude": jnp.mean(magnitude),
+        "stft": jnp.mean(stft),
         "periodicity": jnp.mean(
             jax.vmap(lambda a, b: periodicity_distance(a, b, rate))(decoded.audio, audio)
         ),
         "waveform": jnp.mean(jnp.abs(decoded.audio - audio)),
-        "divergence": jnp.mean(jax.vmap(divergence)(decoded.mean, decoded.deviation)),
+        "kl": jnp.mean(jax.vmap(kl_divergence)(decoded.mean, decoded.std)),
     }
 
 
 def make_step(
     mesh: Mesh, sizes: CodecConfig, config: CodecTrainConfig, state: CodecState
 ) -> jax.stages.Wrapped:
-    """The jitted step `(state, batch, key) -> (state, metrics)`; the old state is donated.
+    """The jitted step `(state, batch, key) -> (state, metrics)`, which donates the old state.
 
-    The batch is split over the mesh, the state repeated; a mean over the batch is one over all
-    devices.
+    The batch is sharded over the mesh and the state is replicated.
     """
     weights = config.loss
 
@@ -114,40 +117,43 @@ def make_step(
         keys = jax.vmap(lambda row: jr.fold_in(key, row))(jnp.arange(batch.audio.shape[0]))
 
         def loss(model: DACVAE) -> tuple[Array, tuple[dict[str, Array], Array]]:
-            decoded = jax.vmap(lambda a, k: pass_through(model, a, k, config.freeze_encoder))(
+            decoded = jax.vmap(lambda a, k: reconstruct(model, a, k, config.freeze_encoder))(
                 batch.audio, keys
             )
             terms = distances(decoded, batch.audio, sizes.sample_rate)
-            if state.critic is not None:
-                terms |= _judged(state.critic, decoded.audio, batch.audio)
+            if state.discriminators is not None:
+                terms |= _generator_terms(state.discriminators, decoded.audio, batch.audio)
             total = sum(getattr(weights, name) * term for name, term in terms.items())
             return cast(Array, total), (terms, decoded.audio)
 
         (value, (terms, decoded)), gradients = jax.value_and_grad(loss, has_aux=True)(state.model)
         norm = optax.tree.norm(gradients)
-        rate = learning_rate(config.optimizer, config.num_steps, state.step)
-        model, moments = adamw_update(config.optimizer, rate, state.model, gradients, state.adam)
+        lr = learning_rate(config.optimizer, config.num_steps, state.step)
+        model, moments = adamw_update(config.optimizer, lr, state.model, gradients, state.adam)
         ema = None
         if state.ema is not None:
             ema = update_ema(state.ema, model, config.optimizer.ema_decay, state.step)
-        critic, critic_moments = state.critic, state.critic_adam
-        if critic is not None and critic_moments is not None:
-            terms["critic_own"], change = jax.value_and_grad(_critic_loss)(
-                critic, decoded, batch.audio
-            )
-            critic, critic_moments = adamw_update(
-                config.optimizer, rate, critic, change, critic_moments
-            )
+        nets, nets_adam = state.discriminators, state.discriminators_adam
+        if nets is not None and nets_adam is not None:
+            loss_and_grad = jax.value_and_grad(_discriminator_loss)
+            terms["discriminator"], nets_gradients = loss_and_grad(nets, decoded, batch.audio)
+            nets, nets_adam = adamw_update(config.optimizer, lr, nets, nets_gradients, nets_adam)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        changed = (model, moments, ema, critic, critic_moments)
-        before = (state.model, state.adam, state.ema, state.critic, state.critic_adam)
+        changed = (model, moments, ema, nets, nets_adam)
+        before = (
+            state.model,
+            state.adam,
+            state.ema,
+            state.discriminators,
+            state.discriminators_adam,
+        )
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, before)
         new = CodecState(state.step + 1, state.skipped + jnp.where(finite, 0, 1), *kept)
         metrics = StepMetrics(
             loss=value,
             grad_norm=norm,
             param_norm=optax.tree.norm(model),
-            lr=rate,
+            lr=lr,
             updated=finite,
             skipped=new.skipped,
             frames=jnp.array(decoded.size // sizes.hop, jnp.int32),
@@ -156,25 +162,22 @@ def make_step(
         return new, metrics
 
     everywhere = replicated(mesh)
-    places = jax.tree.map(lambda _: everywhere, state)
+    shardings = jax.tree.map(lambda _: everywhere, state)
     return jax.jit(
         step,
-        in_shardings=(places, batch_sharding(mesh), everywhere),
-        out_shardings=(places, everywhere),
+        in_shardings=(shardings, batch_sharding(mesh), everywhere),
+        out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
 
 
-def _judged(critic: Critic, decoded: Array, audio: Array) -> dict[str, Array]:
-    def one(decoded: Array, audio: Array) -> tuple[Array, Array]:
-        return decoder_losses(critic(audio), critic(decoded))
-
-    verdict, alike = jax.vmap(one)(decoded, audio)
-    return {"critic": jnp.mean(verdict), "features": jnp.mean(alike)}
+def _generator_terms(nets: Discriminators, decoded: Array, audio: Array) -> dict[str, Array]:
+    losses = jax.vmap(lambda d, a: generator_losses(nets(a), nets(d)))(decoded, audio)
+    return {"adversarial": jnp.mean(losses[0]), "feature_matching": jnp.mean(losses[1])}
 
 
-def _critic_loss(critic: Critic, decoded: Array, audio: Array) -> Array:
-    return jnp.mean(jax.vmap(lambda d, a: critic_loss(critic(a), critic(d)))(decoded, audio))
+def _discriminator_loss(nets: Discriminators, decoded: Array, audio: Array) -> Array:
+    return jnp.mean(jax.vmap(lambda d, a: discriminator_loss(nets(a), nets(d)))(decoded, audio))
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, samples: int) -> AudioBatch:
@@ -189,8 +192,8 @@ def _one_sample() -> AudioBatch:
 def signal_to_distortion(
     decoded: Float[np.ndarray, " samples"], audio: Float[np.ndarray, " samples"]
 ) -> float:
-    """SI-SDR in decibels (Le Roux et al., 2019, arXiv:1811.02508): the part of `decoded` that is a
-    multiple of `audio`, against the rest of it."""
+    """SI-SDR in dB (Le Roux et al., 2019, arXiv:1811.02508): the part of `decoded` that is a
+    multiple of `audio`, relative to the rest."""
     decoded, audio = decoded - decoded.mean(), audio - audio.mean()
     target = audio * (decoded @ audio) / (audio @ audio + 1e-12)
     rest = decoded - target

@@ -1,4 +1,4 @@
-"""A training run of a codec, from its settings to the loop."""
+"""Trains a codec: from the settings to the training loop."""
 
 import hashlib
 from collections.abc import Callable
@@ -26,44 +26,45 @@ from echo_eqx.train.codec.crops import CropStream
 from echo_eqx.train.codec.losses import WINDOWS
 from echo_eqx.train.codec.step import AudioBatch, CodecState, abstract_batch, abstract_state
 from echo_eqx.train.device_loader import DeviceLoader, owned_rows
-from echo_eqx.train.loop import Run, claim, compile_step, run_folder, run_steps
+from echo_eqx.train.loop import Trainer, train_loop
 from echo_eqx.train.restore import check_same_run
+from echo_eqx.train.setup import claim, compile_step, open_run
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.checkpoint.writer import restore_state
 from echo_eqx.weights.load import load_codec
 
-LONGEST = 1e6
-"""Seconds: a codec takes recordings of any length, crop by crop."""
+MAX_SECONDS = 1e6
+"""No limit in practice: only crops of a recording are read."""
 
 
 def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
     """Train until `num_steps`, or until asked to stop; returns the exit code.
 
-    **Raises**: `EchoError` for what was given and cannot be used.
+    **Raises**: `EchoError` for unusable inputs.
     """
-    ways = mesh_shape(config.mesh, jax.device_count())
-    check_batch(config.batch_size, 1, ways)
-    mesh = make_mesh(ways)
-    given = load_codec(config.init_from) if config.init_from is not None else None
-    sizes = config.codec_config() if given is None else given.config
+    axes = mesh_shape(config.mesh, jax.device_count())
+    check_batch(config.batch_size, 1, axes)
+    mesh = make_mesh(axes)
+    pretrained = load_codec(config.init_from) if config.init_from is not None else None
+    sizes = config.codec_config() if pretrained is None else pretrained.config
     samples = config.crop_frames(sizes) * sizes.hop
     if samples < WINDOWS[-1]:
         raise UsageError(
-            f"crop_seconds is {config.crop_seconds}, which are {samples} samples; wanted at least "
-            f"the {WINDOWS[-1]} of the shortest spectrum"
+            f"crop_seconds is {config.crop_seconds}, or {samples} samples; expected at least "
+            f"{WINDOWS[-1]}, the shortest STFT window"
         )
     assert config.data is not None
     clips = find_recordings(config.data)
     digest = _digest(clips)
-    with run_folder(config, digest) as (folder, launch_id, checkpoint):
+    with open_run(config, digest) as (folder, launch_id, checkpoint):
         if checkpoint is not None:
             check_same_run(checkpoint, sizes, config, {"digest": digest}, config.data)
         claim(folder, config, checkpoint)
-        state = _begin(config, sizes, given, checkpoint, mesh)
+        state = _init_or_restore(config, sizes, pretrained, checkpoint, mesh)
         step = codec_step.make_step(mesh, sizes, config, state)
         batch = abstract_batch(mesh, config.batch_size, samples)
         compiled = compile_step(lambda: step.lower(state, batch, jax.eval_shape(lambda: jr.key(0))))
-        source = CropStream(
+        crops = CropStream(
             clips,
             sample_rate=sizes.sample_rate,
             samples=samples,
@@ -73,8 +74,8 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
             max_broken=config.max_broken,
         )
         held_out = find_recordings(config.eval_data) if config.eval_data else clips
-        crops = _held_out_crops(held_out, sizes, samples, config)
-        run = Run(
+        eval_crops = _eval_crops(held_out, sizes, samples, config)
+        trainer = Trainer(
             config=config,
             mesh=mesh,
             sizes=sizes,
@@ -84,63 +85,65 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
             compiled=compiled,
             step_flops=_flops(compiled) * jax.device_count(),
             frame_rate=sizes.frame_rate,
-            loader=DeviceLoader(source, AudioBatch, mesh, config.batch_size),
-            evaluate=_evaluation(crops, config, sizes) if config.eval_data else None,
-            speak=_speaker(crops, config, sizes) if config.sample_every else None,
+            loader=DeviceLoader(crops, AudioBatch, mesh, config.batch_size),
+            evaluate=_make_evaluate(eval_crops, config, sizes) if config.eval_data else None,
+            log_samples=_make_log_samples(eval_crops, config, sizes)
+            if config.sample_every
+            else None,
         )
-        return run_steps(run, launch_id, heartbeat)
+        return train_loop(trainer, launch_id, heartbeat)
 
 
 def find_recordings(source: str) -> list[Clip]:
-    """Clips of a source that `prepare.py` takes.
+    """The recordings of `source`, in any layout that `prepare` accepts.
 
-    **Raises**: `EchoError` if it holds none.
+    **Raises**: `EchoError` if there are none.
     """
     cache = expand(Path("~/.cache/echo_eqx/recordings"))
-    clips, refused = list_clips(source, max_seconds=LONGEST, cache=cache)
+    clips, refused = list_clips(source, max_seconds=MAX_SECONDS, cache=cache)
     if not clips:
         raise EchoError(
-            f"{source} holds no recording that can be used ({len(refused)} left out); wanted "
-            "recordings with transcripts, as prepare.py takes them"
+            f"no usable recordings in {source} ({len(refused)} skipped); expected recordings with "
+            "transcripts, as for prepare"
         )
     return clips
 
 
 def _digest(clips: list[Clip]) -> str:
-    """What makes these recordings the same ones."""
+    """Identifies this list of recordings."""
     text = "\n".join(f"{clip.key} {clip.start:.6f} {clip.seconds:.6f}" for clip in clips)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _begin(
+def _init_or_restore(
     config: CodecTrainConfig,
     sizes: CodecConfig,
-    given: DACVAE | None,
+    pretrained: DACVAE | None,
     checkpoint: TrainingCheckpoint | None,
     mesh: Mesh,
 ) -> CodecState:
     if checkpoint is not None:
         return restore_state(checkpoint, abstract_state(sizes, config, mesh))
-    key_model, key_critic = jr.split(jr.key(config.seed))
+    key_model, key_discriminators = jr.split(jr.key(config.seed))
 
-    def fresh(model: DACVAE | None) -> CodecState:
+    def init(model: DACVAE | None) -> CodecState:
         model = DACVAE.init(sizes, key=key_model) if model is None else model
-        return codec_step.init_train_state(model, config, key_critic)
+        return codec_step.init_train_state(model, config, key_discriminators)
 
-    # As NumPy's: of several hosts each has the same ones.
-    return jax.jit(fresh, out_shardings=replicated(mesh))(jax.tree.map(np.asarray, given))
+    # NumPy arrays are taken to be equal on all hosts.
+    return jax.jit(init, out_shardings=replicated(mesh))(jax.tree.map(np.asarray, pretrained))
 
 
 def _flops(compiled: Any) -> float:
-    """Of one device, by the compiler's count, which is whole: nothing here is in a loop."""
+    """Of one device, as counted by the compiler, which is exact as the step has no loops."""
     cost = compiled.cost_analysis()
     return float(cost.get("flops", 0.0)) if isinstance(cost, dict) else 0.0
 
 
-def _held_out_crops(
+def _eval_crops(
     clips: list[Clip], sizes: CodecConfig, samples: int, config: CodecTrainConfig
 ) -> list[jax.Array]:
-    """The same crops at every look."""
+    """Crops to evaluate on, the same every time."""
     if not config.eval_data and not config.sample_every:
         return []
     source = CropStream(
@@ -156,14 +159,14 @@ def _held_out_crops(
 
 
 def _weights(state: CodecState) -> DACVAE:
-    """On this host: a codec is whole on every device."""
+    """The weights to evaluate, on this host: they are replicated."""
     model = state.model if state.ema is None else state.ema
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), model)
 
 
 @eqx.filter_jit
 def _decoded(codec: DACVAE, audio: jax.Array) -> codec_step.Decoded:
-    return jax.vmap(lambda row: codec_step.pass_through(codec, row, None, False))(audio)
+    return jax.vmap(lambda row: codec_step.reconstruct(codec, row, None, False))(audio)
 
 
 @eqx.filter_jit
@@ -171,10 +174,10 @@ def _distances(decoded: codec_step.Decoded, audio: jax.Array, rate: int) -> dict
     return codec_step.distances(decoded, audio, rate)
 
 
-def _evaluation(
+def _make_evaluate(
     crops: list[jax.Array], config: CodecTrainConfig, sizes: CodecConfig
 ) -> Callable[[Any], dict[str, Any]]:
-    """`eval_loss`, its terms, and the median SI-SDR, decoding means without noise."""
+    """Computes `eval_loss`, its terms and the median SI-SDR, decoding the mean latents."""
 
     def evaluate(state: CodecState) -> dict[str, Any]:
         codec = _weights(state)
@@ -187,19 +190,19 @@ def _evaluation(
             pairs = zip(np.asarray(decoded.audio), np.asarray(audio), strict=True)
             ratios += [codec_step.signal_to_distortion(a, b) for a, b in pairs if np.any(b)]
         loss = sum(getattr(config.loss, name) * value for name, value in totals.items())
-        figures = {f"eval_{name}": value for name, value in totals.items()}
-        return {"eval_loss": loss, **figures, "eval_si_sdr": float(np.median(ratios))}
+        terms = {f"eval_{name}": value for name, value in totals.items()}
+        return {"eval_loss": loss, **terms, "eval_si_sdr": float(np.median(ratios))}
 
     return evaluate
 
 
-def _speaker(
+def _make_log_samples(
     crops: list[jax.Array], config: CodecTrainConfig, sizes: CodecConfig
 ) -> Callable[[Any, int], None]:
-    """Writes held-out crops as they are (`.original.wav`) and as they come back (`.wav`)."""
+    """Writes held-out crops (`.original.wav`) and their reconstructions (`.wav`)."""
     audio = jnp.concatenate(crops)[: config.sample_count]
 
-    def speak(state: CodecState, step: int) -> None:
+    def log_samples(state: CodecState, step: int) -> None:
         decoded = np.asarray(_decoded(_weights(state), audio).audio)
         if jax.process_index() != 0 or not np.isfinite(decoded).all():
             return
@@ -210,4 +213,4 @@ def _speaker(
             save_audio(folder / f"{i}.wav", ours, sizes.sample_rate)
             save_audio(folder / f"{i}.original.wav", theirs, sizes.sample_rate)
 
-    return speak
+    return log_samples

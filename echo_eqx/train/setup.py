@@ -1,0 +1,73 @@
+"""What happens before the training loop: agreement of the hosts, the run folder, compilation."""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from echo_eqx.sharding.hosts import check_agreement, code_digest
+from echo_eqx.train.plan import check_memory
+from echo_eqx.train.restore import newest_restorable
+from echo_eqx.train.run_folder import RunFolder
+from echo_eqx.train.settings import RunConfig, to_json
+from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
+from echo_eqx.weights.checkpoint.writer import make_missing_export, remove_leftovers
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_run(
+    config: RunConfig, data_digest: str
+) -> Iterator[tuple[RunFolder, str, TrainingCheckpoint | None]]:
+    """The locked run folder, the id of this launch, and the checkpoint to resume from.
+
+    **Raises**: `EchoError` if the hosts differ in code, settings, data or devices.
+    """
+    launch_id = check_agreement(_fingerprint(config, data_digest))
+    with RunFolder(config.run_dir, writes=jax.process_index() == 0) as folder:
+        folder.check_shared(launch_id)
+        yield folder, launch_id, newest_restorable(config.run_dir)
+
+
+def claim(folder: RunFolder, config: RunConfig, checkpoint: TrainingCheckpoint | None) -> None:
+    """Clean up after earlier launches and write this launch's settings, after all checks passed."""
+    if jax.process_index() == 0:
+        remove_leftovers(config.run_dir, checkpoint)
+        if checkpoint is not None and config.export:
+            make_missing_export(checkpoint)
+        folder.describe(config)
+    multihost_utils.sync_global_devices("ready")
+
+
+def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:
+    """The compiled training step of `lower`; logs the time taken, and warns if memory is short.
+
+    A compiled step never recompiles: a batch of another shape is an error.
+    """
+    first = jax.process_index() == 0
+    started = time.perf_counter()
+    if first:
+        logger.info("compiling the step")
+    compiled = lower().compile()
+    if first:
+        logger.info(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        if warning := check_memory(compiled.memory_analysis(), jax.local_devices()[0]):
+            logger.warning(warning)
+    return compiled
+
+
+def _fingerprint(config: RunConfig, data_digest: str) -> dict[str, str]:
+    """What must be the same on all hosts, by the name used in error messages."""
+    return {
+        "code": code_digest(),
+        "settings": json.dumps({**to_json(config), "process_id": None}),
+        "data": data_digest,
+        "version of jax": jax.__version__,
+        "number of processes and devices": f"{jax.process_count()} {jax.device_count()}",
+    }

@@ -398,7 +398,9 @@ def test_a_copy_under_the_name_of_another_step_is_not_gone_on_from(tmp_path, sta
 )
 def test_a_run_never_writes_over_files_of_something_else(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(EchoError, match=rf"{name}: expected a file of a training run, got another"):
+    with pytest.raises(
+        EchoError, match=rf"{name}: expected a file of a training run, got something"
+    ):
         RunFolder(tmp_path, writes=True)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content

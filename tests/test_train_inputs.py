@@ -143,7 +143,7 @@ def test_processes_that_are_not_described_fully():
 
 def test_a_run_folder_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file/run cannot be written" in refusal(config, run_dir=tmp_path / "file" / "run")
+    assert "cannot write to " in refusal(config, run_dir=tmp_path / "file" / "run")
 
 
 def test_another_run_in_the_folder_is_refused(config, tmp_path):

@@ -22,7 +22,7 @@ from echo_eqx.weights.native import SafetensorsFile
 
 
 class TrainData:
-    """A source of shards, checked as far as it can be without fetching anything."""
+    """Shards of a source, checked as far as possible without downloading them."""
 
     def __init__(self, source: str, config: TrainConfig, sizes: DiTConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
@@ -31,7 +31,7 @@ class TrainData:
         width = loader.first_width(self.shard_index)
         if width not in (None, sizes.latent_dim):
             raise EchoError(
-                f"{source} holds latents of {width} channels; the model has {sizes.latent_dim} "
+                f"expected latents of {sizes.latent_dim} channels, got {width} in {source} "
                 f"(--latent_dim); {_fitting(width)}"
             )
         self.lengths = loader.SequenceLengths(
@@ -70,20 +70,20 @@ class TrainData:
     def frame_rate(self) -> float:
         """Latent frames per second, from the shards' codec.json, or else of the published codec."""
         with contextlib.suppress(EchoError, OSError):
-            codec = beside(self.shard_index, "codec.json")
+            codec = find_next_to_shards(self.shard_index, "codec.json")
             return (codec and frame_rate(codec.read_bytes())) or FRAME_RATE
         return FRAME_RATE
 
 
 def _fitting(width: int | None) -> str:
-    """How to train on latents of another width."""
+    """Says how to train on latents of `width` channels."""
     names = presets_of_width(width)
     models = f"--model {' or '.join(names)} fits" if names else "no --model fits"
     return f"{models}; --latent_dim {width} makes any model fit"
 
 
-def beside(shard_index: ShardIndex, name: str) -> Path | None:
-    """The file `name` in the folder or repository of the shards, None if it is not there."""
+def find_next_to_shards(shard_index: ShardIndex, name: str) -> Path | None:
+    """The file `name` next to the shards, None if there is none."""
     shard = shard_index.shards[0]
     if shard.path is not None:
         path = shard.path.parents[len(Path(shard.name).parts) - 1] / name
@@ -101,7 +101,9 @@ def _find_silence(flag: str | None, shard_index: ShardIndex, latent_dim: int) ->
         return np.zeros((1, latent_dim), np.float32)
     names = ("silence.safetensors", "silence.npy")
     paths = (
-        [expand(Path(flag))] if flag is not None else [beside(shard_index, name) for name in names]
+        [expand(Path(flag))]
+        if flag is not None
+        else [find_next_to_shards(shard_index, name) for name in names]
     )
     for path in paths:
         if path is not None:
@@ -115,17 +117,18 @@ def _find_silence(flag: str | None, shard_index: ShardIndex, latent_dim: int) ->
 
 
 def check_codec(silence: Path, shard_index: ShardIndex) -> None:
-    """Silence of one codec is noise to another; where both say which they are, they agree."""
-    codec = beside(shard_index, "codec.json")
+    """Check that silence and data are from the same codec, if both say which: the silence of one
+    codec is noise to another."""
+    codec = find_next_to_shards(shard_index, "codec.json")
     if codec is None or silence.suffix != ".safetensors":
         return
     made_silence = SafetensorsFile(silence).metadata.get("codec")
     try:
         made_data = json.loads(codec.read_bytes())["id"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EchoError(f"{codec} does not say which codec made the data: {error}") from None
+        raise EchoError(f"cannot read the codec's id in {codec}: {error}") from None
     if made_silence is not None and made_silence != made_data:
         raise EchoError(
-            f"{silence} was made by codec {made_silence[:16]}, the data of {shard_index.source} by "
-            f"{str(made_data)[:16]}; wanted the silence of the same codec"
+            f"expected silence of codec {str(made_data)[:16]}, which made the data of "
+            f"{shard_index.source}, got {made_silence[:16]} in {silence}"
         )

@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, counted from the sizes, and what chips can do."""
+"""FLOPs of a training step, and the specifications of chips."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from echo_eqx.config import DiTConfig, EncoderConfig
 
 @dataclass(frozen=True)
 class Chip:
-    """What one device can hold and do."""
+    """Specifications of one device."""
 
     kind: str
-    """A word in JAX's name of the device, in lower case."""
+    """Part of JAX's `device_kind`, in lower case."""
     memory: int
     """Bytes."""
     flops: float
@@ -18,13 +18,13 @@ class Chip:
     memory_bandwidth: float
     """Bytes/s."""
     link_bandwidth: float
-    """Bytes/s to other chips, one way, all links of a chip together."""
+    """Bytes/s to other chips, one way, over all links of a chip."""
     linked: int
-    """Chips that these links join; between more of them runs a slower network."""
+    """Most chips that these links connect; beyond that, a slower network is used."""
 
 
-# Makers give links both ways together, except for v4; memory in GB that are GiB, except for H200,
-# whose 141 GB are 143771 MiB as its driver reports them.
+# Vendors quote links for both directions together, except for v4. Their GB of memory are GiB,
+# except for the H200, whose 141 GB are 143771 MiB according to its driver.
 CHIPS: dict[str, Chip] = {
     # cloud.google.com/tpu/docs/v4; six links of 50 GB/s each way: arXiv:2304.01433
     "v4": Chip("v4", 32 * 2**30, 275e12, 1.2e12, 300e9, 4096),
@@ -44,15 +44,15 @@ CHIPS: dict[str, Chip] = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak rate of a device in FLOP/s, None if it is not known."""
+    """Peak FLOP/s of a device in bfloat16, None if unknown."""
     kind = device_kind.lower().replace("v5e", "v5 lite")
     return next((chip.flops for chip in CHIPS.values() if chip.kind in kind), None)
 
 
 def forward_flops(config: DiTConfig) -> int:
-    """Multiplications and additions of one velocity, for one sample at the trained lengths.
+    """FLOPs of one forward pass for one sample at the maximum lengths.
 
-    Matrix products only: 2 m n k for a product (m, k) (k, n).
+    Matrix products only: 2 m n k for (m, k) times (k, n).
     """
     d, c, rank = config.model_dim, config.latent_dim, config.adaln_rank
     t, s = config.max_frames, config.max_text_bytes
@@ -78,8 +78,8 @@ def _encoder(config: EncoderConfig, length: int) -> int:
 
 
 def step_flops(config: DiTConfig, batch_size: int) -> int:
-    """Of a training step: the backward pass is twice the forward pass.
+    """FLOPs of a training step: the backward pass counts twice the forward pass.
 
-    What checkpointing computes a second time is not counted, as is usual for MFU.
+    Recomputation is not counted, as is usual for MFU.
     """
     return 3 * batch_size * forward_flops(config)

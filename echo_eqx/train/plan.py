@@ -1,7 +1,7 @@
-"""What a training run needs of its devices, before any is rented and when it starts.
+"""Estimates of the memory, compute and traffic of a training run.
 
-Memory is what the compiler says of the real training step, compiled from shapes for virtual
-devices; arithmetic and traffic are counted from the sizes.
+Memory is the compiler's figure for the real training step, compiled from shapes for virtual
+devices. Compute and traffic are computed from the sizes.
 """
 
 import dataclasses
@@ -22,24 +22,23 @@ from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
 from echo_eqx.sharding.specs import check_mesh, parameter_spec, replicated_axes
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.flops import CHIPS, Chip, step_flops
-from echo_eqx.train.metrics import FRAMES_PER_HOUR
 from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
 from echo_eqx.trees import named_leaves, num_parameters
 
 FULL = 0.9
-"""Share of a device's memory that a step may need: the rest is for the runtime, and for errors of
-the count."""
+"""Fraction of a device's memory that a step may use, with a margin for the runtime and for
+estimation errors."""
 
 MAX_DEVICES = 2048
-"""JAX takes more on one CPU for several processes."""
+"""Above this, JAX takes the devices of one CPU for several processes."""
 
 QUICK = (
     "--xla_backend_optimization_level=0 "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
-"""The program never runs, so its machine code may be slow: a third of the time to compile, and the
-same buffers."""
+"""The program never runs, so it is compiled without optimisation: the same buffers in a third of
+the time."""
 
 GIB = 2**30
 
@@ -54,7 +53,7 @@ class Memory:
     gradients: int
     batch: int
     temporaries: int
-    """Activations, gathered layers and all else that the compiler sets aside."""
+    """Activations, gathered layers and everything else that the compiler allocates."""
 
     @property
     def total(self) -> int:
@@ -63,16 +62,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that each device sends, and receives as many, in one step."""
+    """Bytes that each device sends per step; it receives as many."""
 
     gathers: int
-    """Of parameters, over fsdp."""
+    """All-gathers of parameters over fsdp."""
     scatters: int
-    """Of gradients, over fsdp."""
+    """Reduce-scatters of gradients over fsdp."""
     gradient_sums: int
-    """Of gradients, over the axes that their parameters are repeated on."""
+    """All-reduces of gradients, over the axes on which parameters are replicated."""
     activation_sums: int
-    """Over tensor."""
+    """All-reduces of activations over tensor."""
 
     @property
     def total(self) -> int:
@@ -81,7 +80,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answers for one run; times in seconds unless named otherwise."""
+    """The estimates for one run; times in seconds unless the name says otherwise."""
 
     model: str
     num_parameters: int
@@ -97,11 +96,11 @@ class Plan:
     efficiency: float
     memory: Memory
     memory_limit: int
-    """What one device has, in bytes."""
+    """Memory of one device, in bytes."""
     largest_batch: int
-    """That needs no more than 90 % of it; 0 if none does."""
+    """The largest batch size that fits 90 % of the memory; 0 if none does."""
     largest_batch_memory: int
-    """What it needs on each device, and below what the next larger one does."""
+    """Bytes per device of the largest batch size; below, of the next larger one."""
     next_batch_memory: int
     step_flops: int
     traffic: Traffic
@@ -113,17 +112,17 @@ class Plan:
     hours: float
     samples: int
     audio_hours: float
-    """With recordings as long as the window."""
+    """If every recording has `max_frames`."""
     warnings: list[str]
 
 
 def use_virtual_devices(count: int) -> None:
-    """Let JAX lay its programs over `count` devices of the CPU; to be called before it starts.
+    """Give JAX `count` CPU devices. Call it before JAX is initialised.
 
-    **Raises**: `UsageError` for a number that is no number of devices.
+    **Raises**: `UsageError` if `count` is out of range.
     """
     if not 1 <= count <= MAX_DEVICES:
-        raise UsageError(f"devices is {count}; wanted 1 to {MAX_DEVICES}")
+        raise UsageError(f"devices is {count}; expected 1 to {MAX_DEVICES}")
     flags = (
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={count}",
@@ -133,18 +132,20 @@ def use_virtual_devices(count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: float) -> Plan:
-    """Plan the run of `config`, in bfloat16, on `devices` chips.
+def make_plan(
+    config: TrainConfig, devices: int, chip_name: str, efficiency: float, frame_rate: float
+) -> Plan:
+    """Estimate the run of `config`, in bfloat16, on `devices` chips.
 
-    JAX must have so many devices: `use_virtual_devices` makes them. `efficiency` is the share of
-    the chip's rate that a step's arithmetic reaches where nothing else holds it up, without what
-    checkpointing computes again.
+    JAX must have that many devices: see `use_virtual_devices`. `efficiency` is the fraction of the
+    chip's peak FLOP/s that compute reaches when nothing else limits it, not counting
+    rematerialisation. `frame_rate` is that of the latents, in frames per second.
 
-    **Raises**: `UsageError` for an unknown chip, and what does not divide.
+    **Raises**: `UsageError` for an unknown chip, or if mesh, batch and model do not divide.
     """
     chip = find_chip(chip_name)
     if not 0 < efficiency <= 1:
-        raise UsageError(f"efficiency is {efficiency}; wanted a share above 0, up to 1")
+        raise UsageError(f"efficiency is {efficiency}; expected more than 0 and at most 1")
     sizes = mesh_shape(config.mesh, devices)
     grad_accum_steps = config.optimizer.grad_accum_steps
     check_batch(config.batch_size, grad_accum_steps, sizes)
@@ -157,10 +158,10 @@ def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: flo
     state = sharded_abstract_state(dit, config.optimizer, mesh)
     memory = step_memory(config, mesh, state)
     larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
-    # Memory is affine in the samples that a device works on at a time (`rows`): what is kept for
-    # each grows with them, state and gathered layers do not. Two points give the line.
-    quantum = grad_accum_steps * sizes[DATA] * sizes[FSDP]
-    rows = config.batch_size // quantum
+    # Memory is affine in the rows per device and microbatch: activations grow with them, state and
+    # gathered layers do not. Two compilations give the line.
+    rows_per_batch = grad_accum_steps * sizes[DATA] * sizes[FSDP]
+    rows = config.batch_size // rows_per_batch
     slope = (step_memory(larger, mesh, state).total - memory.total) / rows
     base = memory.total - slope * rows
     most = max(0, math.floor((FULL * chip.memory - base) / slope))
@@ -169,7 +170,7 @@ def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: flo
     traffic = step_traffic(dit, state.model, sizes, config.batch_size, grad_accum_steps)
     arithmetic = flops / devices / chip.flops / efficiency
     links = traffic.total / chip.link_bandwidth
-    # The update reads weights, moments, average and gradients, and writes all but the last.
+    # The update reads weights, moments, EMA and gradients, and writes all but the gradients.
     kept = memory.parameters + memory.moments + memory.average
     update = (2 * kept + memory.gradients) / chip.memory_bandwidth
     seconds = max(arithmetic, links, update)
@@ -189,7 +190,7 @@ def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: flo
         efficiency=efficiency,
         memory=memory,
         memory_limit=chip.memory,
-        largest_batch=most * quantum,
+        largest_batch=most * rows_per_batch,
         largest_batch_memory=round(base + most * slope),
         next_batch_memory=round(base + (most + 1) * slope),
         step_flops=flops,
@@ -201,23 +202,23 @@ def make_plan(config: TrainConfig, devices: int, chip_name: str, efficiency: flo
         mfu=flops / devices / chip.flops / seconds,
         hours=config.num_steps * seconds / 3600,
         samples=samples,
-        audio_hours=samples * dit.max_frames / FRAMES_PER_HOUR,
+        audio_hours=samples * dit.max_frames / frame_rate / 3600,
         warnings=_warnings(memory.total, chip, chip_name, devices),
     )
 
 
 def find_chip(name: str) -> Chip:
-    """**Raises**: `UsageError` for a name that is not in the table."""
+    """**Raises**: `UsageError` for a chip that is not in `CHIPS`."""
     if name not in CHIPS:
-        raise UsageError(f"chip is {name[:50]!r}; wanted one of {', '.join(CHIPS)}")
+        raise UsageError(f"chip is {name[:50]!r}; expected one of {', '.join(CHIPS)}")
     return CHIPS[name]
 
 
 def check_memory(memory_analysis: Any, device: Any) -> str | None:
     """A warning if a compiled step needs more than 90 % of `device`'s memory, else None.
 
-    `memory_analysis` is what the compiled step's method of that name returns, `device` a device of
-    JAX. None too where a device does not tell what it has, such as the CPU.
+    `memory_analysis` is the result of the compiled step's method of that name. Also None if the
+    device does not report its memory, such as the CPU.
     """
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if memory_analysis is None or not limit:
@@ -236,7 +237,7 @@ def step_memory(config: TrainConfig, mesh: Mesh, state: TrainState) -> Memory:
     parameters = _shard_bytes(state.model)
     moments = _shard_bytes((state.adam.mu, state.adam.nu))
     average = _shard_bytes(state.ema)
-    # Gradients are float32 and lie as their parameters do.
+    # Gradients are float32 and sharded like the parameters.
     gradients = parameters
     rows = _shard_bytes(batch)
     needed = _needed(compiled.memory_analysis())
@@ -245,13 +246,13 @@ def step_memory(config: TrainConfig, mesh: Mesh, state: TrainState) -> Memory:
 
 
 def _needed(analysis: Any) -> int:
-    """Results that lie where arguments lay (`alias`) are counted once."""
+    """Bytes that a compiled step needs; outputs that reuse inputs (`alias`) are counted once."""
     arguments, results = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     return arguments + analysis.temp_size_in_bytes + results - analysis.alias_size_in_bytes
 
 
 def _shard_bytes(tree: Any) -> int:
-    """Bytes of one device's parts of abstract arrays."""
+    """Bytes of one device's shards of abstract arrays."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -263,7 +264,7 @@ def _memory_warning(needed: int, limit: int, name: str) -> str | None:
         return None
     return (
         f"the step needs {needed / GIB:.1f} GiB of the {limit / GIB:.1f} GiB on each {name}, "
-        f"{needed / limit:.0%}: wanted at most {FULL:.0%}, by a smaller --batch_size, more "
+        f"{needed / limit:.0%}: expected at most {FULL:.0%}; use a smaller --batch_size, more "
         "--grad_accum_steps or more devices"
     )
 
@@ -273,8 +274,8 @@ def _warnings(needed: int, chip: Chip, name: str, devices: int) -> list[str]:
     warnings = [] if memory is None else [memory]
     if devices > chip.linked:
         warnings.append(
-            f"fast links join {chip.linked} {name}: between {devices} the traffic takes longer "
-            "than said here"
+            f"fast links connect only {chip.linked} {name}: with {devices}, traffic takes longer "
+            "than estimated"
         )
     return warnings
 
@@ -287,23 +288,23 @@ def step_traffic(
 ) -> Traffic:
     """Bytes each device sends in a step over a mesh of `sizes`; `model` may be abstract.
 
-    By rings, which send the least: an all-gather or reduce-scatter of B bytes in all over n devices
-    sends B (n - 1) / n from each, an all-reduce of B bytes twice that (Patarasuk & Yuan, 2009,
-    doi:10.1016/j.jpdc.2008.09.002). Sums of single numbers are left out.
+    Assumes ring algorithms, which send the least: an all-gather or reduce-scatter of B bytes over n
+    devices sends B (n - 1) / n from each, an all-reduce twice that (Patarasuk & Yuan, 2009,
+    doi:10.1016/j.jpdc.2008.09.002). Scalars are left out.
     """
     gathers = scatters = gradient_sums = 0.0
     for name, leaf in named_leaves(model).items():
         spec = parameter_spec(name)
         size = leaf.size / (sizes[TENSOR] if TENSOR in spec else 1)
         if FSDP in spec and "latent_encoder" not in name and "_latent" not in name:
-            # Matrices travel in bfloat16. Layers are gathered forwards, and again backwards when
-            # they are computed anew; what is outside the stacks is gathered once and kept.
-            times = 2 if "blocks." in name else 1
-            gathers += grad_accum_steps * times * _ring(2 * size, sizes[FSDP])
-            # Their gradients go back once for each grad_accum_stepsd part.
+            # Matrices are sent in bfloat16. Stacked layers are gathered in the forward pass and
+            # again in the backward pass, when they are recomputed; other parameters only once.
+            passes = 2 if "blocks." in name else 1
+            gathers += grad_accum_steps * passes * _ring(2 * size, sizes[FSDP])
+            # Their gradients are reduce-scattered once per microbatch.
             scatters += grad_accum_steps * _ring(2 * size, sizes[FSDP])
-        # What is left is summed once, in float32: over data, and where fsdp does not split a
-        # parameter over that too.
+        # Gradients are all-reduced once, in float32, over the axes on which the parameter is
+        # replicated.
         axes = replicated_axes(spec)
         here = 4 * size / (1 if FSDP in axes else sizes[FSDP])
         gradient_sums += 2 * _ring(here, math.prod(sizes[axis] for axis in axes))
@@ -312,14 +313,15 @@ def step_traffic(
     t, s = config.max_frames, config.max_text_bytes
     p = config.max_speaker_frames // config.patch_size
     d, text, speaker = config.model_dim, config.text, config.speaker
-    # An encoder layer sums the outputs of attention and MLP forwards, that of attention again
-    # backwards, and the gradients at the inputs of its six split products (q, k, v, gate, w1, w3).
+    # An encoder layer sums the outputs of attention and MLP in the forward pass, that of attention
+    # again when recomputed, and the gradients at the inputs of its six column-parallel products
+    # (q, k, v, gate, w1, w3).
     numbers = 9 * (text.num_layers * s * text.dim + speaker.num_layers * p * speaker.dim)
-    # A decoder layer needs the output of its MLP again too, for the gradient of the gate, and has
-    # two products each that read text and reference.
+    # A DiT layer also recomputes the output of its MLP, for the gradient of the gate, and has two
+    # products each that read text and reference.
     numbers += config.num_layers * (10 * t * d + 2 * s * text.dim + 2 * p * speaker.dim)
-    # Six AdaLN vectors a layer are summed forwards, again backwards, and their gradients; they are
-    # float32, all else is bfloat16.
+    # Six AdaLN vectors per layer are summed in the forward pass, when recomputed, and for their
+    # gradients; they are float32, the rest is bfloat16.
     size = rows * (2 * numbers + 4 * 18 * config.num_layers * d)
     activation_sums = 2 * _ring(size, sizes[TENSOR])
     return Traffic(*(round(x) for x in (gathers, scatters, gradient_sums, activation_sums)))

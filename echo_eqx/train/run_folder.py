@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, what it says of itself, and its metrics."""
+"""The run folder: its lock, its description, and its metrics file."""
 
 import contextlib
 import fcntl
@@ -24,22 +24,22 @@ from echo_eqx.train.settings import RunConfig, to_json
 _README = """\
 # A training run of echo_eqx
 
-- `config.json`: all settings; `--config` takes this file or this folder
-- `environment.json`: command, versions, git revision and devices of each start, and its end
-- `metrics.jsonl`: a line for each step; at some also speed and evaluation
-- `checkpoints/step_N/`: weights, moments and position in the data, to go on from
-- `checkpoints/step_N.safetensors`: weights in bfloat16, for `scripts/infer.py`
-- `samples/step_N/`: what the model says, with the original recordings and the references
+- `config.json`: all settings; pass this file or this folder as `--config`
+- `environment.json`: command, versions, git revision and devices of each launch, and its end
+- `metrics.jsonl`: a line per step; some lines also have speed and evaluation
+- `checkpoints/step_N/`: weights, moments and data cursor, to resume from
+- `checkpoints/step_N.safetensors`: weights in bfloat16, for `echo-eqx infer`
+- `samples/step_N/`: generated audio, with the original recordings and the references
 - `broken-P.jsonl`: records that process P could not read
-- `nonfinite-P.jsonl`: samples in process P's part of batches whose update was skipped
+- `nonfinite-P.jsonl`: samples of process P in batches whose update was skipped
 
-`echo_eqx.load_dit` takes this folder, a checkpoint, or an export; for a codec
-`echo_eqx.load_codec` does.
+`echo_eqx.load_dit` (for a codec, `echo_eqx.load_codec`) loads this folder, a checkpoint or an
+export.
 """
 
 
-def _begins(start: bytes) -> Callable[[Path], bool]:
-    """Whether a file begins with `start`, or is empty."""
+def _starts_with(start: bytes) -> Callable[[Path], bool]:
+    """A check that a file is empty or starts with `start`."""
 
     def check(path: Path) -> bool:
         with path.open("rb") as file:
@@ -58,16 +58,16 @@ def _is_history(path: Path) -> bool:
 
 
 _REWRITTEN: dict[str, Callable[[Path], bool]] = {
-    ".lock": _begins(b"process "),
-    "metrics.jsonl": _begins(b'{"step": '),
+    ".lock": _starts_with(b"process "),
+    "metrics.jsonl": _starts_with(b'{"step": '),
     "config.json": _is_settings,
     "environment.json": _is_history,
 }
-"""Files that a start writes anew or cuts, and how they are known to be a run's."""
+"""Files that a launch overwrites or truncates, and checks that a run wrote them."""
 
 
 def _check_own(path: Path) -> None:
-    """**Raises**: `EchoError` if a start would overwrite a file that no run wrote."""
+    """**Raises**: `EchoError` if a launch would overwrite a file that no run wrote."""
     for name, is_own in _REWRITTEN.items():
         file = path / name
         if not os.path.lexists(file):
@@ -77,19 +77,19 @@ def _check_own(path: Path) -> None:
         except (ValueError, RecursionError):
             own = False
         except OSError as error:
-            raise EchoError(f"{file} cannot be read: {error.strerror}") from None
+            raise EchoError(f"cannot read {file}: {error.strerror}") from None
         if not own:
             raise EchoError(
-                f"{file}: expected a file of a training run, got another; move it away, or choose "
-                "a new folder as --run_dir"
+                f"{file}: expected a file of a training run, got something else; move it away, or "
+                "choose another --run_dir"
             )
 
 
 class RunFolder:
-    """`path`, made if need be. Process 0 holds its lock for as long as it lives.
+    """The folder `path`, created if missing. Process 0 locks it until it exits.
 
-    **Raises**: `EchoError` if it cannot be written, another live process trains in it, or it holds
-    files of something else under the names of a run's.
+    **Raises**: `EchoError` if it is not writable, another process trains in it, or it has foreign
+    files under the names of a run's files.
     """
 
     def __init__(self, path: Path, writes: bool):
@@ -102,7 +102,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+")
         except OSError as error:
-            raise EchoError(f"{path} cannot be written: {error.strerror}") from None
+            raise EchoError(f"cannot write to {path}: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -122,9 +122,9 @@ class RunFolder:
             self._lock.close()
 
     def check_shared(self, launch_id: str) -> None:
-        """**Raises**: `EchoError` if another process sees another folder under this path.
+        """Check that all processes share this folder.
 
-        `launch_id` is the same in all processes and new with each start.
+        **Raises**: `EchoError` on a process that sees another folder under this path.
         """
         file = self.path / ".start"
         if self._lock is not None:
@@ -133,11 +133,11 @@ class RunFolder:
         if not file.is_file() or file.read_text() != launch_id:
             raise EchoError(
                 f"{self.path.absolute()} on {socket.gethostname()} is not the folder that process "
-                "0 writes to; wanted a --run_dir on a disk that all hosts see"
+                "0 writes to; use a --run_dir on a disk that all hosts share"
             )
 
     def describe(self, config: RunConfig) -> None:
-        """Write what a person needs to understand the run."""
+        """Write settings, environment and README."""
         write_whole(
             self.path / "config.json",
             lambda file: file.write_text(json.dumps(to_json(config), indent=2) + "\n"),
@@ -146,14 +146,14 @@ class RunFolder:
         history = [*_read_list(starts), _environment()]
         write_whole(starts, lambda file: file.write_text(json.dumps(history, indent=2) + "\n"))
         readme = self.path / "README.md"
-        if not os.path.lexists(readme):  # one that is there may have a person's notes in it
+        if not os.path.lexists(readme):  # an existing one may contain notes
             write_whole(readme, lambda file: file.write_text(_README))
 
 
 def note_end(run_dir: Path, step: int) -> None:
-    """Add to the last start in `environment.json` that the run has ended, and is saved at `step`.
+    """Record in `environment.json` that the last launch ended, saved at `step`.
 
-    The monitor tells a run that was stopped from one that is gone by it.
+    It tells the monitor that the run was stopped and did not crash.
     """
     file = run_dir / "environment.json"
     history = _read_list(file)
@@ -164,7 +164,7 @@ def note_end(run_dir: Path, step: int) -> None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`, a JSON object for each step; on resuming, later lines are cut off."""
+    """`metrics.jsonl`, a JSON object per step; on resuming, later lines are cut off."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -179,7 +179,7 @@ class MetricsFile:
 
 
 def _end_of_step(path: Path, step: int) -> int:
-    """Bytes of the whole lines up to `step`."""
+    """Bytes of the complete lines up to `step`."""
     end = 0
     if not path.is_file():
         return end

@@ -398,9 +398,7 @@ def test_a_copy_under_the_name_of_another_step_is_not_gone_on_from(tmp_path, sta
 )
 def test_a_run_never_writes_over_files_of_something_else(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(
-        EchoError, match=rf"{name}: expected a file of a training run, got something"
-    ):
+    with pytest.raises(EchoError, match=rf"{name}: expected a file of a training run"):
         RunFolder(tmp_path, writes=True)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content
@@ -515,7 +513,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_older_ones(small_disk, mo
     save(small_disk, 1, state)
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**17))
     monkeypatch.setattr(CheckpointWriter, "_check_room", lambda self, state: None)
-    with pytest.raises(EchoError, match="No space left on device; the ones before are untouched"):
+    with pytest.raises(EchoError, match=r"No space left on device; earlier .* are untouched"):
         save(small_disk, 2, state)
     assert newest_restorable(small_disk).step == 1
     remove_leftovers(small_disk, None)

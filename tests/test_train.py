@@ -164,7 +164,7 @@ def test_when_a_process_dies_the_others_say_so_and_stop(home, victim):
         both[victim].kill()
         died = time.monotonic()
         said = finish(both[1 - victim], code=75, timeout=30)
-        assert f"process {victim} is gone" in said
+        assert f"process {victim} died" in said
         assert time.monotonic() - died < 30
     finally:
         for process in both:

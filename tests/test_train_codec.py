@@ -382,7 +382,7 @@ def test_what_cannot_be_used_is_one_sentence(whole, home, recordings, tmp_path):
         with pytest.raises(UsageError, match=message):
             config(**changes).check()
     short = train(home, recordings, "short", "--crop_seconds", "0.001", code=2)
-    assert "wanted at least the 128 of the shortest spectrum" in short
+    assert "expected at least 128, the shortest STFT window" in short
     said = train(home, tmp_path, "none", code=1)
     assert said.count("\n") == 1 and "holds no recordings; wanted" in said
     dit = train(home, recordings, "whole", "--latent_dim", "4", "--num_steps", "7", code=1)

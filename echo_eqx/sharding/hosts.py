@@ -1,8 +1,8 @@
-"""Several processes as one run: start, agreement, and what happens when one of them is gone.
+"""Runs of several processes: connecting, agreement, and the heartbeat between them.
 
-A process that dies leaves the others in a collective that never ends. So each keeps a connection to
-process 0 on which both say that they live; the end of it, or silence, ends the run everywhere with
-one sentence and `EXIT_PEER_LOST`.
+If a process dies, the others would wait for ever in a collective. So each process exchanges
+heartbeats with process 0; if a connection closes or goes silent, all processes exit with one
+message and `EXIT_PEER_LOST`.
 """
 
 import contextlib
@@ -27,35 +27,36 @@ from jax.experimental import multihost_utils
 from echo_eqx.errors import EchoError, UsageError
 
 EXIT_PEER_LOST = 75
-"""Another process is gone, and the same command can be started again (EX_TEMPFAIL)."""
+"""Exit code: another process died; the same command can be run again (EX_TEMPFAIL)."""
 EXIT_PREEMPTED = 76
-"""Asked to stop by SIGTERM; the state is saved."""
+"""Exit code: stopped by SIGTERM, and saved."""
 
-_BEAT, _SILENCE = 1.0, 100.0
-"""Seconds between signs of life, and without one until a process counts as gone: JAX's default."""
-_CONNECT = 300.0
+_INTERVAL, _TIMEOUT = 1.0, 100.0
+"""Seconds between heartbeats, and without one until a process counts as dead: JAX's default."""
+_CONNECT_TIMEOUT = 300.0
 """Seconds for all processes to connect."""
 
 
 def start_processes(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> None:
-    """Join the processes of a run, before anything else of JAX is used.
+    """Connect the processes of a run. Call it before any other use of JAX.
 
-    With `coordinator` HOST:PORT the three must be given. Without, the processes of a TPU pod or of
-    a SLURM job find each other, and anything else is a single process.
+    With `coordinator` HOST:PORT, the other two are needed as well. Without it, the processes of a
+    TPU pod or SLURM job find each other; otherwise there is a single process.
 
-    **Raises**: `UsageError` for flags that do not fit; `EchoError` if not all come in `timeout` s.
+    **Raises**: `UsageError` for inconsistent flags; `EchoError` if not all processes connect within
+    `timeout` seconds.
     """
     explicit = (coordinator, num_processes, process_id)
     if coordinator is not None:
         if num_processes is None or process_id is None:
             raise UsageError("--coordinator needs --num_processes and --process_id")
         if not 0 <= process_id < num_processes:
-            raise UsageError(f"process_id is {process_id}; wanted 0 to {num_processes - 1}")
+            raise UsageError(f"process_id is {process_id}; expected 0 to {num_processes - 1}")
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise UsageError(f"coordinator is {coordinator!r}; wanted HOST:PORT")
+            raise UsageError(f"coordinator is {coordinator!r}; expected HOST:PORT")
         # By default the coordinator would listen on every interface.
         start = lambda: jax.distributed.initialize(  # noqa: E731
             coordinator,
@@ -82,7 +83,7 @@ def start_processes(
 
 
 def _in_a_cluster() -> bool:
-    """On a TPU pod's worker, or in a SLURM job of several tasks."""
+    """Whether this is a worker of a TPU pod, or of a SLURM job with several tasks."""
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     if len(workers) > 1 or int(os.environ.get("SLURM_NTASKS") or 1) > 1:
         return True
@@ -91,9 +92,9 @@ def _in_a_cluster() -> bool:
 
 
 def check_agreement(fingerprint: Mapping[str, str]) -> str:
-    """Every process has the same `fingerprint`, such as the code's digest by "code".
+    """Check that all processes have the same `fingerprint`, such as the code's digest as "code".
 
-    Returns a launch_id that is the same in all processes and new with each start of a run.
+    Returns a launch id: the same in all processes, new with each launch.
 
     **Raises**: `EchoError` naming the host that differs, and in what.
     """
@@ -125,7 +126,7 @@ def code_digest() -> str:
 
 
 class Heartbeat:
-    """Ends this process when another process of the run is gone. Idle in a single process."""
+    """Ends this process when another process of the run dies. Does nothing in a single process."""
 
     def __init__(self, coordinator: str | None) -> None:
         self._closing = threading.Event()
@@ -146,47 +147,47 @@ class Heartbeat:
             except OSError as error:
                 raise EchoError(
                     f"cannot reach process 0 at {address[0]}:{address[1]} ({error}); check that "
-                    "the hosts reach each other on every port"
+                    "no firewall blocks ports between the hosts"
                 ) from None
             self._peers[0] = peer
         for process, peer in self._peers.items():
-            peer.settimeout(_SILENCE)
+            peer.settimeout(_TIMEOUT)
             threading.Thread(target=self._listen, args=(process, peer), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def fail(self, reason: str, code: int) -> NoReturn:
-        """End this process, and tell the others why, so that they end with the same code."""
+        """End this process and all others, with one message and exit code."""
         print(f"error: {reason}", file=sys.stderr, flush=True)
         for peer in self._peers.values():
             _send(peer, json.dumps([reason, code]).encode() + b"\n")
-        # A plain exit would wait for the other processes, and they for this one.
+        # A plain exit would wait for the other processes, which wait for this one.
         os._exit(code)
 
     def close(self) -> None:
-        """The run is over: others may leave. Call it when all have reached the same point."""
+        """Stop watching: the run is over. Call it after a barrier."""
         self._closing.set()
         for peer in self._peers.values():
             _send(peer, b"bye\n")
 
     def wait_for_news(self) -> None:
-        """After a collective has failed: if a process is gone, this does not return."""
+        """Call it when a collective has failed: if a process died, this does not return."""
         if self._peers:
             time.sleep(5)
 
     def _beat(self) -> None:
-        while not self._closing.wait(_BEAT):
+        while not self._closing.wait(_INTERVAL):
             for peer in self._peers.values():
                 _send(peer, b"\n")
 
     def _listen(self, process: int, peer: socket.socket) -> None:
         lines = peer.makefile("rb")
-        reason = f"process {process} is gone"
+        reason = f"process {process} died"
         code = EXIT_PEER_LOST
         while True:
             try:
                 line = lines.readline()
             except TimeoutError:
-                reason = f"process {process} gave no sign of life for {_SILENCE:.0f} s"
+                reason = f"no heartbeat from process {process} for {_TIMEOUT:.0f} s"
                 break
             except OSError:
                 break
@@ -199,19 +200,19 @@ class Heartbeat:
                 break
         if not self._closing.is_set():
             if code == EXIT_PEER_LOST and "start" not in reason:
-                reason += "; start all processes again to go on from the last checkpoint"
-            self.fail(reason, code)  # the main thread may hang in a collective
+                reason += "; start all processes again to resume from the last checkpoint"
+            self.fail(reason, code)  # the main thread may be stuck in a collective
 
 
 def accept_peers(
-    server: socket.socket, secret: str, count: int, seconds: float = _CONNECT
+    server: socket.socket, secret: str, count: int, seconds: float = _CONNECT_TIMEOUT
 ) -> dict[int, socket.socket]:
-    """The connections of `count` processes by their index.
+    """The connections of `count` processes, by process index.
 
-    A process sends `secret` and its index in 4 bytes. Anyone else who connects is sent away, and
-    whoever is silent delays no one.
+    Each process sends `secret` and its index in 4 bytes. Other connections are closed, and silent
+    ones delay nobody.
 
-    **Raises**: `EchoError` if they have not all connected in `seconds`.
+    **Raises**: `EchoError` if not all processes connect within `seconds`.
     """
     peers: dict[int, socket.socket] = {}
     until = time.monotonic() + seconds
@@ -251,21 +252,21 @@ def _send(peer: socket.socket, data: bytes) -> None:
     try:
         peer.sendall(data)
     except OSError:
-        pass  # the listener of this peer sees it too
+        pass  # the thread that listens to this peer notices
 
 
 def _own_address() -> str:
-    """Where other hosts reach this one: the address that a way out would begin at."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:  # nothing is sent
+    """The address of this host for other hosts: the source of its default route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
         try:
-            way.connect(("192.0.2.1", 9))
-            return way.getsockname()[0]
+            probe.connect(("192.0.2.1", 9))
+            return probe.getsockname()[0]
         except OSError:
             return "127.0.0.1"
 
 
 def _broadcast(text: str) -> str:
-    """The text of process 0, in every process."""
+    """The `text` of process 0, on every process."""
     data = np.zeros(256, np.uint8)
     encoded = text.encode()
     data[: len(encoded)] = np.frombuffer(encoded, np.uint8)

@@ -1,8 +1,8 @@
-"""Names that the trainer gives in the `checkpoints` folder of a run, and deleting what has them.
+"""Which checkpoints to keep, and the safe deletion of others.
 
-A folder of checkpoints may hold anything else: copies, notes, links. Only regular files and folders
-under exact names of ours are deleted. Everything is reached by descriptor from the run's folder, so
-nothing is deleted below or through a link.
+A `checkpoints` folder may hold other things: copies, notes, links. Only regular files and folders
+with exactly the names that the trainer writes are deleted. Everything is opened relative to the run
+folder's descriptor, so nothing is deleted through a link.
 """
 
 import contextlib
@@ -16,31 +16,31 @@ from pathlib import Path
 from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, step_of
 
 _PIECES = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.(safetensors|json)")
-"""What a process writes into the folder of a checkpoint: the mark of the start, and its number."""
+"""Files of a process in the folder of a checkpoint: launch id and process index."""
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
-"""What `write_whole` names a file until it is whole."""
+"""Temporary names of `write_whole`."""
 _DAMAGED = re.compile(r"damaged_(step_\d+)_[0-9a-f]{6}")
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def export_name(folder_name: str) -> str:
-    """Name of the file of weights beside a checkpoint's folder."""
+    """Name of the exported weights next to a checkpoint's folder."""
     return f"{folder_name}.safetensors"
 
 
 def set_aside_name(name: str) -> str:
-    """A new name for something that is in the way of a checkpoint."""
+    """A new name for something in the place of a checkpoint."""
     return f"damaged_{name}_{os.urandom(3).hex()}"
 
 
 def set_aside_step(name: str) -> int | None:
-    """The step of a folder that was set aside, or None for any other name."""
+    """The step of a folder that was set aside, None for any other name."""
     match = _DAMAGED.fullmatch(name)
     return step_of(match[1]) if match else None
 
 
 def temporary_export_step(name: str) -> int | None:
-    """The step of an export that was never finished, or None for any other name."""
+    """The step of an unfinished export, None for any other name."""
     match = _TEMPORARY.fullmatch(name)
     if match is None or not match[1].endswith(".safetensors"):
         return None
@@ -62,7 +62,7 @@ class Retention:
 
 @contextlib.contextmanager
 def open_checkpoints(run_dir: Path) -> Iterator[int | None]:
-    """Descriptor of the `checkpoints` folder of a run; None if it is missing or a link."""
+    """A descriptor of a run's `checkpoints` folder, None if it is missing or a link."""
     try:
         handle = os.open(run_dir / FOLDER, _OPEN_FOLDER)
     except OSError:
@@ -75,7 +75,7 @@ def open_checkpoints(run_dir: Path) -> Iterator[int | None]:
 
 
 def is_leftover(name: str, handle: int) -> bool:
-    """Whether the folder `name` in `handle` holds something that the trainer wrote, or nothing."""
+    """Whether the folder `name` in `handle` is empty or has files that the trainer wrote."""
     try:
         inner = os.open(name, _OPEN_FOLDER, dir_fd=handle)
     except OSError:
@@ -88,10 +88,10 @@ def is_leftover(name: str, handle: int) -> bool:
 
 
 def remove_step(name: str, handle: int) -> None:
-    """Delete the checkpoint or leftover `name` in the folder `handle`, with its export.
+    """Delete the checkpoint or leftover `name` in the folder `handle`, and its export.
 
-    The manifest goes first, so that a part of a checkpoint is never taken for one. The folder stays
-    if it holds anything that the trainer did not write.
+    The manifest is removed first, so a partial delete is never taken for a checkpoint. The folder
+    stays if it has files that the trainer did not write.
 
     **Raises**: `OSError`, a `FileNotFoundError` if there is no `name`.
     """
@@ -102,8 +102,7 @@ def remove_step(name: str, handle: int) -> None:
         ours = [file for file in os.listdir(inner) if _is_own_file(file, name, inner)]
         if MANIFEST in ours:
             os.unlink(MANIFEST, dir_fd=inner)
-        # An export without any piece beside it was kept on purpose: a deletion that is cut short
-        # leaves pieces until last.
+        # Pieces are removed last, so an export without pieces was kept on purpose.
         if ours and _kind(export_name(name), handle) == stat.S_IFREG:
             os.unlink(export_name(name), dir_fd=handle)
         for file in ours:

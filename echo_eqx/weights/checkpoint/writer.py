@@ -1,8 +1,8 @@
-"""Writing training checkpoints in the background, keeping some, and going on from one.
+"""Writes training checkpoints in the background, prunes old ones, and restores states.
 
-Every process writes the pieces it owns, then a list of them; process 0 waits for all the lists and
-writes the manifest, by which the checkpoint comes into being. What a process that was killed left
-behind has another run's launch_id in its name and is never taken for a piece of this one.
+Every process writes the pieces it owns, then a list of them. Process 0 waits for all lists and
+writes the manifest, which completes the checkpoint. File names contain the launch id, so pieces
+that a killed launch left are never taken for pieces of this one.
 """
 
 import json
@@ -58,7 +58,10 @@ _PATIENCE = 1800.0
 
 @runtime_checkable
 class State(Protocol):
-    """What a run changes, a pytree with the model in it."""
+    """A training state: a pytree with a step counter and a model."""
+
+    @property
+    def step(self) -> Any: ...
 
     @property
     def model(self) -> Any: ...
@@ -68,9 +71,9 @@ StateLike = TypeVar("StateLike", bound=State)
 
 
 class CheckpointWriter:
-    """Saves states of one run from one process.
+    """Saves the states of one run from one process.
 
-    `launch_id` is the same in all processes and differs from that of any earlier start of the run.
+    `launch_id` is the same in all processes and different in each launch.
     """
 
     def __init__(
@@ -91,12 +94,12 @@ class CheckpointWriter:
         self._error: BaseException | None = None
 
     def save(self, state: State, manifest: dict[str, Any], cursor: dict[str, Any]) -> None:
-        """Copy `state` to the host and write it in the background.
+        """Copy `state` to the host and write it in the background, after the previous write.
 
-        Waits for the write before, if it still goes on. `manifest` is what the checkpoint says of
-        itself beside its tensors, the same in all processes; `cursor` is this process's.
+        `manifest` describes the checkpoint, apart from its tensors, and is the same in all
+        processes; `cursor` is this process's position in the data.
 
-        **Raises**: `EchoError` if the disk has no room, or the write before has failed.
+        **Raises**: `EchoError` if the disk is full, or the previous write has failed.
         """
         self.wait()
         self._check_room(state)
@@ -112,13 +115,13 @@ class CheckpointWriter:
         self._thread.start()
 
     def poll(self) -> None:
-        """Raise what went wrong in the background, if anything has."""
+        """Raise the error of the background write, if there was one."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
+        """Wait until the last save is on disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -135,7 +138,7 @@ class CheckpointWriter:
         if needed + 2**20 > free:
             raise EchoError(
                 f"a checkpoint takes {needed / 2**30:.2f} GiB and {self._folder} has "
-                f"{free / 2**30:.2f} GiB free; the checkpoints before are untouched"
+                f"{free / 2**30:.2f} GiB free; earlier checkpoints are untouched"
             )
 
     def _write(self, folder: Path, pieces, shapes, manifest, cursor) -> None:
@@ -154,9 +157,9 @@ class CheckpointWriter:
         except OSError as error:
             what = error.strerror or type(error).__name__
             self._error = EchoError(
-                f"checkpoint {folder} cannot be written: {what}; the ones before are untouched"
+                f"cannot write checkpoint {folder}: {what}; earlier checkpoints are untouched"
             )
-        except BaseException as error:  # it is raised where the loop runs
+        except BaseException as error:  # raised in the main thread by `poll`
             self._error = error
 
     def _write_pieces(self, folder: Path, pieces: list[tuple[str, Box, np.ndarray]]) -> list[dict]:
@@ -177,7 +180,7 @@ class CheckpointWriter:
         return folder / f"{self._launch_id}-{process:05d}.json"
 
     def _complete(self, folder: Path, shapes: dict, manifest: dict) -> None:
-        """Wait for all lists, then write the manifest."""
+        """Wait for the lists of all processes, then write the manifest."""
         tensors = {name: {**entry, "pieces": []} for name, entry in shapes.items()}
         cursors: dict[str, Any] = {}
         deadline = time.monotonic() + _PATIENCE
@@ -185,7 +188,9 @@ class CheckpointWriter:
             path = self._list(folder, process)
             while not path.is_file():
                 if time.monotonic() > deadline:
-                    raise EchoError(f"{path} did not appear; do all hosts share {self._folder}?")
+                    raise EchoError(
+                        f"timed out waiting for {path}; do all hosts share {self._folder}?"
+                    )
                 time.sleep(0.02)
             listed = json.loads(path.read_bytes())
             cursors |= listed["cursor"]
@@ -199,7 +204,7 @@ class CheckpointWriter:
         with open_checkpoints(self._folder.parent) as handle:
             if handle is None:
                 return
-            # Later ones can only be left from before a damaged one was gone back behind.
+            # Later checkpoints can only be damaged ones, from before the run was resumed.
             found = [step for step in _own_steps(self._folder) if step <= newest]
             for step in self._retention.drops(found):
                 name = step_folder(step)
@@ -207,34 +212,34 @@ class CheckpointWriter:
 
 
 def _try_to_remove(path: Path, remove: Callable[[], object]) -> None:
-    """A run does not end because something old stays."""
+    """Failing to delete an old checkpoint does not stop the run."""
     try:
         remove()
     except FileNotFoundError:
         pass
     except OSError as error:
-        logger.info(f"{path} cannot be deleted: {error.strerror}")
+        logger.info(f"cannot delete {path}: {error.strerror}")
 
 
 def _own_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints that are folders, not links to some."""
+    """Steps of the complete checkpoints that are folders, not links."""
     return [step for step, path in find_checkpoints(folder) if not path.is_symlink()]
 
 
 def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None:
-    """Make the folder of checkpoints ready to go on after `restored`. Only before anyone writes.
+    """Clean the checkpoints folder to resume after `restored`, before anything is written.
 
-    Deletes what a killed run left half-written. Sets aside, under another name, later checkpoints,
-    which are damaged, and whatever else is where a checkpoint would be written. Nothing is deleted
-    below or through a link, nor under any name that the trainer does not give.
+    Deletes incomplete checkpoints of killed launches. Renames later checkpoints, which are damaged,
+    and anything else in the place of a checkpoint. Only names that the trainer writes are deleted,
+    never through a link.
 
-    **Raises**: `EchoError` if there can be no folder of checkpoints.
+    **Raises**: `EchoError` if the path of the checkpoints folder is taken.
     """
     folder = run_dir / FOLDER
     if os.path.lexists(folder) and not folder.is_dir():
         raise EchoError(f"{folder}: expected a folder, got something else; move it away")
     if folder.is_symlink():
-        logger.info(f"{folder} is a link: nothing is deleted there, and old checkpoints stay")
+        logger.info(f"{folder} is a link: old checkpoints in it are not deleted")
     complete = dict(find_checkpoints(folder))
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     for name in names:
@@ -246,7 +251,7 @@ def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None
             _set_aside(folder / name, aside)
             if in_the_way:
                 logger.info(
-                    f"{folder / name}: expected a folder, got something else; it is {aside} now"
+                    f"{folder / name}: expected a folder, got something else; renamed it to {aside}"
                 )
     with open_checkpoints(run_dir) as handle:
         if handle is None:
@@ -263,33 +268,33 @@ def _is_folder(path: Path) -> bool:
 
 
 def _set_aside(path: Path, aside: Path) -> None:
-    """Rename a checkpoint; its export goes into it."""
+    """Rename a checkpoint, and move its export into it."""
     export = path.with_name(export_name(path.name))
     try:
         if _is_folder(path) and export.is_file():
             export.rename(path / export.name)
         path.rename(aside)
     except OSError as error:
-        raise EchoError(f"{path} cannot be set aside: {error.strerror}; move it away") from None
+        raise EchoError(f"cannot rename {path}: {error.strerror}; move it away") from None
 
 
 def make_missing_export(checkpoint: TrainingCheckpoint) -> None:
-    """Write the export of `checkpoint` if a kill came before it.
+    """Export `checkpoint` if its launch was killed before it did.
 
-    **Raises**: `EchoError` if it cannot be written.
+    **Raises**: `EchoError` if the file cannot be written.
     """
     file = checkpoint.path.with_name(export_name(checkpoint.path.name))
     if not os.path.lexists(file):
         try:
             export_weights(checkpoint, file)
         except OSError as error:
-            raise EchoError(f"{file} cannot be written: {error.strerror}") from None
+            raise EchoError(f"cannot write {file}: {error.strerror}") from None
 
 
 def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
-    """Write the weights to speak with in bfloat16, as a file that `load_dit` or `load_codec` reads.
+    """Write the inference weights in bfloat16, as a file for `load_dit` or `load_codec`.
 
-    One layer at a time is in memory.
+    Only one layer at a time is held in memory.
     """
     arrays = checkpoint.model_arrays()
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -311,10 +316,10 @@ def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
 
 
 def restore_state(checkpoint: TrainingCheckpoint, abstract: StateLike) -> StateLike:
-    """The state in `checkpoint`, each device reading only its slices.
+    """The state in `checkpoint`; each device reads only its shards.
 
-    `abstract` has shapes and shardings; the mesh may differ from the one that was saved. A moving
-    average that the run before did not keep begins at the weights.
+    `abstract` holds the shapes and shardings, and may have another mesh than the checkpoint. If the
+    checkpoint has no EMA, the EMA starts from the weights.
     """
 
     def source(name: str) -> str:
@@ -325,8 +330,10 @@ def restore_state(checkpoint: TrainingCheckpoint, abstract: StateLike) -> StateL
     def restore(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         tensor = checkpoint.tensors.get(source(name))
         if tensor is None or tensor.shape != leaf.shape or tensor.dtype != leaf.dtype:
-            found = "is missing" if tensor is None else f"has the shape {tensor.shape}"
-            raise EchoError(f"{checkpoint.path}: {name} {found}; wanted {leaf.shape}")
+            found = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+            raise EchoError(
+                f"{checkpoint.path}: expected {name} of {leaf.dtype} {leaf.shape}, got {found}"
+            )
         return jax.make_array_from_callback(
             leaf.shape, leaf.sharding, lambda index: checkpoint.read(source(name), index)
         )
@@ -337,12 +344,12 @@ def restore_state(checkpoint: TrainingCheckpoint, abstract: StateLike) -> StateL
 
 
 def put_on_mesh(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host's array as a global one, of which each device takes its slice."""
+    """A host array as a global array with `sharding`."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _copy_to_host(state: State) -> list[tuple[str, Box, np.ndarray]]:
-    """The pieces of `state` that this process owns: of equal copies one process has the first."""
+    """The pieces of `state` that this process owns; each is owned by one process."""
     owned = []
     for name, leaf in named_leaves(state).items():
         for shard in leaf.addressable_shards:
@@ -350,7 +357,7 @@ def _copy_to_host(state: State) -> list[tuple[str, Box, np.ndarray]]:
                 shard.data.copy_to_host_async()
                 index = zip(shard.index, leaf.shape, strict=True)
                 owned.append((name, tuple(s.indices(size)[:2] for s, size in index), shard.data))
-    # A copy: the device's memory is given to the next step.
+    # Copied, as the next step reuses the device memory.
     return [(name, box, np.array(data)) for name, box, data in owned]
 
 

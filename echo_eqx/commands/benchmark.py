@@ -487,14 +487,11 @@ def measure_drawing(file: Path, args: Monitor) -> None:
     try:
         for _ in range(args.runs):
             with monitoring(file) as (address, _):
-                for seconds in (
-                    first,
-                    again,
-                ):  # the second time the browser has Plotly in its cache
+                for seconds in (first, again):  # the second time Plotly is in the cache
                     browser.get(address)
                     while not (found := browser.execute_script(script)):
-                        time.sleep(0.1)
-                    seconds.append(found[0])
+                        time.sleep(0.02)
+                    seconds.append(found)
     finally:
         browser.quit()
     print(

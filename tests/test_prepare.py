@@ -16,15 +16,16 @@ from conftest import GOLDEN
 from safetensors import safe_open
 
 import echo_eqx
-from echo_eqx.commands import prepare as prepare_command
 from echo_eqx.data.shards import list_shards
 from echo_eqx.data.text import normalize_text
 from echo_eqx.errors import EchoError
+from echo_eqx.prepare import make
 from echo_eqx.prepare.assign import CLUSTER, assign
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.encode import codec_identity
-from echo_eqx.prepare.push import _read_folder
-from echo_eqx.prepare.write import PartIndex, write_silence
+from echo_eqx.prepare.index import PartIndex
+from echo_eqx.prepare.push import _read_dataset
+from echo_eqx.prepare.write import write_silence
 from echo_eqx.train.data import check_codec
 
 PREPARE = Path(__file__).parent.parent / "scripts" / "prepare.py"
@@ -83,10 +84,10 @@ def prepared(recordings, tmp_path_factory):
 
 def prepare_here(source: Path, output: Path, **flags: object) -> dict:
     """`prepare.py` in this process; its index."""
-    args = prepare_command.Args(codec=str(CODEC), **flags)
+    config = make.PrepareConfig(codec=str(CODEC), **flags)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_command, "SILENCE_SECONDS", 1)
-        prepare_command.prepare(args, str(source), output, 0, 1)
+        patch.setattr(make, "SILENCE_SECONDS", 1)
+        make.make_dataset(config, echo_eqx.load_codec(CODEC), str(source), output)
     return json.loads((output / "index-000-of-001.json").read_text())
 
 
@@ -205,9 +206,9 @@ def test_batches_and_loudness_and_samples(recordings, prepared, tmp_path):
 
 def test_bad_usage_is_one_sentence(recordings, tmp_path):
     cases = [
-        (["--part", "3/2"], 2, "part is '3/2'"),
-        (["--shard_samples", "0"], 2, "shard_samples is 0"),
-        (["--lufs", "3"], 2, "lufs is 3.0"),
+        (["--part", "3/2"], 2, "--part: expected a share such as 2/8, got '3/2'"),
+        (["--shard_samples", "0"], 2, "--shard_samples: expected a positive number, got 0"),
+        (["--lufs", "3"], 2, "--lufs: expected -70 to 0, got 3.0"),
         (["--codec", str(tmp_path / "none.pth")], 1, "does not exist"),
         (["--input", str(tmp_path / "none")], 1, "none"),
     ]
@@ -273,7 +274,7 @@ def test_texts_are_written_as_a_model_is_given_them_and_the_index_says_so(oddly_
     texts = [json.loads(parts["json"])["text"] for parts in samples_of(output).values()]
     assert set(texts) == {normalize_text(TYPED)} and len(texts) == 11
     assert index["settings"]["normalize_text"] is True
-    assert [refusal["kind"] for refusal in index["refused"]["input"]] == ["text"]
+    assert [item["kind"] for item in index["skipped"]["input"]] == ["text"]
     index = prepare_here(oddly_named, tmp_path / "raw", normalize_text=False)
     texts = [json.loads(parts["json"])["text"] for parts in samples_of(tmp_path / "raw").values()]
     assert set(texts) == {TYPED} and index["settings"]["normalize_text"] is False
@@ -282,8 +283,9 @@ def test_texts_are_written_as_a_model_is_given_them_and_the_index_says_so(oddly_
 
 
 def test_what_prepare_writes_can_be_pushed(oddly_named):
-    holds = _read_folder(oddly_named / "shards" / "a")
-    assert holds.samples == 11 and holds.seconds == pytest.approx(11 * 0.4)
+    dataset = _read_dataset(oddly_named / "shards" / "a")
+    assert sum(dataset.samples.values()) == 11 and sum(dataset.frames.values()) == 11 * 10
+    assert "clips-000.json" in dataset.small_files
 
 
 def test_names_of_any_bytes_are_kept_apart(oddly_named):
@@ -353,8 +355,8 @@ SHARD = '{"a.tar": {"sha256": "", "samples": %s, "frames": 1, "with_reference": 
         HEAD + SHARD % "NaN",
         HEAD + '{"a.tar": null}}',
         HEAD + "[]}",
-        HEAD + '{}, "refused": {"input": [1]}}',
-        HEAD + '{}, "refused": [1]}',
+        HEAD + '{}, "skipped": {"input": [1]}}',
+        HEAD + '{}, "skipped": [1]}',
         '{"format": "echo_eqx", "kind": "silence", "shards": {}}',
         "\0" * 100,
         "null",

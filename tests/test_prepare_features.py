@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import subprocess
 import tarfile
@@ -12,16 +13,14 @@ import pytest
 import soundfile as sf
 from conftest import GOLDEN
 
-from echo_eqx.commands import prepare
+from echo_eqx import load_codec
 from echo_eqx.config import CODEC_PRESETS
 from echo_eqx.data.shards import list_shards
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.prepare import align, cut, pauses
+from echo_eqx.prepare import align, cut, make, pauses
 from echo_eqx.prepare.clips import Clip, list_clips
-from echo_eqx.prepare.holdout import Holdout, hold_out, parse_holdout
-from echo_eqx.prepare.options import Limits
+from echo_eqx.prepare.options import Holdout, Limits, hold_out, reference_warning, with_speakers
 from echo_eqx.prepare.segments import Segment, join_segments
-from echo_eqx.prepare.speakers import reference_warning, with_speakers
 
 CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
 
@@ -34,11 +33,11 @@ def write_clip(path: Path, pitch: float, text: str = "A tone.", seconds: float =
 
 
 def run(source: Path, output: Path, **flags) -> None:
-    args = prepare.Args(
+    config = make.PrepareConfig(
         input=str(source), output=output, codec=str(CODEC), shard_samples=4, batch_size=1, **flags
     )
-    part, parts = prepare.check_usage(args)
-    prepare.prepare(args, str(source), output, part, parts)
+    config.check()
+    make.make_dataset(config, load_codec(CODEC), str(source), output)
 
 
 def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -61,12 +60,13 @@ def clip(name: str, speaker: str | None = None, seconds: float = 1.0, text: str 
     return Clip(key, text, Path(name), 0.0, None, seconds, speaker, None, {"source": name})
 
 
-def test_clips_are_added_without_touching_what_exists(tmp_path, capsys):
+def test_clips_are_added_without_touching_what_exists(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     source, output = tmp_path / "in", tmp_path / "out"
     for i in range(6):
         write_clip(source / f"{i}.wav", 200 + 20 * i)
     run(source, output, holdout="1")
-    assert "assumed: all 6 clips are of one speaker, 'in'" in capsys.readouterr().err
+    assert "assumed: all 6 clips are of one speaker, 'in'" in caplog.text
     before, held = bytes_of(output), samples_of(output / "holdout")
     samples = samples_of(output)
     assert len(samples) == 5 and len(held) == 1 and not samples.keys() & held.keys()
@@ -90,10 +90,13 @@ def test_clips_are_added_without_touching_what_exists(tmp_path, capsys):
     other = sorted(samples)[1]
     (source / f"{other}.txt").write_text("Something else.")
     run(source, output, holdout="1")
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "2 clips are new" in said
     assert f"1 clips are gone from the input since an earlier run ({gone})" in said
-    assert f"1 clips are changed since an earlier run ({other})" in said
+    assert (
+        f"1 clips are changed (text, times, metadata or audio) since an earlier run ({other})"
+        in said
+    )
     after = bytes_of(output)
     assert before.items() <= after.items() and len(after) > len(before)
     assert samples_of(output).keys() == samples.keys() | {"6", "7"}
@@ -122,8 +125,25 @@ def test_a_clip_that_vanished_before_its_shard_was_made_is_counted(tmp_path):
     (source / "1.txt").unlink()
     run(source, output)
     index = json.loads((output / "index-000-of-001.json").read_text())
-    assert [refusal["name"] for refusal in index["refused"]["000000.tar"]] == ["1"]
+    assert [item["name"] for item in index["skipped"]["000000.tar"]] == ["1"]
     assert index["shards"]["000000.tar"]["samples"] == 2
+
+
+def test_a_recording_replaced_by_another_of_the_same_size_is_told(tmp_path, caplog):
+    source, output = tmp_path / "in", tmp_path / "out"
+    for i in range(3):
+        write_clip(source / f"{i}.wav", 300 + 20 * i, seconds=2.0)
+    run(source, output)
+    before, size = bytes_of(output), (source / "1.wav").stat().st_size
+    shutil.copytree(source, tmp_path / "copy" / "in")
+    run(tmp_path / "copy" / "in", output)
+    assert "changed" not in caplog.text
+    write_clip(source / "1.wav", 900, seconds=2.0)
+    assert (source / "1.wav").stat().st_size == size
+    run(source, output)
+    assert "1 clips are changed (text, times, metadata or audio)" in caplog.text
+    assert "(1): existing shards keep them as they were" in caplog.text
+    assert bytes_of(output) == before
 
 
 def test_speakers_come_from_the_source_then_the_user_then_the_layout():
@@ -151,13 +171,13 @@ def test_many_samples_without_a_reference_are_told():
 
 def test_held_out_recordings_do_not_depend_on_what_else_is_there(tmp_path):
     clips = [clip(f"{i}.wav") for i in range(400)]
-    share = hold_out(clips, parse_holdout("5%"), 0, tmp_path)
+    share = hold_out(clips, Holdout.parse("5%"), 0, tmp_path)
     assert 8 <= len(share) <= 35
     more = clips + [clip(f"new{i}.wav") for i in range(400)]
-    assert share == {s for s in hold_out(more, parse_holdout("5%"), 0, tmp_path) if s[0] != "n"}
-    assert share != hold_out(clips, parse_holdout("5%"), 1, tmp_path)
+    assert share == {s for s in hold_out(more, Holdout.parse("5%"), 0, tmp_path) if s[0] != "n"}
+    assert share != hold_out(clips, Holdout.parse("5%"), 1, tmp_path)
     assert len(hold_out(clips, Holdout(None, 7), 0, tmp_path)) == 7
-    assert len(hold_out(clips[:3], parse_holdout("1%"), 0, tmp_path)) == 1
+    assert len(hold_out(clips[:3], Holdout.parse("1%"), 0, tmp_path)) == 1
     pieces = [clip(f"{i // 9}.wav") for i in range(90)]
     assert len(hold_out(pieces, Holdout(None, 2), 0, tmp_path)) == 2
     with pytest.raises(UsageError, match="some are left to train on"):
@@ -167,7 +187,7 @@ def test_held_out_recordings_do_not_depend_on_what_else_is_there(tmp_path):
 @pytest.mark.parametrize("given", ["0", "0%", "100%", "5 %%", "-1", "x", "nan%", "1e3"])
 def test_a_holdout_is_a_share_or_a_count(given):
     with pytest.raises(UsageError, match="expected a share such as 5% or a count"):
-        parse_holdout(given)
+        Holdout.parse(given)
 
 
 def test_limits_come_from_the_model_and_the_frame_rate():
@@ -184,7 +204,7 @@ def test_limits_come_from_the_model_and_the_frame_rate():
 def test_texts_longer_than_the_model_are_counted():
     # With the 0 in front, 63 bytes fit into 64.
     texts = ["a" * 63, "a" * 64, "ä" * 32]
-    assert cut.too_long_texts([clip("a.wav", text=text) for text in texts], 64) == 2
+    assert cut.count_long_texts([clip("a.wav", text=text) for text in texts], 64) == 2
 
 
 def test_segments_are_joined_up_to_the_limit_of_their_text():
@@ -234,7 +254,7 @@ def test_text_is_divided_only_between_words_heard_on_both_sides_of_a_pause():
         "Four five six.",
         "Seven eight nine.",
     ]
-    assert not whole.refused
+    assert not whole.mismatched
     # The word after the first pause was not heard: nobody knows on which side it is.
     unsure = divided([chunks[0], chunks[1][1:], chunks[2]], text)
     assert [s.text for s in unsure.segments] == [
@@ -247,15 +267,14 @@ def test_what_does_not_match_is_refused_and_nothing_of_it_is_kept():
     text = "One two three. " + "Something nobody ever said here at all today. " * 2 + "Four five."
     chunks = [heard("one two three", 0, 0.0), heard("four five", 19, 9.0)]
     aligned = divided(chunks, text)
-    assert len(aligned.refused) == 1 and not any(s.text for s in aligned.segments)
+    assert len(aligned.mismatched) == 1 and not any(s.text for s in aligned.segments)
     slow = [heard("one two three", 0, 0.0)]
     slow[0][-1] = align._Heard("three", 60.0, 61.0, 2)
-    assert divided(slow, "One two three.").refused
+    assert divided(slow, "One two three.").mismatched
 
 
-def test_without_a_recogniser_long_recordings_are_told_at_once(tmp_path, monkeypatch):
+def test_without_a_recogniser_long_recordings_are_told_at_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cut, "aligner", lambda: None)
-    said: list[str] = []
     clips = [clip("a.wav", seconds=90.0), clip("b.wav", seconds=5.0)]
     cuts = cut.cut_long(
         clips,
@@ -263,12 +282,11 @@ def test_without_a_recogniser_long_recordings_are_told_at_once(tmp_path, monkeyp
         max_text_bytes=768,
         folder=tmp_path / "c",
         begin=0.0,
-        say=said.append,
     )
     assert [c.key for c in cuts.clips] == ["b"] and not (tmp_path / "c").exists()
-    assert [(r.kind, r.name) for r in cuts.refused] == [("long", "a.wav")]
-    assert "1 recordings (0.03 hours) are longer than 30 s" in said[0]
-    assert "segments with times" in said[0] and "--max_seconds" in said[0]
+    assert [(r.kind, r.name) for r in cuts.skipped] == [("long", "a.wav")]
+    assert "1 recordings (0.03 hours) are longer than 30 s" in caplog.text
+    assert "segments with times" in caplog.text and "--max_seconds" in caplog.text
     assert (cuts.counts["recordings"], cuts.counts["pieces"]) == (1, 0)
 
 
@@ -297,12 +315,12 @@ def test_a_long_recording_is_cut_where_its_sentences_end(tmp_path, monkeypatch):
     sf.write(tmp_path / "long.wav", speech + 1e-3 * rng.standard_normal(len(speech)), rate)
     (tmp_path / "long.txt").write_text("[S1] " + " ".join(SENTENCES))
     clips, refused = list_clips(
-        str(tmp_path), max_seconds=4.0, cache=tmp_path, normalise=True, keep_long=True
+        str(tmp_path), max_seconds=4.0, cache=tmp_path, normalize_text=True, keep_long=True
     )
     assert len(clips) == 1 and not refused
     folder = tmp_path / "cuts"
     options = {"max_seconds": 4.0, "max_text_bytes": 768, "folder": folder, "begin": 0.0}
-    cuts = cut.cut_long(clips, **options, say=lambda _: None)
+    cuts = cut.cut_long(clips, **options)
     assert [c.text for c in cuts.clips] == [f"[S1] {sentence}" for sentence in SENTENCES]
     assert [c.key for c in cuts.clips] == [f"long_{i:03d}" for i in range(4)]
     for piece, following, end in zip(cuts.clips, cuts.clips[1:], ends, strict=False):
@@ -310,7 +328,7 @@ def test_a_long_recording_is_cut_where_its_sentences_end(tmp_path, monkeypatch):
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     # Cuts that are kept are not made again, by whichever version.
     monkeypatch.setattr(cut, "Aligner", None)
-    assert cut.cut_long(clips, **options, say=lambda _: None) == cuts
+    assert cut.cut_long(clips, **options) == cuts
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from shards import make_dataset, sha256
 
 from echo_eqx.errors import EchoError
+from echo_eqx.prepare import push as push_module
 from echo_eqx.prepare.push import push
 
 REPO = "owner/voice"
@@ -262,15 +264,22 @@ def write_index(folder: Path, name: str, numbers, **fields: object) -> None:
     (folder / name).write_text(json.dumps(index))
 
 
-def pushed(folder: Path, repo: str = REPO) -> list[str]:
-    lines = []
-    push(folder, repo, say=lines.append)
-    return lines
+@pytest.fixture
+def pushed(caplog):
+    """Push, and what is logged."""
+
+    def pushed(folder: Path, repo: str = REPO) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "echo_eqx"):
+            push(folder, repo)
+        return caplog.messages
+
+    return pushed
 
 
 def refused(folder: Path, repo: str = REPO) -> str:
     with pytest.raises(EchoError) as caught:
-        push(folder, repo, say=lambda line: None)
+        push(folder, repo)
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and len(message) < 500
     return message
@@ -279,12 +288,15 @@ def refused(folder: Path, repo: str = REPO) -> str:
 def in_process(hub: Hub, folder: Path, repo: str, **environment: str) -> list[str]:
     """What a fresh process that knows this Hub by its environment says."""
     script = """
+import logging
 import sys
 from pathlib import Path
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.push import push
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING)
+logging.getLogger("echo_eqx").setLevel(logging.INFO)
 try:
-    push(Path(sys.argv[1]), sys.argv[2], say=print)
+    push(Path(sys.argv[1]), sys.argv[2])
 except EchoError as error:
     print(error)
 """
@@ -319,7 +331,7 @@ def test_everything_arrives_and_the_card_comes_last(hub, folder):
     assert lines[1] == "00000.tar sent (1 of 5)" and len(lines) == 7
 
 
-def test_card_says_what_there_is(hub, folder):
+def test_card_says_what_there_is(hub, folder, pushed):
     write_index(folder, "index-all.json", range(5))
     pushed(folder)
     card = hub.repos[REPO]["README.md"].decode()
@@ -336,14 +348,38 @@ def test_card_says_what_there_is(hub, folder):
         assert words in card, words
 
 
-def test_again_sends_nothing(hub, folder):
+def test_held_out_shards_and_lists_of_clips_are_sent(hub, folder, pushed):
+    make_dataset(folder / "holdout", shards=1, per_shard=2, seed=1)
+    write_index(folder / "holdout", "index-0.json", range(1))
+    for name in ("clips-000.json", "holdout/clips-000.json"):
+        (folder / name).write_text(name)
+    pushed(folder)
+    assert hub.commits[5] == ["holdout/00000.tar"] and len(hub.commits) == 7
+    files = hub.repos[REPO]
+    for name in ("clips-000.json", *(f"holdout/{x}.json" for x in ("index-0", "clips-000"))):
+        assert files[name] == (folder / name).read_bytes(), name
+    assert "15 samples in 5 WebDataset shards" in files["README.md"].decode()
+    assert "`holdout/` holds 3 more samples" in files["README.md"].decode()
+    hub.requests.clear()
+    pushed(folder)
+    assert sorted(hub.requests) == ["info", "resolve", "tree"]
+
+
+def test_many_shards_share_commits(hub, folder, pushed, monkeypatch):
+    monkeypatch.setattr(push_module, "MAX_COMMITS", 2)
+    pushed(folder)
+    names = [f"{n:05d}.tar" for n in range(5)]
+    assert hub.commits[:-1] == [names[:3], names[3:]]
+
+
+def test_again_sends_nothing(hub, folder, pushed):
     pushed(folder)
     hub.requests.clear()
     assert pushed(folder) == [f"{n:05d}.tar is already there ({n + 1} of 5)" for n in range(5)]
     assert sorted(hub.requests) == ["info", "resolve", "tree"]
 
 
-def test_only_a_new_shard_and_what_lists_it_is_sent(hub, folder):
+def test_only_a_new_shard_and_what_lists_it_is_sent(hub, folder, pushed):
     pushed(folder)
     hub.commits.clear()
     (folder / "00005.tar").write_bytes((folder / "00000.tar").read_bytes() + bytes(512))
@@ -353,7 +389,7 @@ def test_only_a_new_shard_and_what_lists_it_is_sent(hub, folder):
     assert b"18 samples in 6" in hub.repos[REPO]["README.md"]
 
 
-def test_goes_on_after_the_hub_died(hub, folder, waits):
+def test_goes_on_after_the_hub_died(hub, folder, waits, pushed):
     hub.commits_to_live = 2
     assert "the Hub cannot be reached" in refused(folder)
     assert set(hub.repos[REPO]) == {".gitattributes", "00000.tar", "00001.tar"}
@@ -367,7 +403,7 @@ def test_goes_on_after_the_hub_died(hub, folder, waits):
     assert set(hub.repos[REPO]) > {"index-0.json", "README.md", "00004.tar"}
 
 
-def test_failures_that_pass_are_waited_for(hub, folder, waits):
+def test_failures_that_pass_are_waited_for(hub, folder, waits, pushed):
     kinds = "info create tree preupload batch put verify validate commit commit resolve".split()
     hub.faults = [(kind, 503) for kind in kinds] + [("commit", 429), ("commit", 412)]
     lines = pushed(folder)
@@ -403,10 +439,10 @@ def test_shard_that_is_not_as_listed_is_refused(hub, folder):
     assert str(shard) in message and sha256(shard) in message
     assert set(hub.repos[REPO]) == {".gitattributes", "00000.tar", "00001.tar"}
     write_index(folder, "index-0.json", range(2))
-    assert refused(folder) == f"{shard} is in no index*.json beside it; wanted it listed"
+    assert refused(folder) == f"{shard} is in no index*.json; move it away or list it"
 
 
-def test_users_card_is_kept(hub, folder):
+def test_users_card_is_kept(hub, folder, pushed):
     pushed(folder)
     mine = "---\nlicense: cc0-1.0\n---\r\n# My voice\n\nRecorded in größer rooms."
     hub.repos[REPO]["README.md"] = mine.encode()
@@ -419,7 +455,7 @@ def test_users_card_is_kept(hub, folder):
     assert hub.repos[REPO]["README.md"].decode() == card + "\nThanks.\n"
 
 
-def test_stray_markers_take_no_text_with_them(hub, folder):
+def test_stray_markers_take_no_text_with_them(hub, folder, pushed):
     pushed(folder)
     mine = "Not <!-- echo_eqx:end --> a <!-- echo_eqx:begin --> block.\n"
     hub.repos[REPO]["README.md"] = mine.encode()
@@ -432,7 +468,7 @@ def test_stray_markers_take_no_text_with_them(hub, folder):
         assert "`other`" in card
 
 
-def test_an_existing_dataset_stays_as_open_as_it_is(hub, folder):
+def test_an_existing_dataset_stays_as_open_as_it_is(hub, folder, pushed):
     hub.repos[REPO] = {}
     lines = pushed(folder)
     assert "create" not in hub.requests and not any("private" in line for line in lines)
@@ -456,27 +492,27 @@ def test_no_network_is_one_sentence(hub, folder, waits, monkeypatch):
 
 @pytest.mark.parametrize("repo", ["voice", "a/b/c", "owner/", "/voice", "owner/my voice", ""])
 def test_bad_names_are_told(folder, repo):
-    assert refused(folder, repo).endswith("is no name of a dataset on the Hub; wanted owner/name")
+    assert refused(folder, repo).startswith("--push: expected owner/name of a dataset on the Hub")
 
 
 def test_folders_with_nothing_to_push_are_told(folder, tmp_path):
     assert "cannot be read" in refused(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "holds no *.tar" in refused(tmp_path / "empty")
+    assert "expected at least one shard (*.tar)" in refused(tmp_path / "empty")
     write_index(folder, "index-2.json", range(2, 3))
     index = json.loads((folder / "index-2.json").read_text())
     index["shards"]["00002.tar"]["sha256"] = 64 * "0"
     (folder / "index-2.json").write_text(json.dumps(index))
-    assert "00002.tar is listed in two index*.json with different SHA-256" in refused(folder)
+    assert "00002.tar: two index*.json list it with different SHA-256" in refused(folder)
     (folder / "index-2.json").unlink()
     write_index(folder, "index-1.json", range(3, 5), codec={**CODEC, "id": "other"})
-    assert "names codec dacvae-tiny and index-1.json names other" in refused(folder)
+    assert "index-0.json names dacvae-tiny and index-1.json names other" in refused(folder)
     write_index(folder, "index-1.json", range(3, 5))
     (folder / "00004.tar").unlink()
     assert "00004.tar does not exist" in refused(folder)
     for text in ("", "[]", "{}", '{"format": "echo_eqx", "kind": "shards"}', '{"format": 1}'):
         (folder / "index-1.json").write_text(text)
-        assert "index-1.json is no index of shards: " in refused(folder)
+        assert "index-1.json: expected an index of shards: " in refused(folder)
     (folder / "index-0.json").unlink()
     (folder / "index-1.json").unlink()
-    assert "holds no index*.json" in refused(folder)
+    assert "expected an index*.json" in refused(folder)

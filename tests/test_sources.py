@@ -61,14 +61,14 @@ def put_parquet(path: Path, rows: list[dict], group: int = 2) -> Path:
 
 
 def listed(source, max_seconds: float = 30.0) -> tuple[list[Clip], list[SkippedInput]]:
-    clips, refusals = list_clips(str(source), max_seconds=max_seconds, cache=Path("/nonexistent"))
+    clips, skipped = list_clips(str(source), max_seconds=max_seconds, cache=Path("/nonexistent"))
     assert clips == sorted(clips, key=lambda clip: clip.key)
     json.dumps([clip.metadata for clip in clips], allow_nan=False)
-    return clips, refusals
+    return clips, skipped
 
 
-def kinds(refusals: list[SkippedInput]) -> Counter:
-    return Counter(refusal.kind for refusal in refusals)
+def kinds(skipped: list[SkippedInput]) -> Counter:
+    return Counter(item.kind for item in skipped)
 
 
 def make_source(kind: str, root: Path) -> Path:
@@ -114,8 +114,8 @@ def make_source(kind: str, root: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "csv", "tar", "parquet"])
 def test_every_kind_gives_the_same_clips(tmp_path, kind):
-    clips, refusals = listed(make_source(kind, tmp_path))
-    assert not refusals
+    clips, skipped = listed(make_source(kind, tmp_path))
+    assert not skipped
     assert [clip.key for clip in clips] == KEYS
     assert [clip.text for clip in clips] == list(CONTENT.values())
     assert [clip.speaker for clip in clips] == ["ann", "ann", "bo"]
@@ -140,12 +140,12 @@ def test_ljspeech_by_folder_and_by_list(tmp_path):
     lines = ["LJ-1|Dr. 1|Doctor one", "LJ-2|raw|", 'LJ-3|"quoted|gone', "LJ-4", "LJ-2|raw|again"]
     put(tmp_path / "metadata.csv", "\n".join(lines))
     for source in (tmp_path, tmp_path / "metadata.csv"):
-        clips, refusals = listed(source)
+        clips, skipped = listed(source)
         assert [(clip.key, clip.text) for clip in clips] == [
             ("LJ-1", "Doctor one"),
             ("LJ-2", "raw"),
         ]
-        assert kinds(refusals) == {"audio": 1, "manifest": 1, "duplicate": 1, "orphan": 1}
+        assert kinds(skipped) == {"audio": 1, "manifest": 1, "duplicate": 1, "orphan": 1}
 
 
 def test_what_a_folder_cannot_give_is_refused_by_kind(tmp_path):
@@ -166,9 +166,9 @@ def test_what_a_folder_cannot_give_is_refused_by_kind(tmp_path):
     put(tmp_path / "good.flac", wav(kind="FLAC"))
     put(tmp_path / f"{'n' * 220}.wav", wav())
     put(tmp_path / f"{'n' * 220}.txt", "words")
-    clips, refusals = listed(tmp_path, 3.0)
+    clips, skipped = listed(tmp_path, 3.0)
     assert [clip.key for clip in clips] == ["good"] and clips[0].speaker is None
-    assert {(refusal.kind, refusal.name[:12]) for refusal in refusals} == {
+    assert {(item.kind, item.name[:12]) for item in skipped} == {
         ("text", "blank.wav"),
         ("utf8", "nul.wav"),
         ("utf8", "latin.wav"),
@@ -182,7 +182,7 @@ def test_what_a_folder_cannot_give_is_refused_by_kind(tmp_path):
         ("duplicate", "good.wav"),
         ("key", "n" * 12),
     }
-    assert str(tmp_path) not in repr(refusals)
+    assert str(tmp_path) not in repr(skipped)
 
 
 def test_samples_that_are_broken_show_when_loaded(tmp_path):
@@ -192,8 +192,8 @@ def test_samples_that_are_broken_show_when_loaded(tmp_path):
     put(tmp_path / "nan.txt", "words")
     put(tmp_path / "cut.flac", wav(2.0, kind="FLAC")[:9000])
     put(tmp_path / "cut.txt", "words")
-    (clip,), (refusal,) = listed(tmp_path)
-    assert refusal.kind == "audio" and "cut.flac is truncated" in refusal.detail
+    (clip,), (item,) = listed(tmp_path)
+    assert item.kind == "audio" and "cut.flac is truncated" in item.detail
     with pytest.raises(EchoError, match="not finite"):
         clip.load(RATE)
 
@@ -224,10 +224,10 @@ def test_manifest_lines_that_cannot_be_used_are_refused(tmp_path):
         "[1]",
         "",
     ]
-    clips, refusals = listed(put(tmp_path / "list.jsonl", "\n".join(rows)))
+    clips, skipped = listed(put(tmp_path / "list.jsonl", "\n".join(rows)))
     assert [clip.key for clip in clips] == ["a", "x"]
     assert clips[1].metadata == {"age": 30, "odd": None, "source": "a.wav"}
-    assert kinds(refusals) == {
+    assert kinds(skipped) == {
         "duplicate": 1,
         "key": 1,
         "text": 2,
@@ -236,9 +236,9 @@ def test_manifest_lines_that_cannot_be_used_are_refused(tmp_path):
         "manifest": 12,
     }
     table = 'audio,text\na.wav,words\na.wav\n"a.wav","' + "w" * 200_000 + '"\nb.wav,x\n,x\n'
-    clips, refusals = listed(put(tmp_path / "list.csv", table))
+    clips, skipped = listed(put(tmp_path / "list.csv", table))
     assert [clip.key for clip in clips] == ["a"]
-    assert kinds(refusals) == {"manifest": 3, "audio": 1}
+    assert kinds(skipped) == {"manifest": 3, "audio": 1}
 
 
 def test_times_in_a_manifest_cut_a_recording(tmp_path):
@@ -249,8 +249,8 @@ def test_times_in_a_manifest_cut_a_recording(tmp_path):
         {"audio_filepath": "../in/a.wav", "text": "three", "offset": 2, "duration": 0.5},
     ]
     text = "\n".join(map(json.dumps, rows))
-    clips, refusals = listed(put(tmp_path / "lists" / "l.jsonl", text))
-    assert not refusals
+    clips, skipped = listed(put(tmp_path / "lists" / "l.jsonl", text))
+    assert not skipped
     keys = {clip.text: clip.key for clip in clips}
     assert keys == {"one": "___in_a_0_5", "two": "a_1_25", "three": "___in_a_2"}
     whole = load_audio(tmp_path / "in" / "a.wav", RATE)
@@ -280,8 +280,8 @@ def test_keys_are_safe_and_collisions_do_not_lose_clips(tmp_path):
     results = []
     for order in (rows, rows[::-1]):
         text = "\n".join(map(json.dumps, order))
-        clips, refusals = listed(put(tmp_path / "list.jsonl", text))
-        assert kinds(refusals) == {"duplicate": 1}
+        clips, skipped = listed(put(tmp_path / "list.jsonl", text))
+        assert kinds(skipped) == {"duplicate": 1}
         assert len({clip.key for clip in clips}) == len(names)
         results.append([(clip.key, clip.text) for clip in clips])
     assert results[0] == results[1]
@@ -323,13 +323,13 @@ def test_hostile_members_of_a_tar_are_refused(tmp_path):
             info.type, info.linkname = kind, target
             tar.addfile(info)
     before = sorted(tmp_path.rglob("*"))
-    clips, refusals = listed(path)
+    clips, skipped = listed(path)
     assert [(clip.key, clip.text) for clip in clips] == [
         ("both", "but this"),
         ("good", "words"),
         ("plain", "wörter"),
     ]
-    assert kinds(refusals) == {
+    assert kinds(skipped) == {
         "path": 6,
         "duplicate": 2,
         "orphan": 1,
@@ -349,18 +349,18 @@ def test_tars_that_are_cut_off_or_no_tars_are_refused(tmp_path):
     put(tmp_path / "cut.tar", whole[:100_000])
     put(tmp_path / "text.tar", b"hello " * 1000)
     put(tmp_path / "empty.tar", b"")
-    clips, refusals = listed(tmp_path / "*.tar")
+    clips, skipped = listed(tmp_path / "*.tar")
     # What a second tar calls the same is another sample.
     assert [clip.metadata["source"] for clip in clips if "_" not in clip.key] == [
         f"a.tar/{i}.wav" for i in range(3)
     ]
     assert len([clip for clip in clips if clip.metadata["source"].startswith("b.tar")]) == 3
-    assert {refusal.name.split("/")[0] for refusal in refusals} == {
+    assert {item.name.split("/")[0] for item in skipped} == {
         "cut.tar",
         "text.tar",
         "empty.tar",
     }
-    assert kinds(refusals)["manifest"] >= 2
+    assert kinds(skipped)["manifest"] >= 2
 
 
 SAMPLE = {"wav": wav(), "txt": b"words"}
@@ -377,8 +377,8 @@ def test_long_recordings_are_cut_in_the_pauses(tmp_path):
         {"audio": "a.wav", "key": "a_000", "text": "words", "end": 1.0},
     ]
     source = put(tmp_path / "list.jsonl", "\n".join(map(json.dumps, rows)))
-    clips, refusals = listed(source, 3.5)
-    assert kinds(refusals) == {"long": 2}
+    clips, skipped = listed(source, 3.5)
+    assert kinds(skipped) == {"long": 2}
     cut = [clip for clip in clips if clip.speaker == "ann"]
     spans = [(clip.text, clip.start, clip.stop) for clip in cut]
     expected = [("a b", 0.0, 3.05), ("c", 3.05, 5.5), ("d e", 6.5, None)]
@@ -398,9 +398,9 @@ def test_segments_of_no_length_are_left_out_and_not_their_recording(tmp_path):
     times = [(0.4, 2.0, "a"), (2.0, 2.0, "b"), (3.0, 2.9, "c"), (7.0, 8.0, "d")]
     segments = [dict(zip(("start", "end", "text"), part, strict=True)) for part in times]
     row = json.dumps({"audio": "a.wav", "segments": segments})
-    clips, refusals = listed(put(tmp_path / "list.jsonl", row), 3.5)
+    clips, skipped = listed(put(tmp_path / "list.jsonl", row), 3.5)
     assert [clip.text for clip in clips] == ["a", "d"]
-    assert kinds(refusals) == {"segment": 2} and "'b'" in refusals[0].detail
+    assert kinds(skipped) == {"segment": 2} and "'b'" in skipped[0].detail
     clips, _ = listed(tmp_path / "list.jsonl", 30.0)
     assert [clip.text for clip in clips] == ["a d"]
 
@@ -442,8 +442,8 @@ def test_other_kinds_go_through_ffmpeg(tmp_path, kind):
     subprocess.run(command, check=True)
     (tmp_path / "a.wav").unlink()
     put(tmp_path / f"http:x.{kind}".replace(kind, "txt"), "words")
-    (clip,), refusals = listed(tmp_path)
-    assert not refusals and clip.key == "http_x"
+    (clip,), skipped = listed(tmp_path)
+    assert not skipped and clip.key == "http_x"
     # Without a table of contents a length is an estimate.
     assert clip.seconds == pytest.approx(4.0, rel=0.05)
     audio = clip.load(RATE)
@@ -472,10 +472,10 @@ def test_without_ffmpeg_a_sentence_says_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     put(tmp_path / "a.m4a", b"\0\0\0 ftypM4A " + bytes(200))
     put(tmp_path / "a.txt", "words")
-    clips, (refusal,) = listed(tmp_path)
-    assert not clips and refusal.kind == "audio"
-    assert "a.m4a cannot be decoded" in refusal.detail
-    assert "expected wav, flac, ogg, opus or mp3, or ffmpeg installed" in refusal.detail
+    clips, (item,) = listed(tmp_path)
+    assert not clips and item.kind == "audio"
+    assert "a.m4a cannot be decoded" in item.detail
+    assert "expected wav, flac, ogg, opus or mp3, or ffmpeg installed" in item.detail
 
 
 def test_parquet_rows_that_cannot_be_used_are_refused(tmp_path):
@@ -490,10 +490,10 @@ def test_parquet_rows_that_cannot_be_used_are_refused(tmp_path):
     put_parquet(tmp_path / "a.parquet", rows)
     put_parquet(tmp_path / "no_audio.parquet", [{"text": "words"}])
     put(tmp_path / "text.parquet", b"hello " * 100)
-    clips, refusals = listed(tmp_path)
+    clips, skipped = listed(tmp_path)
     assert [clip.key for clip in clips] == ["7", "a_000005", "y"]
     assert clips[0].metadata == {"raw": None, "n": [1], "source": "a.parquet#0"}
-    assert kinds(refusals) == {"duplicate": 1, "audio": 2, "manifest": 2}
+    assert kinds(skipped) == {"duplicate": 1, "audio": 2, "manifest": 2}
     assert len(clips[1].load(RATE)) == RATE
 
 
@@ -514,17 +514,17 @@ def test_sources_of_no_known_kind_are_one_sentence(tmp_path):
     (tmp_path / "none").mkdir()
     for source, message in {
         tmp_path / "gone": "does not exist",
-        tmp_path / "odd.xyz": "no known kind",
-        tmp_path / "odd.csv": "neither",
-        tmp_path / "long.csv": "neither",
+        tmp_path / "odd.xyz": "unknown kind of file",
+        tmp_path / "odd.csv": "expected a header",
+        tmp_path / "long.csv": "expected a header",
         tmp_path / "empty.csv": "neither",
         tmp_path / "both": "one kind",
         tmp_path / "none": "holds no recordings",
-        tmp_path / "*.xyz": "matches 1 files",
-        tmp_path / "*.tar": "matches 0 files",
+        tmp_path / "*.xyz": "got 1 files",
+        tmp_path / "*.tar": "got 0 files",
         "hf://models/x": "expected hf://datasets",
         "a\0b": "does not exist",
-        "~nobody-here/x": "no usable path",
+        "~nobody-here/x": "not a usable path",
     }.items():
         with pytest.raises(EchoError, match=message):
             listed(source)
@@ -552,6 +552,6 @@ def test_spoken_clips_are_listed_and_load(tmp_path):
         put(tmp_path / voice / "a.txt", text)
         path = tmp_path / voice / "a.wav"
         subprocess.run(["espeak-ng", "-v", voice, "-w", path, text], check=True)
-    clips, refusals = listed(tmp_path)
-    assert not refusals and [clip.speaker for clip in clips] == ["de", "en", "fr"]
+    clips, skipped = listed(tmp_path)
+    assert not skipped and [clip.speaker for clip in clips] == ["de", "en", "fr"]
     assert all(0.05 < np.abs(clip.load(RATE)).max() <= 1.0 for clip in clips)

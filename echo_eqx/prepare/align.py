@@ -1,8 +1,8 @@
-"""Which words of a text are said when, by the recogniser pocketsphinx (English only).
+"""Align text and speech with the recogniser pocketsphinx (English only).
 
-Speech between pauses is recognised with a language model of the text alone, and what was
-recognised is matched to the text in order. A cut between two words is trusted only where both were
-recognised next to each other on the two sides of a pause; text is never divided by guessing.
+Speech between pauses is recognised with a language model of the text alone, and the recognised
+words are matched to the text in order. A cut between two words is trusted only if both were
+recognised, one on each side of a pause. Text is never divided by guessing.
 """
 
 import difflib
@@ -22,48 +22,49 @@ from echo_eqx.prepare.pauses import RATE
 from echo_eqx.prepare.segments import Segment
 
 MAX_UNKNOWN = 0.25
-"""Share of words outside the dictionary above which a text is not taken for English."""
+"""Largest share of words that may be missing from the dictionary of English."""
 MAX_UNMATCHED = 0.3
-"""Share of a stretch's words, said or written, that may have no counterpart."""
+"""Largest share of a segment's words, spoken or written, that may have no match."""
 MAX_RUN = 6
-"""Words in a row, said or written, that may have no counterpart."""
+"""Most consecutive words, spoken or written, that may have no match."""
 MIN_RUN = 3
-"""Words in a row that must match to count at all."""
+"""Fewest consecutive words that count as a match."""
 LETTERS_PER_SECOND = (4.0, 30.0)
-"""Rates outside these are no speech of that text."""
+"""Range of plausible speaking rates."""
 _BLOCK = 60.0
-"""Seconds that are recognised before they are matched to the text."""
+"""Seconds of speech that are matched to the text at a time."""
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
 
 
 @dataclass(frozen=True)
 class _Heard:
-    """A recognised word, in seconds, and which word of the text it is."""
+    """A recognised word, its times in seconds, and the index of the matching word of the text."""
 
     word: str
     start: float
     end: float
-    place: int | None = None
+    index: int | None = None
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """Stretches between trusted cuts, in order; those that are refused have no text."""
+    """The result of an alignment."""
 
     segments: list[Segment]
-    refused: list[Segment]
-    """With the text that is lost."""
+    """Speech between trusted cuts, in order; mismatched segments have no text."""
+    mismatched: list[Segment]
+    """Segments whose speech does not match their text, with that text."""
 
 
 def aligner() -> str | None:
-    """The recogniser that is installed, with its version, such as `pocketsphinx 5.1.1`."""
+    """The installed recogniser with its version, such as `pocketsphinx 5.1.1`, or None."""
     if importlib.util.find_spec("pocketsphinx") is None:
         return None
     return f"pocketsphinx {importlib.metadata.version('pocketsphinx')}"
 
 
 class Aligner:
-    """Divides texts by recognition, with the English model that pocketsphinx brings."""
+    """Divides texts by recognition, with the English model that comes with pocketsphinx."""
 
     def __init__(self) -> None:
         from pocketsphinx import get_model_path  # optional
@@ -71,7 +72,7 @@ class Aligner:
         self._model = get_model_path("en-us")
         self._decoder: Any = None
         self._entries: dict[str, list[str]] = defaultdict(list)
-        """Lines of the dictionary, by word."""
+        """Lines of the dictionary by word."""
         dictionary = Path(self._model) / "cmudict-en-us.dict"
         for line in dictionary.read_text("utf-8").splitlines():
             self._entries[re.sub(r"\(\d+\)$", "", line.split(" ", 1)[0])].append(line)
@@ -79,9 +80,9 @@ class Aligner:
     def __call__(
         self, audio: np.ndarray, pauses: Sequence[tuple[float, float]], text: str
     ) -> Aligned | str:
-        """`text`, said in `audio`, (samples,) at `RATE`, divided at `pauses`; or why it is not."""
+        """Divide `text`, spoken in `audio` (samples,) at `RATE`, at `pauses`; or say why not."""
         tokens = text.split()
-        # Words, and the token each is part of.
+        # Words, each with the index of the token it belongs to.
         words = [(w, i) for i, token in enumerate(tokens) for w in _words(token)]
         unknown = sum(word not in self._entries for word, _ in words)
         if not words or unknown > MAX_UNKNOWN * len(words):
@@ -91,7 +92,7 @@ class Aligner:
         return _divide(chunks, words, tokens)
 
     def _learn(self, words: list[str]) -> None:
-        """Make a decoder that knows `words` alone, and which of them follow which."""
+        """Create a decoder with a language model and dictionary of `words` alone."""
         from pocketsphinx import Decoder
         from pocketsphinx.lm import ArpaBoLM
 
@@ -115,7 +116,7 @@ class Aligner:
     def _match(
         self, audio: np.ndarray, chunks: list[tuple[float, float]], words: list[str]
     ) -> list[list[_Heard]]:
-        """What is heard in each chunk, with places in `words`, which ascend."""
+        """The words heard in each chunk, with their ascending indices in `words`."""
         pcm = np.clip(audio * 32767, -32768, 32767).astype(np.int16)
         done: list[list[_Heard]] = []
         block: list[list[_Heard]] = []
@@ -129,21 +130,21 @@ class Aligner:
             since += len(heard)
             window = words[begin : begin + since + since // 4 + 40]
             matcher = difflib.SequenceMatcher(None, heard, window, autojunk=False)
-            # A word or two alone match anywhere; longer runs are what was said.
+            # One or two words match by chance; longer runs do not.
             runs = [run for run in matcher.get_matching_blocks() if run.size >= MIN_RUN]
-            places = {a + i: begin + b + i for a, b, size in runs for i in range(size)}
+            matches = {a + i: begin + b + i for a, b, size in runs for i in range(size)}
             count = 0
             for chunk in block:
                 placed = range(count, count + len(chunk))
                 done.append(
                     [
-                        _Heard(word.word, word.start, word.end, places.get(i))
+                        _Heard(word.word, word.start, word.end, matches.get(i))
                         for i, word in zip(placed, chunk, strict=True)
                     ]
                 )
                 count += len(chunk)
-            if places:
-                begin, since = max(places.values()) + 1, 0
+            if matches:
+                begin, since = max(matches.values()) + 1, 0
             block = []
         return done
 
@@ -172,20 +173,20 @@ def _words(token: str) -> list[str]:
 
 
 def _between(pauses: Sequence[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
-    """The stretches of speech that pauses leave."""
+    """The chunks of speech between pauses."""
     starts = [0.0, *(end for _, end in pauses)]
     ends = [*(start for start, _ in pauses), seconds]
     return [(a, b) for a, b in zip(starts, ends, strict=True) if b - a > 0.05]
 
 
 def _divide(chunks: list[list[_Heard]], words: list[tuple[str, int]], tokens: list[str]) -> Aligned:
-    """Stretches from trusted cut to trusted cut, those that do not match their text refused."""
+    """Segments between trusted cuts, each checked against its text."""
     chunks = [chunk for chunk in chunks if chunk]
     aligned = Aligned([], [])
     first_word, first_chunk = 0, 0
     for number, chunk in enumerate(chunks):
-        last = chunk[-1].place
-        following = chunks[number + 1][0].place if number + 1 < len(chunks) else None
+        last = chunk[-1].index
+        following = chunks[number + 1][0].index if number + 1 < len(chunks) else None
         is_end = number + 1 == len(chunks)
         is_cut = last is not None and following == last + 1 and words[last][1] != words[last + 1][1]
         if not is_cut and not is_end:
@@ -196,20 +197,20 @@ def _divide(chunks: list[list[_Heard]], words: list[tuple[str, int]], tokens: li
         stop = len(tokens) if after == len(words) else words[after][1]
         text = " ".join(tokens[begin:stop])
         segment = Segment(heard[0].start, heard[-1].end, text)
-        if _is_good(heard, [w for w, _ in words[first_word:after]], first_word):
-            aligned.segments.append(segment)
-        else:
-            aligned.segments.append(Segment(segment.start, segment.end, ""))
-            aligned.refused.append(segment)
+        if not _is_match(heard, [w for w, _ in words[first_word:after]], first_word):
+            aligned.mismatched.append(segment)
+            segment = Segment(segment.start, segment.end, "")
+        aligned.segments.append(segment)
         first_word, first_chunk = after, number + 1
     return aligned
 
 
-def _is_good(heard: list[_Heard], words: list[str], first: int) -> bool:
-    said = [word.place is not None for word in heard]
-    places = {word.place for word in heard}
-    written = [first + i in places for i in range(len(words))]
-    for matched in (said, written):
+def _is_match(heard: list[_Heard], words: list[str], first: int) -> bool:
+    """Whether the speech `heard` is that of `words`, the first of which has the index `first`."""
+    spoken = [word.index is not None for word in heard]
+    indices = {word.index for word in heard}
+    written = [first + i in indices for i in range(len(words))]
+    for matched in (spoken, written):
         longest = max(map(len, "".join("x" if m else "." for m in matched).split("x")), default=0)
         if longest > MAX_RUN or matched.count(False) > MAX_UNMATCHED * len(matched):
             return False

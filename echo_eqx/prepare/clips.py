@@ -1,9 +1,9 @@
-"""Clips of speech with their text, from whichever kind of source a user has."""
+"""List the clips of speech in a source of recordings, each with its text."""
 
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,35 +27,33 @@ from echo_eqx.prepare.records import (
 )
 from echo_eqx.prepare.segments import Segment, join_segments, read_segments
 
-__all__ = ["Clip", "SkippedInput", "list_clips"]
-
 MIN_SECONDS = 0.1
 MAX_KEY = 200
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A stretch of a recording, and what is said in it."""
+    """A stretch of a recording, and its text."""
 
     key: str
-    """Unique in the source, of letters, digits, `_` and `-`."""
+    """Unique in the source; letters, digits, `_` and `-`."""
     text: str
     audio: Audio
     start: float
-    """Seconds within the audio."""
+    """Seconds from the start of the audio."""
     stop: float | None
-    """Seconds within the audio; None is its end."""
+    """Seconds from the start of the audio; None is the end."""
     seconds: float
-    """Length of the clip, by the header of its audio."""
+    """Length of the clip, by the header of the audio."""
     speaker: str | None
     language: str | None
     metadata: dict[str, Any]
-    """What else came along, as JSON values, and `source`: where it is below the source."""
+    """Other fields as JSON values, and `source`: the path relative to the source."""
 
     def load(self, sample_rate: int) -> np.ndarray:
         """(samples,) float32, mono, at `sample_rate`.
 
-        **Raises**: `EchoError` naming the source of the clip if it cannot be decoded, and
+        **Raises**: `EchoError` naming the clip's source if it cannot be decoded, and
         `SilentAudioError` if it has no sound.
         """
         name = self.metadata["source"]
@@ -73,106 +71,107 @@ def list_clips(
     *,
     max_seconds: float,
     cache: Path,
-    normalise: bool = False,
+    normalize_text: bool = False,
     output: Path | None = None,
     keep_long: bool = False,
-    say: Callable[[str], object] = lambda _: None,
 ) -> tuple[list[Clip], list[SkippedInput]]:
-    """All clips of `source`, sorted by key, and what of it is not used.
+    """All clips of `source`, sorted by key, and the inputs that were skipped.
 
-    `source` is a folder of audio with transcripts beside it, a list in columns (LJSpeech and the
-    lists of other trainers), a manifest (*.jsonl), tars, Parquet files, or
-    `hf://datasets/owner/name[@revision][/folder]`, whose Parquet files are kept in `cache`. The
-    result is the same wherever the source lies. Recordings longer than `max_seconds` are cut
-    between their `segments`, if they have any; what is still longer is refused, or with `keep_long`
-    stays a clip, to be cut at its pauses. `normalise` cleans the texts as they are cleaned before
-    they are spoken. What lies in the folder `output` is not part of the source. `say` is
-    told how a list is read. Only headers are read; what decoding shows is raised by `Clip.load`.
+    `source` is a folder of audio and transcripts, a list in columns (LJSpeech and others), a
+    manifest (*.jsonl), tars, Parquet files, or `hf://datasets/owner/name[@revision][/folder]`,
+    whose Parquet files are kept in `cache`. The result does not depend on where the source is.
 
-    **Raises**: `EchoError` if it is of no known kind, or cannot be read at all.
+    Recordings longer than `max_seconds` are cut between their `segments`, if they have any. What is
+    still longer is skipped, or with `keep_long` kept as one clip. `normalize_text` writes texts as
+    a model is given them. Files in the folder `output` are ignored. Only the headers of audio are
+    read; `Clip.load` raises what decoding finds.
+
+    **Raises**: `EchoError` if the kind of source is unknown, or it cannot be read at all.
     """
-    refusals: list[SkippedInput] = []
-    records: list[tuple[Recording, list[Clip]]] = []
+    skipped: list[SkippedInput] = []
+    recordings: list[tuple[Recording, list[Clip]]] = []
     try:
-        for found in find_recordings(source, cache, output, say):
+        for found in find_recordings(source, cache, output):
             if isinstance(found, SkippedInput):
-                refusals.append(found)
+                skipped.append(found)
                 continue
             clips: list[Clip] = []
-            for piece in _cut(found, max_seconds, keep_long):
-                if normalise and isinstance(piece, Clip):
-                    piece = _normalised(piece)
-                if isinstance(piece, SkippedInput):
-                    refusals.append(piece)
+            for clip in _clips_of(found, max_seconds, keep_long):
+                if normalize_text and isinstance(clip, Clip):
+                    clip = _normalized(clip)
+                if isinstance(clip, SkippedInput):
+                    skipped.append(clip)
                 else:
-                    clips.append(piece)
+                    clips.append(clip)
             if clips:
-                records.append((found, clips))
+                recordings.append((found, clips))
     except OSError as error:
         place = printable(str(error.filename or source))
         raise EchoError(f"{place} cannot be read: {error.strerror}") from None
-    clips, repeated = _with_keys(records)
-    refusals = [
-        SkippedInput(refusal.kind, printable(refusal.name), printable(refusal.detail))
-        for refusal in refusals + repeated
+    clips, repeated = _with_keys(recordings)
+    skipped = [
+        SkippedInput(item.kind, printable(item.name), printable(item.detail))
+        for item in skipped + repeated
     ]
-    return clips, sorted(refusals, key=lambda refusal: (refusal.name, refusal.kind, refusal.detail))
+    return clips, sorted(skipped, key=lambda item: (item.name, item.kind, item.detail))
 
 
-def _cut(record: Recording, max_seconds: float, keep_long: bool) -> Iterator[Clip | SkippedInput]:
-    """The clips of a record, still with the key of the record, or why there are none."""
-    fields = dict(record.fields)
+def _clips_of(
+    recording: Recording, max_seconds: float, keep_long: bool
+) -> Iterator[Clip | SkippedInput]:
+    """The clips of a recording, with keys that are not checked yet, and what is skipped."""
+    fields, source = dict(recording.fields), recording.source
     text = pop(fields, TEXT_FIELDS)
     speaker, language = pop(fields, SPEAKER_FIELDS), pop(fields, LANGUAGE_FIELDS)
     try:
-        start, stop = _limits(fields)
+        start, stop = _times(fields)
         segments, empty = read_segments(fields.pop("segments", None))
-        metadata = {**_plain(fields), "source": printable(record.source)}
+        metadata = {**_as_json(fields), "source": printable(source)}
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
-        yield SkippedInput("manifest", record.source, str(error)[:200])
+        yield SkippedInput("manifest", source, str(error)[:200])
         return
     for segment in empty:
         detail = f"has a segment of no length at {segment.start:g} s: {segment.text[:60]!r}"
-        yield SkippedInput("segment", record.source, detail)
+        yield SkippedInput("segment", source, detail)
     if segments and (not isinstance(text, str) or not text.strip()):
         text = " ".join(segment.text for segment in segments)
     try:
-        with opened(record.audio) as source:
-            whole = audio_seconds(source, printable(record.source))
+        with opened(recording.audio) as audio:
+            length = audio_seconds(audio, printable(source))
     except (EchoError, OSError) as error:
-        yield SkippedInput("audio", record.source, str(error))
+        yield SkippedInput("audio", source, str(error))
         return
-    end = whole if stop is None else min(stop, whole)
-    if start >= whole:
-        yield SkippedInput("manifest", record.source, f"starts at {start:g} s of {whole:.2f} s")
+    if start >= length:
+        detail = f"starts at {start:g} s, but the audio is {length:.2f} s long"
+        yield SkippedInput("manifest", source, detail)
         return
+    end = length if stop is None else min(stop, length)
     parts = [Segment(start, end, text if isinstance(text, str) else "")]
     is_cut = end - start > max_seconds and bool(segments)
     if is_cut:
         parts = join_segments(segments, start, end, max_seconds)
         if not parts:
-            detail = f"is {end - start:.2f} s long and none of its segments has text within them"
-            yield SkippedInput("long", record.source, detail)
+            detail = f"is {end - start:.2f} s long, and no segment with text is within its times"
+            yield SkippedInput("long", source, detail)
     for number, part in enumerate(parts):
-        name = f"{record.source}[{number}]" if is_cut else record.source
+        name = f"{source}[{number}]" if is_cut else source
         seconds = part.end - part.start
-        if problem := _problem(part.text):
+        if problem := _text_problem(part.text):
             yield SkippedInput(problem[0], name, problem[1])
         elif seconds < MIN_SECONDS:
-            yield SkippedInput(
-                "short", name, f"is {seconds:.3f} s long; wanted at least {MIN_SECONDS}"
-            )
+            detail = f"expected at least {MIN_SECONDS} s, got {seconds:.3f} s"
+            yield SkippedInput("short", name, detail)
         elif seconds > max_seconds and not keep_long:
-            what = "has no segments with times" if not segments else "is one segment"
-            detail = f"is {seconds:.2f} s long and {what}; wanted at most {max_seconds:g} s"
+            what = "a single segment" if segments else "and no segments with times to cut at"
+            detail = f"expected at most {max_seconds:g} s, got {seconds:.2f} s, {what}"
             yield SkippedInput("long", name, detail)
         else:
             yield Clip(
-                key=f"{record.key}_{number:03d}" if is_cut else record.key,
+                key=f"{recording.key}_{number:03d}" if is_cut else recording.key,
                 text=part.text.strip(),
-                audio=record.audio,
+                audio=recording.audio,
                 start=part.start,
-                stop=None if part.end == whole else part.end,
+                stop=None if part.end == length else part.end,
                 seconds=seconds,
                 speaker=_label(speaker),
                 language=_label(language),
@@ -180,16 +179,17 @@ def _cut(record: Recording, max_seconds: float, keep_long: bool) -> Iterator[Cli
             )
 
 
-def _normalised(clip: Clip) -> Clip | SkippedInput:
-    """`clip` with the text that a model is given, or why nothing of it is left."""
+def _normalized(clip: Clip) -> Clip | SkippedInput:
+    """`clip` with its text as a model is given it, or why nothing of the text is left."""
     text = normalize_text(clip.text)
-    if problem := _problem(text):
-        return SkippedInput(problem[0], clip.metadata["source"], f"after cleaning {problem[1]}")
+    if problem := _text_problem(text):
+        kind, detail = problem
+        return SkippedInput(kind, clip.metadata["source"], f"after normalization, {detail}")
     return replace(clip, text=text)
 
 
-def _limits(fields: dict[str, Any]) -> tuple[float, float | None]:
-    """Start and end in seconds. One common manifest has `offset` and `duration` instead."""
+def _times(fields: dict[str, Any]) -> tuple[float, float | None]:
+    """Start and end in seconds, from `start` and `end` or (NeMo) `offset` and `duration`."""
     has_offset = "offset" in fields and "start" not in fields
     start = float(pop(fields, ("start", "offset")) or 0.0)
     end = pop(fields, ("end",))
@@ -197,12 +197,12 @@ def _limits(fields: dict[str, Any]) -> tuple[float, float | None]:
         end = start + float(fields["duration"])
     stop = float(end) if end is not None else None
     if not (math.isfinite(start) and start >= 0 and (stop is None or start < stop < math.inf)):
-        raise ValueError(f"goes from {start} to {stop} s; wanted 0 <= start < end")
+        raise ValueError(f"expected 0 <= start < end, got start {start} and end {stop}")
     return start, stop
 
 
-def _problem(text: str) -> tuple[str, str] | None:
-    """Kind and detail of what keeps a text from being used."""
+def _text_problem(text: str) -> tuple[str, str] | None:
+    """Kind and detail of what makes a text unusable."""
     is_utf8 = "\0" not in text and not re.search(r"[\ud800-\udfff]", text)
     try:
         check_text(text)
@@ -212,35 +212,35 @@ def _problem(text: str) -> tuple[str, str] | None:
 
 
 def _with_keys(
-    records: list[tuple[Recording, list[Clip]]],
+    recordings: list[tuple[Recording, list[Clip]]],
 ) -> tuple[list[Clip], list[SkippedInput]]:
-    """Clips under keys that are safe and each there once, and the refusals of the others."""
+    """Clips with safe and unique keys, and those for which that is not possible."""
     kept: dict[str, Clip] = {}
-    refusals = []
+    skipped = []
     names = set()
-    for record, clips in sorted(records, key=lambda item: item[0].name):
-        if record.name in names:
-            detail = f"is the second of {record.name!r}"
-            refusals.append(SkippedInput("duplicate", record.source, detail))
+    for recording, clips in sorted(recordings, key=lambda item: item[0].name):
+        source = recording.source
+        if recording.name in names:
+            detail = f"another recording has the same name: {recording.name!r}"
+            skipped.append(SkippedInput("duplicate", source, detail))
             continue
-        names.add(record.name)
+        names.add(recording.name)
         for clip in clips:
             key = re.sub(r"[^A-Za-z0-9_-]", "_", clip.key)
             if not 0 < len(key) <= MAX_KEY:
-                detail = f"its key has {len(key)} characters; wanted 1 to {MAX_KEY}"
-                refusals.append(SkippedInput("key", record.source, detail))
+                detail = f"expected a key of 1 to {MAX_KEY} characters, got {len(key)}"
+                skipped.append(SkippedInput("key", source, detail))
                 continue
             if key in kept:
-                full = f"{record.name}{clip.key.removeprefix(record.key)}"
+                full = f"{recording.name}{clip.key.removeprefix(recording.key)}"
                 digest = hashlib.sha256(full.encode("utf-8", "surrogateescape")).hexdigest()
                 key = f"{key}_{digest[:8]}"
             if key in kept:
-                refusals.append(
-                    SkippedInput("duplicate", record.source, f"is the second of {key!r}")
-                )
+                detail = f"another clip has the same key: {key!r}"
+                skipped.append(SkippedInput("duplicate", source, detail))
                 continue
             kept[key] = replace(clip, key=key)
-    return [clip for _, clip in sorted(kept.items())], refusals
+    return [clip for _, clip in sorted(kept.items())], skipped
 
 
 def _label(value: Any) -> str | None:
@@ -248,12 +248,13 @@ def _label(value: Any) -> str | None:
     return printable(str(value)) if is_label else None
 
 
-def _plain(value: Any) -> Any:
-    """JSON values alone: what has no such form is None."""
+def _as_json(value: Any) -> Any:
+    """`value` with everything that JSON cannot hold replaced by None."""
     if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items() if isinstance(key, str)}
+        items = ((key, item) for key, item in value.items() if isinstance(key, str))
+        return {_as_json(key): _as_json(item) for key, item in items}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     is_number = isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))

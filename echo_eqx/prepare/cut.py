@@ -1,9 +1,10 @@
-"""Recordings longer than the window, cut at pauses, with their text divided by a recogniser."""
+"""Cut recordings that are too long at pauses, dividing their text with a recogniser."""
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,85 +12,78 @@ from typing import Any
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.align import Aligner, aligner
-from echo_eqx.prepare.clips import MIN_SECONDS, Clip, SkippedInput
+from echo_eqx.prepare.clips import MIN_SECONDS, Clip
 from echo_eqx.prepare.pauses import RATE, detector, find_pauses
+from echo_eqx.prepare.records import SkippedInput
 from echo_eqx.prepare.segments import Segment, join_segments
 
-WAYS_OUT = (
+ALTERNATIVES = (
     "give segments with times in a manifest, install a recogniser "
     "(pip install 'echo_eqx[cutting]', English only), or raise --max_seconds"
 )
 CUTS = "cuts"
-_TAG = re.compile(r"\[S\d+\]")
+"""Folder in the output where the cuts of each recording are kept."""
+_SPEAKER_TAG = re.compile(r"\[S\d+\]")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Cuts:
-    """What became of the long recordings."""
+    """Clips after cutting."""
 
     clips: list[Clip]
-    refused: list[SkippedInput] = field(default_factory=list)
+    skipped: list[SkippedInput] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
-    """For the index: `by`, and how many recordings, pieces, and seconds in and kept."""
+    """For the index: what cut them, how many recordings and pieces, seconds before and after."""
 
 
 def cut_long(
-    clips: Sequence[Clip],
-    *,
-    max_seconds: float,
-    max_text_bytes: int,
-    folder: Path,
-    begin: float,
-    say: Callable[[str], object],
+    clips: Sequence[Clip], *, max_seconds: float, max_text_bytes: int, folder: Path, begin: float
 ) -> Cuts:
-    """`clips` with those longer than `max_seconds` replaced by pieces cut at pauses.
+    """Replace clips longer than `max_seconds` by pieces cut at pauses.
 
-    Cuts are kept in `folder`, one file per recording, and never made twice: a later version of the
-    recogniser does not change what an earlier one cut. Machines that share the folder share the
-    work, each beginning at the share `begin` of the recordings.
+    The cuts of each recording are kept in a file in `folder` and never redone, so another version
+    of the recogniser does not change them. Machines that share the folder share the work: each
+    starts at a different position, the fraction `begin` of the recordings.
     """
     long = [clip for clip in clips if clip.seconds > max_seconds]
     cuts = Cuts([clip for clip in clips if clip.seconds <= max_seconds])
     if not long:
         return cuts
-    hours = sum(clip.seconds for clip in long) / 3600
-    what = f"{len(long)} recordings ({hours:.2f} hours) are longer than {max_seconds:g} s"
+    seconds = sum(clip.seconds for clip in long)
+    what = f"{len(long)} recordings ({seconds / 3600:.2f} hours) are longer than {max_seconds:g} s"
     by = aligner()
     if by is None:
-        say(f"WARNING: {what}, have no times to cut at and are left out: {WAYS_OUT}")
+        logger.warning("%s, have no times to cut at, and are left out: %s", what, ALTERNATIVES)
     else:
-        say(f"{what}: cutting them at pauses by {detector()}, their text by {by}")
+        logger.info("%s: cutting them at pauses (%s), text divided by %s", what, detector(), by)
     found = _cut_all(long, folder, round(begin * len(long)), max_seconds)
     keys = {clip.key for clip in cuts.clips}
-    kept = pieces = 0
-    versions = set()
+    kept = 0.0
+    pieces = 0
     for clip in long:
-        cut = found[clip.key]
-        versions.add(cut["by"])
-        parts = _pieces(clip, cut, max_seconds, max_text_bytes, keys)
-        keys |= {part.key for part in parts if isinstance(part, Clip)}
-        for part in parts:
-            if isinstance(part, SkippedInput):
-                cuts.refused.append(part)
+        for piece in _pieces(clip, found[clip.key], max_seconds, max_text_bytes, keys):
+            if isinstance(piece, SkippedInput):
+                cuts.skipped.append(piece)
             else:
-                cuts.clips.append(part)
-                kept += part.seconds
+                cuts.clips.append(piece)
+                keys.add(piece.key)
+                kept += piece.seconds
                 pieces += 1
     cuts.clips.sort(key=lambda clip: clip.key)
-    seconds = sum(clip.seconds for clip in long)
     cuts.counts = {
-        "by": sorted(version for version in versions if version),
+        "by": sorted({cut["by"] for cut in found.values()} - {None}),
         "recordings": len(long),
         "pieces": pieces,
         "seconds": round(seconds, 2),
         "seconds_kept": round(kept, 2),
     }
     if by is not None:
-        say(f"{pieces} pieces, {kept / seconds:.0%} of these recordings kept")
+        logger.info("%d pieces, %.0f%% of these recordings kept", pieces, 100 * kept / seconds)
         if kept < 0.5 * seconds:
-            say(
-                "WARNING: most of it is lost: its text does not match, or it has no pauses; give "
-                "segments with times in a manifest, or raise --max_seconds"
+            logger.warning(
+                "most of it is lost because the text does not match the speech, or there are no "
+                "pauses; give segments with times in a manifest, or raise --max_seconds"
             )
     return cuts
 
@@ -101,16 +95,19 @@ def _cut_all(
     found = {}
     align: Aligner | None = None
     for clip in long[begin:] + long[:begin]:
-        facts = [clip.key, clip.text, clip.start, clip.stop, round(clip.seconds, 3), max_seconds]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        identity = [clip.key, clip.text, clip.start, clip.stop, round(clip.seconds, 3), max_seconds]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         path = folder / f"{digest[:24]}.json"
         cut = _read(path)
         if cut is None and aligner() is None:
-            cut = {"by": None, "reason": "has no segments with times, and no recogniser is there"}
+            cut = {
+                "by": None,
+                "reason": "it has no segments with times, and no recogniser is there",
+            }
         elif cut is None and clip.language and not re.match(r"en\b|english", clip.language, re.I):
-            cut = {"by": None, "reason": f"is in {clip.language}; the recogniser knows English"}
-        elif cut is None and len(set(_TAG.findall(clip.text))) > 1:
-            cut = {"by": None, "reason": "has speaker tags of several speakers"}
+            cut = {"by": None, "reason": f"it is in {clip.language}; the recogniser knows English"}
+        elif cut is None and len(set(_SPEAKER_TAG.findall(clip.text))) > 1:
+            cut = {"by": None, "reason": "it has speaker tags of several speakers"}
         elif cut is None:
             align = align or Aligner()
             try:
@@ -126,8 +123,9 @@ def _cut_all(
 
 
 def _cut(clip: Clip, align: Aligner) -> dict[str, Any]:
+    """Segments of a clip as JSON, or the reason why there are none."""
     audio = clip.load(RATE)
-    text = " ".join(_TAG.sub(" ", clip.text).split())
+    text = " ".join(_SPEAKER_TAG.sub(" ", clip.text).split())
     result = align(audio, find_pauses(audio), text)
     by = f"{detector()}, {aligner()}"
     if isinstance(result, str):
@@ -135,53 +133,55 @@ def _cut(clip: Clip, align: Aligner) -> dict[str, Any]:
     return {
         "by": by,
         "segments": [[round(s.start, 3), round(s.end, 3), s.text] for s in result.segments],
-        "refused": [[round(s.start, 3), round(s.end, 3), s.text] for s in result.refused],
+        "mismatched": [[round(s.start, 3), round(s.end, 3), s.text] for s in result.mismatched],
     }
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         cut = json.loads(path.read_bytes())
-        return cut if isinstance(cut, dict) and "by" in cut else None
     except (OSError, ValueError):
         return None
+    is_cut = isinstance(cut, dict) and ("reason" in cut or {"segments", "mismatched"} <= cut.keys())
+    return cut if is_cut and "by" in cut else None
 
 
 def _pieces(
     clip: Clip, cut: dict[str, Any], max_seconds: float, max_bytes: int, keys: set[str]
 ) -> list[Clip | SkippedInput]:
+    """The pieces of a clip by its `cut`, with keys that are not in `keys`, and what is lost."""
     source = clip.metadata["source"]
     if "reason" in cut:
         detail = cut["reason"]
         if cut.get("kind") != "audio":
-            detail = f"is {clip.seconds:.2f} s long: {detail}; expected at most {max_seconds:g} s"
+            detail = f"expected at most {max_seconds:g} s, got {clip.seconds:.2f} s; {detail}"
         return [SkippedInput(cut.get("kind", "long"), source, detail)]
-    parts: list[Clip | SkippedInput] = [
+    pieces: list[Clip | SkippedInput] = [
         SkippedInput("alignment", f"{source}[{start:g}-{end:g} s]", f"does not match {text[:60]!r}")
-        for start, end, text in cut["refused"]
+        for start, end, text in cut["mismatched"]
     ]
     segments = [Segment(*segment) for segment in cut["segments"]]
-    tag = _TAG.match(clip.text)
+    tag = _SPEAKER_TAG.match(clip.text)
     room = max_bytes - 1 - (len(tag[0]) + 1 if tag else 0)
-    joined = join_segments(segments, 0.0, clip.seconds, max_seconds, room)
-    for number, part in enumerate(joined):
+    for number, part in enumerate(join_segments(segments, 0.0, clip.seconds, max_seconds, room)):
         text = f"{tag[0]} {part.text}" if tag else part.text
         name, seconds = f"{source}[{part.start:g}-{part.end:g} s]", part.end - part.start
         if not MIN_SECONDS <= seconds <= max_seconds:
-            detail = f"is {seconds:.2f} s without a pause at which the text can be divided surely"
-            parts.append(SkippedInput("long" if seconds > max_seconds else "short", name, detail))
+            detail = f"is {seconds:.2f} s long, without a pause at which the text divides for sure"
+            kind = "long" if seconds > max_seconds else "short"
+            pieces.append(SkippedInput(kind, name, detail))
             continue
         key = f"{clip.key}_{number:03d}"
         if key in keys:
             key += "_" + hashlib.sha256(f"{source} {number}".encode()).hexdigest()[:8]
         start, stop = clip.start + part.start, clip.start + part.end
-        parts.append(replace(clip, key=key, text=text, start=start, stop=stop, seconds=seconds))
-    if not parts:
-        detail = f"is {clip.seconds:.2f} s long, and none of its text was recognised in it"
-        parts.append(SkippedInput("alignment", source, detail))
-    return parts
+        pieces.append(replace(clip, key=key, text=text, start=start, stop=stop, seconds=seconds))
+    if not pieces:
+        detail = f"is {clip.seconds:.2f} s long, and none of its text was recognised"
+        pieces.append(SkippedInput("alignment", source, detail))
+    return pieces
 
 
-def too_long_texts(clips: Sequence[Clip], max_text_bytes: int) -> int:
+def count_long_texts(clips: Sequence[Clip], max_text_bytes: int) -> int:
     """Clips whose text, with the leading 0 that models are given, is over `max_text_bytes`."""
     return sum(len(clip.text.encode("utf-8", "replace")) >= max_text_bytes for clip in clips)

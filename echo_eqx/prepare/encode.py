@@ -1,4 +1,4 @@
-"""Recordings to latents: decoded in threads, encoded in batches of a few lengths."""
+"""Encode clips to latents: audio is decoded in threads and encoded in batches of a few lengths."""
 
 import hashlib
 from collections import defaultdict
@@ -21,22 +21,20 @@ from echo_eqx.prepare.clips import Clip
 from echo_eqx.trees import named_leaves
 
 LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768)
-"""Frames that recordings are padded to with silence, so that few programs are compiled."""
-SECONDS_AHEAD = 1800.0
-"""Decoded audio that may wait to be encoded, at most: 350 MB at 48 kHz."""
+"""Lengths in frames that clips are padded to with silence, so that few programs are compiled."""
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
     latents: str = "mean"
-    """mean, or sample: with noise of the bottleneck's deviation, drawn from the clip's key."""
+    """`mean`, or `sample`: drawn from the bottleneck's normal distribution, seeded by the key."""
     lufs: float | None = None
     batch_size: int = 1
     seed: int = 0
 
 
 class ClipEncoder:
-    """Latents of clips from one codec, over all local devices."""
+    """Encodes clips with one codec on all local devices."""
 
     def __init__(self, codec: DACVAE, settings: EncodeSettings):
         self.codec, self.settings = codec, settings
@@ -49,9 +47,9 @@ class ClipEncoder:
     def __call__(
         self, clips: Sequence[Clip], done: Callable[[int], object]
     ) -> dict[str, np.ndarray | EchoError]:
-        """(frames, channels) float16 of each clip by key, or why it cannot be had.
+        """(frames, channels) float16 of each clip by key, or why it cannot be decoded.
 
-        `done` is told after each batch how many clips it had.
+        `done` is called after each batch with its number of clips.
         """
         results: dict[str, np.ndarray | EchoError] = {}
         waiting: dict[int, list[tuple[Clip, np.ndarray]]] = defaultdict(list)
@@ -61,7 +59,7 @@ class ClipEncoder:
                 done(1)
                 continue
             frames = -(-len(audio) // self.codec.config.hop)
-            # Silence all around, as in training, whichever length it is padded to.
+            # Pad at least by the receptive field, so that latents do not depend on the length.
             needed = frames + encoder_context_frames(self.codec.config)
             length = next((n for n in LENGTHS if needed <= n), needed)
             waiting[length].append((clip, audio))
@@ -74,13 +72,14 @@ class ClipEncoder:
         return results
 
     def _decoded(self, clips: Sequence[Clip]) -> Iterator[tuple[Clip, np.ndarray | EchoError]]:
-        """Clips in order, each decoded; a few threads run ahead."""
+        """Clips in order, decoded by a few threads that run ahead."""
 
         def load(clip: Clip) -> np.ndarray | EchoError:
             try:
                 rate = self.codec.config.sample_rate
-                audio = clip.load(rate)
-                return audio if self.settings.lufs is None else _loud(audio, rate, self.settings)
+                audio, lufs = clip.load(rate), self.settings.lufs
+                is_short = len(audio) <= 0.4 * rate  # loudness is measured in blocks of 0.4 s
+                return audio if lufs is None or is_short else set_loudness(audio, rate, lufs)
             except EchoError as error:
                 return error
 
@@ -99,19 +98,17 @@ class ClipEncoder:
         padded = np.zeros((self._rows, length * hop), np.float32)
         for row, (_, audio) in zip(padded, batch, strict=False):
             row[: len(audio)] = audio
-        if self._rows == 1:  # in pieces, with constant memory
+        if self._rows == 1:  # in chunks, with constant memory
             moments = [moment[None] for moment in self.codec.encode(padded[0])]
         else:
             moments = _encode_rows(self.codec, jax.device_put(padded, self._sharding))
-        mean, deviation = (np.asarray(moment, np.float32) for moment in moments)
+        mean, std = (np.asarray(moment, np.float32) for moment in moments)
         out = {}
         for i, (clip, audio) in enumerate(batch):
             frames = -(-len(audio) // hop)
             latents = mean[i, :frames]
             if self.settings.latents == "sample":
-                latents = latents + deviation[i, :frames] * _noise(
-                    clip, latents.shape, self.settings
-                )
+                latents = latents + std[i, :frames] * _noise(clip, latents.shape, self.settings)
             out[clip.key] = latents.astype(np.float16)
         return out
 
@@ -127,14 +124,8 @@ def _noise(clip: Clip, shape: tuple[int, ...], settings: EncodeSettings) -> np.n
     return np.asarray(jr.normal(key, shape))
 
 
-def _loud(audio: np.ndarray, rate: int, settings: EncodeSettings) -> np.ndarray:
-    assert settings.lufs is not None
-    # The measure takes blocks of 0.4 s.
-    return set_loudness(audio, rate, settings.lufs) if len(audio) > 0.4 * rate else audio
-
-
 def codec_identity(codec: DACVAE) -> str:
-    """SHA-256 of the weights that encode: the same for the same codec in any file format."""
+    """SHA-256 of the encoder and bottleneck: the same for the same codec in any file format."""
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves((codec.encoder, codec.bottleneck)).items()):
         digest.update(name.encode() + np.asarray(leaf, np.float32).tobytes())

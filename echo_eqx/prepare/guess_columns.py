@@ -1,4 +1,4 @@
-"""What the columns of a list without a heading hold, known by what stands in them."""
+"""Guess the columns of a list without a header from the values in them."""
 
 import re
 from collections import Counter
@@ -8,9 +8,9 @@ from echo_eqx.errors import EchoError
 from echo_eqx.prepare.records import AUDIO_FIELDS, TEXT_FIELDS, printable
 
 _ENOUGH = 8
-"""Rows from which on it counts how often a value is repeated."""
+"""With fewer rows, how often a value repeats says nothing."""
 _TOO_FEW = 20
-"""Rows below which a text as written and as spoken need not have words in common."""
+"""With fewer rows, raw and normalized text need not share words to be recognised."""
 _LONGEST_LABEL = 64
 _WORD = re.compile(r"[\w.@:/+-]+")
 _LANGUAGES = set(
@@ -20,13 +20,15 @@ _LANGUAGES = set(
 )
 
 
-def guessed_columns(
+def guess_columns(
     rows: Sequence[list[str]], count_audio: Callable[[Sequence[str]], int], list_name: str
 ) -> list[str]:
-    """What the columns of a list without a heading hold: `raw_text` and `text`, if there are two.
+    """Names of the columns; two columns of text are `raw_text` and `text`.
 
-    Audio is where files are named that exist, a language is a known code, a speaker is a short
-    name that stands in many rows, and text is what is left and longest.
+    The audio column names existing files, a language is a known code, a speaker is a short name
+    that repeats, and the longest of the other columns is text.
+
+    **Raises**: `EchoError` if any column remains unclear.
     """
     lengths = Counter(map(len, rows))
     width = max((n for n in lengths if lengths[n] * 5 >= len(rows)), default=0)
@@ -37,14 +39,14 @@ def guessed_columns(
     columns[audio] = "audio"
     rest = [i for i in range(width) if i != audio and any(values[i])]
     if not rest:
-        raise EchoError(f"{list_name}: expected a column of text besides that of audio, got none")
+        raise EchoError(f"{list_name}: expected a column of text, got only audio")
     text = max(rest, key=lambda i: sum(map(len, set(values[i]))))
     texts = [i for i in rest if i == text or _is_same_text(values[i], values[text])]
     labels = [i for i in rest if i not in texts and _is_label(values[i], values[text])]
     unsure = [i for i in rest if i not in texts and i not in labels]
     is_small = not labels and len(texts) == 1 and len(whole) < _TOO_FEW
     if len(unsure) == 1 and is_small and 2 * _sentences(values[unsure[0]]) >= len(whole):
-        texts, unsure = sorted([*texts, *unsure]), []  # too few rows to compare raw and normalised
+        texts, unsure = sorted([*texts, *unsure]), []  # raw and normalized text
     languages = [i for i in labels if all(map(_is_language, values[i]))]
     speakers = [i for i in labels if i not in languages]
     doubtful = unsure + texts[2:] + speakers[1:] + languages[1:]
@@ -53,7 +55,7 @@ def guessed_columns(
     if doubtful:
         example = next((value for value in values[doubtful[0]] if value), "")
         raise EchoError(
-            f"{list_name}: cannot tell what column {doubtful[0] + 1} holds (such as "
+            f"{list_name}: cannot tell what column {doubtful[0] + 1} is (example: "
             f"{printable(example[:40])!r}); name the columns in the first line, such as "
             "audio|text|speaker"
         )
@@ -68,44 +70,43 @@ def guessed_columns(
 def _audio_column(
     values: Sequence[list[str]], count_audio: Callable[[Sequence[str]], int], list_name: str
 ) -> int:
-    """The column that names files that exist most often."""
+    """The column in which most values name existing files."""
     hits = [count_audio(column) for column in values]
     best = max(hits, default=0)
     if best == 0:
         example = next((value for column in values for value in column if value), "")
         if len(values) == 1:
             raise EchoError(
-                f"{list_name} has neither a heading nor columns parted by |, tab, ; or a comma "
-                f"(such as {printable(example[:60])!r}); lists parted by spaces, as Kaldi has "
-                "them, are not read"
+                f"{list_name}: expected a header, or columns separated by |, tab, ; or comma, got "
+                f"{printable(example[:60])!r}; lists separated by spaces (Kaldi) are not supported"
             )
         raise EchoError(
-            f"{list_name} has neither a heading with one of {', '.join(AUDIO_FIELDS[:4])} and one "
-            f"of {', '.join(TEXT_FIELDS[:4])} nor a column of audio that exists (such as "
-            f"{printable(example[:60])!r}); expected paths from the folder of the list"
+            f"{list_name}: expected a header with one of {', '.join(AUDIO_FIELDS[:4])} and one of "
+            f"{', '.join(TEXT_FIELDS[:4])}, or a column of existing audio files relative to the "
+            f"list, got {printable(example[:60])!r}"
         )
     likely = [i for i, count in enumerate(hits) if 2 * count > best]
     if len(likely) > 1:
         raise EchoError(
-            f"{list_name}: columns {likely[0] + 1} and {likely[1] + 1} both name audio that is "
-            "there; name the columns in the first line, such as audio|text|speaker"
+            f"{list_name}: columns {likely[0] + 1} and {likely[1] + 1} both name existing audio; "
+            "name the columns in the first line, such as audio|text|speaker"
         )
     return likely[0]
 
 
 def _is_same_text(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """Whether most rows of two columns share their words: a text as written and as spoken."""
+    """Whether most rows of two columns share words: the same text, raw and normalized."""
     pairs = [(_words(a), _words(b)) for a, b in zip(ours, theirs, strict=True) if a and b]
     return 2 * sum(4 * len(a & b) >= max(1, len(a | b)) for a, b in pairs) > len(pairs)
 
 
 def _words(text: str) -> set[str]:
-    # Words are not parted in every script: there characters are compared.
+    # Chinese and Japanese do not separate words; there, characters are compared.
     return set(re.findall(r"[^\W\u3040-\u9fff]+|[\u3040-\u9fff]", text.casefold()))
 
 
 def _is_label(column: Sequence[str], text: Sequence[str]) -> bool:
-    """Whether values are names: short, and either repeated or single words beside sentences."""
+    """Whether values are labels: short, and either repeated or single words."""
     found = [value for value in column if value]
     distinct = set(found)
     if max(map(len, distinct)) > _LONGEST_LABEL or any(map(_is_decimal, distinct)):
@@ -127,12 +128,12 @@ def _is_language(value: str) -> bool:
 
 
 def _sentences(column: Sequence[str]) -> int:
-    """How many values are more than a word."""
+    """How many values are more than one word."""
     return sum(_WORD.fullmatch(value) is None for value in column if value)
 
 
 def _is_text(column: Sequence[str], labels: Sequence[Sequence[str]]) -> bool:
-    """Whether `column` and not one of `labels` is the text: sentences, or far more varied."""
+    """Whether `column` is text rather than a label: it has sentences, or far more variety."""
     if 2 * _sentences(column) > sum(map(bool, column)):
         return True
     most = max(len(set(label)) for label in labels)

@@ -1,9 +1,19 @@
-"""How long recordings, references and texts may be, from the model that will be trained."""
+"""What the options --model, --speaker and --holdout decide."""
 
-from dataclasses import dataclass
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
-from echo_eqx.config import DIT_PRESETS, CodecConfig
+from echo_eqx.config import DIT_PRESETS, CodecConfig, presets_of_width
+from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.prepare.assign import listed_sources
+from echo_eqx.prepare.clips import Clip
+
+MAX_WITHOUT_REFERENCE = 0.2
+"""Share of samples without a reference above which there is a warning."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +21,7 @@ class Limits:
     max_seconds: float
     ref_seconds: float
     max_text_bytes: int
-    """Of the text and the 0 in front of it."""
+    """Of the text with its leading 0."""
 
     @classmethod
     def of(
@@ -21,19 +31,17 @@ class Limits:
         max_seconds: float | None = None,
         ref_seconds: float | None = None,
     ) -> "Limits":
-        """What the preset `model` holds of latents of `codec`; seconds that are given come first.
+        """What the preset `model` holds of latents of `codec`, unless seconds are given.
 
         **Raises**: `UsageError` if there is no such preset, and `EchoError` if it is for latents
         of another width.
         """
-        if model is None:
-            return cls(max_seconds or 30.72, ref_seconds or 20.48, 768)
-        if model not in DIT_PRESETS:
+        if model is not None and model not in DIT_PRESETS:
             names = ", ".join(DIT_PRESETS)
             raise UsageError(f"--model: expected one of {names}, got {model!r}")
-        config = DIT_PRESETS[model]
-        if config.latent_dim != codec.latent_dim:
-            fit = [name for name, c in DIT_PRESETS.items() if c.latent_dim == codec.latent_dim]
+        config = DIT_PRESETS[model or "1.3B"]
+        if model is not None and config.latent_dim != codec.latent_dim:
+            fit = presets_of_width(codec.latent_dim)
             instead = f"give --model {' or '.join(fit)}, or" if fit else "give"
             raise EchoError(
                 f"--model {model}: expected a codec with latents of {config.latent_dim} channels, "
@@ -44,3 +52,104 @@ class Limits:
             ref_seconds or config.max_speaker_frames / codec.frame_rate,
             config.max_text_bytes,
         )
+
+
+# --- Speakers -----------------------------------------------------------------------------------
+
+
+def with_speakers(
+    clips: Sequence[Clip], speaker: str | None, folder: str
+) -> tuple[list[Clip], str | None]:
+    """`clips` with their speakers filled in, and a note for the user.
+
+    `speaker` is assigned to all clips that have none; if empty, they stay without. If it is None,
+    and recordings without speakers all lie in one folder, they are assumed to be of one speaker,
+    called `folder`.
+    """
+    named = sum(clip.speaker is not None for clip in clips)
+    note = None
+    if speaker and named:
+        note = (
+            f"--speaker {speaker}: {named} of {len(clips)} clips keep the speaker that the source "
+            "names (a folder's name counts)"
+        )
+    elif speaker is None and _is_one_folder(clips):
+        speaker = folder
+        note = (
+            f"assumed: all {len(clips)} clips are of one speaker, {folder!r}, because they are in "
+            "one folder and no speaker is named; otherwise name speakers (a folder for each, or a "
+            "column 'speaker'), or give --speaker '' for unknown speakers"
+        )
+    return [replace(clip, speaker=clip.speaker or speaker or None) for clip in clips], note
+
+
+def _is_one_folder(clips: Sequence[Clip]) -> bool:
+    """Whether the clips are files, not rows or tar members, in one folder, without speakers."""
+    sources = {clip.metadata["source"] for clip in clips}
+    are_files = all(isinstance(clip.audio, Path) and clip.speaker is None for clip in clips)
+    folders = {PurePosixPath(source).parent for source in sources}
+    return are_files and len(sources) > 1 and len(folders) == 1
+
+
+def reference_warning(samples: int, with_reference: int) -> str | None:
+    """What to do about samples without a reference, if there are many."""
+    without = samples - with_reference
+    if without <= MAX_WITHOUT_REFERENCE * samples:
+        return None
+    return (
+        f"{without} of {samples} samples have no reference, so a model learns little about voices "
+        "from them. A reference is another recording of the same speaker: name speakers in the "
+        "source (a folder for each, or a column 'speaker'), or give --speaker NAME if all are of "
+        "one speaker, then prepare into another --output"
+    )
+
+
+# --- Held-out recordings ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Either a share from 0 to 1 or a count of recordings."""
+
+    share: float | None = None
+    count: int = 0
+
+    @classmethod
+    def parse(cls, given: str) -> "Holdout":
+        """From `5%` or a count of recordings such as `20`.
+
+        **Raises**: `UsageError` if it is neither.
+        """
+        match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)\s*%|(\d{1,9})", given.strip())
+        if match is None or not float(match[1] or match[2]) > 0:
+            raise UsageError(f"--holdout: expected a share such as 5% or a count, got {given!r}")
+        return cls(float(match[1]) / 100) if match[1] else cls(None, int(match[2]))
+
+
+def hold_out(clips: Sequence[Clip], holdout: Holdout, seed: int, output: Path) -> set[str]:
+    """Names of the recordings to hold out. Those that earlier runs assigned in `output` stay.
+
+    Each recording is chosen by a hash of its name and `seed`, so the choice does not depend on
+    which others there are. At least one recording is held out, and at least one is left.
+    """
+    training, held = listed_sources(output), listed_sources(output / HOLDOUT)
+    sources = {clip.metadata["source"] for clip in clips}
+    free = sorted(sources - training - held, key=lambda source: _uniform(source, seed))
+    if holdout.share is None:
+        chosen = set(free[: max(0, holdout.count - len(held & sources))])
+    else:
+        chosen = {source for source in free if _uniform(source, seed) < holdout.share}
+        if not chosen and not held:
+            chosen = set(free[:1])
+    if not (sources - held - chosen):
+        raise UsageError(
+            f"--holdout: expected fewer than all {len(sources)} recordings, so that some are left "
+            "to train on"
+        )
+    return chosen | (held & sources)
+
+
+def _uniform(source: str, seed: int) -> float:
+    """A number from 0 to 1, uniform over names."""
+    digest = hashlib.sha256(f"holdout {seed} {source}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""Where the files are: all of a folder, and the audio that a list means by a name."""
+"""Find files: all files below a folder, and the audio files that a list names."""
 
 import os
 import re
@@ -12,48 +12,51 @@ from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.prepare.records import SkippedInput
 
 INDEX = re.compile(r"index-\d{3,}-of-\d{3,}\.json")
-"""The index that `prepare` writes beside its shards."""
-_FOLDERS = ("", "wavs", "wav", "clips", "audio")
-"""Where lists keep the audio that they name without a folder."""
+"""The shard index that prepare writes next to its shards."""
+_AUDIO_FOLDERS = ("", "wavs", "wav", "clips", "audio")
+"""Where the audio usually is if a list gives only a file name."""
 _SAMPLE = 200
 
 
 def nfc(name: str) -> str:
-    """One spelling for names that look the same: `é` as one character, not as two."""
+    """Composed Unicode (`é` as one character), so that names that look the same are equal."""
     return unicodedata.normalize("NFC", name)
 
 
-def bare(name: str) -> str:
-    """`name` without a suffix of audio; ids with dots keep them."""
+def without_audio_suffix(name: str) -> str:
+    """`name` without `.wav` and the like; other dots in it stay."""
     found = next((end for end in AUDIO_SUFFIXES if name.lower().endswith(end)), "")
     return name[: len(name) - len(found)]
 
 
 def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], list[SkippedInput]]:
-    """Names of all files below `folder`, sorted, and what of it cannot be read.
+    """Sorted relative names of all files below `folder`, and what cannot be read.
 
-    Hidden files and folders, `output` and folders with shards that `prepare` made are left out. A
-    folder that several links lead to is read once.
+    Hidden files and folders, the folder `output`, and folders of shards made by prepare are left
+    out. A folder that several links lead to is read once.
     """
     names: list[str] = []
-    refusals: list[SkippedInput] = []
-    seen = {_identity(output)} if output is not None else set()
+    skipped: list[SkippedInput] = []
+
+    def skip(name: str, detail: str) -> None:
+        skipped.append(SkippedInput("path", name.rstrip("/") or ".", detail))
+
+    own = None if output is None else _identity(output)
+    seen: set[tuple[int, int] | None] = set() if own is None else {own}
     folders, links = [""], []
     while folders or links:
         inside = folders.pop() if folders else links.pop()
         try:
             identity = _identity(folder / inside)
             if identity in seen:
-                if output is None or identity != _identity(output):
-                    detail = "is a link to a folder that is read already"
-                    refusals.append(SkippedInput("path", inside.rstrip("/"), detail))
+                if identity != own:
+                    skip(inside, "links to a folder that is read already")
                 continue
             seen.add(identity)
             with os.scandir(folder / inside) as entries:
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            detail = f"cannot be read: {error.strerror}"
-            refusals.append(SkippedInput("path", inside.rstrip("/") or ".", detail))
+            skip(inside, f"cannot be read: {error.strerror}")
             continue
         if inside and any(_is_our_index(Path(entry.path)) for entry in found):
             continue
@@ -64,19 +67,19 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
             try:
                 mode = entry.stat().st_mode
             except OSError as error:
-                refusals.append(SkippedInput("path", name, f"cannot be read: {error.strerror}"))
+                skip(name, f"cannot be read: {error.strerror}")
                 continue
             if stat.S_ISDIR(mode):
                 (links if entry.is_symlink() else folders).append(f"{name}/")
             elif stat.S_ISREG(mode):
                 names.append(name)
             elif name.lower().endswith((*AUDIO_SUFFIXES, ".txt", ".tar", ".parquet")):
-                refusals.append(SkippedInput("path", name, "is not a regular file"))
-    return sorted(names), refusals
+                skip(name, "is not a regular file")
+    return sorted(names), skipped
 
 
-def has_shards_of_ours(folder: Path) -> bool:
-    """Whether `prepare` made shards in `folder`."""
+def has_our_shards(folder: Path) -> bool:
+    """Whether `folder` has a shard index written by prepare."""
     try:
         return any(_is_our_index(path) for path in folder.iterdir())
     except OSError:
@@ -100,55 +103,56 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 class AudioFiles:
-    """The audio files that a list in `folder` names, by paths or by ids."""
+    """Resolves the paths or ids by which a list in `folder` names its audio."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._with_ids: set[str] = set()
-        self._listings: dict[str, dict[str, list[str]]] = {}
+        self._folders_of_ids: set[str] = set()
+        self._by_name: dict[str, dict[str, str]] = {}
 
     def find(self, given: str) -> str | None:
-        """The path of `given`, absolute or below the folder, None if there is no such file.
+        """The path of `given`, absolute or relative to the folder; None if there is no such file.
 
-        Tried are the path itself, `/` for `\\`, the composed and decomposed forms of Unicode, other
-        case in the suffix, no suffix, and the folders that lists keep audio in.
+        Also tried: `/` for `\\`, composed and decomposed Unicode, another case of the suffix, no
+        suffix, and the usual folders of audio.
         """
-        spelled = _spellings(given)
-        for name in spelled:
+        spellings = _spellings(given)
+        for name in spellings:
             if self._is_file(name):
                 return PurePosixPath(name).as_posix()
-        for folder in _FOLDERS:
-            for name in spelled:
+        for folder in _AUDIO_FOLDERS:
+            for name in spellings:
                 path = PurePosixPath(folder, name)
-                if (found := self._listed(path)) is not None:
+                found = self._audio_by_name(path.parent.as_posix()).get(_name_key(path.name))
+                if found is not None:
                     if len(path.parts) == 2 and folder.startswith("wav"):
-                        self._with_ids.add(folder)
+                        self._folders_of_ids.add(folder)
                     return (path.parent / found).as_posix()
         return None
 
     def count(self, names: Sequence[str]) -> int:
-        """How many of `names` are found here, or by another beginning if none is."""
+        """How many of `names` are found here; if none is, after `moved`."""
         found = sum(self.find(name) is not None for name in names)
         if not found and (moved := self.moved([name for name in names if name])):
             found = sum(self.find_moved(name, *moved) is not None for name in names)
         return found
 
     def unused(self, used: Iterable[str]) -> Iterator[str]:
-        """What of the `wavs/` in which ids were found is not among the paths `used`.
+        """Audio in the `wavs/` folder in which ids were found that is not among the paths `used`.
 
-        Other folders belong to several lists, each of which names its own share.
+        Other folders may belong to several lists, so their unused files mean nothing.
         """
         known = {nfc(name) for name in used}
-        for folder in sorted(self._with_ids):
+        for folder in sorted(self._folders_of_ids):
             for name in _audio_in(self.folder / folder):
                 if nfc(f"{folder}/{name}") not in known:
                     yield f"{folder}/{name}"
 
     def moved(self, missing: Sequence[str]) -> tuple[str, str] | None:
-        """How paths begin if they were written elsewhere, and the folder here that has the rest.
+        """The prefix of paths written on another machine, and the folder here that replaces it.
 
-        One beginning alone is replaced: two might lead to the same file. None if not most of those
-        paths are found by it.
+        None unless one prefix finds most of the missing files. Only one prefix is replaced: two
+        could lead to the same file.
         """
         sample = missing[:_SAMPLE]
         votes: Counter[tuple[str, str]] = Counter()
@@ -156,18 +160,18 @@ class AudioFiles:
             parts = _parts(given)
             for cut in range(1, len(parts)):
                 rest = "/".join(parts[cut:])
-                for folder in _FOLDERS:
+                for folder in _AUDIO_FOLDERS:
                     if self._is_file(str(PurePosixPath(folder, rest))):
                         votes["/".join(parts[:cut]), folder] += 1
         best = votes.most_common(1)
         return best[0][0] if best and 2 * best[0][1] > len(sample) else None
 
-    def find_moved(self, given: str, beginning: str, folder: str) -> str | None:
-        """`find` after `beginning`, as `moved` gives it, was replaced by `folder`."""
+    def find_moved(self, given: str, prefix: str, folder: str) -> str | None:
+        """`find`, with `prefix` replaced by `folder`, as `moved` returns them."""
         path = "/".join(_parts(given))
-        if not path.startswith(f"{beginning}/"):
+        if not path.startswith(f"{prefix}/"):
             return None
-        return self.find(str(PurePosixPath(folder, path[len(beginning) + 1 :])))
+        return self.find(str(PurePosixPath(folder, path[len(prefix) + 1 :])))
 
     def _is_file(self, name: str) -> bool:
         try:
@@ -175,20 +179,14 @@ class AudioFiles:
         except (OSError, ValueError):  # too long, or with a NUL
             return False
 
-    def _listed(self, path: PurePosixPath) -> str | None:
-        """The file in the folder of `path` with its name, whatever its suffix if it has none."""
-        found = self._listing(path.parent.as_posix()).get(_key(path.name))
-        return found[0] if found else None
-
-    def _listing(self, folder: str) -> dict[str, list[str]]:
-        """Audio files of a folder by name and by id, each sorted."""
-        if folder not in self._listings:
-            listing: dict[str, list[str]] = {}
+    def _audio_by_name(self, folder: str) -> dict[str, str]:
+        """Audio files of a folder by name, and by name without the suffix; the first counts."""
+        if folder not in self._by_name:
+            names = self._by_name[folder] = {}
             for name in _audio_in(self.folder / folder):
-                listing.setdefault(_key(name), []).append(name)
-                listing.setdefault(nfc(bare(name)), []).append(name)
-            self._listings[folder] = listing
-        return self._listings[folder]
+                names.setdefault(_name_key(name), name)
+                names.setdefault(nfc(without_audio_suffix(name)), name)
+        return self._by_name[folder]
 
 
 def _audio_in(folder: Path) -> list[str]:
@@ -199,9 +197,9 @@ def _audio_in(folder: Path) -> list[str]:
     return [name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
 
 
-def _key(name: str) -> str:
-    """A file name without what spellings of it differ in."""
-    short = bare(name)
+def _name_key(name: str) -> str:
+    """The same for all spellings of a file name: composed Unicode, suffix in lower case."""
+    short = without_audio_suffix(name)
     return nfc(short) + name[len(short) :].lower()
 
 
@@ -212,5 +210,5 @@ def _spellings(given: str) -> Iterable[str]:
 
 
 def _parts(given: str) -> tuple[str, ...]:
-    """Folders and file of a path of this or another system."""
+    """Folders and file name of a path, of this or another system."""
     return tuple(part for part in given.replace("\\", "/").split("/") if part not in ("", "."))

@@ -1,4 +1,4 @@
-"""Pauses in speech: found by silero-vad where it is installed, else by energy."""
+"""Find pauses in speech: with silero-vad if it is installed, else by energy."""
 
 import importlib.metadata
 import importlib.util
@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 RATE = 16_000
-"""Samples per second that speech is analysed at."""
+"""Sample rate that speech is analysed at."""
 MIN_PAUSE = 0.2
-"""Seconds; shorter gaps lie within words as often as between them."""
+"""Seconds; shorter gaps are within words as often as between them."""
 _ENERGY_FRAME = 320
 _VAD_FRAME, _VAD_CONTEXT = 512, 64
 _SPEECH_PROBABILITY = 0.4
 
 
 def detector() -> str:
-    """What finds pauses here, with its version, such as `silero-vad 6.2.3` or `energy`."""
+    """The detector in use, with its version: `silero-vad 6.2.3` or `energy`."""
     model = _vad_model()
     return "energy" if model is None else f"silero-vad {importlib.metadata.version('silero-vad')}"
 
@@ -35,7 +35,7 @@ def find_pauses(audio: np.ndarray) -> list[tuple[float, float]]:
 
 
 def _by_energy(audio: np.ndarray) -> np.ndarray:
-    """Whether each frame is louder than a third of the way (in dB) from noise to speech."""
+    """Whether each frame is above a third of the way, in dB, from noise level to speech level."""
     count = len(audio) // _ENERGY_FRAME
     frames = audio[: count * _ENERGY_FRAME].reshape(count, _ENERGY_FRAME)
     level = 10 * np.log10(np.mean(np.square(frames, dtype=np.float64), axis=1) + 1e-10)
@@ -59,7 +59,7 @@ def _by_vad(audio: np.ndarray) -> np.ndarray:
 
 @lru_cache(1)
 def _vad_model() -> Path | None:
-    """The ONNX file that silero-vad brings. Its Python code is not run: that imports torch."""
+    """The ONNX file in the package silero-vad, whose Python code is not run: it imports torch."""
     found = importlib.util.find_spec("silero_vad")
     if found is None or found.origin is None or importlib.util.find_spec("onnxruntime") is None:
         return None
@@ -72,7 +72,7 @@ def _session() -> Any:
     import onnxruntime  # optional
 
     options = onnxruntime.SessionOptions()
-    # One thread: the order of sums, and so the result, is the same each time.
+    # One thread, so that sums are in the same order and results are reproducible.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(

@@ -1,8 +1,15 @@
-"""A folder of shards onto the Hub: a dataset with a card, one commit for each shard."""
+"""Upload a folder of shards to the Hub: a dataset with a card.
+
+Why not `HfApi.upload_large_folder`: shards are checked against the SHA-256 in their index before
+they are sent, and indexes and card follow in the last commit, so whatever is on the Hub is listed
+correctly at any time. Nothing is written into the folder, and what was uploaded is known by its
+SHA-256, so the same call on any machine continues an upload that was interrupted. The large upload
+has no such order, keeps its state in the folder and does not know of indexes.
+"""
 
 import contextlib
 import hashlib
-import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,20 +25,23 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import HubDataset, HubOffline, HubUnavailable, hub_errors
+from echo_eqx.prepare.index import parse_index
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before each further attempt at what may succeed later."""
+"""Seconds to wait before each retry of a request that may succeed later."""
+MAX_COMMITS = 100
+"""Most commits of shards in one upload: the Hub limits how many there are in an hour."""
 _BEGIN, _END = b"<!-- echo_eqx:begin -->", b"<!-- echo_eqx:end -->"
 _CARD = "README.md"
-# Of JSON that is too deep, too large or not an index at all.
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Codec:
-    """Which codec made the latents, as the index has it."""
+    """The codec that made the latents, by the index."""
 
     id: str
     sample_rate: int
@@ -40,61 +50,72 @@ class _Codec:
 
 
 @dataclass(frozen=True)
-class _Holdings:
-    """What a folder holds, as its index says; small files are read once, so that what is written
-    to the folder meanwhile is not listed without its shards."""
+class _Dataset:
+    """What is to be uploaded. Names are relative to the folder.
+
+    Small files are read once: an index that is updated meanwhile would list other shards.
+    """
 
     shards: dict[str, str]
-    """SHA-256 by file name, in the order of names."""
-    small: dict[str, bytes]
-    """Silence, codec and index, in the order they are sent."""
+    """SHA-256 by name, sorted."""
+    small_files: dict[str, bytes]
+    """Silence, codec, indexes and lists of clips."""
     codec: _Codec
-    samples: int
-    seconds: float
+    samples: dict[str, int]
+    """By shard."""
+    frames: dict[str, int]
 
 
-def push(folder: Path, repo: str, *, say: Callable[[str], object]) -> None:
-    """Upload the shards that lie in `folder` to the dataset `repo`, `owner/name`, on the Hub.
+def push(folder: Path, repo: str) -> None:
+    """Upload the shards in `folder` and `folder/holdout` to the dataset `repo`, `owner/name`.
 
-    Each shard is a commit, and what is there with the same SHA-256 is not sent again: the same call
-    goes on where one broke. Silence, codec, index and card come last, in one commit. Of a card that
-    is there, only the block between two markers changes. A dataset that does not exist yet is
-    created, private. `say` is told what happens to each shard.
+    Shards on the Hub with the same SHA-256 are not sent again, so the same call continues an
+    interrupted upload. Silence, codec, indexes, lists of clips and the card come last, in one
+    commit. Of an existing card, only the block between two markers changes. A dataset that does not
+    exist is created, private.
 
-    **Raises**: `EchoError` if `repo` is no such name, the folder has no shards, a shard is not what
-    the index beside it says, or the Hub is out of reach or refuses.
+    **Raises**: `EchoError` if `repo` is not such a name, the folder has no shards, a shard differs
+    from its index, or the Hub cannot be reached or refuses.
     """
     _check_name(repo)
-    holds = _read_folder(folder)
-    hub = _Hub(repo, say)
+    dataset = _read_dataset(folder)
+    hub = _Hub(repo)
     hub.create()
-    there = hub.files()
-    for number, (name, sha256) in enumerate(holds.shards.items(), 1):
-        lfs = there[name].lfs if name in there else None
+    remote = hub.files()
+    total, missing = len(dataset.shards), []
+    for number, (name, sha256) in enumerate(dataset.shards.items(), 1):
+        lfs = remote[name].lfs if name in remote else None
         if lfs is not None and lfs.sha256 == sha256:
-            done = "is already there"
+            logger.info("%s is already there (%d of %d)", name, number, total)
         else:
+            missing.append((number, name, sha256))
+    size = max(1, -(-len(missing) // MAX_COMMITS))
+    for batch in (missing[i : i + size] for i in range(0, len(missing), size)):
+        for _, name, sha256 in batch:
             _check_sum(folder / name, sha256)
-            hub.send({name: folder / name}, f"Add {name}")
-            done = "sent"
-        say(f"{name} {done} ({number} of {len(holds.shards)})")
+        names = [name for _, name, _ in batch]
+        hub.send({name: folder / name for name in names}, f"Add {names[0]}")
+        for number, name, _ in batch:
+            logger.info("%s sent (%d of %d)", name, number, total)
     changed: dict[str, Path | bytes] = {
-        name: data for name, data in holds.small.items() if not _is_same(there.get(name), data)
+        name: data
+        for name, data in dataset.small_files.items()
+        if not _is_same(remote.get(name), data)
     }
     old = hub.read(_CARD)
-    card = _card(repo, holds, old)
+    card = _card(repo, dataset, old)
     if card != old:
         changed[_CARD] = card
     if changed:
         hub.send(changed, "Update index and card")
-        say(f"{', '.join(changed)} sent")
+        logger.info("%s sent", ", ".join(changed))
 
 
 class _Hub:
     """One dataset on the Hub. Its methods raise `EchoError` for anything that goes wrong there."""
 
-    def __init__(self, repo: str, say: Callable[[str], object]):
-        self._repo, self._say = repo, say
+    def __init__(self, repo: str):
+        self._repo = repo
         self._errors = f"cannot push to {repo}"
         self._api = HfApi()
 
@@ -104,14 +125,14 @@ class _Hub:
         def create() -> None:
             if not self._api.repo_exists(self._repo, repo_type="dataset"):
                 self._api.create_repo(self._repo, repo_type="dataset", private=True, exist_ok=True)
-                self._say(f"{self._repo} is new, and private until its settings say otherwise")
+                logger.info("%s is new; it is private until you change its settings", self._repo)
 
         self._retry(create)
 
     def files(self) -> dict[str, RepoFile]:
-        """Files in the root of the dataset, by name."""
+        """All files of the dataset by name."""
         with hub_errors(self._errors):
-            tree = self._api.list_repo_tree(self._repo, repo_type="dataset")
+            tree = self._api.list_repo_tree(self._repo, repo_type="dataset", recursive=True)
             return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def read(self, name: str) -> bytes | None:
@@ -148,7 +169,7 @@ class _Hub:
                 if wait is None:
                     raise
                 wait = max(wait, error.retry_after or 0.0)
-                self._say(f"{error}; trying again in {wait:.0f} s")
+                logger.warning("%s; trying again in %.0f s", error, wait)
             time.sleep(wait)
 
 
@@ -157,75 +178,76 @@ def _check_name(repo: str) -> None:
         validate_repo_id(repo)
         if repo.count("/") == 1:
             return
-    raise EchoError(f"{repo!r} is no name of a dataset on the Hub; wanted owner/name")
+    raise EchoError(f"--push: expected owner/name of a dataset on the Hub, got {repo!r}")
 
 
-def _read_folder(folder: Path) -> _Holdings:
+def _read_dataset(folder: Path) -> _Dataset:
+    """**Raises**: `EchoError` if shards and indexes do not fit together."""
+    small_files: dict[str, bytes] = {}
+    sums: dict[str, str] = {}
+    samples: dict[str, int] = {}
+    frames: dict[str, int] = {}
+    codecs: dict[_Codec, str] = {}
+    found: set[str] = set()
     try:
-        files = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
-        names = ["silence.safetensors", "codec.json"]
-        names += sorted(n for n in files if n.startswith("index") and n.endswith(".json"))
-        small = {name: (folder / name).read_bytes() for name in names if name in files}
+        for prefix in ("", f"{HOLDOUT}/"):
+            if prefix and not (folder / prefix).is_dir():
+                continue
+            paths = [x for x in (folder / prefix).iterdir() if x.is_file() and not x.is_symlink()]
+            names = {path.name for path in paths}
+            found |= {prefix + name for name in names if name.endswith(".tar")}
+            indexes = sorted(n for n in names if n.startswith("index") and n.endswith(".json"))
+            lists = sorted(n for n in names if n.startswith("clips-") and n.endswith(".json"))
+            for name in ("silence.safetensors", "codec.json", *indexes, *lists):
+                if name in names:
+                    small_files[prefix + name] = (folder / prefix / name).read_bytes()
+            for index_name in indexes:
+                path = folder / prefix / index_name
+                codec, summaries = _read_index(path, small_files[prefix + index_name])
+                codecs.setdefault(codec, prefix + index_name)
+                for name, listed in summaries.items():
+                    if sums.setdefault(prefix + name, listed["sha256"]) != listed["sha256"]:
+                        raise EchoError(
+                            f"{path.parent / name}: two index*.json list it with different SHA-256"
+                        )
+                    samples[prefix + name] = listed["samples"]
+                    frames[prefix + name] = listed["frames"]
     except OSError as error:
         raise EchoError(f"{error.filename} cannot be read: {error.strerror}") from None
-    shards = sorted(name for name in files if name.endswith(".tar"))
-    if not shards:
-        raise EchoError(f"{folder} holds no *.tar; wanted at least one shard to push")
-    if not names[2:]:
-        raise EchoError(f"{folder} holds no index*.json; wanted one that lists its shards")
-    listed: dict[str, str] = {}
-    codecs: dict[_Codec, str] = {}
-    counted: dict[str, tuple[int, float]] = {}
-    for name in names[2:]:
-        codec, parts = _read_index(folder / name, small[name])
-        codecs.setdefault(codec, name)
-        for shard, (sha256, shard_samples, shard_seconds) in parts.items():
-            if listed.setdefault(shard, sha256) != sha256:
-                raise EchoError(
-                    f"{folder / shard} is listed in two index*.json with different SHA-256; "
-                    "wanted it in one"
-                )
-            counted[shard] = (shard_samples, shard_seconds)
+    if not found:
+        raise EchoError(f"{folder}: expected at least one shard (*.tar), got none")
+    if not codecs:
+        raise EchoError(f"{folder}: expected an index*.json that lists the shards, got none")
     if len(codecs) > 1:
-        first, second = list(codecs.items())[:2]
+        (first, one), (second, other) = list(codecs.items())[:2]
         raise EchoError(
-            f"{folder / first[1]} names codec {first[0].id} and {second[1]} names {second[0].id}; "
-            "wanted shards of one codec"
+            f"{folder}: expected shards of one codec, but {one} names {first.id} and {other} names "
+            f"{second.id}"
         )
-    for shard in shards:
-        if shard not in listed:
-            raise EchoError(f"{folder / shard} is in no index*.json beside it; wanted it listed")
-    for shard in sorted(listed):
-        if shard not in files:
-            raise EchoError(f"{folder / shard} does not exist; wanted it, since an index lists it")
-    return _Holdings(
-        {name: listed[name] for name in shards},
-        small,
-        next(iter(codecs)),
-        sum(samples for samples, _ in counted.values()),
-        sum(seconds for _, seconds in counted.values()),
-    )
+    # prepare lists a shard without samples, but writes no file.
+    listed_names = {name for name in sums if samples[name]}
+    for name in sorted(found - sums.keys()):
+        raise EchoError(f"{folder / name} is in no index*.json; move it away or list it")
+    for name in sorted(listed_names - found):
+        raise EchoError(f"{folder / name} does not exist, but an index lists it")
+    shards = {name: sums[name] for name in sorted(found)}
+    return _Dataset(shards, small_files, next(iter(codecs)), samples, frames)
 
 
-def _read_index(path: Path, data: bytes) -> tuple[_Codec, dict[str, tuple[str, int, float]]]:
-    """The codec, and SHA-256, samples and seconds of each shard."""
+def _read_index(path: Path, data: bytes) -> tuple[_Codec, dict[str, dict]]:
+    """The codec, and what the index says of each shard."""
     try:
-        index = json.loads(data)
-        if (index["format"], index["kind"]) != ("echo_eqx", "shards"):
-            raise ValueError(f"its kind is {index['format']} {index['kind']}")
+        index = parse_index(data, ("samples", "frames"))
+        if index is None:
+            raise ValueError("it is of another kind")
         codec = index["codec"]
         sizes = [int(codec[name]) for name in ("sample_rate", "hop", "latent_dim")]
         if min(sizes) < 1:
             raise ValueError(f"a size of its codec is {min(sizes)}")
-        seconds = sizes[1] / sizes[0]  # of a frame
-        shards = {
-            name: (str(facts["sha256"]), int(facts["samples"]), int(facts["frames"]) * seconds)
-            for name, facts in index["shards"].items()
-        }
-        return _Codec(str(codec["id"]), *sizes), shards
-    except _UNREADABLE as error:
+        return _Codec(str(codec["id"]), *sizes), index["shards"]
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:200]
-        raise EchoError(f"{path} is no index of shards: {reason}") from None
+        raise EchoError(f"{path}: expected an index of shards: {reason}") from None
 
 
 def _check_sum(path: Path, sha256: str) -> None:
@@ -235,11 +257,11 @@ def _check_sum(path: Path, sha256: str) -> None:
     except OSError as error:
         raise EchoError(f"{path} cannot be read: {error.strerror}") from None
     if found != sha256:
-        raise EchoError(f"{path} has SHA-256 {found}; wanted {sha256}, as its index says")
+        raise EchoError(f"{path}: expected SHA-256 {sha256} as in its index, got {found}")
 
 
 def _is_same(remote: RepoFile | None, data: bytes) -> bool:
-    """Large files are known by their SHA-256, others by git's hash."""
+    """Large files are compared by their SHA-256, others by git's hash."""
     if remote is None:
         return False
     if remote.lfs is not None:
@@ -247,9 +269,10 @@ def _is_same(remote: RepoFile | None, data: bytes) -> bool:
     return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _card(repo: str, holds: _Holdings, old: bytes | None) -> bytes:
-    """The card; of an old one everything but the block between the markers."""
-    block = _BEGIN + b"\n" + _description(repo, holds).encode() + _END
+def _card(repo: str, dataset: _Dataset, old: bytes | None) -> bytes:
+    """The card; everything of an old one except the block between the markers stays, byte for
+    byte."""
+    block = _BEGIN + b"\n" + _description(repo, dataset).encode() + _END
     if old is None:
         return f"{_HEADER}\n# {repo.split('/')[1]}\n\n".encode() + block + b"\n"
     begin = old.rfind(_BEGIN)
@@ -279,16 +302,25 @@ configs:
 """
 
 
-def _description(repo: str, holds: _Holdings) -> str:
-    codec = holds.codec
-    silence = ""
-    if "silence.safetensors" in holds.small:
-        silence = "\n`silence.safetensors` holds latents of digital silence by the same codec."
+def _description(repo: str, dataset: _Dataset) -> str:
+    codec = dataset.codec
+    held = sorted(name for name in dataset.shards if "/" in name)
+    shards = [name for name in dataset.shards if "/" not in name]
+    samples, frames = (
+        sum(counts.get(name, 0) for name in shards) for counts in (dataset.samples, dataset.frames)
+    )
+    hours = frames * codec.hop / codec.sample_rate / 3600
+    extra = ""
+    if held:
+        count = sum(dataset.samples[name] for name in held)
+        extra += f"\n`{HOLDOUT}/` holds {count:,} more samples to evaluate on."
+    if "silence.safetensors" in dataset.small_files:
+        extra += "\n`silence.safetensors` holds latents of digital silence by the same codec."
     return f"""\
 ## Shards
 
-{holds.seconds / 3600:,.2f} hours of speech as latents: {holds.samples:,} samples in \
-{len(holds.shards):,} WebDataset shards. Of each sample there are
+{hours:,.2f} hours of speech as latents: {samples:,} samples in {len(shards):,} WebDataset shards. \
+Each sample has
 
 | file | content |
 |---|---|
@@ -298,8 +330,8 @@ def _description(repo: str, holds: _Holdings) -> str:
 (frames, {codec.latent_dim}); not every sample has them |
 | `KEY.json` | `text`, and what else is known of the recording |
 
-Latents are those of the codec `{codec.id}`: {codec.sample_rate:,} Hz, {codec.hop:,} audio samples \
-a frame, {codec.latent_dim} channels.{silence}
+The latents are from the codec `{codec.id}`: {codec.sample_rate:,} Hz, {codec.hop:,} audio samples \
+a frame, {codec.latent_dim} channels.{extra}
 `index*.json` list SHA-256, samples and frames of each shard.
 
 Train on them with echo_eqx:

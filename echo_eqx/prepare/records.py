@@ -1,4 +1,4 @@
-"""What a source of recordings is made of: where audio lies, records of it, and refusals."""
+"""Recordings as a source lists them: where the audio is, the fields next to it, what is skipped."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from echo_eqx.data.text_file import decode
 from echo_eqx.prepare.parquet import ParquetRow
 
 MAX_TEXT_BYTES = 2**24
-# What lists and manifests call the same things; where several are there, the first counts.
+# Different lists use different names for the same field. If several are present, the first counts.
 AUDIO_FIELDS = (
     *("audio", "audio_filepath", "audio_file", "audio_path", "path", "file", "file_name"),
     *("filename", "file_path", "filepath", "wav", "wav_path", "wav_file", "wav_filename"),
@@ -29,22 +29,22 @@ LANGUAGE_FIELDS = ("language", "lang", "locale")
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes [offset, offset + size) of a tar."""
+    """Bytes [offset, offset + size) of a file: a member of a tar."""
 
     path: Path
     offset: int
     size: int
 
     def open(self) -> io.BufferedReader:
-        """The bytes as a file that can seek.
+        """The bytes as a seekable file.
 
         **Raises**: `OSError`.
         """
-        return io.BufferedReader(_Part(self.path, self.offset, self.size))
+        return io.BufferedReader(_RangeReader(self.path, self.offset, self.size))
 
 
-class _Part(io.RawIOBase):
-    """A stretch of a file, as a file."""
+class _RangeReader(io.RawIOBase):
+    """A byte range of a file, readable as if it were a file of its own."""
 
     def __init__(self, path: Path, offset: int, size: int):
         self._file = path.open("rb", buffering=0)
@@ -80,7 +80,7 @@ Audio = Path | FileRange | ParquetRow
 def opened(audio: Audio) -> Iterator[AudioSource]:
     """The audio in a form that can be decoded.
 
-    **Raises**: `EchoError`, and `OSError` for a tar.
+    **Raises**: `EchoError`, and `OSError` for a file range.
     """
     if isinstance(audio, FileRange):
         with audio.open() as file:
@@ -91,37 +91,38 @@ def opened(audio: Audio) -> Iterator[AudioSource]:
 
 @dataclass(frozen=True)
 class SkippedInput:
-    """Something that is not used, and why: `kind` is what it is counted under."""
+    """An input that is not used, and why."""
 
     kind: str
+    """Category that skipped inputs are counted by."""
     name: str
-    """Where it is: a path below the source, with the line, member or row."""
+    """Path relative to the source, with the line, member or row."""
     detail: str
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A transcribed recording before anything about it is checked."""
+    """A recording and its fields as the source lists them; nothing has been checked yet."""
 
     name: str
-    """Which one it is: two records of one name are the same thing twice."""
+    """Identifies the recording: two with the same name are duplicates."""
     key: str
-    """What its key is made from."""
+    """What the keys of its clips are made from."""
     source: str
-    """Where it is, as in `SkippedInput.name`, and for the audio alone where that is a file."""
+    """Path as in `SkippedInput.name`, but without the line where the audio is a file."""
     audio: Audio
     fields: dict[str, Any]
-    """`text` and what else came along."""
+    """`text` and whatever else the source says."""
 
 
 Recordings = Iterator[Recording | SkippedInput]
-"""What a kind of source yields."""
+"""What every reader of a source yields."""
 
 
 def pop(fields: dict[str, Any], names: Sequence[str]) -> Any:
-    """Remove and return the first of `names` that is in `fields`, or None.
+    """Remove and return the first of `names` in `fields`, or None.
 
-    `Text` and `TEXT` are `text`, unless that is there as well.
+    Names match in any case (`Text`, `TEXT`), but an exact match comes first.
     """
     found = next((name for name in names if name in fields), None)
     if found is None:
@@ -131,7 +132,7 @@ def pop(fields: dict[str, Any], names: Sequence[str]) -> Any:
 
 
 def printable(text: str) -> str:
-    """`text` as one line: what cannot be printed is escaped, so that names stay different."""
+    """`text` on one line. Unprintable characters are escaped, so different names stay different."""
 
     def escaped(char: str) -> str:
         if "\udc80" <= char <= "\udcff":  # a byte of a file name that is not UTF-8
@@ -147,13 +148,16 @@ def stem(name: str) -> str:
 
 
 def parse_object(data: bytes | str, place: str) -> dict[str, Any] | SkippedInput:
-    """A JSON object with text keys."""
+    """A JSON object, or why `data` is not one."""
     try:
         fields = json.loads(decode(data) if isinstance(data, bytes) else data)
     except (ValueError, RecursionError, MemoryError) as error:
         return SkippedInput("manifest", place, f"is not JSON: {str(error)[:100]}")
-    if not isinstance(fields, dict):
-        return SkippedInput(
-            "manifest", place, f"is a {type(fields).__name__}; wanted a JSON object"
-        )
-    return fields
+    return checked_object(fields, place)
+
+
+def checked_object(fields: Any, place: str) -> dict[str, Any] | SkippedInput:
+    if isinstance(fields, dict):
+        return fields
+    detail = f"expected a JSON object, got a {type(fields).__name__}"
+    return SkippedInput("manifest", place, detail)

@@ -1,4 +1,4 @@
-"""Long recordings cut between the timed pieces of their transcript."""
+"""Cut long recordings between the timed segments of their transcript."""
 
 import itertools
 import json
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_EDGE = 0.5
-"""Seconds kept of a pause at a cut; a longer one is music as often as silence."""
+"""Most seconds of a pause that stay on each side of a cut; longer pauses may be music."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What is said from `start` to `end`, in seconds."""
+    """Text spoken from `start` to `end`, in seconds."""
 
     start: float
     end: float
@@ -21,26 +21,26 @@ class Segment:
 
 
 def read_segments(given: Any) -> tuple[list[Segment], list[Segment]]:
-    """Segments {start, end, text} as a manifest has them, by start, and those of no length.
+    """Segments {start, end, text} of a manifest, sorted by start, and those of no length.
 
-    Both are empty if `given` is None.
+    Both lists are empty if `given` is None.
 
-    **Raises**: `ValueError` if they are not that.
+    **Raises**: `ValueError` if `given` has another form.
     """
-    if isinstance(given, str):  # a field of CSV
+    if isinstance(given, str):  # a field of a CSV
         given = json.loads(given)
     if given is None:
         return [], []
     try:
         segments = [Segment(float(x["start"]), float(x["end"]), x["text"] or "") for x in given]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"its segments are not {{start, end, text}}: {error}") from None
+        raise ValueError(f"expected segments {{start, end, text}}: {error}") from None
     for segment in segments:
         are_times = 0 <= segment.start < math.inf and 0 <= segment.end < math.inf
         if not are_times or not isinstance(segment.text, str):
-            raise ValueError(f"has a segment from {segment.start} to {segment.end} s")
+            raise ValueError(f"bad times or text: segment from {segment.start} to {segment.end} s")
     segments.sort(key=lambda segment: (segment.start, segment.end))
-    # Recognisers write them for words that they could not place.
+    # Recognisers write segments of no length for words that they could not place.
     return [s for s in segments if s.end > s.start], [s for s in segments if s.end <= s.start]
 
 
@@ -51,13 +51,13 @@ def join_segments(
     max_seconds: float,
     max_bytes: int = 2**31,
 ) -> list[Segment]:
-    """Segments within [start, end) joined while they fit `max_seconds` and their text `max_bytes`
-    of UTF-8, cut amid the pauses.
+    """Join consecutive segments within [start, end) up to `max_seconds` and `max_bytes` of UTF-8.
 
-    One without text parts those beside it. One too long by itself stays as it is.
+    Cuts are in the middle of pauses. A segment without text separates its neighbours. One that is
+    too long by itself stays as it is.
     """
     inside = [s for s in segments if s.start < end and s.end > start]
-    # Up to where the segments so far speak; they may overlap.
+    # Running maximum, since segments may overlap.
     ends = list(itertools.accumulate((min(s.end, end) for s in inside), max))
     gaps = [
         inside[0].start - start if inside else 0.0,
@@ -66,20 +66,20 @@ def join_segments(
     gaps = [gaps[0], *(gap / 2 for gap in gaps[1:]), end - ends[-1] if ends else 0.0]
     edges = [min(gap, MAX_EDGE) for gap in gaps]
     joined: list[Segment] = []
-    parted = True
+    is_separated = True
     for number, segment in enumerate(inside):
         if not segment.text.strip():
-            parted = True
+            is_separated = True
             continue
         begin = max(start, segment.start - edges[number])
         stop = min(end, ends[number] + edges[number + 1])
         text = f"{joined[-1].text} {segment.text.strip()}" if joined else ""
         fits = len(text.encode("utf-8", "replace")) <= max_bytes
-        if not parted and fits and stop - joined[-1].start <= max_seconds:
+        if not is_separated and fits and stop - joined[-1].start <= max_seconds:
             joined[-1] = Segment(joined[-1].start, stop, text)
         else:
             if stop - begin > max_seconds:
                 begin, stop = max(begin, segment.start), min(stop, ends[number])
             joined.append(Segment(begin, stop, segment.text.strip()))
-        parted = False
+        is_separated = False
     return joined

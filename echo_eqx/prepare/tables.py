@@ -1,11 +1,12 @@
-"""Lists of recordings in columns: which separator they use, and what each column holds.
+"""Lists of recordings in columns: detect the separator, and name the columns.
 
-Read are lists with a heading (Common Voice, F5-TTS, XTTS, CSV of any origin) and those without one
-(LJSpeech, VITS, Piper, StyleTTS 2, GPT-SoVITS), whose columns are known by what stands in them.
+Lists with a header are read (Common Voice, F5-TTS, XTTS, any CSV), and lists without one (LJSpeech,
+VITS, Piper, StyleTTS 2, GPT-SoVITS), whose columns are guessed from their values.
 """
 
 import csv
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from echo_eqx.data.text_file import lines_of, open_text
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.guess_columns import guessed_columns
+from echo_eqx.prepare.guess_columns import guess_columns
 from echo_eqx.prepare.records import (
     AUDIO_FIELDS,
     KEY_FIELDS,
@@ -24,8 +25,7 @@ from echo_eqx.prepare.records import (
     printable,
 )
 
-LIST_SUFFIXES = (".csv", ".tsv", ".psv", ".list", ".txt")
-_SEPARATORS = "|\t;,"
+TABLE_SUFFIXES = (".csv", ".tsv", ".psv", ".list", ".txt")
 _ROLES = {
     "audio": (*AUDIO_FIELDS, *KEY_FIELDS, "file_id", "utt_id", "clip_id"),
     "text": TEXT_FIELDS,
@@ -33,93 +33,91 @@ _ROLES = {
     "language": LANGUAGE_FIELDS,
 }
 _SAMPLE = 1000
+logger = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[str, list[str] | SkippedInput]]
-"""Where a row stands, and its fields."""
+"""The place (file and line) and the values of each row."""
 
 
-def read_list(
-    path: Path, count_audio: Callable[[Sequence[str]], int], say: Callable[[str], object]
+def read_table(
+    path: Path, count_audio: Callable[[Sequence[str]], int]
 ) -> Iterator[tuple[str, dict[str, Any] | SkippedInput]]:
-    """Rows of a list as fields `audio`, `text` and, where there are such, `speaker`, `language` and
-    the other columns of its heading.
+    """The place and fields of each row: `audio`, `text`, and if present `speaker`, `language` and
+    the other columns of the header.
 
-    `count_audio` tells how many of the values in a column name audio that exists; `say` is told how
-    the list is read.
+    `count_audio` tells how many values of a column name existing audio.
 
-    **Raises**: `EchoError` naming the list if it cannot be told what its columns are.
+    **Raises**: `EchoError` naming the list if its columns cannot be determined.
     """
     head = [line or "" for line in itertools.islice(lines_of(path), 100)]
     filled = [line for line in head if line.strip() and not line.startswith("sep=")]
-    plain = [line for line in filled if not line.startswith("#")]
-    separator, is_quoted = _separator(path, plain or filled)
+    uncommented = [line for line in filled if not line.startswith("#")]
+    separator, is_quoted = _detect_separator(path, uncommented or filled)
     sample = [row for _, row in itertools.islice(_rows(path, separator, is_quoted), _SAMPLE)]
     rows = [row for row in sample if not isinstance(row, SkippedInput)]
-    first = next((i for i, row in enumerate(sample) if _begins(row)), 0)
-    heading = _heading(sample[first]) if sample else []
-    if heading:
-        columns = _named_columns(heading, path.name)
+    first = next((i for i, row in enumerate(sample) if _is_first(row)), 0)
+    header = _header(sample[first]) if sample else []
+    if header:
+        columns = _name_columns(header, path.name)
     else:
-        columns = guessed_columns(rows, count_audio, path.name)
+        columns = guess_columns(rows, count_audio, path.name)
     is_text_alone = set(columns) <= {"audio", "raw_text", "text", ""}
     shown = "|".join(printable(name) or "-" for name in columns)
-    say(f"{path.name}: columns {shown}" + ("" if heading else " (it has no heading)"))
-    start = first + 1 if heading else 0
+    logger.info("%s: columns %s%s", path.name, shown, "" if header else " (it has no header)")
+    start = first + 1 if header else 0
     for place, row in itertools.islice(_rows(path, separator, is_quoted), start, None):
         if isinstance(row, SkippedInput):
             yield place, row
             continue
         while len(row) > len(columns) and not row[-1]:
             row = row[:-1]
-        is_short = not heading and is_text_alone and 2 <= len(row) < len(columns)
+        is_short = not header and is_text_alone and 2 <= len(row) < len(columns)
         if len(row) != len(columns) and not is_short:
-            detail = f"has {len(row)} fields; expected {len(columns)}: {shown}"
+            detail = f"expected {len(columns)} fields, got {len(row)}: {shown}"
             yield place, SkippedInput("manifest", place, detail)
             continue
         fields: dict[str, Any] = {n: v for n, v in zip(columns, row, strict=False) if n and v}
-        if not heading:
+        if not header:
             raw = fields.pop("raw_text", "")
             fields["text"] = fields.get("text") or raw
         yield place, fields
 
 
-def _separator(path: Path, head: Sequence[str]) -> tuple[str, bool]:
-    """What stands between the columns, and whether fields are quoted as in CSV."""
+def _detect_separator(path: Path, head: Sequence[str]) -> tuple[str, bool]:
+    """The separator of the columns, and whether fields are quoted as in CSV."""
 
-    def regular(separator: str) -> float:
+    def regularity(separator: str) -> float:
         counts = [len(row) for row in csv.reader(head, delimiter=separator)]
         return sum(count == counts[0] > 1 for count in counts) / len(counts)
 
     if not head:
-        raise EchoError(f"{path} has neither a heading nor rows; expected a list of recordings")
-    # A tab or a bar in the first line is there to part columns; the others also stand in texts.
-    order = _SEPARATORS if path.suffix.lower() != ".tsv" else "\t|;,"
-    separator = next((mark for mark in order[:2] if mark in head[0]), None)
+        raise EchoError(f"{path}: expected a list of recordings, got neither a header nor rows")
+    # A tab or bar in the first line is always a separator; ; and , also occur in texts.
+    certain = "\t|" if path.suffix.lower() == ".tsv" else "|\t"
+    separator = next((mark for mark in certain if mark in head[0]), None)
     if separator is None:
         try:
-            separator = max(order[2:], key=regular)
+            return max(";,", key=regularity), True
         except csv.Error:
-            separator = ","
-    if separator in ";,":
-        return separator, True
-    # Bars and tabs come with and without the quotes of CSV; texts begin with quotes too.
+            return ",", True
+    # Lists with bars and tabs may be quoted as CSV or not; texts may begin with quotes too.
     if not any(f'{separator}"' in line or line.startswith('"') for line in head):
         return separator, False
     if 2 * sum(line.startswith('"') for line in head) >= len(head):
         return separator, True
     plain = [line.count(separator) for line in head]
     quoted = [len(row) - 1 for row in csv.reader(head, delimiter=separator)]
-    return separator, len(quoted) == len(plain) and _spread(quoted) < _spread(plain)
+    return separator, len(quoted) == len(plain) and _irregular(quoted) < _irregular(plain)
 
 
-def _spread(counts: Sequence[int]) -> int:
-    """How many rows have another number of fields than most."""
+def _irregular(counts: Sequence[int]) -> int:
+    """How many counts differ from the most common one."""
     return len(counts) - Counter(counts).most_common(1)[0][1]
 
 
 def _rows(path: Path, separator: str, is_quoted: bool) -> Rows:
-    """The rows of a list without blank ones and comments."""
-    for place, row in (_quoted if is_quoted else _plain)(path, separator):
+    """The rows of a list, except blank lines and comments."""
+    for place, row in (_quoted_rows if is_quoted else _plain_rows)(path, separator):
         if isinstance(row, SkippedInput):
             yield place, row
             continue
@@ -129,7 +127,7 @@ def _rows(path: Path, separator: str, is_quoted: bool) -> Rows:
             yield place, row
 
 
-def _plain(path: Path, separator: str) -> Rows:
+def _plain_rows(path: Path, separator: str) -> Rows:
     try:
         for number, line in enumerate(lines_of(path), 1):
             place = f"{path.name}:{number}"
@@ -138,19 +136,23 @@ def _plain(path: Path, separator: str) -> Rows:
             else:
                 yield place, [_unquoted(field.strip()) for field in line.split(separator)]
     except UnicodeDecodeError as error:
-        yield path.name, SkippedInput("manifest", path.name, f"cannot be read as text: {error}")
+        yield path.name, _not_text(path.name, error)
+
+
+def _not_text(place: str, error: UnicodeDecodeError) -> SkippedInput:
+    return SkippedInput("manifest", place, f"cannot be read as text: {error}")
 
 
 def _unquoted(field: str) -> str:
-    """Without the quotes of CSV, where it can only be them: those inside are doubled."""
+    """Without quotes if they are certainly those of CSV, which doubles the quotes inside."""
     inside = field[1:-1]
     is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '""' in inside
     return inside.replace('""', '"') if is_quoted and '"' not in inside.replace('""', "") else field
 
 
-def _quoted(path: Path, separator: str) -> Rows:
+def _quoted_rows(path: Path, separator: str) -> Rows:
     with open_text(path) as file:
-        # Strictly: else a quote that is not closed would take the rows after it into its field.
+        # Strict: otherwise an unclosed quote would swallow the rows that follow.
         rows = csv.reader(file, delimiter=separator, strict=True)
         while True:
             place = f"{path.name}:{rows.line_num + 1}"
@@ -161,28 +163,28 @@ def _quoted(path: Path, separator: str) -> Rows:
             except csv.Error as error:
                 yield place, SkippedInput("manifest", place, f"is not CSV: {error}")
             except UnicodeDecodeError as error:
-                yield place, SkippedInput("manifest", place, f"cannot be read as text: {error}")
+                yield place, _not_text(place, error)
                 return
             else:
                 yield place, row
 
 
-def _begins(row: list[str] | SkippedInput) -> bool:
-    """Whether `row` is the heading or the first that is not a comment."""
-    return not isinstance(row, SkippedInput) and (not row[0].startswith("#") or bool(_heading(row)))
+def _is_first(row: list[str] | SkippedInput) -> bool:
+    """Whether `row` is the header, or the first row that is not a comment."""
+    return not isinstance(row, SkippedInput) and (not row[0].startswith("#") or bool(_header(row)))
 
 
-def _heading(row: list[str] | SkippedInput) -> list[str]:
-    """The names in `row`, in lower case, if it names columns of audio and of text, else none."""
+def _header(row: list[str] | SkippedInput) -> list[str]:
+    """The names in `row` in lower case if they include audio and text, else nothing."""
     if isinstance(row, SkippedInput):
         return []
     names = [field.lstrip("#").strip().strip('"').lower() for field in row]
-    is_heading = all(set(names) & set(_ROLES[role]) for role in ("audio", "text"))
-    return names if is_heading else []
+    is_header = all(set(names) & set(_ROLES[role]) for role in ("audio", "text"))
+    return names if is_header else []
 
 
-def _named_columns(names: Sequence[str], list_name: str) -> list[str]:
-    """The names of a heading, with the first that is known for each role named after that."""
+def _name_columns(names: Sequence[str], table_name: str) -> list[str]:
+    """The names of a header, with the column of each role renamed to that role."""
     columns = list(names)
     for role, known in _ROLES.items():
         found = next((name for name in known if name in columns), None)
@@ -191,7 +193,7 @@ def _named_columns(names: Sequence[str], list_name: str) -> list[str]:
     repeated = [name for name, count in Counter(filter(None, columns)).items() if count > 1]
     if repeated:
         raise EchoError(
-            f"{list_name}: expected each column once, got {repeated[0]!r} more than once; rename "
-            "the columns that are not meant"
+            f"{table_name}: expected each column once, got {repeated[0]!r} more than once; rename "
+            "the others"
         )
     return columns

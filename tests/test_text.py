@@ -4,7 +4,7 @@ import random
 import re
 import shutil
 import unicodedata
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -351,7 +351,7 @@ def test_no_number_or_symbol_is_left_in_english():
 
 
 def test_sentences_the_small_voice_was_trained_on_are_left():
-    for text in training_texts(0, 500):
+    for text in islice(training_texts(0), 500):
         assert normalize_text(text) == f"[S1] {text}"
         if not re.search("[0-9]", text):
             assert expand_english(text) == text

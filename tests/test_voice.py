@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from echo_eqx import voice
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.voice.evaluate import generate, reference_files
 from echo_eqx.voice.grammar import held_out_texts, training_texts
-from echo_eqx.voice.similarity import mel_cepstra, retrieval
+from echo_eqx.voice.similarity import dtw_distances, mel_cepstra
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -58,15 +59,15 @@ def test_held_out_sentences_are_understood():
     stored = np.load(DATA / "held_out.npz")
     texts = [str(text) for text in stored["texts"]]
     assert texts == held_out_texts("seen", len(texts))
-    assert not set(texts) & set(training_texts(0, 9000))
+    assert not set(texts) & set(islice(training_texts(0), 9000))
     ends = np.cumsum(stored["lengths"])
     originals = np.split(stored["cepstra"].astype(np.float64), ends[:-1])
     dit, codec = echo_eqx.load_dit(voice.CHECKPOINT), echo_eqx.load_codec(voice.CODEC)
     reference = {"anna": voice.REFERENCES / "anna.flac"}
     spoken = generate(dit, codec, texts[:10], reference, voice.SETTINGS)
-    cepstra = [mel_cepstra(audio, codec.config.sample_rate) for audio in spoken]
-    found = retrieval(cepstra, originals)
-    assert list(found) == list(range(10))
+    for i, audio in enumerate(spoken):
+        cepstra = mel_cepstra(audio, codec.config.sample_rate)
+        assert np.argmin(dtw_distances(cepstra, originals)) == i
 
 
 def test_training_on_the_shards_in_the_package_lowers_the_loss_and_speaks(home):

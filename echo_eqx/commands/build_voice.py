@@ -1,11 +1,11 @@
-"""Build the small voice of the package, from nothing, on a GPU or in hours on two cores.
+"""Build the package's small voice from scratch, on a GPU, or in hours on two cores.
 
     echo-eqx build_voice --work runs/build_voice
 
-espeak-ng speaks what a grammar makes up; a codec is trained on the recordings, turns them into
-shards, and EchoDiT is trained on those: first on a few words at a time, by which it learns to read
-sooner, then on sentences. Each step is another command, printed as it runs, and goes on
-where it was stopped when this is started again. Needs espeak-ng.
+espeak-ng speaks the sentences of a grammar; a codec is trained on the recordings and encodes them
+into shards; EchoDiT is trained on the shards, first on short phrases, so that it learns to read
+sooner, then on sentences. Each step is another command, which is printed. Run this again to
+continue where it stopped. Needs espeak-ng, and for the evaluation pip install 'echo_eqx[eval]'.
 """
 
 import os
@@ -28,7 +28,7 @@ from echo_eqx.voice.espeak import MANIFEST, REFERENCE_TEXT, VOICES, speak
 from echo_eqx.voice.evaluate import generation_config, reference_files
 
 STANDARD_CLIPS = 400
-"""Recordings by which latents are brought to mean 0 and deviation 1."""
+"""Recordings by which latents are standardized to mean 0 and std 1."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class Args:
     work: Path = Path("runs/build_voice")
     """Recordings, shards and runs."""
     output: Path = Path(voice.__file__).parent
-    """Where weights, references and shards go; by default into the package."""
+    """Folder for weights, references and shards; by default the package."""
     phrases: int = 7000
-    """Recordings of one to three words of any kind of sentence."""
+    """Recordings of one to three words of a sentence."""
     sentences: int = 48_000
-    """Recordings of whole sentences, three in ten of the small domain."""
+    """Recordings of whole sentences, 30 % of the small domain."""
     codec_steps: int = 1500
-    """Steps of the codec's training, on the phrases."""
+    """Training steps of the codec, on the phrases."""
     decoder_steps: int = 7000
-    """Steps of the decoder alone, after that."""
+    """Training steps of the decoder alone, after that."""
     phrase_steps: int = 3000
-    """Steps of EchoDiT's training on the phrases."""
+    """Training steps of EchoDiT on the phrases."""
     sentence_steps: int = 13_000
-    """Steps on the sentences, after that."""
+    """Training steps on the sentences, after that."""
     batch_size: int = 256
-    """Of EchoDiT's training."""
+    """Batch size of EchoDiT's training."""
     embedded_shards: int = 1
-    """Shards that come with the package."""
+    """Number of shards to put into the package."""
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
         clips, _ = list_clips(str(phrases), max_seconds=30.0, cache=work)
         trained = echo_eqx.load_codec(work / "codec")
         echo_eqx.save(standardise(trained, clips[:STANDARD_CLIPS]), codec)
-    decoder = work / "decoder"  # latents stay as they are, so this only makes them sound better
+    decoder = work / "decoder"  # the encoder is frozen: the same latents, but better sound
     command(
         "train_codec",
         data=phrases,
@@ -82,8 +82,8 @@ def main() -> None:
         init_from=codec,
         freeze_encoder=True,
         num_steps=args.decoder_steps,
-        # Latents do not tell the phase: what the samples ask for is then silence, and what spectra
-        # ask for leaves the pitch open.
+        # Latents do not encode the phase, so a loss on samples favours silence, and spectral losses
+        # leave the pitch undetermined.
         **{"loss.waveform": 0.0, "loss.periodicity": 5.0, "learning_rate": 1e-3},
     )
     first, last = work / "dit_phrases", work / "dit_sentences"
@@ -109,12 +109,12 @@ def main() -> None:
         checkpoint=weights / voice.CHECKPOINT.name,
         codec=weights / voice.CODEC.name,
         references=args.output / voice.REFERENCES.name,
-        output=work / "judged",
+        output=work / "evaluation",
     )
 
 
 def prepare(manifest: Path, shards: Path, codec: Path, sizes: DiTConfig) -> Path:
-    """Shards of what fits a window."""
+    """Shards of the recordings that fit a model of these sizes."""
     rate = CODEC_PRESETS["24khz"].frame_rate
     command(
         "prepare",
@@ -157,11 +157,11 @@ def command(name: str, **flags: object) -> None:
     print(shlex.join(words), flush=True)
     code = subprocess.run(words).returncode
     if code:
-        raise EchoError(f"{name} ended with code {code}; this command goes on from there")
+        raise EchoError(f"{name} exited with code {code}; run this again to continue from there")
 
 
 def pack(codec: Path, dit: Path, made: Path, output: Path, num_shards: int) -> None:
-    """Put what ships into `output`: weights in float16, a recording of each voice, shards."""
+    """Put the package's files into `output`: float16 weights, a recording of each voice, shards."""
     weights, references, shards = (
         output / path.name for path in (voice.WEIGHTS, voice.REFERENCES, voice.SHARDS)
     )

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.cli import on_terminal
+from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError, UsageError

@@ -1,4 +1,4 @@
-"""Texts spoken by espeak-ng, a program that speaks by rule, in four voices."""
+"""Speech by espeak-ng, a rule-based synthesizer, in four voices."""
 
 import io
 import itertools
@@ -22,27 +22,27 @@ from echo_eqx.files import write_whole
 MANIFEST = "manifest.jsonl"
 PEAK = 0.5
 SILENT = 1e-3
-"""What is below this part of the peak is silence at the ends."""
+"""Samples at the ends below this fraction of the peak are trimmed."""
 SILENCE_SECONDS = 0.08
 SAVE_EVERY = 500
-"""Clips between two writings of the manifest. A kill costs at most those."""
+"""The manifest is saved after this many clips; if the process is killed, you lose at most these."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """How espeak-ng is to sound."""
+    """Settings of espeak-ng."""
 
     name: str
     espeak: str
-    """Its name for the voice, with a variant."""
+    """Name of the voice in espeak-ng, with its variant."""
     speed: int
-    """Words a minute."""
+    """Words per minute."""
     pitch: int
-    """0 to 99 of the range of the voice."""
+    """0 to 99."""
 
 
 REFERENCE_TEXT = "The quick brown fox jumps over the lazy dog."
-"""What the reference of each voice says."""
+"""Text of the reference recording of each voice."""
 VOICES = (
     Voice("anna", "en-us+f3", speed=165, pitch=30),
     Voice("ben", "en-us", speed=160, pitch=78),
@@ -52,26 +52,26 @@ VOICES = (
 
 
 def speak(text: str, voice: Voice) -> tuple[np.ndarray, int]:
-    """(samples,) float32 and their rate. The peak is 0.5; both ends have 0.08 s of silence.
+    """Speech (samples,) float32 and its rate, with peak 0.5 and 0.08 s of silence at both ends.
 
-    **Raises**: `EchoError` if espeak-ng is not installed, fails, or says nothing.
+    **Raises**: `EchoError` if espeak-ng is not installed, fails, or returns no speech.
     """
     settings = ["-v", voice.espeak, "-s", str(voice.speed), "-p", str(voice.pitch)]
     command = ["espeak-ng", *settings, "-b", "1", "--stdin", "--stdout"]
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, check=True)
     except FileNotFoundError:
-        raise EchoError("espeak-ng is not installed; try: apt install espeak-ng") from None
+        raise EchoError("espeak-ng is not installed; run: apt install espeak-ng") from None
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip()[-200:]
         raise EchoError(f"espeak-ng failed on {text!r}: {said or error.returncode}") from None
     try:
         audio, rate = sf.read(io.BytesIO(done.stdout), dtype="float32")
     except sf.LibsndfileError as error:
-        raise EchoError(f"espeak-ng gave no audio for {text!r}: {error}") from None
+        raise EchoError(f"espeak-ng returned no audio for {text!r}: {error}") from None
     loud = np.flatnonzero(np.abs(audio) > SILENT * np.abs(audio).max(initial=0.0))
     if not loud.size:
-        raise EchoError(f"espeak-ng says nothing for {text!r}")
+        raise EchoError(f"espeak-ng returned silence for {text!r}")
     audio = np.pad(audio[loud[0] : loud[-1] + 1], round(SILENCE_SECONDS * rate))
     return audio * np.float32(PEAK / np.abs(audio).max()), rate
 
@@ -84,12 +84,12 @@ def speak_corpus(
     max_seconds: float = 5.0,
     workers: int = 2,
 ) -> list[dict[str, Any]]:
-    """Speak the first `count` of `texts` that take at most `max_seconds`, the voices in turn.
+    """Record the first `count` of `texts` that take at most `max_seconds`, in alternating voices.
 
-    Text `n` becomes `folder/NNNNNN.wav`, 16 bit; `folder/manifest.jsonl` has a line of `audio`,
-    `text` (with the speaker tag, as `normalize_text` gives it), `speaker` and `duration` for each,
-    which is returned too. Clips that the manifest has already are kept, if nothing about them
-    differs. The same texts give the same files.
+    Text number `n` becomes `folder/NNNNNN.wav`, 16 bit. Each line of `folder/manifest.jsonl` has
+    `audio`, `text` (normalized), `speaker` and `duration`; these rows are returned. Clips that the
+    manifest already lists are kept if nothing about them differs. The same texts give the same
+    files.
 
     **Raises**: `EchoError` as `speak` does.
     """
@@ -126,14 +126,14 @@ def speak_corpus(
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines of a manifest by the name of their audio."""
+    """Rows of a manifest by the name of their audio."""
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         return {row["audio"]: row for row in rows}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError):
-        raise EchoError(f"{path} is no manifest of spoken texts; delete it") from None
+        raise EchoError(f"{path}: expected a manifest of recordings; delete it") from None
 
 
 def _write_manifest(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
-"""Whether a small voice is understood: its speech against what espeak-ng says of the same texts.
+"""Evaluate whether a small voice is understood, against espeak-ng's speech of the same texts.
 
-Texts are held out of training; each is spoken in one of the four voices, whose reference is a
-recording of another text.
+The texts are held out of training. Each is spoken in one of the four voices, with a recording of
+another text as reference.
 """
 
 import importlib
@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
 
 from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError
 from echo_eqx.flow.sampler import SamplerSettings
 from echo_eqx.generation import GenerationConfig, KnownVoice
@@ -27,35 +29,36 @@ from echo_eqx.voice.grammar import Kind, held_out_texts
 from echo_eqx.voice.similarity import (
     DECIBELS,
     VoicePrint,
+    dtw_distances,
     mel_cepstra,
     nearest_voice,
     voice_print,
-    warped_distances,
 )
 
 
 @dataclass(frozen=True)
 class Originals:
-    """What espeak-ng says, by voice and then text."""
+    """Speech of espeak-ng, by voice and then text."""
 
     texts: list[str]
     audio: dict[str, list[tuple[np.ndarray, int]]]
-    cepstra: dict[str, list[np.ndarray]]
 
     @classmethod
     def of(cls, texts: list[str]) -> "Originals":
-        audio = {voice.name: [speak(text, voice) for text in texts] for voice in VOICES}
-        cepstra = {
-            name: [mel_cepstra(clip, rate) for clip, rate in clips] for name, clips in audio.items()
-        }
-        return cls(texts, audio, cepstra)
+        return cls(texts, {voice.name: [speak(text, voice) for text in texts] for voice in VOICES})
 
-    def prints(self) -> dict[str, VoicePrint]:
+    def voice_prints(self) -> dict[str, VoicePrint]:
         return {name: voice_print(clips) for name, clips in self.audio.items()}
+
+    def cepstra(self) -> dict[str, list[np.ndarray]]:
+        return {
+            name: [mel_cepstra(clip, rate) for clip, rate in clips]
+            for name, clips in self.audio.items()
+        }
 
 
 def voice_of(number: int) -> str:
-    """The voice that text `number` is spoken in."""
+    """The voice in which text `number` is spoken."""
     return VOICES[number % len(VOICES)].name
 
 
@@ -67,7 +70,7 @@ def generate(
     settings: SamplerSettings,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """(samples,) of each text, with one reference after the other; in any voice without."""
+    """Speech (samples,) of each text, with the references in turn; without any, in any voice."""
     voices: list[np.ndarray | None] = [None]
     if references is not None:
         voices = [speaker_latents(dit, codec, path) for path in references.values()]
@@ -80,8 +83,8 @@ def generate(
 def generation_config(
     dit: EchoDiT, codec: DACVAE, references: Mapping[str, Path], name: str, count: int = 32
 ) -> GenerationConfig:
-    """What the file of a small voice says: its settings, its codec `name`, and the voices it knows
-    by `count` recordings of each."""
+    """Generation settings of a small voice: sampler, codec `name`, and its known voices, each by
+    `count` recordings."""
     rate = codec.config.sample_rate
 
     def mean(speaker: Speaker) -> np.ndarray:
@@ -96,9 +99,9 @@ def generation_config(
         for voice, clips in originals.audio.items()
     }
     centres = {voice: rows.mean(0) for voice, rows in means.items()}
-    strays = np.concatenate([rows - centres[voice] for voice, rows in means.items()])
-    covariance = np.cov(strays.T)
-    # Shrunk towards its diagonal: there are few recordings for so many numbers.
+    residuals = np.concatenate([rows - centres[voice] for voice, rows in means.items()])
+    covariance = np.cov(residuals.T)
+    # Shrunk towards its diagonal, as there are few recordings for so many values.
     values, vectors = np.linalg.eigh(0.8 * covariance + 0.2 * np.diag(np.diag(covariance)))
     whitening = np.round(vectors / np.sqrt(values), 4)
     voices = []
@@ -121,8 +124,8 @@ def _rounded(numbers: np.ndarray) -> tuple[float, ...]:
     return tuple(np.round(numbers.astype(np.float64), 4).tolist())
 
 
-def through_codec(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:
-    """(samples,) at the codec's rate: what encoding and decoding alone make of it."""
+def reconstruct(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:
+    """`audio` (samples,) encoded and decoded by the codec, at the codec's rate."""
     audio = soxr.resample(audio, rate, codec.config.sample_rate).astype(np.float32)
     padded = np.pad(audio, (0, -len(audio) % codec.config.hop))
     return np.asarray(codec.decode(encode_padded(codec, padded)))[: len(audio)]
@@ -130,20 +133,20 @@ def through_codec(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Of one kind of texts."""
+    """Results for one kind of texts."""
 
-    retrieved: float
-    """Share whose own text is the nearest of all, among recordings in the same voice."""
-    distance: float
-    """Mel-cepstral, to the same text in the same voice, in decibels; medians, like the next two."""
-    codec_distance: float
-    """What the codec alone causes."""
-    other_voice_distance: float
-    """Between the same text in two voices of espeak-ng."""
-    voices: float
-    """Share whose voice is the nearest of four."""
-    lengths: float
-    """Share whose length is within 25 % of espeak-ng's."""
+    retrieval_accuracy: float
+    """Share of texts whose own original is the nearest of all originals in the same voice."""
+    mcd_db: float
+    """Median mel-cepstral distortion to the original of the same text in the same voice."""
+    codec_mcd_db: float
+    """Median distortion by the codec alone."""
+    other_voice_mcd_db: float
+    """Median distortion between the originals of the same text in two voices."""
+    voice_accuracy: float
+    """Share for which the voice of the reference is the nearest of four."""
+    length_accuracy: float
+    """Share whose length is within 25 % of the original's."""
 
 
 def measure(
@@ -154,33 +157,45 @@ def measure(
     references: Mapping[str, Path],
     settings: SamplerSettings,
 ) -> tuple[Metrics, Originals, list[np.ndarray]]:
-    """Metrics of `count` held-out texts of a kind, the originals, and the speech."""
+    """Metrics of `count` held-out texts of a kind, espeak-ng's originals, and the speech."""
     originals = Originals.of(held_out_texts(kind, count))
     generated = generate(dit, codec, originals.texts, references, settings)
     rate = codec.config.sample_rate
-    prints = originals.prints()
+    prints, cepstra = originals.voice_prints(), originals.cepstra()
     rows = []
     for i, audio in enumerate(generated):
         name, other = voice_of(i), voice_of(i + 1)
         clip, clip_rate = originals.audio[name][i]
-        found = warped_distances(mel_cepstra(audio, rate), originals.cepstra[name])
-        coded = mel_cepstra(through_codec(codec, clip, clip_rate), rate)
-        own = [originals.cepstra[name][i]]
-        seconds = len(clip) / clip_rate - SILENCE_SECONDS  # the silence behind is cut
+        distances = dtw_distances(mel_cepstra(audio, rate), cepstra[name])
+        coded = mel_cepstra(reconstruct(codec, clip, clip_rate), rate)
+        own = [cepstra[name][i]]
+        seconds = len(clip) / clip_rate - SILENCE_SECONDS  # generated speech is trimmed at the end
         rows.append(
             (
-                float(np.argmin(found) == i),
-                DECIBELS * found[i],
-                DECIBELS * warped_distances(coded, own)[0],
-                DECIBELS * warped_distances(originals.cepstra[other][i], own)[0],
+                float(np.argmin(distances) == i),
+                DECIBELS * distances[i],
+                DECIBELS * dtw_distances(coded, own)[0],
+                DECIBELS * dtw_distances(cepstra[other][i], own)[0],
                 float(nearest_voice(audio, rate, prints) == name),
                 float(abs(len(audio) / rate / seconds - 1) < 0.25),
             )
         )
     columns = np.array(rows).T
     means, medians = columns.mean(1), np.median(columns, axis=1)
-    figures = Metrics(means[0], medians[1], medians[2], medians[3], means[4], means[5])
-    return figures, originals, generated
+    metrics = Metrics(means[0], medians[1], medians[2], medians[3], means[4], means[5])
+    return metrics, originals, generated
+
+
+def save_speech(
+    folder: Path, originals: Originals, generated: Sequence[np.ndarray], rate: int
+) -> None:
+    """Write each text with its generated and original speech."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (text, audio) in enumerate(zip(originals.texts, generated, strict=True)):
+        name = f"{i:03d}_{voice_of(i)}"
+        (folder / f"{name}.txt").write_text(text + "\n")
+        save_audio(folder / f"{name}.wav", audio, rate)
+        save_audio(folder / f"{name}.espeak.wav", *originals.audio[voice_of(i)][i])
 
 
 def reference_files(folder: Path) -> dict[str, Path]:
@@ -191,28 +206,47 @@ def reference_files(folder: Path) -> dict[str, Path]:
     files = {voice.name: folder / f"{voice.name}.flac" for voice in VOICES}
     for path in files.values():
         if not path.is_file():
-            raise EchoError(f"{path} does not exist; wanted a recording of each voice")
+            raise EchoError(f"{path} does not exist; expected a recording of each voice")
     return files
 
 
-def recogniser(texts: Sequence[str]) -> tuple[list[int], Callable[[np.ndarray, int], str]]:
-    """PocketSphinx with a grammar of those of `texts` that its dictionary can pronounce, and their
-    numbers.
+# --- Word errors --------------------------------------------------------------------------------
 
-    **Raises**: `EchoError` if it is not installed, or can pronounce none.
+
+def word_error_rates(
+    originals: Originals, generated: Sequence[np.ndarray], rate: int
+) -> dict[str, float]:
+    """Word error rates of generated and original speech, and the number of texts they are over.
+
+    Only texts without digits are used, all of whose words are in PocketSphinx's dictionary.
+
+    **Raises**: `EchoError` if PocketSphinx or jiwer is not installed, or no text can be used.
     """
-    try:
-        sphinx = importlib.import_module("pocketsphinx")
-    except ImportError:
-        raise EchoError("PocketSphinx is not installed; try: pip install pocketsphinx") from None
+    jiwer = _optional("jiwer")
+    said, recognise = _recogniser(originals.texts)
+    audio = {i: originals.audio[voice_of(i)][i] for i in said}
+    texts = list(said.values())
+    return {
+        "word_error_rate": jiwer.wer(texts, [recognise(generated[i], rate) for i in said]),
+        "original_word_error_rate": jiwer.wer(texts, [recognise(*audio[i]) for i in said]),
+        "word_texts": len(said),
+    }
+
+
+def _recogniser(
+    texts: Sequence[str],
+) -> tuple[dict[int, str], Callable[[np.ndarray, int], str]]:
+    """Words of the usable texts by number, and a recogniser whose grammar is these texts."""
+    sphinx = _optional("pocketsphinx")
     decoder = sphinx.Decoder(samprate=16000, loglevel="FATAL", lm=None)
-    words = {i: spoken_words(text) for i, text in enumerate(texts) if not re.search(r"\d", text)}
-    words = {i: said for i, said in words.items() if all(map(decoder.lookup_word, said))}
-    if not words:
+    words = {i: _spoken_words(text) for i, text in enumerate(texts) if not re.search(r"\d", text)}
+    usable = {i: " ".join(x) for i, x in words.items() if all(map(decoder.lookup_word, x))}
+    if not usable:
         raise EchoError(
-            f"PocketSphinx can pronounce none of {len(texts)} texts; wanted a larger --count"
+            f"PocketSphinx's dictionary has all words of none of {len(texts)} texts; give a larger "
+            "--count"
         )
-    lines = " | ".join(map(" ".join, words.values()))
+    lines = " | ".join(usable.values())
     decoder.add_jsgf_string("texts", f"#JSGF V1.0;\ngrammar g;\npublic <s> = {lines};")
     decoder.activate_search("texts")
 
@@ -226,19 +260,16 @@ def recogniser(texts: Sequence[str]) -> tuple[list[int], Callable[[np.ndarray, i
         found = decoder.hyp()
         return "" if found is None else found.hypstr
 
-    return list(words), recognise
+    return usable, recognise
 
 
-def spoken_words(text: str) -> list[str]:
-    """Words of a text without digits, as a pronouncing dictionary has them."""
+def _spoken_words(text: str) -> list[str]:
+    """Words of a text without digits, as in a pronouncing dictionary."""
     return re.findall(r"[a-z']+", text.lower().replace("-", " "))
 
 
-def word_errors(heard: Sequence[str], said: Sequence[str]) -> int:
-    """Words to insert, delete or change (Levenshtein)."""
-    row = list(range(len(said) + 1))
-    for i, word in enumerate(heard, 1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(said, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
-    return row[-1]
+def _optional(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise EchoError(f"{name} is not installed; run pip install 'echo_eqx[eval]'") from None

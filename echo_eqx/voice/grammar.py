@@ -1,10 +1,10 @@
 """Texts to train a small voice on: a grammar over a few thousand common English words.
 
-`words.txt` has the words, `grammar.txt` the rules. Every text is ASCII of at most `MAX_BYTES` with
-the speaker tag, and `normalize_text` changes nothing in it but for that tag.
+`words.txt` has the words, `grammar.txt` the rules. With its speaker tag, every text is ASCII of at
+most `MAX_BYTES`, and `normalize_text` only adds that tag.
 
-Texts are kept apart by what they are, not by comparing lists: one text in twenty is held out by its
-checksum, and so is every text with one of the held out words, 6 % of the lexicon.
+Held-out texts are determined by hashes, without a list: one text in twenty, and every text with a
+held-out word (6 % of the lexicon).
 """
 
 import random
@@ -15,13 +15,10 @@ from importlib.resources import files
 from typing import Literal
 from zlib import crc32
 
-from echo_eqx.errors import UsageError
-
 MAX_BYTES = 63
 MIN_CHARACTERS, MAX_CHARACTERS = 8, MAX_BYTES - len("[S1] ")
 SMALL_SHARE = 0.2
 Kind = Literal["small", "seen", "unseen"]
-_FORMS = {"pl", "s", "ed", "en", "ing"}
 _TABLES = ("irregular_verbs", "irregular_plurals", "doubled")
 _VERBS = ("do_thing", "do_person", "do_idea", "act", "say", "want")
 _COUNTED = ("thing", "person", "animal", "place", "idea")
@@ -32,46 +29,30 @@ _ONES = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth"}
 _ORDINALS |= {"nine": "ninth", "twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth"}
-# "a" or "an" is a matter of sound.
+# "a" or "an" depends on the sound, not the letter.
 _SAID_WITH_VOWEL = re.compile(r"(?!uni|use|usu|eur|one\b|once\b)[aeiou]|hour|hono|honest|heir")
 
 
-def small_domain(rng: random.Random) -> str:
-    """A number, date, time, price or household command."""
-    return Writer(rng).write("small")
+def training_texts(seed: int, small_share: float = SMALL_SHARE) -> Iterator[str]:
+    """Endless different texts, the same for the same seed.
 
-
-def open_sentence(rng: random.Random) -> str:
-    """A sentence, question, command, list or short phrase over the whole lexicon."""
-    return Writer(rng).write("open")
-
-
-def training_texts(seed: int, count: int) -> list[str]:
-    """`count` different texts, a fifth of them of the small domain; the same for a seed."""
-    texts: dict[str, None] = {}
-    for text in endless_training_texts(seed):
-        if len(texts) == count:
-            break
-        texts[text] = None
-    return list(texts)
-
-
-def endless_training_texts(seed: int, small_share: float = SMALL_SHARE) -> Iterator[str]:
-    """What `training_texts` begins with, without an end; no text comes twice."""
+    A share of `small_share` is of the small domain: numbers, dates, times, prices and household
+    commands. The others are sentences, questions, commands, lists and phrases of the whole lexicon.
+    """
     rng = random.Random(seed)
     writer = Writer(rng)
-    given: set[str] = set()
+    written: set[str] = set()
     while True:
         text = writer.write("small" if rng.random() < small_share else "open")
-        if text in given or _is_held_out(text) or held_out_words(text):
+        if text in written or _is_held_out(text) or held_out_words(text):
             writer.put_back(keep=_held_out_forms())
         else:
-            given.add(text)
+            written.add(text)
             yield text
 
 
-def cut(text: str, rng: random.Random, max_words: int) -> str:
-    """A random run of 1 to `max_words` of the words of `text`, without punctuation at its ends."""
+def random_phrase(text: str, rng: random.Random, max_words: int) -> str:
+    """1 to `max_words` consecutive words of `text`, without punctuation at the ends."""
     words = text.split()
     length = rng.randint(1, min(max_words, len(words)))
     start = rng.randint(0, len(words) - length)
@@ -79,13 +60,11 @@ def cut(text: str, rng: random.Random, max_words: int) -> str:
 
 
 def held_out_texts(kind: Kind, count: int = 50, seed: int = 0) -> list[str]:
-    """`count` different texts that no training text equals.
+    """`count` different texts that are never among the training texts.
 
-    `small` ones are of the small domain, `seen` ones open sentences of words that are trained on,
-    and in `unseen` ones at least two words are not.
+    `small`: of the small domain; `seen`: open sentences of words in the training texts; `unseen`:
+    open sentences with at least two words that are not.
     """
-    if kind not in ("small", "seen", "unseen"):
-        raise UsageError(f"kind is {kind!r}; wanted small, seen or unseen")
     writer = Writer(random.Random(seed))
     texts: dict[str, None] = {}
     while len(texts) < count:
@@ -97,17 +76,17 @@ def held_out_texts(kind: Kind, count: int = 50, seed: int = 0) -> list[str]:
 
 
 def held_out_words(text: str) -> set[str]:
-    """Words of `text`, in small letters, that no training text has."""
+    """Words of `text`, in lower case, that no training text has."""
     return _held_out_forms() & set(words_of(text))
 
 
 def words_of(text: str) -> list[str]:
-    """Words of `text` in small letters; `don't` is one."""
+    """Words of `text` in lower case; `don't` is one word."""
     return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
 
 
 def lexicon_forms() -> dict[str, set[str]]:
-    """Each word of the lexicon in small letters, and all its forms, itself included."""
+    """Each word of the lexicon in lower case, and all its forms, including itself."""
     forms: dict[str, set[str]] = {}
     for section, words in _words().items():
         endings = ("s", "ed", "en", "ing") if section in _VERBS else ()
@@ -120,9 +99,9 @@ def lexicon_forms() -> dict[str, set[str]]:
 
 
 class Writer:
-    """Fills in the rules of the grammar.
+    """Expands the rules of the grammar.
 
-    The words of a section come like cards from a shuffled pack, so that each is met about as often.
+    The words of a section are dealt from a shuffled pack, so that all are used about equally often.
     """
 
     def __init__(self, rng: random.Random):
@@ -131,26 +110,26 @@ class Writer:
         self._drawn: list[tuple[str, str]] = []
 
     def write(self, rule: str) -> str:
-        """A text of the right length."""
+        """A text of the allowed length."""
         while True:
             self._drawn = []
-            text = _tidied(self._fill(rule))
+            text = _tidy(self._expand(rule))
             if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
                 return text
             self.put_back()
 
     def put_back(self, keep: Container[str] = ()) -> None:
-        """Lay the words of the last text under their packs, but for those to `keep`."""
+        """Put the words of the last text back under their packs, except those in `keep`."""
         for section, word in self._drawn:
             if word.lower() not in keep:
                 self._packs[section].insert(0, word)
 
-    def _fill(self, name: str) -> str:
+    def _expand(self, name: str) -> str:
         name, _, form = name.partition(".")
         if name in _rules():
             weights, lines = _rules()[name]
             line = self._rng.choices(lines, weights)[0]
-            return re.sub(r"<([\w.]+)>", lambda slot: self._fill(slot[1]), line)
+            return re.sub(r"<([\w.]+)>", lambda slot: self._expand(slot[1]), line)
         if name in ("cardinal", "ordinal", "digits", "digit", "year"):
             return self._number(name)
         if not self._packs.get(name):
@@ -173,9 +152,9 @@ class Writer:
 
 
 def inflect(word: str, form: str) -> str:
-    """A word in one of the forms pl, s, ed, en, ing; with no form as it is.
+    """A word in one of the forms pl, s, ed, en, ing; unchanged if `form` is empty.
 
-    `rely_on` has its ending before the `_`, which becomes a space.
+    The ending goes before a `_`, which becomes a space: `rely_on`, `relies on`.
     """
     word, _, rest = word.partition("_")
     verbs, plurals = _irregular("irregular_verbs"), _irregular("irregular_plurals")
@@ -226,9 +205,9 @@ def _with_vowel(word: str, ending: str) -> str:
     return word + ("d" if word.endswith("e") else "ed")
 
 
-def _tidied(text: str) -> str:
+def _tidy(text: str) -> str:
     text = re.sub(r"\b([Aa])n? (?=(\w+))", _article, text)
-    # The first letter of the text, and of what is quoted.
+    # Capitalize the first letter of the text, and of a quotation.
     return re.sub(r'^"?[a-z]|, "[a-z]', lambda match: match[0].upper(), text)
 
 
@@ -243,7 +222,7 @@ def _is_held_out(text: str) -> bool:
 
 @cache
 def _held_out_forms() -> set[str]:
-    """Forms of the words held out. A word that a rule spells out is not among them."""
+    """Forms of the held-out words. Words that the rules themselves contain are never held out."""
     spelled = {
         word
         for _, lines in _rules().values()
@@ -265,7 +244,7 @@ def _words() -> dict[str, list[str]]:
 
 @cache
 def _rules() -> dict[str, tuple[list[int], list[str]]]:
-    """Weights and alternatives of each rule."""
+    """Weights and alternatives of each rule, by name."""
     rules = {}
     for name, lines in _sections("grammar.txt").items():
         parts = [re.fullmatch(r"(?:(\d+) )?(.+)", line) for line in lines]
@@ -280,7 +259,7 @@ def _irregular(table: str) -> dict[str, list[str]]:
 
 
 def _sections(name: str) -> dict[str, list[str]]:
-    """Lines under each `[heading]` of a file beside this one; `#` begins a remark."""
+    """Lines under each `[heading]` of a file in this folder; `#` starts a comment."""
     sections: dict[str, list[str]] = {}
     heading = ""
     for line in files("echo_eqx.voice").joinpath(name).read_text("utf-8").splitlines():

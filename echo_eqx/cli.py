@@ -61,6 +61,7 @@ def parse(
     description: str | None,
     *,
     default: T | None = None,
+    base: Callable[[T], T] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> T: ...
 
@@ -74,15 +75,22 @@ def parse(
     description: str | None,
     *,
     default: Any = None,
+    base: Callable[[Any], Any] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> Any:
     """Parse flags into a dataclass, or into one of a union of subcommands.
+
+    If some flags choose the defaults of others, as a preset does, `base` returns these defaults,
+    given the flags parsed over `default`.
 
     `~` at the start of a path is expanded, also in `--flag=~/x`, which shells leave alone.
 
     **Raises**: `EchoError` if `~` cannot be expanded. Exits with code 2 if the flags are wrong.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    if base is not None:
+        flags = [word for word in words if word not in ("-h", "--help")]
+        default = base(parse(kind, description, default=default, arguments=flags))
     given = {} if default is None else {"default": default}
     try:
         parsed = tyro.cli(kind, description=description, args=words, use_underscores=True, **given)
@@ -90,18 +98,6 @@ def parse(
         _hint_at_dashes(kind, words)
         raise
     return _expand_paths(parsed)
-
-
-def flag_value(arguments: Sequence[str], name: str) -> str | None:
-    """The value of a flag, for defaults that depend on it; None if the flag is not given."""
-    value = None
-    for word, after in itertools.zip_longest(arguments, arguments[1:]):
-        flag, equals, rest = word.partition("=")
-        if flag.replace("-", "_") == f"__{name}":
-            value = rest if equals else after
-            if not equals and (after or "-").startswith("-"):
-                value = None  # `parse` reports the missing value
-    return value
 
 
 def _expand_paths(value: Any) -> Any:

@@ -1,22 +1,30 @@
-"""Sizes of both models as frozen data, the presets, and their JSON form.
+"""Configs of both models, and the presets.
 
 Axis names, the same in every signature of the project:
-`b` batch, `t` latent frame (25 a second), `s` text byte, `r` reference frame, `p` reference patch,
+`b` batch, `t` latent frame, `s` text byte, `r` reference frame, `p` reference patch,
 `h` head, `k` head width, `a` rotary pair, `d` model width, `e` encoder width, `n` layer,
 `c` channel.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from echo_eqx.errors import EchoError
 
 
+class _Sizes:
+    """Checks that every integer of a config can be a size: configs are also read from files."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            sizes = value if isinstance(value, tuple) else (value,) if type(value) is int else (1,)
+            if not (0 < len(sizes) <= 16 and all(0 < size < 2**24 for size in sizes)):
+                raise EchoError(f"{name}: expected sizes from 1 to 2^24, got {str(value)[:100]}")
+
+
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(_Sizes):
     """Sizes of the text or the reference encoder."""
 
     dim: int
@@ -26,13 +34,13 @@ class EncoderConfig:
 
 
 MAX_LENGTH = 2**16
-"""Longest text or canvas of a model: attention over more fits no memory."""
+"""Longest text or target of a model: attention over more does not fit any memory."""
 MAX_SAMPLE_RATE = 768_000
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    """Sizes of an EchoDiT. Variants of the published models differ in nothing else."""
+class DiTConfig(_Sizes):
+    """Sizes of an EchoDiT; the published models differ in nothing else."""
 
     model_dim: int
     num_layers: int
@@ -42,21 +50,22 @@ class DiTConfig:
     speaker: EncoderConfig
     latent_dim: int = 128
     patch_size: int = 4
-    """Reference latents that are joined into one token."""
+    """Reference latents per token."""
     vocab_size: int = 256
     time_embed_dim: int = 256
     adaln_rank: int = 256
     norm_eps: float = 1e-5
     speaker_proj_scale: float = 1.0
-    """Factor behind the reference encoder's `in_proj`; Echo-TTS base was trained with 1/6."""
+    """Scale of the output of the reference encoder's `in_proj`; 1/6 in Echo-TTS base."""
     blockwise: bool = False
-    """Has a `latent_encoder`, so that it can go on from latents already generated."""
+    """Whether it has a `latent_encoder`, to continue from latents already generated."""
     max_frames: int = 768
-    """Longest canvas seen in training, in latent frames."""
+    """Longest target seen in training, in latent frames."""
     max_text_bytes: int = 768
     max_speaker_frames: int = 512
 
     def __post_init__(self):
+        super().__post_init__()
         widths = {
             "model": (self.model_dim, self.num_heads),
             "text": (self.text.dim, self.text.num_heads),
@@ -65,23 +74,27 @@ class DiTConfig:
         for name, (dim, heads) in widths.items():
             if heads < 1 or dim % heads or (dim // heads) % 2:
                 raise EchoError(
-                    f"{name} width {dim} does not split into {heads} heads of even width"
+                    f"{name}: expected a width divisible into heads of even width, got width "
+                    f"{dim} and {heads} heads"
                 )
         if self.num_heads % 2:
-            raise EchoError(f"num_heads is {self.num_heads}; half of the heads turn, so it is even")
+            raise EchoError(
+                f"num_heads: expected an even number (RoPE is applied to half of the heads), got "
+                f"{self.num_heads}"
+            )
         for name in ("max_frames", "max_text_bytes", "max_speaker_frames"):
             if not 0 < getattr(self, name) <= MAX_LENGTH:
                 raise EchoError(f"{name}: expected 1 to {MAX_LENGTH}, got {getattr(self, name)}")
         if self.time_embed_dim % 2:
-            raise EchoError(f"time_embed_dim is {self.time_embed_dim}; it must be even")
+            raise EchoError(f"time_embed_dim: expected an even number, got {self.time_embed_dim}")
 
 
 @dataclass(frozen=True)
-class WatermarkConfig:
+class WatermarkConfig(_Sizes):
     """Sizes of the codec's watermark path."""
 
     dim: int = 32
-    """Narrowest width; it doubles with every stride."""
+    """Smallest width; it doubles with every stride."""
     strides: tuple[int, ...] = (8, 5, 4, 2)
     bottleneck_dim: int = 128
     num_bits: int = 16
@@ -93,7 +106,7 @@ class WatermarkConfig:
 
 
 @dataclass(frozen=True)
-class CodecConfig:
+class CodecConfig(_Sizes):
     """Sizes of a DACVAE. Defaults are the published 48 kHz codec."""
 
     encoder_dim: int = 64
@@ -108,6 +121,7 @@ class CodecConfig:
     watermark: WatermarkConfig | None = WatermarkConfig()
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sample_rate > MAX_SAMPLE_RATE:
             raise EchoError(
                 f"sample_rate: expected at most {MAX_SAMPLE_RATE}, got {self.sample_rate}"
@@ -115,27 +129,28 @@ class CodecConfig:
         hop = math.prod(self.encoder_rates)
         if hop != math.prod(self.decoder_rates):
             raise EchoError(
-                f"encoder_rates {self.encoder_rates} and decoder_rates {self.decoder_rates} "
-                "multiply to different hops"
+                "expected encoder_rates and decoder_rates with the same product, got "
+                f"{self.encoder_rates} and {self.decoder_rates}"
             )
         if self.decoder_dim % 2 ** len(self.decoder_rates):
             raise EchoError(
-                f"decoder_dim {self.decoder_dim} cannot be halved {len(self.decoder_rates)} times"
+                f"decoder_dim: expected a multiple of {2 ** len(self.decoder_rates)}, got "
+                f"{self.decoder_dim}"
             )
         if self.watermark is not None and hop % math.prod(self.watermark.strides):
             raise EchoError(
-                f"hop {hop} is not a multiple of the watermark's "
-                f"{math.prod(self.watermark.strides)} samples"
+                f"expected a hop divisible by the watermark's {math.prod(self.watermark.strides)} "
+                f"samples, got {hop}"
             )
 
     @property
     def hop(self) -> int:
-        """Samples in a latent frame."""
+        """Samples per latent frame."""
         return math.prod(self.encoder_rates)
 
     @property
     def frame_rate(self) -> float:
-        """Latent frames a second."""
+        """Latent frames per second."""
         return self.sample_rate / self.hop
 
 
@@ -189,7 +204,7 @@ DIT_PRESETS["voice"] = dataclasses.replace(
 
 
 def presets_of_width(latent_dim: int | None) -> list[str]:
-    """Names of the models for latents of so many channels."""
+    """Names of the presets for latents with this many channels."""
     return [name for name, config in DIT_PRESETS.items() if config.latent_dim == latent_dim]
 
 
@@ -215,66 +230,5 @@ CODEC_PRESETS: dict[str, CodecConfig] = {
 }
 
 
-def to_json(config: DiTConfig | CodecConfig) -> dict[str, Any]:
-    """Config as plain JSON values."""
-    return dataclasses.asdict(config)
-
-
-def dit_config_from_json(data: Any) -> DiTConfig:
-    """Inverse of `to_json`; unknown, missing or wrongly typed fields raise `EchoError`."""
-    _expect_object(data, "the config")
-    text = _build(EncoderConfig, data.get("text", {}), "text.")
-    speaker = _build(EncoderConfig, data.get("speaker", {}), "speaker.")
-    return _build(DiTConfig, {**data, "text": text, "speaker": speaker}, "")
-
-
-def codec_config_from_json(data: Any) -> CodecConfig:
-    """Inverse of `to_json`; unknown, missing or wrongly typed fields raise `EchoError`."""
-    _expect_object(data, "the config")
-    watermark = data.get("watermark")
-    if watermark is not None:
-        watermark = _build(WatermarkConfig, watermark, "watermark.")
-    return _build(CodecConfig, {**data, "watermark": watermark}, "")
-
-
-def _build(cls: type, data: Any, where: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    _expect_object(data, f"config field {where[:-1]}")
-    if unknown := sorted(set(data) - set(fields)):
-        raise EchoError(f"config has unknown field {where}{unknown[0][:50]}")
-    values = {}
-    for name, field in fields.items():
-        if name not in data:
-            if field.default is dataclasses.MISSING:
-                raise EchoError(f"config lacks field {where}{name}")
-            continue
-        value = data[name]
-        if field.type == tuple[int, ...]:
-            value = tuple(value) if isinstance(value, list | tuple) else value
-            good = isinstance(value, tuple) and 0 < len(value) <= 16 and all(map(_is_size, value))
-        elif field.type is int:
-            good = _is_size(value)
-        elif field.type is float:
-            # Compared, since an integer of many digits cannot be turned into a float.
-            good = isinstance(value, int | float) and -1e9 < value < 1e9
-        elif field.type is bool:
-            good = isinstance(value, bool)
-        else:
-            good = True
-        if not good:
-            # Only plain values are printed: others may come from a file that means harm.
-            plain = isinstance(value, bool | float | str)
-            plain = plain or (isinstance(value, int) and abs(value) < 2**64)
-            shown = repr(value)[:50] if plain else f"a {type(value).__name__}"
-            raise EchoError(f"config field {where}{name} is {shown}; wanted {field.type}")
-        values[name] = value
-    return cls(**values)
-
-
-def _expect_object(data: Any, name: str) -> None:
-    if not isinstance(data, Mapping):
-        raise EchoError(f"{name} is a {type(data).__name__}; wanted an object")
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**24
+CONFIGS: dict[str, type[DiTConfig] | type[CodecConfig]] = {"dit": DiTConfig, "codec": CodecConfig}
+"""Configs by the kind of model that a file says it holds."""

@@ -1,12 +1,10 @@
 """Sampler settings, and what a checkpoint recommends for generation with it."""
 
-import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.json_data import from_json
 
 Guidance = Literal["independent", "joint", "alternating"]
 
@@ -114,98 +112,41 @@ class GenerationConfig:
     voice_whitening: tuple[tuple[float, ...], ...] = ()
     """(c, c) matrix that whitens the mean latents of recordings of one voice."""
 
-
-def generation_to_json(config: GenerationConfig) -> dict[str, Any]:
-    """`config` as JSON values."""
-    return dataclasses.asdict(config)
+    def check(self) -> None:
+        """**Raises**: `EchoError` naming the first setting that is out of its range."""
+        self.sampler.check()
+        duration, lufs, codec = self.duration, self.reference_lufs, self.codec
+        _expect(duration is None or 0 < duration < 1e6, "duration", "a number of seconds")
+        _expect(-70 <= lufs <= 0, "reference_lufs", "a number from -70 to 0")
+        named = codec is None or (0 < len(codec) < 4096 and codec.isprintable())
+        _expect(named, "codec", "the name of a codec")
+        _expect(self.codec_silence != (), "codec_silence", "a number per channel")
+        _expect(len(self.voices) <= 1000, "voices", "at most 1000 voices")
+        for voice in self.voices:
+            _expect(voice.name.isprintable() and len(voice.name) < 200, "voices", "a short name")
+            _expect(voice.radius > 0, f"radius of voice {voice.name}", "a positive number")
+        rows = self.voice_whitening
+        lengths = {len(row) for row in (*rows, *(voice.mean for voice in self.voices))}
+        _expect(
+            lengths in (set(), {len(rows)}), "voices and voice_whitening", "as many numbers in all"
+        )
+        _expect(bool(self.voices) == bool(rows), "voices", "voice_whitening with them")
 
 
 def generation_from_json(data: Any) -> GenerationConfig:
-    """Inverse of `generation_to_json`; missing fields have their defaults.
+    """Inverse of `to_json`; fields left out have their defaults.
 
     **Raises**: `EchoError` naming the first field that is unknown, has the wrong type, or is out of
     range.
     """
-    values = _fields(data, GenerationConfig, "generation")
-    if "sampler" in values:
-        values["sampler"] = _sampler(values["sampler"])
-    if values.get("duration") is not None:
-        duration = values["duration"]
-        _expect(_is_number(duration) and 0 < duration < 1e6, "duration", "a number of seconds")
-        values["duration"] = float(duration)
-    if "reference_lufs" in values:
-        lufs = values["reference_lufs"]
-        _expect(_is_number(lufs) and -70 <= lufs <= 0, "reference_lufs", "a number from -70 to 0")
-        values["reference_lufs"] = float(lufs)
-    if "expand_text" in values:
-        _expect(isinstance(values["expand_text"], bool), "expand_text", "true or false")
-    codec, silence = values.get("codec"), values.get("codec_silence")
-    good = codec is None or (isinstance(codec, str) and 0 < len(codec) < 4096)
-    _expect(good and (codec is None or codec.isprintable()), "codec", "the name of a codec")
-    if silence is not None:
-        values["codec_silence"] = _numbers(silence, "codec_silence")
-    voices = values.get("voices", ())
-    _expect(isinstance(voices, list | tuple) and len(voices) <= 1000, "voices", "a list")
-    values["voices"] = tuple(_voice(voice) for voice in voices)
-    rows = values.get("voice_whitening", ())
-    _expect(isinstance(rows, list | tuple), "voice_whitening", "a matrix")
-    values["voice_whitening"] = tuple(_numbers(row, "voice_whitening") for row in rows)
-    lengths = {len(row) for row in values["voice_whitening"]}
-    lengths |= {len(voice.mean) for voice in values["voices"]} | ({len(rows)} if rows else set())
-    _expect(len(lengths) <= 1, "voices and voice_whitening", "as many numbers in all")
-    _expect(bool(values["voices"]) == bool(rows), "voices", "voice_whitening with them")
-    return GenerationConfig(**values)
-
-
-def _sampler(data: Any) -> SamplerSettings:
-    values = _fields(data, SamplerSettings, "sampler")
-    for name, value in values.items():
-        default = getattr(SamplerSettings(), name)
-        if isinstance(default, str):
-            _expect(isinstance(value, str) and value in get_args(Guidance), name, "a known kind")
-        elif value is None:
-            _expect(default is None, name, "a number")
-        elif name in ("steps", "speaker_kv_layers"):
-            _expect(_is_number(value) and isinstance(value, int), name, "a whole number")
-        else:
-            _expect(_is_number(value), name, "a number")
-            values[name] = float(value)
-    sampler = SamplerSettings(**values)
     try:
-        sampler.check()
-    except UsageError as error:
+        generation = from_json(GenerationConfig, data)
+        generation.check()
+    except EchoError as error:
         raise EchoError(f"generation settings: {error}") from None
-    return sampler
-
-
-def _voice(data: Any) -> KnownVoice:
-    values = _fields(data, KnownVoice, "voices")
-    _expect(set(values) == {"name", "mean", "radius"}, "voices", "name, mean and radius of each")
-    name, radius = values["name"], values["radius"]
-    _expect(isinstance(name, str) and name.isprintable() and len(name) < 200, "name", "a name")
-    _expect(_is_number(radius) and radius > 0, "radius", "a positive number")
-    return KnownVoice(name, _numbers(values["mean"], "mean"), float(radius))
-
-
-def _fields(data: Any, kind: type, where: str) -> dict[str, Any]:
-    _expect(isinstance(data, Mapping), where, "an object")
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(set(data) - known)
-    _expect(not unknown, f"{where}.{str(unknown[:1])[:50]}", f"one of {', '.join(sorted(known))}")
-    return dict(data)
-
-
-def _numbers(data: Any, name: str) -> tuple[float, ...]:
-    good = isinstance(data, list | tuple) and 0 < len(data) <= 2**16 and all(map(_is_number, data))
-    _expect(good, name, "a list of numbers")
-    return tuple(map(float, data))
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) < 2**53 and math.isfinite(value)
+    return generation
 
 
 def _expect(good: bool, name: str, expected: str) -> None:
     if not good:
-        raise EchoError(f"generation settings: {name}: expected {expected}")
+        raise EchoError(f"{name}: expected {expected}")

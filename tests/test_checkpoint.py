@@ -15,8 +15,9 @@ import pytest
 from conftest import GOLDEN, random_model
 
 import echo_eqx
-from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig, to_json
+from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import EchoError
+from echo_eqx.json_data import to_json
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import make_mesh
 from echo_eqx.sharding.specs import state_shardings

@@ -26,17 +26,17 @@ from shards import make_dataset
 
 import echo_eqx
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.config import CodecConfig, DiTConfig, EncoderConfig, to_json
+from echo_eqx.config import CodecConfig, DiTConfig, EncoderConfig
 from echo_eqx.data.audio import load_audio
 from echo_eqx.data.records import BrokenRecord, index_tar, load_silence, read_sample
 from echo_eqx.errors import EchoError
+from echo_eqx.json_data import to_json
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.ops.runs import Run
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.write import write_silence
 from echo_eqx.train.config import TRAIN_PRESETS
-from echo_eqx.train.settings import from_json, saved_settings
-from echo_eqx.train.settings import to_json as settings_to_json
+from echo_eqx.train.settings import saved_settings, settings_from_json
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint, manifest_checksum, newest_intact
 from echo_eqx.weights.checkpoint.retention import Retention
@@ -144,7 +144,7 @@ def make_monitored(folder: Path) -> None:
 
 
 def make_settings(folder: Path) -> None:
-    settings = settings_to_json(TRAIN_PRESETS["tiny"])
+    settings = to_json(TRAIN_PRESETS["tiny"])
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
 
 
@@ -173,7 +173,7 @@ def read_monitored(folder: Path) -> object:
 
 
 def read_settings(folder: Path) -> object:
-    return from_json(TRAIN_PRESETS, "1.3B", *saved_settings(folder))
+    return settings_from_json(TRAIN_PRESETS, "1.3B", *saved_settings(folder))
 
 
 def read_silence(folder: Path) -> object:

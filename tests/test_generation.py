@@ -14,7 +14,8 @@ import echo_eqx
 from echo_eqx import EchoError, GenerationConfig, KnownVoice, SamplerSettings, UsageError, voice
 from echo_eqx.commands import infer
 from echo_eqx.config import DiTConfig, EncoderConfig
-from echo_eqx.generation import generation_from_json, generation_to_json
+from echo_eqx.generation import generation_from_json
+from echo_eqx.json_data import to_json
 from echo_eqx.speech import batching
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import find_codec
@@ -95,10 +96,10 @@ def test_files_that_say_nothing_have_the_defaults(tmp_path, dit):
     ],
 )
 def test_settings_that_cannot_be_used_are_named(tmp_path, dit, change, message):
-    data = generation_to_json(ALL) | change
+    data = to_json(ALL) | change
     with pytest.raises(EchoError, match=message):
         generation_from_json(data)
-    config = json.dumps(echo_eqx.config.to_json(SMALL))
+    config = json.dumps(to_json(SMALL))
     echo_eqx.save(dit, tmp_path / "dit.safetensors")
     metadata = {"format": "echo_eqx", "kind": "dit", "config": config, "generation": "[" * 10_000}
     save_file(load_file(tmp_path / "dit.safetensors"), tmp_path / "deep.safetensors", metadata)

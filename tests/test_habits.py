@@ -19,7 +19,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.files import expand
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.distributed import StopSignal
-from echo_eqx.train.settings import base_of
+from echo_eqx.train.settings import parse_settings
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -172,8 +172,9 @@ def test_tilde_is_the_home_folder_in_every_path_and_in_no_text(monkeypatch, tmp_
     assert args.inner.file == tmp_path / "inner"
     assert expand(Path("~nobody of this name/x")) == Path("~nobody of this name/x")
     (tmp_path / "c.json").write_text('{"model": "tiny", "run_dir": "~/r"}')
-    base = base_of(["--config=~/c.json"], {"tiny": TrainConfig(model="tiny")}, "tiny")
-    config = cli.parse(TrainConfig, None, default=base, arguments=[])
+    presets = {"tiny": TrainConfig(model="tiny")}
+    arguments = ["--config=~/c.json"]
+    config = parse_settings(presets, None, default=lambda _: "tiny", arguments=arguments)
     assert config.run_dir == tmp_path / "r"
 
 
@@ -227,8 +228,21 @@ def test_a_run_saves_on_signals_that_were_not_ignored(number):
             signal.signal(n, handler)
 
 
-def test_the_value_of_a_flag_is_found_in_any_arguments():
-    assert cli.flag_value([], "model") is None
-    assert cli.flag_value(["--model"], "model") is None
-    assert cli.flag_value(["--model", "tiny"], "model") == "tiny"
-    assert cli.flag_value(["--seed", "1", "--model=tiny"], "model") == "tiny"
+@dataclass(frozen=True)
+class Sized:
+    size: str = "small"
+    width: int = 1
+    depth: int = 1
+
+
+def test_some_flags_choose_the_defaults_of_others_wherever_they_stand(capsys):
+    bases = {"small": Sized(), "large": Sized("large", 8, 8)}
+
+    def sized(*words: str) -> Sized:
+        return cli.parse(Sized, None, base=lambda flags: bases[flags.size], arguments=words)
+
+    assert sized() == Sized()
+    assert sized("--width", "2", "--size=large") == Sized("large", 2, 8)
+    with pytest.raises(SystemExit):
+        sized("--size", "large", "--help")
+    assert "(default: 8)" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import echo_eqx
 
 PACKAGE = Path(echo_eqx.__file__).parent
 ROOMS = [
-    {"errors", "hub", "files", "config", "trees", "generation", "compilation"},
+    {"errors", "hub", "files", "json_data", "config", "trees", "generation", "compilation"},
     {"layers"},
     {"model", "codec", "data", "sharding"},
     {"flow"},
@@ -26,7 +26,16 @@ ROOMS = [
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
-ORDER_ON_THE_GROUND = ["errors", "hub", "files", "config", "trees", "generation", "compilation"]
+ORDER_ON_THE_GROUND = [
+    "errors",
+    "hub",
+    "files",
+    "json_data",
+    "config",
+    "trees",
+    "generation",
+    "compilation",
+]
 
 
 def imported(path: Path) -> set[str]:

@@ -17,6 +17,7 @@ from shards import make_dataset
 import echo_eqx
 from echo_eqx.config import DIT_PRESETS
 from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.json_data import to_json
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.hosts import Heartbeat, start_processes
 from echo_eqx.sharding.mesh import make_mesh, mesh_shape
@@ -25,12 +26,11 @@ from echo_eqx.train.config import (
     TRAIN_PRESETS,
     ObjectiveConfig,
     TrainConfig,
-    to_json,
 )
 from echo_eqx.train.data import TrainData
 from echo_eqx.train.flops import forward_flops, peak_flops, step_flops
 from echo_eqx.train.restore import check_same_run, newest_restorable
-from echo_eqx.train.settings import base_of, from_json
+from echo_eqx.train.settings import parse_settings, settings_from_json
 from echo_eqx.train.setup import compile_step
 from echo_eqx.train.state import init_state
 from echo_eqx.train.step import abstract_batch
@@ -168,17 +168,20 @@ def test_settings_go_through_json(tmp_path):
     file.write_text(json.dumps(to_json(config)))
 
     def base_config(source: Path) -> TrainConfig:
-        return base_of(["--config", str(source)], TRAIN_PRESETS, "1.3B")
+        arguments = ["--config", str(source)]
+        config = parse_settings(TRAIN_PRESETS, None, default=lambda _: "1.3B", arguments=arguments)
+        assert config.config == source
+        return dataclasses.replace(config, config=None, cache_dir=TrainConfig.cache_dir)
 
     def config_from_json(data, where: str) -> TrainConfig:
-        return from_json(TRAIN_PRESETS, "1.3B", data, where)
+        return settings_from_json(TRAIN_PRESETS, "1.3B", data, where)
 
     assert base_config(file) == base_config(tmp_path) == config
     assert config_from_json({"model": "tiny", "seed": 3}, "x").batch_size == 16
     assert config_from_json({"optimizer": {"max_grad_norm": 2}}, "x").optimizer.max_grad_norm == 2.0
     bad = [{"stepz": 1}, {"num_steps": "x"}, {"optimizer": 3}, {"model": []}, [], {"export": 1}]
     for data in bad:
-        with pytest.raises(EchoError, match="x holds no settings of a run"):
+        with pytest.raises(EchoError, match="x does not hold the settings of a run"):
             config_from_json(data, "x")
     file.write_text("{")
     with pytest.raises(EchoError, match="cannot be read as settings"):

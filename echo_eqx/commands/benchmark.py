@@ -41,10 +41,11 @@ import tyro
 
 import echo_eqx
 from echo_eqx.cli import parse
-from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, to_json
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.data import loader
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import list_shards
+from echo_eqx.json_data import to_json
 from echo_eqx.sharding.mesh import make_mesh, mesh_shape
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.state import abstract_state, sharded_abstract_state

@@ -10,16 +10,14 @@ says that another process of the run is gone. Everything the run writes is in --
 --data or --config a model like the small voice's trains on the shards in the package.
 """
 
-import sys
-
-from echo_eqx.cli import parse
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
 from echo_eqx.train.distributed import run_training
-from echo_eqx.train.settings import base_of
+from echo_eqx.train.settings import parse_settings
 from echo_eqx.train.train_dit import train
 
 
 def main() -> None:
-    given = any(word.startswith(("--data", "--config")) for word in sys.argv[1:])
-    default = base_of(sys.argv[1:], TRAIN_PRESETS, TrainConfig.model if given else "voice")
-    run_training(parse(TrainConfig, __doc__, default=default), train)
+    def default_model(flags: TrainConfig) -> str:
+        return "voice" if flags.data is None and flags.config is None else TrainConfig.model
+
+    run_training(parse_settings(TRAIN_PRESETS, __doc__, default=default_model), train)

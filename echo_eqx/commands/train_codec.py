@@ -9,15 +9,14 @@ The same command again goes on where the run stopped. Checkpoints, exit codes, m
 hosts are as in train.py; `--codec runs/codec` takes the result anywhere.
 """
 
-import sys
-
-from echo_eqx.cli import parse
 from echo_eqx.train.codec.config import CODEC_TRAIN_PRESETS, CodecTrainConfig
 from echo_eqx.train.codec.train_codec import train_codec
 from echo_eqx.train.distributed import run_training
-from echo_eqx.train.settings import base_of
+from echo_eqx.train.settings import parse_settings
 
 
 def main() -> None:
-    default = base_of(sys.argv[1:], CODEC_TRAIN_PRESETS, CodecTrainConfig.model)
-    run_training(parse(CodecTrainConfig, __doc__, default=default), train_codec)
+    settings = parse_settings(
+        CODEC_TRAIN_PRESETS, __doc__, default=lambda _: CodecTrainConfig.model
+    )
+    run_training(settings, train_codec)

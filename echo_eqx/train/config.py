@@ -17,10 +17,9 @@ from echo_eqx.train.settings import (
     RunConfig,
     check_positive,
     check_shares,
-    to_json,
 )
 
-__all__ = ["TRAIN_PRESETS", "ObjectiveConfig", "OptimizerConfig", "TrainConfig", "to_json"]
+__all__ = ["TRAIN_PRESETS", "ObjectiveConfig", "OptimizerConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)

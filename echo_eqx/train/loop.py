@@ -13,16 +13,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from echo_eqx.config import CodecConfig, DiTConfig
-from echo_eqx.config import to_json as sizes_to_json
 from echo_eqx.data.record_log import describe
-from echo_eqx.generation import GenerationConfig, generation_to_json
+from echo_eqx.generation import GenerationConfig
+from echo_eqx.json_data import to_json
 from echo_eqx.sharding.hosts import Heartbeat
 from echo_eqx.sharding.mesh import replicated
 from echo_eqx.train.device_loader import DeviceLoader
 from echo_eqx.train.distributed import StopSignal
 from echo_eqx.train.metrics import MetricsLog, ProgressLine, tensorboard_writer
 from echo_eqx.train.run_folder import MetricsFile, note_end
-from echo_eqx.train.settings import RunConfig, to_json
+from echo_eqx.train.settings import RunConfig
 from echo_eqx.weights.checkpoint.retention import Retention
 from echo_eqx.weights.checkpoint.writer import CheckpointWriter, State
 
@@ -88,7 +88,7 @@ def train_loop(trainer: Trainer, launch_id: str, heartbeat: Heartbeat) -> int:
             "step": step,
             "samples_seen": log.samples_seen,
             "model_kind": "dit" if isinstance(trainer.sizes, DiTConfig) else "codec",
-            "model": sizes_to_json(trainer.sizes),
+            "model": to_json(trainer.sizes),
             "settings": to_json(config),
             "mesh": dict(trainer.mesh.shape),
             "processes": jax.process_count(),
@@ -97,7 +97,7 @@ def train_loop(trainer: Trainer, launch_id: str, heartbeat: Heartbeat) -> int:
             "data": trainer.data,
         }
         if trainer.generation is not None:
-            manifest["generation"] = generation_to_json(trainer.generation)
+            manifest["generation"] = to_json(trainer.generation)
         writer.save(state, manifest, cursor)
 
     with contextlib.ExitStack() as cleanup:  # in reverse order, each even if one before raises

@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
-from echo_eqx.train.settings import RunConfig, to_json
+from echo_eqx.json_data import to_json
+from echo_eqx.train.settings import RunConfig
 
 _README = """\
 # A training run of echo_eqx

@@ -2,18 +2,16 @@
 
 import contextlib
 import dataclasses
-import json
-import types
-import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from echo_eqx.cli import flag_value
+from echo_eqx.cli import parse
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.files import MAX_JSON_BYTES, expand, parse_json
+from echo_eqx.json_data import MAX_JSON_BYTES, from_json, parse_json, to_json
 from echo_eqx.weights.checkpoint.reader import (
     FOLDER,
     MANIFEST,
@@ -55,6 +53,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    model: str = ""
+    """Architecture, by the name of its preset."""
     data: str | None = None
     """What to train on."""
     run_dir: Path = Path("runs/echo")
@@ -155,11 +155,6 @@ def check_positive(**values: float) -> None:
             raise UsageError(f"{name} is {value}; wanted a positive number")
 
 
-def to_json(config: RunConfig) -> dict[str, Any]:
-    """Settings as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
 # What training does not depend on, or what is compared by itself: the data by their digest, the
 # model by its sizes.
 _FREE = {
@@ -200,19 +195,19 @@ def _flat(settings: Any) -> dict[str, Any]:
     return values
 
 
-def from_json(presets: dict[str, Config], default: str, data: Any, where: str) -> Config:
-    """Inverse of `to_json`; fields left out have the defaults of the model's preset, which without
-    a name is `default`.
+def settings_from_json(presets: dict[str, Config], default: str, data: Any, where: str) -> Config:
+    """Inverse of `to_json`; fields left out are those of the model's preset, which is `default` if
+    there is no model either.
 
     **Raises**: `EchoError` naming `where` and a field that is unknown or of the wrong type.
     """
     try:
-        model = data.get("model", default)
-        if model not in presets:
-            raise ValueError(f"model is {str(model)[:50]!r}; wanted {', '.join(presets)}")
-        return _filled(presets[model], data)
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise EchoError(f"{where} holds no settings of a run: {error}") from None
+        model = data.get("model", default) if isinstance(data, dict) else default
+        if not isinstance(model, str) or model not in presets:
+            raise EchoError(f"model: expected one of {', '.join(presets)}, got {str(model)[:50]!r}")
+        return from_json(type(presets[model]), data, base=presets[model])
+    except EchoError as error:
+        raise EchoError(f"{where} does not hold the settings of a run: {error}") from None
 
 
 def saved_settings(source: Path) -> tuple[Any, str]:
@@ -232,35 +227,22 @@ def saved_settings(source: Path) -> tuple[Any, str]:
         raise EchoError(f"{file} cannot be read as settings: {error}") from None
 
 
-def base_of(arguments: list[str], presets: dict[str, Config], default: str) -> Config:
-    """What the flags of a command override: --config, or else the preset of --model."""
-    config = flag_value(arguments, "config")
-    if config is not None:
-        return from_json(presets, default, *saved_settings(expand(Path(config))))
-    model = flag_value(arguments, "model")
-    return presets.get(default if model is None else model, presets[default])
+def parse_settings(
+    presets: dict[str, Config],
+    description: str | None,
+    *,
+    default: Callable[[Config], str],
+    arguments: Sequence[str] | None = None,
+) -> Config:
+    """The flags of a command over the settings in --config, or over the preset of --model.
 
+    Without either it is the preset `default(flags)`.
+    """
+    kind = type(next(iter(presets.values())))
 
-def _filled(default: Any, data: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(type(default))
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise ValueError(f"unknown field {unknown[0][:50]}")
-    values = {name: _value(name, hints[name], getattr(default, name), data[name]) for name in data}
-    return dataclasses.replace(default, **values)
+    def base(flags: Config) -> Config:
+        if flags.config is not None:
+            return settings_from_json(presets, default(flags), *saved_settings(flags.config))
+        return presets.get(flags.model or default(flags), presets[default(flags)])
 
-
-def _value(name: str, hint: Any, default: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(default):
-        return _filled(default, value)
-    options = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
-    for option in options:
-        if option is Path and isinstance(value, str):
-            return Path(value)
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if typing.get_origin(option) is Literal and value in typing.get_args(option):
-            return value
-        if isinstance(option, type) and type(value) is option:
-            return value
-    raise ValueError(f"field {name} is {str(value)[:50]!r}; wanted {hint}")
+    return parse(kind, description, default=kind(model=""), base=base, arguments=arguments)

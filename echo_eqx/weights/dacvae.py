@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.config import CodecConfig, codec_config_from_json
+from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError
+from echo_eqx.json_data import from_json
 from echo_eqx.trees import cast
 from echo_eqx.weights.assemble import Sources, check_memory, load_into, single
 from echo_eqx.weights.torch_file import read_torch_file, tensors
@@ -47,8 +48,8 @@ def _config(content: dict, source: Tensors, path: Path) -> CodecConfig:
     }
     known = {name: kwargs[theirs] for theirs, name in ours.items() if theirs in kwargs}
     try:
-        plain = codec_config_from_json(known)
-        return codec_config_from_json({**known, "watermark": _watermark(plain, source)})
+        plain = from_json(CodecConfig, {**known, "watermark": None})
+        return from_json(CodecConfig, {**known, "watermark": _watermark(plain, source)})
     except EchoError as error:
         raise EchoError(f"{path}: {error}") from None
 

@@ -9,16 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.config import (
-    CodecConfig,
-    DiTConfig,
-    codec_config_from_json,
-    dit_config_from_json,
-    to_json,
-)
+from echo_eqx.config import CONFIGS, CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.files import parse_json, write_whole
-from echo_eqx.generation import GenerationConfig, generation_from_json, generation_to_json
+from echo_eqx.files import write_whole
+from echo_eqx.generation import GenerationConfig, generation_from_json
+from echo_eqx.json_data import from_json, parse_json, to_json
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.names import to_pytorch
@@ -109,8 +104,7 @@ def native_config(file: SafetensorsFile | ShardedSafetensors) -> DiTConfig | Cod
     """The config that a file of ours carries."""
     try:
         data = parse_json(file.metadata["config"].encode("utf-8", "surrogatepass"))
-        parse = dit_config_from_json if native_kind(file) == "dit" else codec_config_from_json
-        return parse(data)
+        return from_json(CONFIGS[native_kind(file) or ""], data)
     except KeyError:
         raise EchoError(f"{file.path} carries no config") from None
     except (EchoError, ValueError) as error:
@@ -129,7 +123,7 @@ def generation_metadata(generation: GenerationConfig) -> dict[str, str]:
     """What a file says of `generation`: nothing where it is the default."""
     if generation == GenerationConfig():
         return {}
-    return {GENERATION: json.dumps(generation_to_json(generation))}
+    return {GENERATION: json.dumps(to_json(generation))}
 
 
 def array_dtype(name: str) -> Any:

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from echo_eqx.errors import EchoError
-from echo_eqx.files import MAX_JSON_BYTES, parse_json
+from echo_eqx.json_data import MAX_JSON_BYTES, parse_json
 from echo_eqx.weights.safetensors_writer import CHECKSUMS, header_checksum
 
 _TYPES = {

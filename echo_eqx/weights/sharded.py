@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from echo_eqx.errors import EchoError
-from echo_eqx.files import MAX_JSON_BYTES, parse_json
+from echo_eqx.json_data import MAX_JSON_BYTES, parse_json
 from echo_eqx.weights.safetensors_reader import SafetensorsFile
 
 INDEX_SUFFIX = ".safetensors.index.json"

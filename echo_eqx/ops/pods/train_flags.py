@@ -3,10 +3,9 @@
 import logging
 from collections.abc import Sequence
 
-import tyro
-
 from echo_eqx.errors import UsageError
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
+from echo_eqx.train.settings import parse_settings
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +24,9 @@ def check_train_flags(flags: Sequence[str]) -> str:
             raise UsageError(f"{flag} is a file on this machine; pass its settings as flags")
         if name in _PER_WORKER:
             raise UsageError(f"{flag} is set on each worker; leave it out")
-    model = TrainConfig.model
-    for name, flag, after in zip(names, flags, [*flags[1:], model], strict=True):
-        if name == "--model":
-            model = flag.partition("=")[2] or after
-    base = TRAIN_PRESETS.get(model, TrainConfig(model=model))
-    config = tyro.cli(TrainConfig, args=list(flags), default=base, prog="train")
+    config = parse_settings(
+        TRAIN_PRESETS, None, default=lambda _: TrainConfig.model, arguments=flags
+    )
     config.check()
     return str(config.run_dir)
 

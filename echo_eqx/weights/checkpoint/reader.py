@@ -14,15 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from echo_eqx.config import (
-    CodecConfig,
-    DiTConfig,
-    codec_config_from_json,
-    dit_config_from_json,
-)
+from echo_eqx.config import CONFIGS, CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
-from echo_eqx.files import parse_json
 from echo_eqx.generation import GenerationConfig, generation_from_json
+from echo_eqx.json_data import from_json, parse_json
 from echo_eqx.weights.native import FORMAT
 from echo_eqx.weights.safetensors_reader import SafetensorsFile
 
@@ -81,8 +76,9 @@ class TrainingCheckpoint:
         try:
             manifest = _read_manifest(path / MANIFEST)
             self.model_kind: str = manifest.get("model_kind", "dit")
-            parse = {"dit": dit_config_from_json, "codec": codec_config_from_json}[self.model_kind]
-            self.config: DiTConfig | CodecConfig = parse(manifest["model"])
+            self.config: DiTConfig | CodecConfig = from_json(
+                CONFIGS[self.model_kind], manifest["model"]
+            )
             self.step = _size(manifest["step"], "step")
             self.samples_seen = _size(manifest["samples_seen"], "samples_seen")
             _check_cursor(manifest["cursor"])

@@ -121,7 +121,7 @@ class TrainConfig(RunConfig):
         patch = DIT_PRESETS[self.model].patch_size
         if self.max_speaker_frames is not None and self.max_speaker_frames % patch:
             raise UsageError(
-                f"max_speaker_frames is {self.max_speaker_frames}; wanted a multiple of {patch}"
+                f"max_speaker_frames is {self.max_speaker_frames}; expected a multiple of {patch}"
             )
         objective = self.objective
         check_shares(text_dropout=objective.text_dropout, speaker_dropout=objective.speaker_dropout)

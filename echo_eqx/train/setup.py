@@ -10,11 +10,12 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from echo_eqx.json_data import to_json
 from echo_eqx.sharding.hosts import check_agreement, code_digest
 from echo_eqx.train.plan import check_memory
 from echo_eqx.train.restore import newest_restorable
 from echo_eqx.train.run_folder import RunFolder
-from echo_eqx.train.settings import RunConfig, to_json
+from echo_eqx.train.settings import RunConfig
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.checkpoint.writer import make_missing_export, remove_leftovers
 

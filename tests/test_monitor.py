@@ -262,7 +262,7 @@ def test_an_empty_folder_waits_for_its_first_run(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def secretive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """A run with links and files that are no business of the page."""
+    """A run with links out of it and files that the page must not serve."""
     place = tmp_path_factory.mktemp("secretive")
     run = make_run(place / "runs" / "a")
     (place / "secret.txt").write_text("secret")
@@ -289,7 +289,7 @@ def secretive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         "/samples/%2e%2e/10/0.wav",
         "/samples/a/10/0.wav%00.txt",
         "/samples/a/10/1.txt",  # a link that leads outside
-        "/samples/a/10/2.txt",  # a link within the run, to what is no sample, but beside samples
+        "/samples/a/10/2.txt",  # a link within the run that leads nowhere
         "/samples/a/10/weights.wav.safetensors",
         "/samples/a/11/0.txt",  # a folder that is a link
         "/about.json?run=../elsewhere",
@@ -375,7 +375,7 @@ NAMES = [b"b\xff", b"b\xfe", b"b\\xff", b"new\nline", b"a'\"<b>&%2f"]
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a monitor of all odd runs and, among them, a sound one."""
+    """The port of a monitor of all odd runs and one good one."""
     root = tmp_path_factory.mktemp("odd")
     for number, (name, content, _) in enumerate(ODD):
         run = root / str(number)
@@ -408,7 +408,7 @@ def strict_json(port: int, path: str) -> Any:
     return value
 
 
-def test_one_odd_run_is_told_of_and_hides_no_other(odd: int):
+def test_one_odd_run_is_reported_and_hides_no_other(odd: int):
     runs = {run["name"]: run for run in strict_json(odd, "/runs.json")["runs"]}
     assert len(runs) == len(ODD) + len(NAMES) + 1
     for name in runs:
@@ -432,7 +432,7 @@ def test_sums_that_overflow_still_have_a_mean(odd: int):
     assert loss["stride"] == 2 and loss["mean"] == pytest.approx([1.7e308] * 750)
 
 
-def test_a_line_too_long_to_be_ours_is_passed_over(odd: int):
+def test_a_line_too_long_to_be_from_the_trainer_is_skipped(odd: int):
     number = [content for _, content, _ in ODD].index(long_line)
     data = strict_json(odd, f"/data.json?run={number}")
     assert data["curves"]["loss"]["step"] == [1, 1] and data["unreadable"] == 1
@@ -451,7 +451,7 @@ def test_a_file_replaced_by_a_pipe_while_it_is_followed_blocks_nobody(tmp_path: 
     assert page.refresh()["loss"]["step"] == [1, 2]
 
 
-def test_what_fails_in_one_run_is_that_runs_trouble(tmp_path: Path, monkeypatch, capsys):
+def test_a_failure_in_one_run_is_a_problem_of_that_run(tmp_path: Path, monkeypatch, capsys):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b")
     status = Run.status
@@ -467,7 +467,7 @@ def test_what_fails_in_one_run_is_that_runs_trouble(tmp_path: Path, monkeypatch,
 
 
 def answers(port: int, *requests: bytes) -> list[bytes]:
-    """The first line of the answer to each request, all of which are open at once."""
+    """The first line of the answer to each request; all connections are open at once."""
     connections = [socket.create_connection(("127.0.0.1", port), 30) for _ in requests]
     found = []
     for connection, request in zip(connections, requests, strict=True):
@@ -561,8 +561,8 @@ def test_parts_of_a_recording_can_be_had(tmp_path: Path):
     whole = (make_run(tmp_path / "a") / "samples/step_000000010/0.wav").read_bytes()
     with serving(tmp_path) as port:
 
-        def part(wanted: str) -> tuple[int, str | None, bytes]:
-            status, headers, body = ask(port, "/samples/a/10/0.wav", Range=wanted)
+        def part(range: str) -> tuple[int, str | None, bytes]:
+            status, headers, body = ask(port, "/samples/a/10/0.wav", Range=range)
             return status, headers["Content-Range"], body
 
         n = len(whole)

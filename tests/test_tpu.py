@@ -1,4 +1,4 @@
-"""Pods and hosts by stand-ins for gcloud and ssh, whose workers are real processes here."""
+"""Pods and hosts with stand-ins for gcloud and ssh; their workers are real local processes."""
 
 import json
 import os
@@ -396,7 +396,7 @@ def test_setup_copies_installs_and_compares(world):
         assert not list(source.rglob("__pycache__"))
     first = next(shlex.join(call) for call in world.calls if "scp" in call)
     assert "--worker=0" in first  # alone, since it may make the key
-    world.ok("setup --name echo --pause 0")  # once more is no harm
+    world.ok("setup --name echo --pause 0")  # running it again is harmless
 
 
 def test_setup_names_the_worker_that_differs(world):
@@ -461,7 +461,7 @@ def test_stop_ends_where_the_pod_is_deleted_meanwhile(world):
     assert "echo is deleted, and the run on it has ended" in said
 
 
-def test_a_late_worker_ends_the_others_and_all_are_tried_again(world):
+def test_a_worker_that_does_not_start_ends_the_others_and_all_try_again(world):
     world.pod()
     world.play(**{"refuse pod0-2": 1})
     world.write("pauses", "9 9")
@@ -484,7 +484,7 @@ def test_a_worker_that_never_starts_is_named_and_nothing_is_left_alive(world):
     assert not any(status["alive"] for status in world.statuses())
 
 
-def test_a_run_that_ends_at_once_is_no_late_worker(world):
+def test_a_run_that_crashes_at_once_is_not_tried_again(world):
     world.pod()
     world.write("crash pod0-1", "1")
     code, _, err = world(f"{LAUNCH} 1000".replace("--settle 0", "--settle 90"))
@@ -493,7 +493,7 @@ def test_a_run_that_ends_at_once_is_no_late_worker(world):
     assert world.count("worker.py start") == 3
     assert not any(status["alive"] for status in world.statuses())
     (world.root / "crash pod0-1").unlink()
-    assert "the run is alive" in world.ok(f"{LAUNCH} 1")  # done at once is no error
+    assert "the run is alive" in world.ok(f"{LAUNCH} 1")  # finishing at once is not an error
 
 
 @pytest.mark.parametrize("again", [0, 1])
@@ -592,7 +592,7 @@ def test_bad_input_is_one_sentence(world, command, code, said):
     assert (world.root / "pod.json").exists() and "start echo" not in out
 
 
-def test_without_gcloud_or_an_account_that_is_said(world, monkeypatch):
+def test_a_missing_gcloud_or_account_is_one_sentence(world, monkeypatch):
     for command in ("status --name echo", "create --name echo --accelerator_type v4-8"):
         world.play(logged_out=True)
         code, _, err = world(command)
@@ -612,7 +612,7 @@ def test_a_pod_that_is_not_ready_is_not_launched_on(world):
     assert "pod echo: PREEMPTED, queue: SUSPENDED" in world.ok("status --name echo")
 
 
-def test_a_run_dir_that_goes_with_the_pod_is_warned_of(world):
+def test_a_run_dir_on_a_workers_own_disk_is_warned_of(world):
     world.pod()
     for place, warned in [("runs/x", 1), ("/home/me/x", 1), ("/mnt/x", 0), ("/gcs/bucket/x", 0)]:
         said = world.ok(f"launch --name echo --dry_run -- --data d --run_dir {place}")

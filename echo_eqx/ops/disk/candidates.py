@@ -90,7 +90,7 @@ def stale_revisions(folder: Path, days: float, log: EventLog) -> Iterator[Candid
     """Revisions in the Hub's cache with a newer one, then repositories unused for `days`."""
     tried: set[Path] = set()
     while True:
-        # Scanned after each deletion: a file that two revisions share goes with the second one.
+        # Scanned after each deletion: a file that two revisions share is deleted with the second.
         try:
             cache = scan_cache_dir(folder)
         except (OSError, ValueError, CacheNotFound) as error:

@@ -131,11 +131,10 @@ class DiskWatchdog:
         return not short
 
     def _delete(self, candidate: Candidate) -> bool:
-        deleted = False
         with self._log.skipping(candidate.path):
             candidate.delete()
-            deleted = True
-        return deleted
+            return True
+        return False
 
     def _log_deletion(self, candidate: Candidate, before: int, after: int) -> bool:
         """Log a deletion; in a dry run, which finds the same at every check, only once."""

@@ -2,7 +2,7 @@
 JobSet and a SLURM batch script.
 
 `train` exits with 75 if another process of the run is lost and with 76 if it was asked to stop and
-has saved. Both mean "start the same command again", and each engine is told so. Exit codes 1 and 2
+has saved. Both mean "start the same command again", and each job file says so. Exit codes 1 and 2
 are errors that a restart would only repeat.
 """
 

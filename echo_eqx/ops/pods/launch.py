@@ -118,13 +118,13 @@ def stop(workers: Workers, *, now: bool, wait: float, poll: float) -> None:
 
     **Raises**: `EchoError` naming a worker where it is alive, or that is silent, after `wait` s.
     """
-    untold, deadline = list(workers.ids), time.monotonic() + wait
+    unreached, deadline = list(workers.ids), time.monotonic() + wait
     while True:
-        told = workers.call(
+        answers = workers.call(
             lambda worker: ["end", workers.run_name(worker), "KILL" if now else "TERM"],
-            among=untold,
+            among=unreached,
         )
-        untold = [answer.worker for answer in told if answer.value is None]
+        unreached = [answer.worker for answer in answers if answer.value is None]
         if workers.shell.dry_run:
             return
         answers = workers.status()

@@ -61,7 +61,7 @@ Dtype = Literal["float32", "bfloat16"]
 class Codec:
     """Encode and decode a recording."""
 
-    preset: Literal["48khz", "tiny"] = "48khz"
+    model: Literal["48khz", "tiny"] = "48khz"
     seconds: float = 5.0
     runs: int = 5
 
@@ -70,7 +70,7 @@ class Codec:
 class DiT:
     """One velocity evaluation at the published lengths."""
 
-    preset: Literal["1.3B", "840M", "tiny"] = "1.3B"
+    model: Literal["1.3B", "840M", "tiny"] = "1.3B"
     dtype: Dtype = "bfloat16"
     frames: int = 768
     text_bytes: int = 768
@@ -82,7 +82,7 @@ class DiT:
 class Cache:
     """A velocity evaluation from cached keys against one from text and reference."""
 
-    preset: Literal["1.3B", "840M", "tiny"] = "tiny"
+    model: Literal["1.3B", "840M", "tiny"] = "tiny"
     dtype: Dtype = "float32"
     frames: int = 384
     text_bytes: int = 768
@@ -94,7 +94,7 @@ class Cache:
 class Step:
     """Trace and compile the training step from shapes alone; no weights are made."""
 
-    preset: Literal["1.3B", "840M", "tiny"] = "1.3B"
+    model: Literal["1.3B", "840M", "tiny"] = "1.3B"
     batch_size: int = 8
     devices: int = 1
     """Virtual devices, all along fsdp."""
@@ -115,7 +115,7 @@ class Stream:
 class Save:
     """A checkpoint of a training state: what the loop waits for, and what is done behind it."""
 
-    preset: Literal["1.3B", "840M", "tiny"] = "tiny"
+    model: Literal["1.3B", "840M", "tiny"] = "tiny"
     runs: int = 5
 
 
@@ -187,12 +187,12 @@ def random_weights(init: Callable[[], Any]) -> Any:
 
 
 def codec(args: Codec) -> None:
-    config = CODEC_PRESETS[args.preset]
+    config = CODEC_PRESETS[args.model]
     model = random_weights(lambda: echo_eqx.DACVAE.init(config, key=jr.key(0)))
     audio = 0.1 * np.random.default_rng(0).standard_normal(int(args.seconds * config.sample_rate))
     audio = audio.astype(np.float32)
     latents, _ = model.encode(audio)
-    print(f"codec {args.preset}, {args.seconds} s of audio, float32, {jax.devices()[0]}")
+    print(f"codec {args.model}, {args.seconds} s of audio, float32, {jax.devices()[0]}")
     median_seconds("encode", lambda: model.encode(audio), args.runs)
     plain = median_seconds("decode", lambda: model.decode(latents), args.runs)
     message = np.arange(16) % 2
@@ -203,7 +203,7 @@ def codec(args: Codec) -> None:
 
 
 def dit_inputs(args: DiT | Cache) -> tuple[echo_eqx.EchoDiT, list[jax.Array]]:
-    config = DIT_PRESETS[args.preset]
+    config = DIT_PRESETS[args.model]
 
     def init():
         dit = echo_eqx.EchoDiT.init(config, key=jr.key(0))
@@ -220,7 +220,7 @@ def dit_inputs(args: DiT | Cache) -> tuple[echo_eqx.EchoDiT, list[jax.Array]]:
         jnp.ones(args.speaker_frames, bool),
     ]
     print(
-        f"EchoDiT {args.preset}, {args.dtype}, {args.frames} frames, {args.text_bytes} bytes, "
+        f"EchoDiT {args.model}, {args.dtype}, {args.frames} frames, {args.text_bytes} bytes, "
         f"{args.speaker_frames} reference frames, {jax.devices()[0]}"
     )
     return model, inputs
@@ -260,7 +260,7 @@ def step(args: Step) -> None:
     count = f"--xla_force_host_platform_device_count={args.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
     mesh = make_mesh(mesh_shape("", args.devices))
-    config, optimizer = DIT_PRESETS[args.preset], OptimizerConfig()
+    config, optimizer = DIT_PRESETS[args.model], OptimizerConfig()
     started = time.perf_counter()
     state = sharded_abstract_state(config, optimizer, mesh)
     batch = abstract_batch(mesh, args.batch_size, config)
@@ -270,7 +270,7 @@ def step(args: Step) -> None:
     memory: Any = lowered.compile().memory_analysis()
     compiled = time.perf_counter()
     print(
-        f"training step of {args.preset}, batch {args.batch_size} x {config.max_frames} frames, "
+        f"training step of {args.model}, batch {args.batch_size} x {config.max_frames} frames, "
         f"{args.devices} device(s): trace {traced - started:.1f} s, "
         f"compile {compiled - traced:.1f} s"
     )
@@ -344,7 +344,7 @@ def write_random_shards(folder: Path, shards: int, records: int, channels: int) 
 
 
 def save(args: Save) -> None:
-    config = DIT_PRESETS[args.preset]
+    config = DIT_PRESETS[args.model]
     state: Any = random_weights(lambda: abstract_state(config, OptimizerConfig()))
     manifest = {"step": 0, "samples_seen": 0, "model": to_json(config)}
     stalls, totals = [], []
@@ -365,7 +365,7 @@ def save(args: Save) -> None:
             totals.append(time.perf_counter() - started)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     print(
-        f"checkpoint of {args.preset}, {size / 2**20:.0f} MiB: the loop waits "
+        f"checkpoint of {args.model}, {size / 2**20:.0f} MiB: the loop waits "
         f"{statistics.median(stalls):.3f} s, it is on disk after {statistics.median(totals):.2f} s "
         f"(medians of {args.runs})"
     )

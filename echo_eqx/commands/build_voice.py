@@ -122,7 +122,7 @@ def prepare(manifest: Path, shards: Path, codec: Path, sizes: DiTConfig) -> Path
         output=shards,
         codec=codec,
         max_seconds=sizes.max_frames / rate,
-        ref_seconds=sizes.max_speaker_frames / rate,
+        max_speaker_seconds=sizes.max_speaker_frames / rate,
         batch_size=8,
     )
     return shards

@@ -41,13 +41,13 @@ class PrepareConfig:
     codec: str = "facebook/dacvae-watermarked"
     """DACVAE weights to encode with: a file, a folder, a Hub id, or voice."""
     model: str | None = None
-    """Preset of the model that will be trained, such as voice: sets max_seconds, ref_seconds and
-    the longest text to what it holds. Clips with longer texts are counted."""
+    """Preset of the model that will be trained, such as voice: --max_seconds, --max_speaker_seconds
+    and the longest text are set to what it holds. Clips with longer texts are counted."""
     max_seconds: float | None = None
     """Longest clip; by default what the model holds (768 frames, 30.72 s at 25 frames/s). Longer
     recordings are cut between segments if the transcript has times, else at pauses if a recogniser
     is installed (pip install 'echo_eqx[cutting]'), else left out."""
-    ref_seconds: float | None = None
+    max_speaker_seconds: float | None = None
     """Longest reference, joined from other recordings of the speaker; by default what the model
     holds (512 frames, 20.48 s at 25 frames/s)."""
     speaker: str | None = None
@@ -83,7 +83,7 @@ class PrepareConfig:
         if self.output is None:
             raise UsageError("--output is missing; expected a folder for the shards")
         self.part_of()
-        for name in ("max_seconds", "ref_seconds", "shard_samples"):
+        for name in ("max_seconds", "max_speaker_seconds", "shard_samples"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e9:
                 raise UsageError(f"--{name}: expected a positive number, got {value}")
@@ -105,7 +105,7 @@ class PrepareConfig:
 def make_dataset(config: PrepareConfig, codec: DACVAE, source: str, output: Path) -> None:
     """Make the shards of `source` in `output`, and those held out in `output/holdout`."""
     part, parts = config.part_of()
-    limits = Limits.of(config.model, codec.config, config.max_seconds, config.ref_seconds)
+    limits = Limits.of(config.model, codec.config, config.max_seconds, config.max_speaker_seconds)
     cuts = _list(config, limits, source, output, part / parts)
     settings = {
         **{name: getattr(config, name) for name in ("latents", "lufs", "normalize_text")},
@@ -196,7 +196,7 @@ def _make_shards(
             path,
             entries,
             latents,
-            ref_frames=int(limits.ref_seconds * frame_rate + 1e-6),
+            ref_frames=int(limits.max_speaker_seconds * frame_rate + 1e-6),
             common=common,
             frame_rate=frame_rate,
         )

@@ -19,7 +19,7 @@ MAX_WITHOUT_REFERENCE = 0.2
 @dataclass(frozen=True)
 class Limits:
     max_seconds: float
-    ref_seconds: float
+    max_speaker_seconds: float
     max_text_bytes: int
     """Of the text with its leading 0."""
 
@@ -29,7 +29,7 @@ class Limits:
         model: str | None,
         codec: CodecConfig,
         max_seconds: float | None = None,
-        ref_seconds: float | None = None,
+        max_speaker_seconds: float | None = None,
     ) -> "Limits":
         """What the preset `model` holds of latents of `codec`, unless seconds are given.
 
@@ -49,7 +49,7 @@ class Limits:
             )
         return cls(
             max_seconds or config.max_frames / codec.frame_rate,
-            ref_seconds or config.max_speaker_frames / codec.frame_rate,
+            max_speaker_seconds or config.max_speaker_frames / codec.frame_rate,
             config.max_text_bytes,
         )
 

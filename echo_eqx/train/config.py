@@ -85,7 +85,7 @@ class TrainConfig(RunConfig):
     expand_text: bool = False
     """Whether infer.py writes out numbers, dates, money and abbreviations in English with this
     run's weights by default."""
-    reference_lufs: float = REFERENCE_LUFS
+    speaker_lufs: float = REFERENCE_LUFS
     """Loudness of the references in the data (prepare.py --lufs): others are brought to it."""
     num_streams: int | None = None
     """Sample streams that the shards are assigned to and that are read in parallel, each by one
@@ -131,8 +131,8 @@ class TrainConfig(RunConfig):
             )
         check_positive(cache_gb=self.cache_gb)
         self.sampler.check()
-        if not -70 <= self.reference_lufs <= 0:
-            raise UsageError(f"reference_lufs is {self.reference_lufs}; expected -70 to 0")
+        if not -70 <= self.speaker_lufs <= 0:
+            raise UsageError(f"speaker_lufs is {self.speaker_lufs}; expected -70 to 0")
         if self.sample_every and self.codec is None:
             raise UsageError("--sample_every needs --codec")
 
@@ -169,6 +169,6 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         codec="voice",
         sampler=voice.SETTINGS,
         expand_text=True,
-        reference_lufs=voice.REFERENCE_LUFS,
+        speaker_lufs=voice.REFERENCE_LUFS,
     ),
 }

@@ -106,7 +106,7 @@ def _generation(config: TrainConfig, data: TrainData) -> GenerationConfig:
     return GenerationConfig(
         sampler=config.sampler,
         expand_text=config.expand_text,
-        reference_lufs=config.reference_lufs,
+        reference_lufs=config.speaker_lufs,
         codec=codec,
         codec_silence=None if config.silence == "zeros" else tuple(middle),
     )

@@ -1,5 +1,6 @@
 """A web page that shows training runs from what is in their folders. It changes nothing."""
 
+import functools
 import gzip
 import hashlib
 import hmac
@@ -107,12 +108,16 @@ def _read_plotly() -> bytes:
     try:
         importlib.import_module("pyarrow.json")  # reads the metrics
         plotly = importlib.import_module("plotly")
-        script = Path(str(plotly.__file__)).parent / "package_data" / "plotly.min.js"
-        return gzip.compress(script.read_bytes(), 6)
+        return _compress(Path(str(plotly.__file__)).parent / "package_data" / "plotly.min.js")
     except (ImportError, OSError):
         raise EchoError(
             "the monitor needs plotly and pyarrow: pip install 'echo_eqx[monitor]'"
         ) from None
+
+
+@functools.cache
+def _compress(path: Path) -> bytes:
+    return gzip.compress(path.read_bytes(), 6)
 
 
 class _HTTPError(Exception):

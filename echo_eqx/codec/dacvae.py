@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -23,7 +24,9 @@ from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError
 
 CHUNK_FRAMES = 256
-"""Frames that one chunk yields."""
+"""Frames that one chunk yields on CPU."""
+ACCELERATOR_CHUNK_FRAMES = 1024
+"""Frames that one chunk yields on GPU and TPU, where few large chunks keep the device busy."""
 
 
 class DACVAE(eqx.Module):
@@ -104,7 +107,7 @@ class DACVAE(eqx.Module):
             if watermark is not None and bits is not None:
                 samples = audio.shape[0]
                 if frames > stop - start:  # several chunks: pad the last one to the same length
-                    audio = jnp.pad(audio, (0, CHUNK_FRAMES * hop - samples))
+                    audio = jnp.pad(audio, (0, _chunk_frames() * hop - samples))
                 audio, state = _watermarked(watermark, audio, bits, state)
                 audio = audio[:samples]
             out.append(audio)
@@ -145,18 +148,23 @@ def _watermarked(watermark: Watermark, audio: Array, message: Array, state: Stat
     return audio + signal, state
 
 
+def _chunk_frames() -> int:
+    return CHUNK_FRAMES if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK_FRAMES
+
+
 def _chunks(frames: int, context_frames: int) -> Iterator[tuple[int, int, slice]]:
     """The frames each chunk reads, `start` to `stop`, and the part of its output to keep.
 
     All chunks of a long signal read the same number of frames, so they share one compiled program.
     The first and the last chunk end where the signal ends, so that the codec pads there.
     """
-    length = CHUNK_FRAMES + 2 * context_frames
+    chunk_frames = _chunk_frames()
+    length = chunk_frames + 2 * context_frames
     if frames <= length:
         yield 0, frames, slice(0, frames)
         return
-    for first in range(0, frames, CHUNK_FRAMES):
-        last = min(first + CHUNK_FRAMES, frames)
+    for first in range(0, frames, chunk_frames):
+        last = min(first + chunk_frames, frames)
         start = min(max(first - context_frames, 0), frames - length)
         yield start, start + length, slice(first - start, last - start)
 

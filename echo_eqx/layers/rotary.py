@@ -1,5 +1,6 @@
 """Rotary position embedding over interleaved pairs (Su et al., 2021, arXiv:2104.09864)."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -19,12 +20,21 @@ def rotary_angles(length: int, head_dim: int, *, stride: int = 1) -> Float[Array
     return jnp.asarray(np.remainder(angles, 2 * np.pi), jnp.float32)
 
 
+@jax.custom_vjp
 def apply_rope(x: Float[Array, "t h k"], angles: Float[Array, "t a"]) -> Float[Array, "t h k"]:
     """Rotate each pair `(x[2i], x[2i + 1])` of every head by its angle."""
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
+
+
+# The gradient of a rotation is the rotation back: one fused pass. JAX's own rule pads and adds the
+# gradients of the strided slices.
+apply_rope.defvjp(
+    lambda x, angles: (apply_rope(x, angles), angles),
+    lambda angles, gradient: (apply_rope(gradient, -angles), None),
+)
 
 
 def apply_half_rope(x: Float[Array, "t h k"], angles: Float[Array, "t a"]) -> Float[Array, "t h k"]:

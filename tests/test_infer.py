@@ -128,7 +128,7 @@ def test_long_text_is_spoken_whole(place, tmp_path):
 def test_help_teaches(place):
     done = call("infer", "--help")
     assert done.returncode == 0
-    for word in ("--speaker-ref", "--cfg-scale", "--apg-eta", "owner/name", "voice.mp3"):
+    for word in ("--speaker_ref", "--cfg_scale", "--apg_eta", "owner/name", "voice.mp3"):
         assert word in done.stdout
     # What depends on the checkpoint has no default here: every sampler setting and expand_text.
     shown = " ".join(done.stdout.replace("│", " ").split())
@@ -199,6 +199,11 @@ CASES = {
     ),
     "a folder as output": (["@", "--text", "Hi.", "--output", "{folder.wav}"], 1, "got a folder"),
     "no name as output": (["@", "--text", "Hi.", "--output", ".", "--num_candidates", 2], 1, "''"),
+    "no name as output, many lines": (
+        ["@", "--text_file", "{note.txt}", "--output", "."],
+        1,
+        "''",
+    ),
     "a long name": (
         ["@", "--text", "Hi.", "--output", "a" * 300 + ".wav"],
         1,

@@ -113,11 +113,11 @@ def _read_lines(path: Path, base: Request) -> list[Request]:
     is_json = path.suffix.lower() in JSON_LINES or isinstance(_parse(lines[0][1]), dict)
     requests = []
     for index, (number, line) in enumerate(lines, 1):
-        where = f"{path} line {number}"
-        output = _numbered(base.output, f"{index:04d}")
+        where, label = f"{path} line {number}", f"{index:04d}"
         if is_json:
-            request = _from_json(line, where, base, output)
+            request = _from_json(line, where, base, label)
         else:
+            output = _numbered(base.output, label)
             request = dataclasses.replace(base, text=line, output=output)
         try:
             check_text(request.text)
@@ -135,7 +135,7 @@ def _parse(line: str) -> Any:
         return error
 
 
-def _from_json(line: str, where: str, base: Request, output: Path) -> Request:
+def _from_json(line: str, where: str, base: Request, label: str) -> Request:
     fields = _parse(line)
     if isinstance(fields, Exception):
         raise EchoError(f"{where}: not valid JSON: {str(fields)[:200]}")
@@ -151,6 +151,8 @@ def _from_json(line: str, where: str, base: Request, output: Path) -> Request:
         raise EchoError(f"{where}: seed: expected 0 to {MAX_SEED}, got {str(fields['seed'])[:50]}")
     if "output" in fields:
         output = base.output.parent / expand(Path(fields["output"]))
+    else:
+        output = _numbered(base.output, label)
     speaker = fields.get("speaker_ref")
     return Request(
         text=fields["text"],
@@ -161,4 +163,5 @@ def _from_json(line: str, where: str, base: Request, output: Path) -> Request:
 
 
 def _numbered(path: Path, label: str) -> Path:
+    audio_kind(path)  # which also finds a path without a name
     return path.with_stem(f"{path.stem}_{label}")

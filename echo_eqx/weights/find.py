@@ -112,7 +112,9 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
 
 def _cached_snapshot(repo: str, revision: str) -> Path:
     """Folder of a revision in the Hub's cache, whether it is there or not."""
-    root = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    from huggingface_hub.constants import HF_HUB_CACHE  # not an attribute until it is imported
+
+    root = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     reference = root / "refs" / revision
     return root / "snapshots" / (reference.read_text() if reference.is_file() else revision)
 

@@ -2,11 +2,17 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 import soundfile as sf
+
+from echo_eqx import cli
+from echo_eqx.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,11 +21,14 @@ def test_the_first_commands_speak(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     install, *lines = blocks[0].splitlines() + blocks[1].splitlines()[:1]
     assert install == "pip install -e ."
-    for folder in ("scripts", "echo_eqx"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "echo_eqx").symlink_to(ROOT / "echo_eqx")
+    program = tmp_path / "bin" / "echo-eqx"  # `test_wheel` runs the installed one
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m echo_eqx "$@"\n')
+    program.chmod(0o755)
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
     done = subprocess.run(
@@ -35,14 +44,48 @@ def test_the_first_commands_speak(tmp_path):
     assert "next: choose a voice with --speaker_ref" in done.stdout
 
 
-def test_commands_and_names_it_shows_exist():
+class Parsed(Exception):
+    """The flags of a command were accepted."""
+
+
+def test_every_command_it_shows_has_the_flags_it_shows(monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    lines = re.findall(r"\becho-eqx ([^#|>&\n]*)", blocks)
+    lines += [line for line in re.findall(r"`echo-eqx ([^`]*)`", text) if " " in line]
+    tyro_cli = cli.tyro.cli
+
+    def parse(*args, **options):
+        tyro_cli(*args, **options)
+        raise Parsed
+
+    def check(words: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(Parsed):
+            import_module(f"echo_eqx.commands.{words[0]}").main()
+
+    monkeypatch.setattr(cli.tyro, "cli", parse)
+    for line in lines:
+        words = shlex.split(line)
+        if "COMMAND" in words:
+            continue
+        check(words)
+        if "--" in words:
+            check(["train", *words[words.index("--") + 1 :]])
+    assert len(lines) > 30
+    for name in re.findall(r"scripts/(\w+)\.py", text):
+        assert name in COMMANDS, name
+
+
+def test_names_it_shows_exist():
     import echo_eqx
 
     text = (ROOT / "README.md").read_text()
-    for script in re.findall(r"scripts/(\w+\.py)", text):
-        assert (ROOT / "scripts" / script).is_file(), script
     for name in re.findall(r"echo_eqx\.(\w+)\(", text):
         assert name in echo_eqx.__all__, name
+    for link in re.findall(r"\]\(#([\w-]+)\)", text):
+        heading = link.replace("-", " ")
+        assert re.search(rf"^#+ {heading}$", text, re.MULTILINE | re.IGNORECASE), link
 
 
 def test_its_python_runs_as_written(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def _is_matrix(leaf: str) -> bool:
     return leaf.endswith(".weight") and not leaf.endswith(("norm.weight", "embedding.weight"))
 
 
-# --- PyTorch: Echo-TTS and its MLX and C++ ports ------------------------------------------------
+# --- PyTorch: Echo-TTS ---------------------------------------------------------------------------
 
 
 def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:

@@ -42,7 +42,7 @@ def save(
 
     **Arguments**: `path` a file `*.safetensors`, or a folder, which gets `model.safetensors` and
     `config.json`; `dtype` of the numbers on disk; `layout` "pytorch" writes an EchoDiT under the
-    names of the community's PyTorch model, for PyTorch, MLX and C++; `generation` how to speak with
+    names of the community's PyTorch model; `generation` how to speak with
     an EchoDiT, by default as `model.generation` says.
 
     **Raises**: `EchoError` if the place cannot be written or a number does not fit `dtype`.

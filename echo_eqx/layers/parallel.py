@@ -6,7 +6,7 @@ dimension of a matrix is split over `fsdp` and gathered when the layer runs (Raj
 2020, arXiv:1910.02054). Outside `shard_map` the functions here do nothing.
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,20 +15,19 @@ from jaxtyping import Array, Bool, Float
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 
-T = TypeVar("T")
-
 
 class FSDPShard(eqx.Module):
     """This device's shard of a parameter that is split along `axis` over `fsdp`.
 
-    It replaces the array in the tree until `all_gather_params` puts the full array back.
+    It takes the place of the parameter until `all_gather_params` puts the full array back. Layers,
+    which read the parameter, must not see it.
     """
 
     shard: Array
     axis: int = eqx.field(static=True)
 
 
-def all_gather_params(tree: T) -> T:
+def all_gather_params(tree: Any) -> Any:
     """`tree` with every `FSDPShard` replaced by the full array.
 
     The gradient of an all-gather is a reduce-scatter: each device keeps the gradient of its shard.

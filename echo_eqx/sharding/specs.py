@@ -91,7 +91,8 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 def mark_fsdp_shards(model: Any) -> Any:
     """Inside `shard_map`: replace the stacked layers' shards by `FSDPShard`s and gather the others.
 
-    `scan_layers` gathers the marked shards layer by layer. The rest are few and are gathered here.
+    The result has the structure of `model` but not its types: only `scan_layers` can use the marked
+    shards, which it gathers layer by layer. The other parameters are few and are gathered here.
     """
 
     def mark(name: str, leaf: Any) -> Any:

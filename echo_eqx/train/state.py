@@ -41,12 +41,12 @@ def init_train_state(model: EchoDiT, config: OptimizerConfig) -> TrainState:
 
 
 def abstract_state(config: DiTConfig, optimizer: OptimizerConfig) -> TrainState:
-    """Shapes of a state, nothing allocated."""
+    """The shapes of a state: every leaf is a `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: init_train_state(EchoDiT.init(config, key=jr.key(0)), optimizer))
 
 
 def sharded_abstract_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Shapes of a state, and where each array lies."""
+    """Like `abstract_state`, with shardings."""
     state = abstract_state(config, optimizer)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -56,7 +56,7 @@ def sharded_abstract_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: 
 
 
 def init_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainState:
-    """A fresh state; each device makes its own slices, and no array is ever whole."""
+    """The state before the first step. Each device initialises only its shards."""
     shardings = state_shardings(abstract_state(config, optimizer), mesh)
 
     def init(key):

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -12,7 +11,7 @@ from echo_eqx.config import DiTConfig
 from echo_eqx.flow.objective import Batch, frame_weight, sample_noise, squared_errors
 from echo_eqx.layers.parallel import DATA, FSDP
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.sharding.mesh import BATCH_SPEC, batch_sharding, replicated
+from echo_eqx.sharding.mesh import BATCH_SPEC, batch_sharding
 from echo_eqx.sharding.specs import (
     mark_fsdp_shards,
     parameter_specs,
@@ -20,9 +19,8 @@ from echo_eqx.sharding.specs import (
     state_shardings,
 )
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
-from echo_eqx.train.metrics import StepMetrics
-from echo_eqx.train.optimizer import adamw_update, learning_rate, update_ema
 from echo_eqx.train.state import TrainState
+from echo_eqx.train.update import apply_gradients, jit_step
 from echo_eqx.trees import cast
 
 
@@ -111,45 +109,18 @@ def make_train_step(
         loss, gradients = loss_and_gradients(
             state.model, batch, key, mesh, objective, optimizer.grad_accum_steps
         )
-        norm = optax.tree.norm(gradients)
-        lr = learning_rate(optimizer, num_steps, state.step)
-        model, adam = adamw_update(optimizer, lr, state.model, gradients, state.adam)
-        ema = None
-        if state.ema is not None:
-            ema = update_ema(state.ema, model, optimizer.ema_decay, state.step)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        model, adam, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (model, adam, ema),
-            (state.model, state.adam, state.ema),
-        )
-        new = TrainState(
-            step=state.step + 1,
-            skipped=state.skipped + jnp.where(finite, 0, 1),
-            model=model,
-            adam=adam,
-            ema=ema,
-        )
-        metrics = StepMetrics(
-            loss=loss,
-            grad_norm=norm,
-            param_norm=optax.tree.norm(model),
-            lr=lr,
-            updated=finite,
-            skipped=new.skipped,
+        return apply_gradients(
+            optimizer,
+            num_steps,
+            state,
+            loss,
+            gradients,
             frames=jnp.sum(batch.frame_mask, dtype=jnp.int32),
             terms={},
+            others={},
         )
-        return new, metrics
 
-    shardings = state_shardings(state, mesh)
-    everywhere = replicated(mesh)
-    return jax.jit(
-        step,
-        in_shardings=(shardings, batch_sharding(mesh), everywhere),
-        out_shardings=(shardings, everywhere),
-        donate_argnums=0,
-    )
+    return jit_step(step, state_shardings(state, mesh), mesh)
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, config: DiTConfig) -> Batch:

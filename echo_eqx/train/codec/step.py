@@ -22,8 +22,8 @@ from echo_eqx.train.codec.discriminators import (
     generator_losses,
 )
 from echo_eqx.train.codec.losses import kl_divergence, periodicity_distance, spectral_distances
-from echo_eqx.train.metrics import StepMetrics
-from echo_eqx.train.optimizer import adam, adamw_update, learning_rate, update_ema
+from echo_eqx.train.optimizer import adam, adamw_update, learning_rate
+from echo_eqx.train.update import apply_gradients, jit_step
 
 
 class CodecState(eqx.Module):
@@ -127,48 +127,26 @@ def make_step(
             return cast(Array, total), (terms, decoded.audio)
 
         (value, (terms, decoded)), gradients = jax.value_and_grad(loss, has_aux=True)(state.model)
-        norm = optax.tree.norm(gradients)
-        lr = learning_rate(config.optimizer, config.num_steps, state.step)
-        model, moments = adamw_update(config.optimizer, lr, state.model, gradients, state.adam)
-        ema = None
-        if state.ema is not None:
-            ema = update_ema(state.ema, model, config.optimizer.ema_decay, state.step)
+        others: dict[str, Any] = {}
         nets, nets_adam = state.discriminators, state.discriminators_adam
         if nets is not None and nets_adam is not None:
+            lr = learning_rate(config.optimizer, config.num_steps, state.step)
             loss_and_grad = jax.value_and_grad(_discriminator_loss)
             terms["discriminator"], nets_gradients = loss_and_grad(nets, decoded, batch.audio)
             nets, nets_adam = adamw_update(config.optimizer, lr, nets, nets_gradients, nets_adam)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        changed = (model, moments, ema, nets, nets_adam)
-        before = (
-            state.model,
-            state.adam,
-            state.ema,
-            state.discriminators,
-            state.discriminators_adam,
-        )
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, before)
-        new = CodecState(state.step + 1, state.skipped + jnp.where(finite, 0, 1), *kept)
-        metrics = StepMetrics(
-            loss=value,
-            grad_norm=norm,
-            param_norm=optax.tree.norm(model),
-            lr=lr,
-            updated=finite,
-            skipped=new.skipped,
+            others = {"discriminators": nets, "discriminators_adam": nets_adam}
+        return apply_gradients(
+            config.optimizer,
+            config.num_steps,
+            state,
+            value,
+            gradients,
             frames=jnp.array(decoded.size // sizes.hop, jnp.int32),
             terms=terms,
+            others=others,
         )
-        return new, metrics
 
-    everywhere = replicated(mesh)
-    shardings = jax.tree.map(lambda _: everywhere, state)
-    return jax.jit(
-        step,
-        in_shardings=(shardings, batch_sharding(mesh), everywhere),
-        out_shardings=(shardings, everywhere),
-        donate_argnums=0,
-    )
+    return jit_step(step, jax.tree.map(lambda _: replicated(mesh), state), mesh)
 
 
 def _generator_terms(nets: Discriminators, decoded: Array, audio: Array) -> dict[str, Array]:

@@ -79,7 +79,7 @@ def test_data_that_cannot_be_used_is_named(config, tmp_path):
     assert "no *.tar" in refusal(config, data=str(tmp_path / "*.zip"))
     narrow = make_dataset(tmp_path / "narrow", shards=1, latent_dim=8)
     message = refusal(config, data=str(narrow))
-    assert "narrow holds latents of 8 channels; the model has 128 (--latent_dim)" in message
+    assert "expected latents of 128 channels, got 8 in " in message and "(--latent_dim)" in message
     message = refusal(config, data=str(narrow), latent_dim=8)
     assert "expected silence.safetensors or silence.npy next to the shards" in message
     assert "--silence zeros" in message
@@ -99,7 +99,7 @@ def test_streams_that_do_not_divide_over_hosts(monkeypatch):
     from echo_eqx.train import device_loader
 
     mesh = make_mesh(mesh_shape("fsdp=8", 8))
-    monkeypatch.setattr(batches, "owned_rows", lambda mesh, size: np.arange(0, 4))
+    monkeypatch.setattr(device_loader, "owned_rows", lambda mesh, size: np.arange(0, 4))
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UsageError, match="2 streams do not divide over 4 hosts"):
         device_loader.owned_streams(mesh, 16, 2)

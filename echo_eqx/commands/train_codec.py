@@ -5,8 +5,8 @@
     echo-eqx train_codec --init_from runs/codec --freeze_encoder --loss.adversarial 1 \\
         --data recordings/ --run_dir runs/sharper
 
-The same command again goes on where the run stopped. Checkpoints, exit codes, metrics and several
-hosts are as in train.py; `--codec runs/codec` takes the result anywhere.
+The same command again resumes the run. Checkpoints, exit codes, metrics and multi-host runs work as
+in train. Use the result in other commands with `--codec runs/codec`.
 """
 
 from echo_eqx.train.codec.config import CODEC_TRAIN_PRESETS, CodecTrainConfig

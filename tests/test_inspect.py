@@ -215,12 +215,12 @@ def test_shards_that_an_index_has_not_or_has_too_many_of(tmp_path):
     assert kinds == {
         "index-2-of-2.json": "index",
         "other.tar": "unlisted",
-        "00002.tar": "lost",
+        "00002.tar": "missing",
         "silence.npy": "silence",
     }
     assert report.indexes == ("index-1-of-2.json",) and report.compared == 2
     kinds = [one.kind for one in report_of(data / "00000.tar", tmp_path).broken]
-    assert "lost" not in kinds  # one file was asked for
+    assert "missing" not in kinds  # one file was asked for
 
 
 def test_shards_of_the_hub_are_read_like_those_here(tmp_path):
@@ -361,7 +361,7 @@ def test_hours_are_by_the_frame_rate_of_the_codec(command, tmp_path):
     assert facts["frame_rate"] == 12.5 and facts["seconds"]["max"] == 4321 / 12.5
     (tmp_path / "codec.json").write_text("[]")
     done = command("--data", tmp_path)
-    assert done.returncode == 1 and "codec.json: codec: it does not say" in done.stdout
+    assert done.returncode == 1 and "codec.json: codec: expected sample_rate and hop" in done.stdout
 
 
 def test_names_of_any_bytes_are_read_and_shown(tmp_path):

@@ -27,11 +27,11 @@ from echo_eqx.data.text import encode_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.sidecars import (
     Broken,
-    files_beside,
     find_frame_rate,
     first_silence,
     folder_of,
-    is_whole,
+    is_complete,
+    list_sidecars,
     opened,
     read_indexes,
     sha256,
@@ -152,10 +152,10 @@ def inspect_shards(
     **Raises**: `EchoError` if a shard cannot be had or read.
     """
     broken: list[Broken] = []
-    beside, unseen = files_beside(shard_index)
-    sums, indexed, indexes = read_indexes(beside, cache, broken)
-    silence = first_silence(beside)
-    rate = find_frame_rate(beside, cache, broken)
+    sidecars, unseen = list_sidecars(shard_index)
+    sums, indexed, indexes = read_indexes(sidecars, cache, broken)
+    silence = first_silence(sidecars)
+    rate = find_frame_rate(sidecars, cache, broken)
     frames, text_bytes = array("i"), array("i")
     seen: dict[str, int] = {}
     speakers: set[str] = set()
@@ -216,10 +216,10 @@ def inspect_shards(
                     languages[language] += 1
         if progress is not None:
             progress(number + 1, len(shard_index.shards))
-    if is_whole(shard_index):
+    if is_complete(shard_index):
         there = {shard.name for shard in shard_index.shards}
         for name in sorted(set(sums) - there):
-            broken.append(Broken(name, "", "lost", "an index has it, but it is not there"))
+            broken.append(Broken(name, "", "missing", "an index lists it, but it does not exist"))
     if silence is not None and silence.path is not None and moments is not None:
         try:
             load_silence(silence.path, len(moments.mean))

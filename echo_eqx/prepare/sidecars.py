@@ -1,7 +1,6 @@
-"""Files beside tar shards: indexes with checksums, the codec's facts, latents of silence."""
+"""Files next to tar shards: indexes with checksums, codec.json, and latents of silence."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import Shard, ShardIndex, frame_rate
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import hub_errors
+from echo_eqx.prepare.index import parse_index
 
 SILENCE = ("silence.safetensors", "silence.npy")
 CODEC = "codec.json"
@@ -23,12 +23,14 @@ _INDEX = re.compile(r"index[^/]*\.json")
 
 @dataclass(frozen=True)
 class Broken:
-    """A record, or with an empty `key` a shard or a file beside, that cannot be used.
+    """A record that cannot be used; if `key` is empty, a whole shard or a file next to it.
 
-    `kind` is one of `BrokenRecord`, or duplicate (the key is in an earlier shard, or another member
-    of this one has its place); of a member that is in no record, with its name as `key`, member; of
-    a shard sha256 (not what its index says), unlisted (not in the index beside it) or lost (listed
-    there, but gone); of another file index, codec or silence (unreadable).
+    `kind` is one of those of `BrokenRecord`, or
+
+    - duplicate: an earlier shard has the key, or another member of the record has the same role;
+    - member: the member `key` belongs to no record;
+    - sha256, unlisted, missing: the shard differs from its index, is not in it, or does not exist;
+    - index, codec, silence: that file is unreadable.
     """
 
     shard: str
@@ -52,14 +54,13 @@ def folder_of(name: str) -> str:
     return PurePosixPath(name).parent.as_posix()
 
 
-def is_whole(shard_index: ShardIndex) -> bool:
-    """Whether the shard_index has all shards of a folder, not a part picked by a glob or name."""
+def is_complete(shard_index: ShardIndex) -> bool:
+    """Whether the index has all shards of a folder, not some picked by a glob or name."""
     return shard_index.shards[0].path is None or Path(shard_index.source).expanduser().is_dir()
 
 
-def files_beside(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
-    """Indexes and silence in the folders of shards and above all, as files the cache can open, and
-    why they cannot be listed."""
+def list_sidecars(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
+    """The files next to the shards and in the top folder, or why they cannot be listed."""
     folders = sorted({".", *(folder_of(shard.name) for shard in shard_index.shards)})
     first = shard_index.shards[0]
     found = []
@@ -68,7 +69,7 @@ def files_beside(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
         try:
             for folder in folders:
                 for path in sorted((root / folder).iterdir()):
-                    if _is_beside(path.name) and path.is_file():
+                    if _is_sidecar(path.name) and path.is_file():
                         name = path.relative_to(root).as_posix()
                         found.append(Shard(name, path.stat().st_size, path=path))
         except OSError as error:
@@ -81,33 +82,33 @@ def files_beside(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
             for folder in folders:
                 path = None if folder == "." else folder
                 for file in HfApi().list_repo_tree(dataset.repo, path, **options):
-                    size = getattr(file, "size", None)  # folders have none
-                    name = file.path
-                    if size is None or folder_of(name) != folder or not _is_beside(Path(name).name):
+                    name, size = file.path, getattr(file, "size", None)  # folders have no size
+                    if size is None or folder_of(name) != folder:
                         continue
-                    found.append(Shard(name, size, url=dataset.file_url(name)))
+                    if _is_sidecar(PurePosixPath(name).name):
+                        found.append(Shard(name, size, url=dataset.file_url(name)))
     except EchoError as error:
         return [], str(error)
     return sorted(found, key=lambda file: file.name), None
 
 
-def _is_beside(name: str) -> bool:
+def _is_sidecar(name: str) -> bool:
     return name in (*SILENCE, CODEC) or _INDEX.fullmatch(name) is not None
 
 
-def first_silence(beside: list[Shard]) -> Shard | None:
-    """The one that is taken for training: in the folder above all."""
-    named = {file.name: file for file in beside}
-    return next((named[name] for name in SILENCE if name in named), None)
+def first_silence(sidecars: list[Shard]) -> Shard | None:
+    """The file of silence that training uses: the one in the top folder."""
+    by_name = {file.name: file for file in sidecars}
+    return next((by_name[name] for name in SILENCE if name in by_name), None)
 
 
-def find_frame_rate(beside: list[Shard], cache: ShardCache, broken: list[Broken]) -> float | None:
-    """Frames a second by the first codec.json, None if there is none that says."""
-    for file in beside:
+def find_frame_rate(sidecars: list[Shard], cache: ShardCache, broken: list[Broken]) -> float | None:
+    """Frames per second by the first valid codec.json, or None."""
+    for file in sidecars:
         if PurePosixPath(file.name).name == CODEC:
             if (rate := frame_rate(_content(file, cache))) is not None:
                 return rate
-            broken.append(Broken(file.name, "", "codec", "it does not say sample_rate and hop"))
+            broken.append(Broken(file.name, "", "codec", "expected sample_rate and hop"))
     return None
 
 
@@ -117,27 +118,27 @@ def _content(file: Shard, cache: ShardCache) -> bytes:
 
 
 def read_indexes(
-    beside: list[Shard], cache: ShardCache, broken: list[Broken]
+    sidecars: list[Shard], cache: ShardCache, broken: list[Broken]
 ) -> tuple[dict[str, str], set[str], tuple[str, ...]]:
-    """SHA-256 of each shard that is listed, the folders with an index, and the indexes' names."""
+    """SHA-256 of each listed shard, the folders that have an index, and the indexes' names."""
     sums: dict[str, str] = {}
     folders, names = set(), []
-    for file in beside:
+    for file in sidecars:
         if _INDEX.fullmatch(PurePosixPath(file.name).name) is None:
             continue
         try:
-            fields = json.loads(_content(file, cache))
-            if (fields["format"], fields["kind"]) != ("echo_eqx", "shards"):
-                continue
-            listed = {str(name): str(facts["sha256"]) for name, facts in fields["shards"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {str(error)[:100]}"
-            broken.append(Broken(file.name, "", "index", f"it cannot be read ({reason})"))
+            index = parse_index(_content(file, cache))
+        except ValueError as error:
+            broken.append(Broken(file.name, "", "index", f"cannot be read: {str(error)[:100]}"))
+            continue
+        if index is None:
             continue
         folder = folder_of(file.name)
         folders.add(folder)
         names.append(file.name)
-        sums |= {(PurePosixPath(folder) / name).as_posix(): listed[name] for name in listed}
+        for name, listed in index["shards"].items():
+            if listed["sha256"]:  # else it has no samples, and no file
+                sums[(PurePosixPath(folder) / name).as_posix()] = listed["sha256"]
     return sums, folders, tuple(names)
 
 

@@ -3,7 +3,6 @@
 import os
 import pwd
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import jax
 import pytest
 
 from echo_eqx import cli
+from echo_eqx.commands import run_command
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import EchoError
 from echo_eqx.files import expand
@@ -21,13 +21,10 @@ from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.distributed import StopSignal
 from echo_eqx.train.settings import parse_settings
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
 # Each kind of stdout and stderr in a process of its own, forked from one that has all imports.
 SINKS = r"""
-import os, sys
+import logging, os, sys
 from pathlib import Path
-import logging
 from echo_eqx.cli import reader_left, run
 
 place = Path(sys.argv[1])
@@ -105,34 +102,34 @@ def test_no_output_ends_a_command_or_changes_its_exit_code(tmp_path: Path):
 
 
 STRINGS = [
-    "infer.py --text -hello",
-    "infer.py --checkpoint -x --text hello",
-    "infer.py --speaker_ref -x --text hello",
-    "prepare.py --input -x",
-    "inspect_shards.py --data -x",
-    "train.py --data -x",
-    "train.py --model -x",
-    "train.py --config -x",
-    "train.py --optimizer.schedule -x",
-    "train_codec.py --run-dir -x",
-    "monitor.py --runs a --token -x",
-    "plan.py --mesh -x",
-    "watchdog.py --log -x",
-    "make_corpus.py --output -x",
-    "eval_voice.py --codec -x",
-    "build_voice.py --work -x",
-    "tpu.py create --accelerator_type v4-8 --name -x",
+    "infer --text -hello",
+    "infer --checkpoint -x --text hello",
+    "infer --speaker_ref -x --text hello",
+    "prepare --input -x",
+    "inspect_shards --data -x",
+    "train --data -x",
+    "train --model -x",
+    "train --config -x",
+    "train --optimizer.schedule -x",
+    "train_codec --run-dir -x",
+    "monitor --runs a --token -x",
+    "plan --mesh -x",
+    "watchdog --log -x",
+    "make_corpus --output -x",
+    "eval_voice --codec -x",
+    "build_voice --work -x",
+    "tpu create --accelerator_type v4-8 --name -x",
 ]
 
 
 @pytest.mark.parametrize("line", STRINGS)
 def test_a_value_that_begins_with_a_dash_is_told_how_to_be_written(line, monkeypatch, capsys):
-    script, *words = line.split()
+    name, *words = line.split()
     at = next(i for i, word in enumerate(words) if re.match("-[^-]", word))
     flag, value = words[at - 1 : at + 1]
-    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.setattr(sys, "argv", [name, *words])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        run_command(name)
     assert ended.value.code == 2
     assert f"{value!r} is the value of {flag}, write {flag}={value}" in capsys.readouterr().err
 

@@ -343,7 +343,7 @@ def test_card_says_what_there_is(hub, folder, pushed):
         "15 samples in 5 WebDataset shards",
         "float16 (frames, 8), 25 frames a second",
         "`dacvae-tiny`: 48,000 Hz",
-        "python scripts/train.py --data hf://datasets/owner/voice\n",
+        "echo-eqx train --data hf://datasets/owner/voice\n",
     ):
         assert words in card, words
 

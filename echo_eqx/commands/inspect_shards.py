@@ -216,7 +216,7 @@ def warnings(report: Report, window: DiTConfig) -> list[str]:
     if without > MANY_WITHOUT * n:
         found.append(
             f"{share(without, n)} samples have no reference: a model learns no voice from them; "
-            "prepare.py makes references where recordings name their speaker"
+            "prepare makes references where recordings name their speaker"
         )
     if report.longer_recordings:
         hours = report.frames_cut / report.frame_rate / 3600

@@ -105,7 +105,7 @@ class RecordLog:
         first = "".join(f"; {sentence}" for sentence in self.first.values())
         return (
             f"{printable(self._source)}: {what}: {describe(reasons) or 'the shards are empty'}"
-            f"{first}; inspect_shards.py lists them all"
+            f"{first}; `echo-eqx inspect_shards` lists them all"
         )
 
     def _list(self, shard: Shard, key: str, kind: str, detail: str) -> None:

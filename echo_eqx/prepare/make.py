@@ -54,14 +54,14 @@ class PrepareConfig:
     """Speaker of all recordings for which the source names none. Without it, recordings in a
     single folder, none with a speaker, are assumed to be of one speaker; '' leaves them without."""
     holdout: str | None = None
-    """Share (5%) or number of recordings to hold out, in OUTPUT/holdout, for train.py --eval_data.
+    """Share (5%) or number of recordings to hold out, in OUTPUT/holdout, for train --eval_data.
     Training on OUTPUT does not read that folder."""
     latents: Literal["mean", "sample"] = "mean"
     """The mean of the bottleneck, or a sample from its normal distribution."""
     lufs: float | None = None
     """Normalize the loudness of every recording, such as to -16, as far as its peak allows."""
     normalize_text: bool = True
-    """Write texts as infer.py gives them to a model: cleaned, with a speaker tag [S1] in front.
+    """Write texts as infer gives them to a model: cleaned, with a speaker tag [S1] in front.
     With --no-normalize_text they stay as they are."""
     shard_samples: int = 256
     """Approximate samples per shard. If the command is killed, you lose at most the shard that was

@@ -337,6 +337,6 @@ a frame, {codec.latent_dim} channels.{extra}
 Train on them with echo_eqx:
 
 ```
-python scripts/train.py --data hf://datasets/{repo}
+echo-eqx train --data hf://datasets/{repo}
 ```
 """

@@ -53,7 +53,7 @@ class TrainConfig(RunConfig):
     *.safetensors of (frames, channels), or zeros. By default silence.safetensors or silence.npy
     beside the shards."""
     init_from: str | None = None
-    """Begin with these weights: anything infer.py takes as --checkpoint. The optimizer is fresh."""
+    """Begin with these weights: whatever infer takes as --checkpoint. The optimizer is fresh."""
     resume_from: str | None = None
     """Begin with weights, moments and counters of a published full_state.pkl: a file, or Hub id."""
     max_frames: int | None = None
@@ -79,14 +79,14 @@ class TrainConfig(RunConfig):
     """Texts that are spoken."""
     codec: str | None = None
     """DACVAE weights that the shards were made with: a file, a folder, a Hub id, or voice. It
-    decodes the samples, and infer.py takes it for this run's weights."""
+    decodes the samples, and infer takes it for this run's weights."""
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
-    """How the samples are spoken, and what infer.py does with this run's weights by default."""
+    """How the samples are spoken, and what infer does with this run's weights by default."""
     expand_text: bool = False
-    """Whether infer.py writes out numbers, dates, money and abbreviations in English with this
+    """Whether infer writes out numbers, dates, money and abbreviations in English with this
     run's weights by default."""
     speaker_lufs: float = REFERENCE_LUFS
-    """Loudness of the references in the data (prepare.py --lufs): others are brought to it."""
+    """Loudness of the references in the data (prepare --lufs): others are brought to it."""
     num_streams: int | None = None
     """Sample streams that the shards are assigned to and that are read in parallel, each by one
     host. By default as many as batch size and number of shards allow, up to 64."""

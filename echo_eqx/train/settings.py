@@ -79,7 +79,7 @@ class RunConfig:
     keep_every: int = 50_000
     """Checkpoints at multiples of so many steps stay too; 0 keeps none of them."""
     export: bool = True
-    """Beside each checkpoint write its weights in bfloat16, for infer.py and other runtimes."""
+    """Beside each checkpoint write its weights in bfloat16, for infer and other runtimes."""
     log_every: int = 10
     """Steps between looks at the device; metrics.jsonl gets a line for every step all the same."""
     eval_data: str | None = None

@@ -1,14 +1,14 @@
-"""Times and peak memory of the models, medians over several runs, one topic a process.
+"""Measure times and peak memory: medians over several runs, one topic per process.
 
     echo-eqx benchmark codec            # 5 s of audio through the 48 kHz codec
     echo-eqx benchmark dit              # one velocity evaluation of the 1.3B model
     echo-eqx benchmark cache            # a sampling step with and without cached keys
     echo-eqx benchmark step             # trace and compile the 1.3B training step
-    echo-eqx benchmark stream           # records a second, beside a plain tarfile loop
-    echo-eqx benchmark save             # how long a checkpoint holds up the loop
-    echo-eqx benchmark monitor          # a page of a long run, from start to curves
+    echo-eqx benchmark stream           # records per second, against a plain tarfile loop
+    echo-eqx benchmark save             # how long a checkpoint blocks the loop
+    echo-eqx benchmark monitor          # the page of a long run, from start to curves
 
-Weights are random: they cost the same.
+Weights are random; that does not change the cost.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import equinox as eqx
 import jax
@@ -80,7 +80,7 @@ class DiT:
 
 @dataclass(frozen=True)
 class Cache:
-    """A velocity evaluation from cached keys against one from text and reference."""
+    """A velocity evaluation with cached keys and values, against an uncached one."""
 
     model: Literal["1.3B", "840M", "tiny"] = "tiny"
     dtype: Dtype = "float32"
@@ -92,7 +92,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Step:
-    """Trace and compile the training step from shapes alone; no weights are made."""
+    """Trace and compile the training step from shapes alone, without weights."""
 
     model: Literal["1.3B", "840M", "tiny"] = "1.3B"
     batch_size: int = 8
@@ -106,14 +106,14 @@ class Stream:
 
     shards: int = 8
     records: int = 256
-    """In each shard."""
+    """Records per shard."""
     batch_size: int = 64
     runs: int = 5
 
 
 @dataclass(frozen=True)
 class Save:
-    """A checkpoint of a training state: what the loop waits for, and what is done behind it."""
+    """A checkpoint of a training state: what the loop waits for, and what a thread writes."""
 
     model: Literal["1.3B", "840M", "tiny"] = "tiny"
     runs: int = 5
@@ -128,31 +128,21 @@ class Monitor:
 
 
 def main() -> None:
-    command = parse(
-        Annotated[Codec, tyro.conf.subcommand("codec")]
-        | Annotated[DiT, tyro.conf.subcommand("dit")]
-        | Annotated[Cache, tyro.conf.subcommand("cache")]
-        | Annotated[Step, tyro.conf.subcommand("step")]
-        | Annotated[Stream, tyro.conf.subcommand("stream")]
-        | Annotated[Save, tyro.conf.subcommand("save")]
-        | Annotated[Monitor, tyro.conf.subcommand("monitor")],
-        __doc__,
+    topics = {
+        Codec: codec,
+        DiT: dit,
+        Cache: cache,
+        Step: step,
+        Stream: stream,
+        Save: save,
+        Monitor: monitor,
+    }
+    kinds = tuple(
+        Annotated[kind, tyro.conf.subcommand(function.__name__)]
+        for kind, function in topics.items()
     )
-    match command:
-        case Codec():
-            codec(command)
-        case DiT():
-            dit(command)
-        case Cache():
-            cache(command)
-        case Step():
-            step(command)
-        case Stream():
-            stream(command)
-        case Save():
-            save(command)
-        case Monitor():
-            monitor(command)
+    args = parse(Union[kinds], __doc__)  # noqa: UP007
+    topics[type(args)](args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_gib = peak / 2**30 if sys.platform == "darwin" else peak / 2**20
     print(f"peak memory of this process: {peak_gib:.2f} GiB")

@@ -554,7 +554,7 @@ BAD = [
     ("launch --name echo --tries 0 -- --data d", 2, "expected --tries of at least 1, got 0"),
     ("launch --name echo --settle -1 -- --data d", 2, "expected --settle of at least 0, got -1.0"),
     ("launch --name echo -- --run_dir x", 2, "--data is missing; wanted a folder of tar shards"),
-    ("launch --name echo -- --data d --batch_size 0", 2, "batch_size is 0; wanted at least 1"),
+    ("launch --name echo -- --data d --batch_size 0", 2, "batch_size is 0; expected at least 1"),
     ("launch --name echo -- --data d --process-id=1", 2, "--process-id=1 is set on each worker"),
     ("launch --name echo -- --config x.json", 2, "--config is a file on this machine"),
     ("status --name echo -- --data d", 2, "expected no flags of train here, got -- --data d"),

@@ -1,4 +1,4 @@
-"""Settings of a training run of EchoDiT: the published defaults, a preset for each model."""
+"""Settings for training EchoDiT: the published defaults, and a preset for each model."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -25,14 +25,14 @@ __all__ = ["TRAIN_PRESETS", "ObjectiveConfig", "OptimizerConfig", "TrainConfig"]
 @dataclass(frozen=True)
 class ObjectiveConfig:
     text_dropout: float = 0.1
-    """Share of samples that train without their text, for guidance."""
+    """Fraction of samples trained without text, for guidance."""
     speaker_dropout: float = 0.1
-    """Share of samples that train without their reference, for guidance."""
+    """Fraction of samples trained without a reference, for guidance."""
     timestep_logit_mean: float = 0.0
     """Mean of the logit-normal distribution of timesteps. Above 0 there is more noise, so the model
     has to rely on the text: a small model learns to read sooner at 1."""
     loss_frames: Literal["all", "valid"] = "all"
-    """all: the silence behind a recording is learned too, which is how a model learns to end."""
+    """all: also learn the silence after a recording, so that the model learns when to stop."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of the model: auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters,
     moments, norms and the loss are float32 always."""
@@ -49,15 +49,14 @@ class TrainConfig(RunConfig):
     data: str | None = None
     """Tar shards: a folder, a glob in quotes, one file, or hf://datasets/owner/name[@revision]."""
     silence: str | None = None
-    """Latents of silence, behind recordings that are shorter than the window: a *.npy or
-    *.safetensors of (frames, channels), or zeros. By default silence.safetensors or silence.npy
-    beside the shards."""
+    """Latents of silence that pad short recordings: a *.npy or *.safetensors of (frames, channels),
+    or zeros. By default silence.safetensors or silence.npy next to the shards."""
     init_from: str | None = None
-    """Begin with these weights: whatever infer takes as --checkpoint. The optimizer is fresh."""
+    """Start from these weights, as infer takes them as --checkpoint, with a new optimizer state."""
     resume_from: str | None = None
-    """Begin with weights, moments and counters of a published full_state.pkl: a file, or Hub id."""
+    """Start from weights, moments and counters of a published full_state.pkl: a file or Hub id."""
     max_frames: int | None = None
-    """Window of a sample in latent frames, 25 a second; by default the preset's, 768."""
+    """Longest recording in latent frames; by default the preset's, 768."""
     max_text_bytes: int | None = None
     """Longest text in bytes; by default the preset's, 768."""
     max_speaker_frames: int | None = None
@@ -71,32 +70,32 @@ class TrainConfig(RunConfig):
         default_factory=ObjectiveConfig
     )
     eval_data: str | None = None
-    """Held-out shards, as --data. Noise and times are the same at every evaluation."""
+    """Held-out shards, as --data. Noise and timesteps are the same at every evaluation."""
     sample_every: int = 0
-    """Steps between samples spoken to WAV, of texts and references from the held-out shards, or
-    the first of the data without any; 0 speaks none. Needs --codec."""
+    """Steps between samples generated as WAV, for texts and references of --eval_data, or else of
+    --data; 0 generates none. Needs --codec."""
     sample_count: int = 4
-    """Texts that are spoken."""
+    """How many samples to generate."""
     codec: str | None = None
-    """DACVAE weights that the shards were made with: a file, a folder, a Hub id, or voice. It
-    decodes the samples, and infer takes it for this run's weights."""
+    """DACVAE weights that made the shards: a file, a folder, a Hub id, or voice. Used to decode
+    samples, and by infer with this run's weights."""
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
-    """How the samples are spoken, and what infer does with this run's weights by default."""
+    """Sampler of the samples, and the default of infer with this run's weights."""
     expand_text: bool = False
-    """Whether infer writes out numbers, dates, money and abbreviations in English with this
-    run's weights by default."""
+    """Whether infer, with this run's weights, spells out English numbers, dates, money and
+    abbreviations by default."""
     speaker_lufs: float = REFERENCE_LUFS
-    """Loudness of the references in the data (prepare --lufs): others are brought to it."""
+    """Loudness of the references in the data (prepare --lufs): infer normalises other references to it."""
     num_streams: int | None = None
     """Sample streams that the shards are assigned to and that are read in parallel, each by one
     host. By default as many as batch size and number of shards allow, up to 64."""
     cache_dir: Path = Path("~/.cache/echo_eqx/shards")
-    """Where shards from the Hub lie while they are used."""
+    """Cache for shards from the Hub."""
     cache_gb: float = 200.0
-    """Room for them, in 10^9 bytes."""
+    """Size limit of the cache, in 10^9 bytes."""
 
     def dit_config(self) -> DiTConfig:
-        """Sizes of the model, with the lengths it is trained at."""
+        """Sizes of the model, with the maximum lengths of this run."""
         preset = DIT_PRESETS[self.model]
         lengths = {
             "max_frames": self.max_frames,
@@ -108,15 +107,15 @@ class TrainConfig(RunConfig):
         return dataclasses.replace(preset, **given)
 
     def check(self) -> None:
-        """**Raises**: `UsageError` for what can be refused before anything is looked at."""
+        """**Raises**: `UsageError` for settings that are wrong whatever the data is."""
         if self.model not in DIT_PRESETS:
-            raise UsageError(f"model is {self.model!r}; wanted one of {', '.join(DIT_PRESETS)}")
+            raise UsageError(f"model is {self.model!r}; expected one of {', '.join(DIT_PRESETS)}")
         if self.data is None:
             raise UsageError(
-                "--data is missing; wanted a folder of tar shards, a glob or hf://datasets/..."
+                "--data is missing; expected a folder of tar shards, a glob or hf://datasets/..."
             )
         if self.init_from is not None and self.resume_from is not None:
-            raise UsageError("wanted --init_from or --resume_from, not both")
+            raise UsageError("expected --init_from or --resume_from, got both")
         super().check()
         patch = DIT_PRESETS[self.model].patch_size
         if self.max_speaker_frames is not None and self.max_speaker_frames % patch:
@@ -127,7 +126,7 @@ class TrainConfig(RunConfig):
         check_shares(text_dropout=objective.text_dropout, speaker_dropout=objective.speaker_dropout)
         if not -10 <= objective.timestep_logit_mean <= 10:
             raise UsageError(
-                f"timestep_logit_mean is {objective.timestep_logit_mean}; wanted -10 to 10"
+                f"timestep_logit_mean is {objective.timestep_logit_mean}; expected -10 to 10"
             )
         check_positive(cache_gb=self.cache_gb)
         self.sampler.check()

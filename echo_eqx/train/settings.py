@@ -1,4 +1,4 @@
-"""Settings that every training run has, whatever it trains, as frozen data."""
+"""Settings that all training runs share."""
 
 import contextlib
 import dataclasses
@@ -24,25 +24,25 @@ Config = TypeVar("Config", bound="RunConfig")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) behind a clip of the gradient's norm."""
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) after gradient clipping."""
 
     learning_rate: float = 1e-4
-    """Peak of the schedule."""
+    """Peak learning rate of the schedule."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """cosine: linear warm-up, then cosine to 0. wsd: warm-up, a constant rate, and a linear decay
-    to 0 over the last steps (Hu et al., arXiv:2404.06395), so that a run can be made longer."""
+    """cosine: linear warm-up, then cosine to 0. wsd: warm-up, constant, linear decay to 0 over the
+    last steps (Hu et al., arXiv:2404.06395), so that a run can be extended."""
     warmup_ratio: float = 0.05
     """Fraction of --num_steps with a rising learning rate."""
     decay_ratio: float = 0.2
     """wsd only: fraction of --num_steps with a falling learning rate."""
     b1: float = 0.9
-    """Adam: memory of the gradient's mean."""
+    """Adam: decay of the first moment."""
     b2: float = 0.99
-    """Adam: memory of the gradient's square."""
+    """Adam: decay of the second moment."""
     eps: float = 1e-8
-    """Adam: added to the root of the square."""
+    """Adam: added to the root of the second moment."""
     weight_decay: float = 0.01
-    """On matrices only: not on biases, norm weights, AdaLN projections and out_proj."""
+    """For matrices only, not biases, norm weights, AdaLN projections and out_proj."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
     ema_decay: float = 0.0
@@ -58,64 +58,64 @@ class RunConfig:
     data: str | None = None
     """What to train on."""
     run_dir: Path = Path("runs/echo")
-    """Everything the run writes. The same command again goes on where it stopped."""
+    """Where the run writes. The same command again resumes the run."""
     num_steps: int = 300_000
-    """Batches to train on, in all."""
+    """Total training steps."""
     batch_size: int = 256
-    """Samples in a batch, over all devices."""
+    """Samples per batch, over all devices."""
     checkpoint_every: int = 5_000
     """Steps between checkpoints."""
     seed: int = 0
-    """Of weights, noise, and the order of the data."""
+    """Seed of weights, noise and data order."""
     mesh: str = ""
-    """Devices by axis, such as data=1,fsdp=8,tensor=1. By default all are along fsdp."""
+    """Devices by axis, such as data=1,fsdp=8,tensor=1. By default all are on fsdp."""
     init_from: str | None = None
-    """Begin with these weights. The optimizer is fresh."""
+    """Start from these weights, with a new optimizer state."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
         default_factory=OptimizerConfig
     )
     keep_last: int = 3
-    """Newest checkpoints that stay."""
+    """How many of the newest checkpoints to keep."""
     keep_every: int = 50_000
-    """Checkpoints at multiples of so many steps stay too; 0 keeps none of them."""
+    """Also keep checkpoints at multiples of this many steps; 0 keeps only the newest."""
     export: bool = True
     """Beside each checkpoint write its weights in bfloat16, for infer and other runtimes."""
     log_every: int = 10
-    """Steps between looks at the device; metrics.jsonl gets a line for every step all the same."""
+    """Steps between fetching metrics; metrics.jsonl still gets a line for every step."""
     eval_data: str | None = None
     """Held-out data, as --data. Noise is the same at every evaluation."""
     eval_every: int = 1_000
     """Steps between evaluations."""
     eval_batches: int = 8
-    """Batches in an evaluation."""
+    """Batches per evaluation."""
     sample_every: int = 0
     """Steps between samples written to WAV; 0 writes none."""
     sample_count: int = 4
-    """Samples that are written."""
+    """How many samples to write."""
     max_broken: float = 0.01
-    """Share of unreadable records above which the run stops."""
+    """Fraction of unreadable records above which the run stops."""
     max_nonfinite: int = 10
-    """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
+    """The run stops after this many steps in a row with a non-finite loss or gradient."""
     tensorboard: bool = False
     """Also write run_dir/tensorboard (needs the extra: pip install 'echo_eqx[tensorboard]')."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, for several processes anywhere. TPU pods and SLURM need no flags."""
+    """HOST:PORT of process 0, for runs of several processes. Not needed on TPU pods and SLURM."""
     num_processes: int | None = None
-    """With --coordinator: how many processes there are."""
+    """With --coordinator: the number of processes."""
     process_id: int | None = None
-    """With --coordinator: which of them this is, from 0."""
+    """With --coordinator: the index of this process, from 0."""
     start_timeout: int = 300
-    """Seconds to wait for all processes."""
+    """Seconds to wait for all processes to connect."""
     config: Path | None = None
     """Base that the other flags override: config.json of a run, a run folder or a checkpoint."""
 
     def check(self) -> None:
-        """**Raises**: `UsageError` for what can be refused before anything is looked at."""
+        """**Raises**: `UsageError` for settings that are wrong whatever the data is."""
         for name, value in dataclasses.asdict(self).items():
             if type(value) is int and name != "process_id":
                 least = 0 if name in ("keep_every", "sample_every", "seed") else 1
                 if not least <= value < 2**31:
-                    raise UsageError(f"{name} is {value}; wanted at least {least}")
+                    raise UsageError(f"{name} is {value}; expected at least {least}")
         optimizer = self.optimizer
         check_shares(
             warmup_ratio=optimizer.warmup_ratio,
@@ -127,7 +127,7 @@ class RunConfig:
         )
         for name in ("b1", "b2", "ema_decay"):
             if getattr(optimizer, name) == 1:
-                raise UsageError(f"{name} is 1.0; wanted less than 1")
+                raise UsageError(f"{name} is 1.0; expected less than 1")
         decay_ratio = optimizer.decay_ratio if optimizer.schedule == "wsd" else 0.0
         if optimizer.warmup_ratio + decay_ratio > 1:
             raise UsageError(
@@ -140,19 +140,19 @@ class RunConfig:
             max_grad_norm=optimizer.max_grad_norm,
         )
         if not 0 <= optimizer.weight_decay < float("inf"):
-            raise UsageError(f"weight_decay is {optimizer.weight_decay}; wanted 0 or more")
+            raise UsageError(f"weight_decay is {optimizer.weight_decay}; expected 0 or more")
 
 
 def check_shares(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
-            raise UsageError(f"{name} is {value}; wanted a share from 0 to 1")
+            raise UsageError(f"{name} is {value}; expected 0 to 1")
 
 
 def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
-            raise UsageError(f"{name} is {value}; wanted a positive number")
+            raise UsageError(f"{name} is {value}; expected a positive number")
 
 
 # What training does not depend on, or what is compared by itself: the data by their digest, the

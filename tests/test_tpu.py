@@ -553,7 +553,7 @@ BAD = [
     ("launch --name echo", 2, "expected the flags of train after --, got none"),
     ("launch --name echo --tries 0 -- --data d", 2, "expected --tries of at least 1, got 0"),
     ("launch --name echo --settle -1 -- --data d", 2, "expected --settle of at least 0, got -1.0"),
-    ("launch --name echo -- --run_dir x", 2, "--data is missing; wanted a folder of tar shards"),
+    ("launch --name echo -- --run_dir x", 2, "--data is missing; expected a folder of tar shards"),
     ("launch --name echo -- --data d --batch_size 0", 2, "batch_size is 0; expected at least 1"),
     ("launch --name echo -- --data d --process-id=1", 2, "--process-id=1 is set on each worker"),
     ("launch --name echo -- --config x.json", 2, "--config is a file on this machine"),

@@ -85,7 +85,7 @@ class TrainConfig(RunConfig):
     """Whether infer, with this run's weights, spells out English numbers, dates, money and
     abbreviations by default."""
     speaker_lufs: float = REFERENCE_LUFS
-    """Loudness of the references in the data (prepare --lufs): infer normalises other references to it."""
+    """Loudness of the references in the data (prepare --lufs), to which infer brings others."""
     num_streams: int | None = None
     """Sample streams that the shards are assigned to and that are read in parallel, each by one
     host. By default as many as batch size and number of shards allow, up to 64."""

@@ -234,7 +234,7 @@ def test_a_full_disk_is_one_sentence_and_no_broken_shard(recordings, prepared, t
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_clips_are_dealt_in_company(recordings, tmp_path):
+def test_a_speakers_clips_share_a_shard(recordings, tmp_path):
     clips, _ = list_clips(str(recordings), max_seconds=30.0, cache=tmp_path)
     shards = assign(clips, seed=0, per_shard=10)
     keys = [place.clip.key for shard in shards for place in shard]

@@ -314,10 +314,10 @@ def test_a_long_recording_is_cut_where_its_sentences_end(tmp_path, monkeypatch):
     speech = np.concatenate(parts)
     sf.write(tmp_path / "long.wav", speech + 1e-3 * rng.standard_normal(len(speech)), rate)
     (tmp_path / "long.txt").write_text("[S1] " + " ".join(SENTENCES))
-    clips, refused = list_clips(
+    clips, skipped = list_clips(
         str(tmp_path), max_seconds=4.0, cache=tmp_path, normalize_text=True, keep_long=True
     )
-    assert len(clips) == 1 and not refused
+    assert len(clips) == 1 and not skipped
     folder = tmp_path / "cuts"
     options = {"max_seconds": 4.0, "max_text_bytes": 768, "folder": folder, "begin": 0.0}
     cuts = cut.cut_long(clips, **options)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 T = TypeVar("T")
+_MATRICES = ("weight", "weight_in", "weight_hidden", "message_embedding")
 
 
 def leaf_names(tree: Any) -> list[str]:
@@ -20,12 +21,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def num_parameters(tree: Any) -> int:
-    """Numbers in all leaves of `tree`; works on abstract leaves too."""
+    """Total size of the leaves of `tree`, which may be abstract."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def cast(tree: T, dtype: Any) -> T:
-    """`tree` with its matrices and kernels in `dtype`.
+    """`tree` with its matrices, embeddings and kernels in `dtype`.
 
     Norm weights, biases and the Snake's alpha stay in float32: they are small and are used in
     float32 arithmetic.
@@ -33,7 +34,7 @@ def cast(tree: T, dtype: Any) -> T:
     dtype = jnp.dtype(dtype)
 
     def leaf_dtype(name: str) -> Any:
-        is_matrix = name.endswith("weight") and not name.endswith("norm.weight")
+        is_matrix = name.endswith(_MATRICES) and not name.endswith("norm.weight")
         return dtype if is_matrix else jnp.float32
 
     leaves, treedef = jax.tree.flatten(tree)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -22,7 +23,7 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import make_mesh
 from echo_eqx.sharding.specs import state_shardings
 from echo_eqx.train.config import OptimizerConfig, TrainConfig
-from echo_eqx.train.restore import init_or_restore, newest_restorable
+from echo_eqx.train.restore import _from_weights, init_or_restore, newest_restorable
 from echo_eqx.train.run_folder import RunFolder
 from echo_eqx.train.state import TrainState, init_train_state, sharded_abstract_state
 from echo_eqx.trees import named_leaves
@@ -138,15 +139,45 @@ def test_an_average_that_was_not_kept_begins_at_the_weights(tmp_path):
 def test_load_dit_reads_checkpoint_export_and_run_folder(tmp_path):
     state = make_state()
     folder = save(tmp_path, 2, state)
-    for source in (folder, tmp_path):
-        model = echo_eqx.load_dit(source)
-        assert model.config == CONFIG
-        assert_same(model, state.ema)  # what was averaged is what speaks
-    exported = echo_eqx.load_dit(folder.with_suffix(".safetensors"))
+    model = echo_eqx.load_dit(folder)
+    assert model.config == CONFIG
+    assert_same(model, state.ema)  # what was averaged is what speaks
+    export = folder.with_suffix(".safetensors")
+    exported = echo_eqx.load_dit(tmp_path)
+    assert_same(exported, echo_eqx.load_dit(export))
     expected = np.asarray(state.ema.in_proj.weight).astype(jnp.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(exported.in_proj.weight, expected)
     stacked = np.asarray(state.ema.blocks.mlp.w1.weight).astype(jnp.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(exported.blocks.mlp.w1.weight, stacked)
+    export.unlink()
+    assert_same(echo_eqx.load_dit(tmp_path), state.ema)
+
+
+def bytes_read(call) -> int:
+    """Bytes that `call` reads from files, the second time: the first imports and compiles."""
+    call()
+    count = lambda: int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # noqa: E731
+    before = count()
+    call()
+    return count() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what is read")
+def test_only_the_weights_of_a_run_are_read_and_once(tmp_path, monkeypatch):
+    state = make_state()
+    folder = save(tmp_path, 2, state)
+    export = folder.with_suffix(".safetensors").stat().st_size
+    (pieces,) = folder.glob("*.safetensors")
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state.ema))
+    listed = pieces.stat().st_size - sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    listed += (folder / "manifest.json").stat().st_size
+    assert export <= bytes_read(lambda: echo_eqx.load_dit(tmp_path)) < 1.1 * export
+    assert weights <= bytes_read(lambda: echo_eqx.load_dit(folder)) < weights + 1.2 * listed
+    monkeypatch.setitem(DIT_PRESETS, "small", CONFIG)
+    config = TrainConfig(model="small", init_from=str(tmp_path), optimizer=AVERAGED)
+    abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
+    read = bytes_read(lambda: _from_weights(str(tmp_path), config, abstract))
+    assert weights <= read < weights + 1.2 * listed
 
 
 def truncate(folder: Path) -> None:
@@ -210,8 +241,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     assert "step_000000002 is damaged" in said and len(said.splitlines()) == 1
     abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
     assert_same(state, restore_state(checkpoint, abstract))
-    with pytest.warns(UserWarning, match="step_000000002 is damaged"):
-        assert_same(echo_eqx.load_dit(tmp_path), state.ema)
+
+
+def damage_export(folder: Path) -> None:
+    file = folder.with_suffix(".safetensors")
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_of_a_run_are_named_and_those_before_are_loaded(tmp_path, damage, caplog):
+    state, newer = make_state(), make_state(seed=1)
+    save(tmp_path, 1, state, export=False)
+    damage(save(tmp_path, 2, newer))
+    step_2 = tmp_path / "checkpoints" / "step_000000002"
+    exported = echo_eqx.load_dit(step_2.with_suffix(".safetensors"))
+    assert_same(echo_eqx.load_dit(tmp_path), exported)  # nothing else of the checkpoint is read
+    damage_export(step_2)
+    caplog.clear()
+    assert_same(echo_eqx.load_dit(tmp_path), state.ema)
+    assert f"{step_2}.safetensors" in caplog.text
+    assert caplog.text.count("trying the previous one") == 2
 
 
 def test_when_all_are_damaged_nothing_begins_anew(tmp_path):

@@ -316,6 +316,15 @@ def test_loaded_matrices_have_the_type_asked_for(tmp_path):
     assert leaves["out_norm.weight"].dtype == jnp.float32
 
 
+def test_every_matrix_of_a_codec_is_cast_and_nothing_else(golden_codec):
+    leaves = named_leaves(echo_eqx.cast(golden_codec, jnp.bfloat16))
+    for name, leaf in leaves.items():
+        small = name.endswith(("bias", "alpha"))
+        assert leaf.dtype == (jnp.float32 if small else jnp.bfloat16), name
+    for name in ("message_embedding", "encoder_lstm.layers.0.weight_in"):
+        assert leaves[f"watermark.{name}"].dtype == jnp.bfloat16
+
+
 def test_file_says_what_it_is_and_others_may_read_it(tmp_path):
     echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), tmp_path / "a" / "b")
     described = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
@@ -529,12 +538,12 @@ def test_a_wrong_index_is_named(tmp_path, change, message):
 def test_models_of_the_wrong_kind_are_named(tmp_path, golden_codec):
     echo_eqx.save(golden_codec, tmp_path / "codec")
     echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), tmp_path / "dit")
-    with pytest.raises(EchoError, match="holds a codec; wanted an EchoDiT"):
+    with pytest.raises(EchoError, match="expected an EchoDiT, got a codec"):
         echo_eqx.load_dit(tmp_path / "codec")
     for path in (tmp_path / "dit", WEIGHTS_ONLY, PYTORCH):
-        with pytest.raises(EchoError, match="holds no codec"):
+        with pytest.raises(EchoError, match="safetensors of a codec, got"):
             echo_eqx.load_codec(path)
-    with pytest.raises(EchoError, match="wanted an EchoDiT"):
+    with pytest.raises(EchoError, match="expected an EchoDiT"):
         echo_eqx.load_dit(PTH)
 
 

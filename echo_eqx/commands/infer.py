@@ -31,7 +31,7 @@ from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, 
 from echo_eqx.speech.metadata import describe_model, write_metadata
 from echo_eqx.speech.requests import Request, check_outputs, make_requests
 from echo_eqx.speech.speaker import describe_reference
-from echo_eqx.weights.find import SHIPPED, find_weights
+from echo_eqx.weights.find import SHIPPED
 from echo_eqx.weights.native import array_dtype
 
 logger = logging.getLogger(__name__)
@@ -120,10 +120,9 @@ def main() -> None:
     dtype = args.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    checkpoint = find_weights(args.checkpoint)
     if on_terminal():
-        logger.info(f"loading {checkpoint.name}")
-    dit = echo_eqx.load_dit(checkpoint, dtype=array_dtype(dtype))
+        logger.info(f"loading {args.checkpoint}")
+    dit, checkpoint = load_model(args.checkpoint, "dit", dtype=array_dtype(dtype))
     codec_name, codec_file = find_codec(dit, args.codec)
     codec = echo_eqx.load_codec(codec_file)
     check_latent_dim(dit, codec)

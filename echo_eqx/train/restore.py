@@ -27,10 +27,10 @@ from echo_eqx.weights.checkpoint.reader import (
     FOLDER,
     TrainingCheckpoint,
     find_checkpoints,
-    open_intact,
+    open_verified,
 )
 from echo_eqx.weights.checkpoint.writer import put_on_mesh, restore_state
-from echo_eqx.weights.find import find_weights
+from echo_eqx.weights.find import find_candidates, find_weights
 from echo_eqx.weights.flax import FlaxCheckpoint, read_flax_checkpoint
 from echo_eqx.weights.load import dit_from_flax, load_dit
 
@@ -44,11 +44,12 @@ def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
     """
     found = find_checkpoints(run_dir / FOLDER)
     for step, path in found:
-        checkpoint, problem = open_intact(step, path, jax.process_index(), jax.process_count())
-        if problem is not None:
-            logger.info(f"checkpoint {path} is damaged ({problem}); trying the previous one")
-        intact = np.array(problem is None)
-        if np.all(multihost_utils.process_allgather(intact)) and checkpoint is not None:
+        checkpoint = None
+        try:
+            checkpoint = open_verified(step, path, jax.process_index(), jax.process_count())
+        except EchoError as error:
+            logger.info(f"checkpoint {path} is damaged ({error}); trying the previous one")
+        if _all_processes(checkpoint is not None) and checkpoint is not None:
             return checkpoint
     if found:
         raise EchoError(
@@ -158,27 +159,49 @@ def init_or_restore(
 
 
 def _from_weights(source: str, config: TrainConfig, abstract: TrainState) -> TrainState:
-    """Initial state with the weights of `source`. Run folders and checkpoints are read by shard."""
-    path = find_weights(source)
-    if path.is_dir():
-        checkpoint = TrainingCheckpoint(path)
-        if not isinstance(checkpoint.config, DiTConfig):
-            raise EchoError(f"expected the weights of an EchoDiT, got a codec: {source}")
-        _check_sizes(checkpoint.config, config.dit_config(), source)
-        arrays = checkpoint.model_arrays()
-        leaves, treedef = jax.tree.flatten(abstract.model)
-        model = treedef.unflatten(
-            jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, lambda index, name=name: arrays.part(name, index)
-            )
-            for name, leaf in zip(leaf_names(abstract.model), leaves, strict=True)
-        )
-    else:
+    """Initial state with the weights of `source`.
+
+    Each process reads and verifies what its own devices need. If one of them finds damage in the
+    newest checkpoint of a run folder, all of them take the previous one.
+    """
+    first: EchoError | None = None
+    for path in (candidates := find_candidates(source, exports=False)):
+        model = None
+        try:
+            model = _read_model(path, source, config, abstract)
+        except EchoError as error:
+            first = first or error
+            if path != candidates[-1]:
+                logger.warning(f"{path} cannot be used ({error}); trying the previous one")
+        if _all_processes(model is not None):
+            shardings = state_shardings(abstract, jax.tree.leaves(abstract)[0].sharding.mesh)
+            init = jax.jit(lambda m: init_train_state(m, config.optimizer), out_shardings=shardings)
+            return init(model)
+    raise first or EchoError(f"another process cannot read --init_from {source}")
+
+
+def _all_processes(good: bool) -> bool:
+    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
+
+
+def _read_model(path: Path, source: str, config: TrainConfig, abstract: TrainState) -> EchoDiT:
+    """The model in `path`, on the mesh. Checkpoints are read by shard, other files whole."""
+    if not path.is_dir():
         loaded = _on_host(lambda: load_dit(path))
         _check_sizes(loaded.config, config.dit_config(), source)
-        model = _place(loaded, abstract.model)
-    shardings = state_shardings(abstract, jax.tree.leaves(abstract)[0].sharding.mesh)
-    return jax.jit(lambda m: init_train_state(m, config.optimizer), out_shardings=shardings)(model)
+        return _place(loaded, abstract.model)
+    checkpoint = TrainingCheckpoint(path)
+    if not isinstance(checkpoint.config, DiTConfig):
+        raise EchoError(f"expected the weights of an EchoDiT, got a codec: {source}")
+    _check_sizes(checkpoint.config, config.dit_config(), source)
+    arrays = checkpoint.model_arrays()
+    leaves, treedef = jax.tree.flatten(abstract.model)
+    return treedef.unflatten(
+        jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index, name=name: arrays.part(name, index)
+        )
+        for name, leaf in zip(leaf_names(abstract.model), leaves, strict=True)
+    )
 
 
 def _from_published(

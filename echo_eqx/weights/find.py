@@ -1,7 +1,6 @@
-"""Finding the one file behind a source: a path, or `owner/name[@revision][:file]` on the Hub."""
+"""Finding the file that a source names: a path, or `owner/name[@revision][:file]` on the Hub."""
 
 import re
-import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +8,7 @@ import huggingface_hub  # imports its parts on first use
 
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import REPO, hub_errors
-from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, TrainingCheckpoint, newest_intact
+from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, find_checkpoints
 from echo_eqx.weights.sharded import INDEX_SUFFIX, shard_files, weight_map
 
 SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt")
@@ -25,7 +24,7 @@ SHIPPED = {
         for kind in ("dit", "codec")
     }
 }
-"""Models in the package, by name and kind. A folder of that name is written `./voice`."""
+"""Models in the package, by name and kind. Write `./voice` for a folder of that name."""
 
 _HUB_ID = re.compile(
     rf"(?P<repo>{REPO})"
@@ -35,35 +34,44 @@ _HUB_ID = re.compile(
 
 
 def find_weights(source: str | Path, kind: Literal["dit", "codec"] = "dit") -> Path:
-    """The file of weights behind `source`, downloaded once if it is on the Hub.
+    """The file or checkpoint that `find_candidates` lists first."""
+    return find_candidates(source, kind)[0]
 
-    "voice" is the small voice in the package, of which `kind` says which model is meant.
 
-    A folder or repository is searched for the usual names, then for its only file of weights. Of a
-    run folder of the trainer it is the newest intact checkpoint, which is a folder.
+def find_candidates(
+    source: str | Path, kind: Literal["dit", "codec"] = "dit", *, exports: bool = True
+) -> list[Path]:
+    """Where the weights of `source` are, downloaded once if it is on the Hub. Nothing is verified.
 
-    **Raises**: `EchoError` if there is none, or several to choose from.
+    "voice" is the small voice in the package; `kind` says which of its two models is meant. Any
+    other file, or the path of a checkpoint, is itself. A folder or repository is searched for the
+    usual names, then for its only file of weights. Of a run folder it is each complete checkpoint,
+    newest first, and before each the file of weights that was exported from it, with `exports`.
+
+    **Raises**: `EchoError` if there is nothing, or several files to choose from.
     """
     if not str(source):
         raise EchoError(f"the {kind} is named '': expected a file, a folder, a Hub id or voice")
     if str(source) in SHIPPED:
-        return SHIPPED[str(source)][kind]
+        return [SHIPPED[str(source)][kind]]
     try:
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
-        raise EchoError(f"{str(source)[:200]!r} is no usable path: {error}") from None
+        raise EchoError(f"{str(source)[:200]!r} is not a usable path: {error}") from None
     if is_file:
-        return _whole(path)
+        return [_index_of(path) or path]
     if is_folder and (path / MANIFEST).is_file():
-        if problem := TrainingCheckpoint(path).damage():
-            raise EchoError(f"checkpoint {path} is damaged ({problem})")
-        return path
-    if is_folder and (newest := newest_intact(path / FOLDER, warnings.warn)) is not None:
-        return newest.path
+        return [path]
+    if is_folder and (checkpoints := find_checkpoints(path / FOLDER)):
+        found: list[Path] = []
+        for _, folder in checkpoints:
+            export = folder.with_name(f"{folder.name}.safetensors")
+            found += [export, folder] if exports and export.is_file() else [folder]
+        return found
     if is_folder:
         names = [child.name for child in sorted(path.iterdir()) if child.is_file()]
-        return path / _choose(names, f"folder {path}", "give the path of one")
+        return [path / _choose(names, f"folder {path}", "give the path of one")]
     match = _HUB_ID.fullmatch(str(source))
     looks_like_path = path.suffix in SUFFIXES and not (match and match["file"])
     if match is None or looks_like_path:
@@ -71,20 +79,19 @@ def find_weights(source: str | Path, kind: Literal["dit", "codec"] = "dit") -> P
             f"{source} does not exist; expected a file, a folder, owner/name on the Hub, or "
             f"{', '.join(SHIPPED)}, the small voice in the package"
         )
-    return _from_hub(match["repo"], match["revision"], match["file"])
+    return [_from_hub(match["repo"], match["revision"], match["file"])]
 
 
-def _whole(path: Path) -> Path:
-    """The index beside a file that is one of several parts, or else the file itself."""
-    part = re.fullmatch(r"(.+)-\d+-of-\d+\.safetensors", path.name)
-    if part and (index := path.with_name(part[1] + INDEX_SUFFIX)).is_file():
-        return index
-    return path
+def _index_of(path: Path) -> Path | None:
+    """The index of a file that is one shard of several."""
+    shard = re.fullmatch(r"(.+)-\d+-of-\d+\.safetensors", path.name)
+    index = path.with_name(shard[1] + INDEX_SUFFIX) if shard else None
+    return index if index is not None and index.is_file() else None
 
 
 def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
-    """What is in the cache is used as it is, without asking the Hub: other weights are another
-    revision. A repository is listed to find its file of weights, where that has no usual name."""
+    """A cached file is used without asking the Hub: name a revision to get other weights. The
+    repository is listed if its file of weights has none of the usual names."""
     where = f"{repo}@{revision}" if revision else repo
     cached = _cached_snapshot(repo, revision or "main")
     names = _files_below(cached)
@@ -111,7 +118,7 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
 
 
 def _cached_snapshot(repo: str, revision: str) -> Path:
-    """Folder of a revision in the Hub's cache, whether it is there or not."""
+    """Folder of a revision in the Hub's cache, which may not exist."""
     from huggingface_hub.constants import HF_HUB_CACHE  # not an attribute until it is imported
 
     root = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
@@ -125,14 +132,14 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether all that an index lists was downloaded with it; True for any other file."""
+    """Whether every shard of an index was downloaded too; True for any other file."""
     if not path.name.endswith(INDEX_SUFFIX):
         return True
     return all((path.parent / part).is_file() for part in shard_files(weight_map(path)))
 
 
 def _candidates(names: list[str]) -> list[str]:
-    """Files of weights; those in parts by their index."""
+    """Files of weights, sharded ones by their index."""
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     parts = re.compile(
         "|".join(
@@ -151,7 +158,7 @@ def _choose(names: list[str], where: str, advice: str) -> str:
             return name
     candidates = _candidates(names)
     if not candidates:
-        raise EchoError(f"{where} holds no weights; wanted a file *{', *'.join(SUFFIXES)}")
+        raise EchoError(f"{where} holds no weights; expected a file *{', *'.join(SUFFIXES)}")
     if len(candidates) > 1:
         shown = ", ".join(candidates[:6])
         raise EchoError(f"{where} holds several files of weights ({shown}); {advice}")

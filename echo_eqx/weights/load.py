@@ -1,8 +1,9 @@
-"""`load_dit` and `load_codec`: any file of weights that is known, told apart by its content."""
+"""`load_dit` and `load_codec`: any known file of weights. Its content tells which kind it is."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import cast
 from echo_eqx.weights.assemble import Arrays, Sources, check_memory, check_sizes, load_into, single
-from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint, checkpoint_generation
+from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.dacvae import load_dacvae_pth
-from echo_eqx.weights.find import find_weights
+from echo_eqx.weights.find import find_candidates
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.names import (
     flax_config,
@@ -29,37 +30,24 @@ from echo_eqx.weights.native import native_config, native_generation, native_kin
 from echo_eqx.weights.safetensors_reader import SafetensorsFile
 from echo_eqx.weights.sharded import INDEX_SUFFIX, ShardedSafetensors, WithoutPrefix
 
+logger = logging.getLogger(__name__)
+Kind = Literal["dit", "codec"]
+_NAMES = {"dit": "an EchoDiT", "codec": "a codec"}
+
 
 def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
     """Load an EchoDiT.
 
     **Arguments**: `source` "voice" for the small voice in the package, or a file, a folder or a Hub
-    id `owner/name[@revision][:file]`, holding our safetensors, a Flax checkpoint of the published
-    trainer (pickle), or the community's PyTorch safetensors, also in parts with an index or under a
-    prefix that all names share; or a training checkpoint, or a run folder, of which the newest is
-    taken, with the moving average where one was kept; `dtype` of the matrices, and so of the
-    computation.
+    id `owner/name[@revision][:file]` with our safetensors, a Flax checkpoint of the published
+    trainer (pickle), or the community's PyTorch safetensors, which may be sharded or have a prefix
+    that all names share; or a training checkpoint, of which the moving average is read if there is
+    one; or a run folder, of which the newest intact checkpoint is taken, by its export in bfloat16
+    if there is one; `dtype` of the matrices, and so of the computation.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
-    path = find_weights(source)
-    if path.is_dir():
-        return _load_checkpoint(path, "dit", dtype)
-    kind = _kind(path)
-    if kind == "safetensors":
-        file = _open(path)
-        if native_kind(file) == "dit":
-            return _load_own(file, dtype)
-        if native_kind(file) == "codec":
-            raise EchoError(f"{path} holds a codec; wanted an EchoDiT")
-        weights = WithoutPrefix(file)
-        shapes = weights.shapes()
-        config = _within(path, lambda: pytorch_config(shapes))
-        return _fill_dit(config, dtype, path, pytorch_sources, weights.names, weights)
-    if kind == "pickle":
-        params = read_flax_checkpoint(path).params
-        return dit_from_flax(params, path, dtype)
-    raise EchoError(f"{path} is a PyTorch file of a codec or another model; wanted an EchoDiT")
+    return load_model(source, "dit", dtype=dtype)[0]
 
 
 def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
@@ -71,24 +59,64 @@ def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
-    path = find_weights(source, "codec")
-    if path.is_dir():
-        return _load_checkpoint(path, "codec", dtype)
+    return load_model(source, "codec", dtype=dtype)[0]
+
+
+def load_model(source: str | Path, kind: Kind, *, dtype: Any = jnp.float32) -> tuple[Any, Path]:
+    """The model of `load_dit` or `load_codec`, and the file or checkpoint it was read from.
+
+    Only the weights are read and verified, once. If those of a run folder's newest checkpoint are
+    damaged, the previous one is tried.
+    """
+    candidates = find_candidates(source, kind)
+    first: EchoError | None = None
+    for path in candidates:
+        try:
+            load = _load_dit if kind == "dit" else _load_codec
+            return (
+                _load_checkpoint(path, kind, dtype) if path.is_dir() else load(path, dtype)
+            ), path
+        except EchoError as error:
+            if len(candidates) == 1:
+                raise
+            first = first or error
+            logger.warning(f"{path} cannot be used ({error}); trying the previous one")
+    raise EchoError(f"no checkpoint in {source} can be used; of the newest, {first}")
+
+
+def _load_dit(path: Path, dtype: Any) -> EchoDiT:
+    kind = _kind(path)
+    if kind == "safetensors":
+        file = _open(path)
+        if native_kind(file) == "dit":
+            return _load_native(file, dtype)
+        if native_kind(file) == "codec":
+            raise EchoError(f"expected an EchoDiT, got a codec: {path}")
+        weights = WithoutPrefix(file)
+        shapes = weights.shapes()
+        config = _within(path, lambda: pytorch_config(shapes))
+        return _load_published(config, dtype, path, pytorch_sources, weights.names, weights)
+    if kind == "pickle":
+        return dit_from_flax(read_flax_checkpoint(path).params, path, dtype)
+    raise EchoError(f"expected an EchoDiT, got a PyTorch file of a codec or another model: {path}")
+
+
+def _load_codec(path: Path, dtype: Any) -> DACVAE:
     kind = _kind(path)
     if kind == "torch":
         return load_dacvae_pth(path, dtype)
     if kind == "safetensors":
         file = _open(path)
         if native_kind(file) == "codec":
-            return _load_own(file, dtype)
-    raise EchoError(f"{path} holds no codec; wanted a DACVAE weights.pth or safetensors of ours")
+            return _load_native(file, dtype)
+    raise EchoError(f"expected a DACVAE weights.pth or our safetensors of a codec, got {path}")
 
 
 def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> EchoDiT:
     """An EchoDiT from arrays under Flax names: weights, or moments of the same shapes."""
     shapes = {name: array.shape for name, array in tensors.items()}
     config = _within(path, lambda: flax_config(shapes))
-    return _fill_dit(config, dtype, path, flax_sources, tensors, tensors)
+    return _load_published(config, dtype, path, flax_sources, tensors, tensors)
 
 
 def _open(path: Path) -> SafetensorsFile | ShardedSafetensors:
@@ -105,7 +133,7 @@ def _kind(path: Path) -> str:
     except OSError as error:
         raise EchoError(f"{path} cannot be read: {error.strerror}") from None
     if not head:
-        raise EchoError(f"{path} is empty; wanted a file of weights")
+        raise EchoError(f"expected a file of weights, got an empty file: {path}")
     # A safetensors file begins with the length of its header, which is JSON.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "safetensors"
@@ -115,7 +143,10 @@ def _kind(path: Path) -> str:
         return "pickle"
     if path.suffix == ".safetensors":
         return "safetensors"
-    raise EchoError(f"{path} is no safetensors, pickle or PyTorch file (it begins {head[:8]!r})")
+    raise EchoError(
+        f"expected a safetensors, pickle or PyTorch file, got one that starts with {head[:8]!r}: "
+        f"{path}"
+    )
 
 
 def _within(path: Path, read: Callable[[], DiTConfig]) -> DiTConfig:
@@ -128,21 +159,19 @@ def _within(path: Path, read: Callable[[], DiTConfig]) -> DiTConfig:
 def _load_checkpoint(path: Path, kind: str, dtype: Any) -> Any:
     checkpoint = TrainingCheckpoint(path)
     if checkpoint.model_kind != kind:
-        names = {"dit": "an EchoDiT", "codec": "a codec"}
-        raise EchoError(f"{path} holds {names[checkpoint.model_kind]}; wanted {names[kind]}")
+        raise EchoError(f"expected {_NAMES[kind]}, got {_NAMES[checkpoint.model_kind]}: {path}")
     arrays = checkpoint.model_arrays()
     shapes = {name: arrays.shape(name) for name in arrays.names}
-    generation = checkpoint_generation(checkpoint)
-    return _fill_own(checkpoint.config, generation, dtype, path, shapes, arrays)
+    return _load_leaves(checkpoint.config, checkpoint.generation(), dtype, path, shapes, arrays)
 
 
-def _load_own(file: SafetensorsFile | ShardedSafetensors, dtype: Any) -> Any:
+def _load_native(file: SafetensorsFile | ShardedSafetensors, dtype: Any) -> Any:
     weights = WithoutPrefix(file)
     config, generation = native_config(file), native_generation(file)
-    return _fill_own(config, generation, dtype, file.path, weights.shapes(), weights)
+    return _load_leaves(config, generation, dtype, file.path, weights.shapes(), weights)
 
 
-def _fill_own(
+def _load_leaves(
     config: DiTConfig | CodecConfig,
     generation: GenerationConfig,
     dtype: Any,
@@ -162,7 +191,7 @@ def _fill_own(
     return load_into(skeleton, lambda leaf: Sources([leaf], single), arrays, shapes, str(path))
 
 
-def _fill_dit(
+def _load_published(
     config: DiTConfig,
     dtype: Any,
     path: Path,

@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,13 @@ class _Entry:
 class SafetensorsFile:
     """A safetensors file: metadata, shapes, and arrays read one by one.
 
-    `verify` compares tensors with the checksums in the file, where it has some.
+    A tensor is verified against its CRC-32 in `checksums` the first time it is read. By default
+    these are the checksums in the file, if it has any.
 
     **Raises**: `EchoError` naming the file if it is empty, truncated, damaged or of another kind.
     """
 
-    def __init__(self, path: Path, *, verify: bool = True):
+    def __init__(self, path: Path, *, checksums: Mapping[str, int] | None = None):
         self.path = path
         try:
             if not path.is_file():
@@ -69,18 +70,20 @@ class SafetensorsFile:
                 text, size = _header_of(file.fileno())
             header = parse_json(text)
             if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
-                raise ValueError(f"its header is not an object of at most {_MAX_TENSORS} tensors")
-            # Other programs copy the metadata of a file that they change, checksums and all, but
-            # lay out the header in their own way.
+                raise ValueError(f"expected a header with at most {_MAX_TENSORS} tensors")
+            # Other programs change a file and keep its metadata, checksums included, but format
+            # the header in their own way.
             as_written = json.dumps(header).encode() == text.rstrip(b" ")
             self.metadata = _metadata(header.pop("__metadata__", {}))
             self._entries = _entries(header, 8 + len(text), size)
-            self._checksums = self._read_checksums(text) if verify and as_written else {}
+            if checksums is None:
+                checksums = self._read_checksums(text) if as_written else {}
         except OSError as error:
             raise EchoError(f"{path} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise EchoError(f"{path} is not a readable safetensors file: {error}") from None
         self.names = list(self._entries)
+        self._unverified = dict(checksums)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._entries.items()}
@@ -89,36 +92,35 @@ class SafetensorsFile:
         entry = self._entries.get(name)
         return entry is not None and (entry.dtype, entry.shape) == (dtype, shape)
 
-    def checksum(self, name: str) -> int:
-        """CRC-32 of a tensor's bytes, read in small parts."""
-        crc = 0
-        for block in self._blocks(name):
-            crc = zlib.crc32(block, crc)
-        return crc
+    def verify(self, name: str) -> None:
+        """Read a tensor in small blocks and compare it with its checksum, unless that was done.
+
+        **Raises**: `EchoError` if the tensor is missing, unreadable or not what was written.
+        """
+        if name in self._unverified:
+            for _ in self._verified_blocks(name):
+                pass
 
     def __getitem__(self, name: str) -> np.ndarray:
         """**Raises**: `EchoError` if the tensor is missing, unreadable or not what was written."""
         entry = self._entry(name)
         data = np.empty(entry.num_bytes, np.uint8)
-        at = crc = 0
-        for block in self._blocks(name):
-            data[at : at + len(block)] = np.frombuffer(block, np.uint8)
-            at += len(block)
-            if name in self._checksums:
-                crc = zlib.crc32(block, crc)
-        if crc != self._checksums.get(name, crc):
-            raise EchoError(
-                f"{self.path}: tensor {name} is damaged: expected the checksum in the header, got "
-                "another; use another copy of the file"
-            )
+        position = 0
+        for block in self._verified_blocks(name):
+            data[position : position + len(block)] = np.frombuffer(block, np.uint8)
+            position += len(block)
         return data.view(entry.dtype).reshape(entry.shape)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A box of a tensor. Nothing else of it is read, so it is not compared with a checksum."""
+        """A box of a tensor, which is verified whole the first time.
+
+        **Raises**: `EchoError` if the tensor is missing, unreadable or not what was written.
+        """
         entry = self._entry(name)
         boxes = zip(index, entry.shape, strict=True)
         if all(s.indices(size)[:2] == (0, size) for s, size in boxes):
             return self[name]
+        self.verify(name)
         try:
             with self.path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -133,8 +135,9 @@ class SafetensorsFile:
             raise EchoError(f"{self.path}: tensor {name} is missing")
         return self._entries[name]
 
-    def _blocks(self, name: str) -> Iterator[bytes]:
+    def _verified_blocks(self, name: str) -> Iterator[bytes]:
         entry = self._entry(name)
+        crc = 0
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(entry.start)
@@ -144,11 +147,19 @@ class SafetensorsFile:
                     if not block:
                         raise EchoError(f"{self.path} is cut off in {name}")
                     left -= len(block)
+                    if name in self._unverified:
+                        crc = zlib.crc32(block, crc)
                     yield block
         except OSError as error:
             raise EchoError(
                 f"{self.path}: tensor {name} cannot be read: {error.strerror}"
             ) from None
+        if crc != self._unverified.get(name, crc):
+            raise EchoError(
+                f"{self.path}: tensor {name} is damaged: expected CRC-32 "
+                f"{self._unverified[name]:08x}, got {crc:08x}; use another copy of the file"
+            )
+        self._unverified.pop(name, None)
 
     def _read_checksums(self, text: bytes) -> dict[str, int]:
         found = self.metadata.get(CHECKSUMS)
@@ -156,9 +167,11 @@ class SafetensorsFile:
             return {}
         numbers = [int(crc, 16) for crc in re.findall(r"[0-9a-f]{8}", found)]
         if len(found) != 9 * len(numbers) - 1 or len(numbers) != 1 + len(self._entries):
-            raise ValueError("its checksums do not fit its tensors")
+            raise ValueError(
+                f"expected {1 + len(self._entries)} checksums in its metadata, got {len(numbers)}"
+            )
         if header_checksum(text, found) != numbers[0]:
-            raise ValueError("its header is damaged: it does not fit its checksum")
+            raise ValueError("its header is damaged: it does not match its checksum")
         return dict(zip(self._entries, numbers[1:], strict=True))
 
 
@@ -170,9 +183,9 @@ def _header_of(file: int) -> tuple[bytes, int]:
     if len(head) < 8:
         raise ValueError(f"it has {size} bytes")
     if length > size - 8:
-        raise ValueError(f"its header has {length} bytes, the file {size}")
+        raise ValueError(f"its header has {length} bytes, but the file only {size}")
     if length > MAX_JSON_BYTES:
-        raise ValueError(f"its header has {length} bytes; expected at most {MAX_JSON_BYTES}")
+        raise ValueError(f"expected a header of at most {MAX_JSON_BYTES} bytes, got {length}")
     text = os.read(file, length)
     if len(text) < length:
         raise ValueError("it is cut off in its header")
@@ -181,39 +194,39 @@ def _header_of(file: int) -> tuple[bytes, int]:
 
 def _metadata(found: Any) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise ValueError("its metadata is not an object of strings")
+        raise ValueError("expected metadata that maps strings to strings")
     return found
 
 
 def _entries(header: dict[str, Any], base: int, size: int) -> dict[str, _Entry]:
-    """Tensors in the order of the file, which they fill from the header to the end."""
+    """Tensors in the order of the file. Together they cover it, from the header to the end."""
     entries = {name: _entry(name, found, base) for name, found in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].num_bytes)))
     position = base
     for name, entry in entries.items():
         if entry.start != position:
-            raise ValueError(f"tensor {name[:100]!r} does not begin where the one before ends")
+            raise ValueError(f"tensor {name[:100]!r} does not start where the previous one ends")
         position += entry.num_bytes
     if position != size:
-        raise ValueError(f"its tensors end at byte {position} of {size}")
+        raise ValueError(f"expected its tensors to end at byte {size}, got {position}")
     return entries
 
 
 def _entry(name: str, found: Any, base: int) -> _Entry:
     where = f"tensor {name[:100]!r}"
     if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{where} has not exactly dtype, shape and data_offsets")
+        raise ValueError(f"{where}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _TYPES:
         shown = dtype[:20] if isinstance(dtype, str) else type(dtype).__name__
-        raise ValueError(f"{where} has type {shown!r}; expected one of {', '.join(_TYPES)}")
+        raise ValueError(f"{where}: expected type {', '.join(_TYPES)}, got {shown!r}")
     if not _are_sizes(shape) or len(shape) > 16:
-        raise ValueError(f"{where} has a shape that is not a short list of sizes")
+        raise ValueError(f"{where}: expected a shape of at most 16 sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{where} has offsets that are not two positions")
+        raise ValueError(f"{where}: expected two data_offsets")
     num_bytes = math.prod(shape) * _TYPES[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
-        raise ValueError(f"{where} has {offsets[1] - offsets[0]} bytes; expected {num_bytes}")
+        raise ValueError(f"{where}: expected {num_bytes} bytes, got {offsets[1] - offsets[0]}")
     return _Entry(_TYPES[dtype], tuple(shape), base + offsets[0], num_bytes)
 
 

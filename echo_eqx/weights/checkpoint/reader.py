@@ -1,14 +1,13 @@
-"""Reading a training checkpoint: a manifest, and the pieces that each process wrote.
+"""Reading training checkpoints: a manifest, and the pieces that each process wrote.
 
-`manifest.json` is written last: a folder without it holds no checkpoint. It lists, for each tensor,
-its shape and pieces; a piece is a box of the tensor, in a file, with a CRC-32.
+`manifest.json` is written last, so a folder without it is not a checkpoint. It lists the shape and
+pieces of each tensor. A piece is a box of the tensor in one of the files, with its CRC-32.
 """
 
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ KIND, VERSION = "training", 1
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 _PARALLEL = ("model.", "ema.", "adam.mu.", "adam.nu.")
-"""Parts of a state that have the same tensors, the weights first."""
+"""Parts of a state with the same tensors in each, the weights first."""
 _STEP = re.compile(r"step_(\d{9,12})")
 
 Box = tuple[tuple[int, int], ...]
-"""First and behind-last index along each axis."""
+"""Start and stop along each axis."""
 
 
 def piece_name(tensor: str, box: Box) -> str:
@@ -42,13 +41,13 @@ def step_folder(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step in the exact name of a checkpoint's folder, or None for any other name."""
+    """The step in the name of a checkpoint's folder, None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match and step_folder(int(match[1])) == name else None
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints in `folder`, (step, path), the newest first. None is looked into.
+    """Complete checkpoints in `folder` as (step, path), newest first. None is opened.
 
     **Raises**: `EchoError` if `folder` cannot be read.
     """
@@ -61,12 +60,12 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> int:
-    """CRC-32 of a manifest, however its JSON is laid out."""
+    """CRC-32 of a manifest, independent of the formatting of its JSON."""
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 class TrainingCheckpoint:
-    """A complete checkpoint, of which any part of any tensor can be read.
+    """A complete checkpoint. Any part of any tensor can be read, and is verified when it is.
 
     **Raises**: `EchoError` naming the folder if the manifest cannot be used.
     """
@@ -84,43 +83,22 @@ class TrainingCheckpoint:
             _check_cursor(manifest["cursor"])
             for name in ("settings", "data"):
                 if not isinstance(manifest.get(name, {}), dict):
-                    raise ValueError(f"its {name} is not an object")
-            self.tensors = {name: _Tensor(entry) for name, entry in manifest["tensors"].items()}
+                    raise ValueError(f"{name}: expected an object")
+            self.tensors = {
+                name: _Tensor(name, entry) for name, entry in manifest["tensors"].items()
+            }
+            self._check_complete()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EchoError) as error:
             raise EchoError(f"{path / MANIFEST} cannot be used: {_reason(error)}") from None
         self.manifest: dict[str, Any] = manifest
+        self._pieces: dict[str, list[tuple[str, Box, int]]] = {}  # by file
+        for name, tensor in self.tensors.items():
+            for box, file, crc in tensor.pieces:
+                self._pieces.setdefault(file, []).append((name, box, crc))
         self._files: dict[str, SafetensorsFile] = {}
 
-    def damage(self, part: int = 0, parts: int = 1) -> str | None:
-        """The first thing wrong with the pieces of share `part` of `parts`, or None.
-
-        What the headers say is compared with the manifest, and every byte of the tensors with its
-        checksum there, each read once.
-        """
-        expected: dict[str, list[tuple[str, Box, int]]] = {}
-        for name, tensor in self.tensors.items():
-            if not tensor.is_whole():
-                return f"pieces of {name} are not in the manifest, or overlap"
-            for box, file, crc in tensor.pieces:
-                expected.setdefault(file, []).append((name, box, crc))
-        if problem := self._missing_tensors():
-            return problem
-        for file in sorted(expected)[part::parts]:
-            try:
-                opened = self._file(file)
-                for name, box, crc in expected[file]:
-                    piece = piece_name(name, box)
-                    shape = tuple(stop - start for start, stop in box)
-                    if not opened.holds(piece, self.tensors[name].dtype, shape):
-                        return f"{piece} in {file} is missing, or of another type or shape"
-                    if opened.checksum(piece) != crc:
-                        return f"{piece} in {file} is damaged"
-            except EchoError as error:
-                return str(error)
-        return None
-
-    def _missing_tensors(self) -> str | None:
-        """Whether moments or average belong to other weights than those that are here."""
+    def _check_complete(self) -> None:
+        """Whether moments and average belong to the same weights as those that are here."""
         groups: dict[str, set[str]] = {}
         for name in self.tensors:
             for prefix in _PARALLEL:
@@ -128,15 +106,26 @@ class TrainingCheckpoint:
                     groups.setdefault(prefix, set()).add(name.removeprefix(prefix))
         model = groups.get(_PARALLEL[0], set())
         if not model:
-            return "its manifest lists no weights"
+            raise ValueError("it lists no weights")
         for prefix, names in groups.items():
             if names != model:
                 odd = min(names ^ model)
-                return f"its manifest lists only one of {_PARALLEL[0]}{odd} and {prefix}{odd}"
-        return None
+                raise ValueError(f"it lists only one of {_PARALLEL[0]}{odd} and {prefix}{odd}")
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read share `part` of `parts` of the files, and compare every tensor with its checksum.
+
+        **Raises**: `EchoError` naming the first thing that is wrong.
+        """
+        for file in sorted(self._pieces)[part::parts]:
+            for name, box, _ in self._pieces[file]:
+                self._file(file).verify(piece_name(name, box))
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The part `index` (by default all) of a tensor, from the pieces it touches."""
+        """The part `index` (by default all) of a tensor, from the pieces that overlap it.
+
+        **Raises**: `EchoError` if one of these is missing or damaged.
+        """
         tensor = self.tensors[name]
         index = index or (slice(None),) * len(tensor.shape)
         box = tuple(s.indices(size)[:2] for s, size in zip(index, tensor.shape, strict=True))
@@ -152,19 +141,33 @@ class TrainingCheckpoint:
         return out
 
     def model_arrays(self) -> "ModelArrays":
-        """The weights to speak with: the moving average where one was kept."""
+        """The weights to generate with: the moving average if there is one."""
         averaged = any(name.startswith("ema.") for name in self.tensors)
         return ModelArrays(self, "ema." if averaged else "model.")
 
-    def _file(self, name: str) -> SafetensorsFile:
-        if name not in self._files:
-            # The manifest has its own checksums, so that a part of a tensor can be read.
-            self._files[name] = SafetensorsFile(self.path / name, verify=False)
-        return self._files[name]
+    def generation(self) -> GenerationConfig:
+        """How to generate speech with this model, as far as the run's settings and data say."""
+        try:
+            return generation_from_json(self.manifest.get("generation") or {})
+        except EchoError as error:
+            raise EchoError(f"{self.path / MANIFEST} cannot be used: {error}") from None
+
+    def _file(self, file: str) -> SafetensorsFile:
+        if file not in self._files:
+            pieces = {piece_name(name, box): crc for name, box, crc in self._pieces[file]}
+            opened = SafetensorsFile(self.path / file, checksums=pieces)
+            for name, box, _ in self._pieces[file]:
+                piece, dtype = piece_name(name, box), self.tensors[name].dtype
+                if not opened.holds(piece, dtype, tuple(stop - start for start, stop in box)):
+                    raise EchoError(
+                        f"{opened.path}: {piece} is missing, or has another type or shape"
+                    )
+            self._files[file] = opened
+        return self._files[file]
 
 
 class ModelArrays:
-    """Parameters of a checkpoint by their names in the model."""
+    """Weights in a checkpoint, by their names in the model."""
 
     def __init__(self, checkpoint: TrainingCheckpoint, prefix: str):
         self._checkpoint, self._prefix = checkpoint, prefix
@@ -182,9 +185,9 @@ class ModelArrays:
 
 
 class _Tensor:
-    def __init__(self, entry: Any):
+    def __init__(self, name: str, entry: Any):
         if not isinstance(entry, dict):
-            raise ValueError("it lists a tensor that is not an object")
+            raise ValueError(f"tensor {name[:100]}: expected an object")
         self.shape = tuple(_size(size, "shape") for size in _list(entry["shape"], 16))
         self.dtype = {"float32": np.dtype(np.float32), "int32": np.dtype(np.int32)}[entry["dtype"]]
         self.pieces: list[tuple[Box, str, int]] = []
@@ -194,11 +197,13 @@ class _Tensor:
                 start < stop <= size for (start, stop), size in zip(box, self.shape, strict=True)
             )
             if not inside or not re.fullmatch(r"[\w.-]+\.safetensors", piece["file"]):
-                raise ValueError("a piece lies outside its tensor or folder")
+                raise ValueError(f"a piece of {name[:100]} lies outside the tensor or the folder")
             self.pieces.append((box, piece["file"], _size(piece["crc32"], "crc32")))
+        if not self._is_covered():
+            raise ValueError(f"the pieces of {name[:100]} overlap, or some are missing")
 
-    def is_whole(self) -> bool:
-        """Whether the pieces are a grid over the tensor, each there once."""
+    def _is_covered(self) -> bool:
+        """Whether the pieces form a grid over the tensor, each of them once."""
         boxes = {box for box, _, _ in self.pieces}
         count = 1
         for axis, size in enumerate(self.shape):
@@ -213,17 +218,17 @@ class _Tensor:
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = parse_json(path.read_bytes())
     if manifest["format"] != FORMAT or manifest["kind"] != KIND:
-        raise ValueError("it is of another kind")
+        raise ValueError(f"expected a {FORMAT} {KIND} checkpoint")
     if manifest["version"] != VERSION:
         raise ValueError(f"expected version {VERSION}, got {str(manifest['version'])[:20]}")
     if manifest.pop("crc32") != manifest_checksum(manifest):
-        raise ValueError("its content is not what was written")
+        raise ValueError("it is damaged: it does not match its checksum")
     return manifest
 
 
 def _check_cursor(cursor: Any) -> None:
     if not isinstance(cursor, dict):
-        raise ValueError("its cursor is not an object")
+        raise ValueError("cursor: expected an object")
     for position in cursor.values():
         for number in _list(position, 16):
             _size(number, "cursor")
@@ -231,7 +236,7 @@ def _check_cursor(cursor: Any) -> None:
 
 def _size(value: Any, name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**48:
-        raise ValueError(f"its {name} is not a count")
+        raise ValueError(f"{name}: expected a count")
     return value
 
 
@@ -242,7 +247,7 @@ def _interval(value: Any) -> tuple[int, int]:
 
 def _list(value: Any, longest: int | None = None) -> list[Any]:
     if not isinstance(value, list) or (longest is not None and len(value) > longest):
-        raise ValueError("it holds something else where a list belongs")
+        raise ValueError("expected a list")
     return value
 
 
@@ -261,41 +266,13 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def checkpoint_generation(checkpoint: TrainingCheckpoint) -> GenerationConfig:
-    """How to speak with the model of a run, as far as its settings and data say."""
-    try:
-        return generation_from_json(checkpoint.manifest.get("generation") or {})
-    except EchoError as error:
-        raise EchoError(f"{checkpoint.path / MANIFEST} cannot be used: {error}") from None
+def open_verified(step: int, path: Path, part: int = 0, parts: int = 1) -> TrainingCheckpoint:
+    """The checkpoint at `path`, whose name says `step`, once share `part` of `parts` is verified.
 
-
-def open_intact(
-    step: int, path: Path, part: int = 0, parts: int = 1
-) -> tuple[TrainingCheckpoint | None, str | None]:
-    """The checkpoint at `path`, whose name says `step`, and the first thing wrong with it if any.
-
-    Of the pieces only share `part` of `parts` is looked at.
+    **Raises**: `EchoError` naming the first thing that is wrong.
     """
-    try:
-        checkpoint = TrainingCheckpoint(path)
-        if checkpoint.step != step:
-            return checkpoint, f"it is of step {checkpoint.step}"
-        return checkpoint, checkpoint.damage(part, parts)
-    except EchoError as error:
-        return None, str(error)
-
-
-def newest_intact(folder: Path, say: Callable[[str], object]) -> TrainingCheckpoint | None:
-    """The newest checkpoint in `folder` without damage; `say` is told of each that has some.
-
-    **Raises**: `EchoError` if there are some and none is intact.
-    """
-    found = find_checkpoints(folder)
-    for step, path in found:
-        checkpoint, problem = open_intact(step, path)
-        if problem is None:
-            return checkpoint
-        say(f"checkpoint {path} is damaged ({problem})")
-    if found:
-        raise EchoError(f"no checkpoint in {folder} is intact, of {len(found)}")
-    return None
+    checkpoint = TrainingCheckpoint(path)
+    if checkpoint.step != step:
+        raise EchoError(f"expected step {step}, as its name says, got step {checkpoint.step}")
+    checkpoint.verify(part, parts)
+    return checkpoint

@@ -31,7 +31,6 @@ from echo_eqx.weights.checkpoint.reader import (
     VERSION,
     Box,
     TrainingCheckpoint,
-    checkpoint_generation,
     find_checkpoints,
     manifest_checksum,
     piece_name,
@@ -311,7 +310,7 @@ def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
         "kind": checkpoint.model_kind,
         "config": config,
         "step": str(checkpoint.step),
-    } | generation_metadata(checkpoint_generation(checkpoint))
+    } | generation_metadata(checkpoint.generation())
     write_whole(file, lambda path: write_safetensors(path, tensors, metadata))
 
 

@@ -157,7 +157,7 @@ CASES = {
     "no text": (["--checkpoint", CHECKPOINT], 2, "either --text or --text_file"),
     "empty text": (["@", "--text", " "], 1, "the text is empty"),
     "nothing to say": (["@", "--text", "..."], 1, "at least one letter or digit, got '...'"),
-    "broken UTF-8": (["@", "--text", "a\udcff"], 1, "no UTF-8 at character 1"),
+    "broken UTF-8": (["@", "--text", "a\udcff"], 1, "not valid UTF-8 at character 1"),
     "negative steps": (
         ["@", "--text", "Hi.", "--steps", -1],
         2,

@@ -102,7 +102,7 @@ def test_numbers_are_those_of_the_records(tmp_path):
     assert report.references == 2 and report.speakers == 2 and report.with_speaker == 3
     assert report.languages == {"de": 2, "en": 2}
     np.testing.assert_allclose(report.mean, values.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(report.deviation, values.std(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(report.std, values.std(axis=0), rtol=1e-12)
     np.testing.assert_allclose(report.overall, (values.mean(), values.std()), rtol=1e-12)
     assert report.silence == "silence.npy" and report.indexes == ()
 
@@ -112,7 +112,7 @@ def test_a_latent_far_from_zero_loses_no_precision(tmp_path):
     made = {"npy": npy_bytes(values), "json": b'{"text": "a"}'}
     write_shard(tmp_path / "data" / "a.tar", [("a", made), ("b", made)])
     report = report_of(tmp_path / "data", tmp_path)
-    np.testing.assert_allclose(report.deviation, values.astype(np.float64).std(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(report.std, values.astype(np.float64).std(axis=0), rtol=1e-12)
 
 
 def test_what_is_well_ends_with_0_and_a_picture(command, tmp_path):
@@ -261,13 +261,13 @@ def test_a_sample_is_played_with_its_reference(command, tmp_path, golden_codec):
     hop = golden_codec.config.hop
     assert rate == 48_000 and len(audio) == 7 * hop and len(reference) == 4 * hop
     latents = np.load(io.BytesIO(made["npy"])).astype(np.float32)
-    wanted = np.asarray(golden_codec.decode(latents))
-    wanted = wanted / max(1.0, np.abs(wanted).max())
-    assert np.abs(audio - wanted).max() < 1e-4
+    expected = np.asarray(golden_codec.decode(latents))
+    expected = expected / max(1.0, np.abs(expected).max())
+    assert np.abs(audio - expected).max() < 1e-4
 
     done = command(*play, "nobody")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "has no record 'nobody'; wanted a key such as 'other'" in done.stderr
+    assert "has no record 'nobody'; expected a key such as 'other'" in done.stderr
 
 
 def test_what_cannot_be_played_is_one_sentence(command, tmp_path):
@@ -276,7 +276,7 @@ def test_what_cannot_be_played_is_one_sentence(command, tmp_path):
     with pytest.raises(EchoError, match=r"'mute' of a.tar is broken \(text: the text is empty\)"):
         find_sample(shard_index, cache, "mute")
     done = command("--data", tmp_path, "--codec", CODEC, "--play", "fine")
-    assert done.returncode == 1 and "5 channels; the codec decodes 12" in done.stderr
+    assert done.returncode == 1 and "of 12 channels for this codec, got 5" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,9 @@ def test_what_cannot_be_played_is_one_sentence(command, tmp_path):
     [
         ([], 2, "--data is missing"),
         (["--data", "."], 1, "holds no *.tar"),
-        (["--data", ".", "--max_frames", 0], 2, "max_frames is 0"),
-        (["--data", ".", "--cache_gb", 0], 2, "cache_gb is 0.0"),
-        (["--data", ".", "--plot", "a.pdf"], 2, "wanted a *.png"),
+        (["--data", ".", "--max_frames", 0], 2, "--max_frames: expected at least 1, got 0"),
+        (["--data", ".", "--cache_gb", 0], 2, "--cache_gb: expected a positive number, got 0.0"),
+        (["--data", ".", "--plot", "a.pdf"], 2, "expected a *.png, got a.pdf"),
         (["--data", ".", "--play", "a", "--json"], 2, "--play makes no report"),
     ],
 )
@@ -339,7 +339,10 @@ def test_a_model_gives_the_window_and_must_fit_the_width(command, tmp_path):
     assert "WARNING     1 of 2 (50.0%) recordings" not in done.stdout
     done = command("--data", tmp_path / "data", "--model", "840M")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "latents of 32 channels; --model 840M has 128; --model voice fits" in done.stderr
+    assert (
+        "expected latents of 128 channels for --model 840M, got 32; --model voice fits"
+        in done.stderr
+    )
     assert command("--data", tmp_path / "data", "--model", "none").returncode == 2
 
 
@@ -354,9 +357,12 @@ def test_many_samples_without_a_reference_are_told(command, tmp_path):
 def test_hours_are_by_the_frame_rate_of_the_codec(command, tmp_path):
     write_shard(tmp_path / "a.tar", [("a", parts(4321))])
     usual = command("--data", tmp_path).stdout
-    assert "hours       0.05 (25 latent frames a second, as no codec.json says otherwise)" in usual
+    assert (
+        "hours       0.05 (25 latent frames per second, assumed because no codec.json gives it)"
+        in usual
+    )
     (tmp_path / "codec.json").write_text('{"sample_rate": 24000, "hop": 1920}')
-    assert "hours       0.10 (12.5 latent frames a second)" in command("--data", tmp_path).stdout
+    assert "hours       0.10 (12.5 latent frames per second)" in command("--data", tmp_path).stdout
     facts = json.loads(command("--data", tmp_path, "--json").stdout)
     assert facts["frame_rate"] == 12.5 and facts["seconds"]["max"] == 4321 / 12.5
     (tmp_path / "codec.json").write_text("[]")

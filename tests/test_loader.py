@@ -552,15 +552,15 @@ def test_silence_is_read_from_either_kind_of_file(tmp_path):
         "none.npy": "does not exist",
         "empty.npy": r"\(0, 8\)",
         "nan.npy": "not finite",
-        "object.npy": "wanted float16 or float32",
-        "other.safetensors": "cannot be read",
+        "object.npy": "expected float16 or float32",
+        "other.safetensors": "cannot read latents of silence",
         "flat.safetensors": r"\(8,\)",
-        "noise.safetensors": "cannot be read",
+        "noise.safetensors": "cannot read latents of silence",
     }.items():
         with pytest.raises(EchoError, match=message) as caught:
             load_silence(tmp_path / name, WIDTH)
         assert name in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(EchoError, match=r"\(5, 8\); wanted \(frames, 9\)"):
+    with pytest.raises(EchoError, match=r"expected \(frames, 9\), got \(5, 8\)"):
         load_silence(tmp_path / "a.npy", 9)
 
 

@@ -89,8 +89,8 @@ def test_digest_knows_the_data_and_not_its_mount(tmp_path):
         ("none", "does not exist"),
         ("empty", "holds no *.tar"),
         ("empty/*.tar", "holds no *.tar"),
-        ("a.txt", "is no *.tar"),
-        ("x" * 5000, "no usable path"),
+        ("a.txt", "expected a *.tar"),
+        ("x" * 5000, "not a usable path"),
     ],
 )
 def test_sources_without_shards_are_refused(tmp_path, source, message):

@@ -464,7 +464,7 @@ def test_a_playlist_cannot_name_other_files(tmp_path):
         "a.m4a": "ffconcat version 1.0\nfile secret.wav\n",
         "b.webm": f"#EXTM3U\n#EXTINF:1,\nfile:{tmp_path}/secret.wav\n",
     }.items():
-        with pytest.raises(EchoError, match=f"{name} cannot be decoded"):
+        with pytest.raises(EchoError, match=f"{name}: expected a recording .*, got text"):
             load_audio(put(tmp_path / name, text), RATE)
 
 

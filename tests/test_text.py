@@ -108,7 +108,7 @@ def test_bytes_follow_a_zero():
         (" \n\t", "empty"),
         ("[S1] ", "empty"),
         ("a\0b", "NUL at character 1"),
-        ("ab\udcff", "no UTF-8 at character 2"),
+        ("ab\udcff", "not valid UTF-8 at character 2"),
     ],
 )
 def test_text_that_cannot_be_spoken_is_named(text, message):

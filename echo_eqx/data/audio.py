@@ -1,4 +1,4 @@
-"""Audio files: read to mono at a given rate, and written whole or not at all."""
+"""Reading audio files as mono at a given rate, and writing them atomically."""
 
 import io
 from pathlib import Path
@@ -28,7 +28,7 @@ __all__ = [
     "set_loudness",
 ]
 
-# What a folder is searched for: the usual suffixes of every kind that is read.
+# The usual suffixes of every readable kind, for searching folders.
 SOUNDFILE_SUFFIXES = (
     *(".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     *(".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph", ".nist"),
@@ -43,20 +43,20 @@ FFMPEG_SUFFIXES = (
 )
 AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
 _LEAST_SOUND = 0.05
-"""Seconds of sound that speech has at least."""
+"""Shortest speech in seconds."""
 
 
 class SilentAudioError(EchoError):
-    """A recording without sound, where speech was expected."""
+    """A silent recording where speech was expected."""
 
 
 def load_audio(path: str | Path, sample_rate: int, max_seconds: float | None = None) -> np.ndarray:
     """(samples,) float32, mono, at `sample_rate`; at most the first `max_seconds`.
 
-    Channels are joined by `mix_down`; louder than full scale is brought down to it.
+    Channels are mixed by `mix_down`; audio above full scale is scaled down to it.
 
     **Raises**: `EchoError` naming the file if it is missing, of no known kind, damaged, truncated,
-    without samples, with values that are not finite, or too long to be decoded at once.
+    without samples, not finite, or too long to decode at once.
     """
     return decode_audio(Path(path), str(path), sample_rate, stop=max_seconds)
 
@@ -70,13 +70,13 @@ def decode_audio(
     *,
     must_sound: bool = False,
 ) -> np.ndarray:
-    """`load_audio` of the seconds [start, stop); only they are held in memory.
+    """`load_audio` of the seconds [start, stop); only these are held in memory.
 
-    Kinds that libsndfile does not read go through `ffmpeg`, where that is installed. A kind that
-    only its suffix tells, such as g722, has it in `name`.
+    Kinds that libsndfile cannot read are decoded by `ffmpeg` if it is installed. `name` must have
+    the suffix of kinds that nothing else identifies, such as g722.
 
-    **Raises**: `EchoError` with `name` as `load_audio` does, and if nothing is there from `start`;
-    `SilentAudioError` if it `must_sound` and does not.
+    **Raises**: `EchoError` naming `name` as `load_audio` does, and if there is no audio after
+    `start`; `SilentAudioError` if it is silent and `must_sound`.
     """
     audio, rate = _decode(source, name, sample_rate, start, stop)
     if must_sound:
@@ -85,16 +85,16 @@ def decode_audio(
 
 
 def audio_seconds(source: AudioSource, name: str) -> float:
-    """Length in seconds of what `decode_audio` gives, whatever a header claims.
+    """Length in seconds of what `decode_audio` returns, whatever the header says.
 
-    **Raises**: `EchoError` with `name` if it is missing, of no known kind, truncated or without
+    **Raises**: `EchoError` naming `name` if it is missing, of no known kind, truncated or without
     samples.
     """
     return seconds_of(source, name)
 
 
 def _check_sound(audio: np.ndarray, rate: int, name: str) -> None:
-    """Refuse (samples, channels) that is silent or constant but for moments."""
+    """Refuse (samples, channels) with hardly any sound."""
     block = max(1, rate // 100)
     whole = audio[: len(audio) // block * block].reshape(-1, block, audio.shape[1])
     ranges = np.ptp(whole, axis=1).max(axis=1, initial=0.0)
@@ -102,8 +102,8 @@ def _check_sound(audio: np.ndarray, rate: int, name: str) -> None:
     if sound < _LEAST_SOUND:
         what = "silent" if np.abs(audio).max() < SILENT_PEAK else "constant or silent"
         raise SilentAudioError(
-            f"{name} is {what}: {sound:.2f} of its {len(audio) / rate:.2f} s have sound; expected "
-            "speech; record it again or leave it out"
+            f"{name} is {what}: expected speech, got sound in {sound:.2f} of "
+            f"{len(audio) / rate:.2f} s; record it again or leave it out"
         )
 
 
@@ -114,25 +114,25 @@ def _mono(audio: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
 
 
 def save_audio(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:
-    """Write 16-bit wav or flac, by suffix. Audio above full scale is brought down to it.
+    """Write 16-bit wav or flac, by suffix. Audio above full scale is scaled down to it.
 
-    **Raises**: `EchoError` if the place cannot be written.
+    **Raises**: `EchoError` if the file cannot be written.
     """
     path = Path(path)
     audio = audio / max(1.0, float(np.abs(audio).max(initial=0.0)))
     if not np.isfinite(audio).all():
-        raise EchoError(f"the audio for {path} has values that are not finite")
+        raise EchoError(f"cannot write {path}: the audio has values that are not finite")
     encoded = io.BytesIO()
     sf.write(encoded, audio, sample_rate, format=audio_kind(path), subtype="PCM_16")
     try:
         write_whole(path, lambda temporary: temporary.write_bytes(encoded.getbuffer()))
     except OSError as error:
-        raise EchoError(f"{path} cannot be written: {error}") from None
+        raise EchoError(f"cannot write {path}: {error}") from None
 
 
 def audio_kind(path: Path) -> str:
     """WAV or FLAC, from the suffix."""
     kind = {".wav": "WAV", ".flac": "FLAC"}.get(path.suffix.lower())
     if kind is None:
-        raise EchoError(f"output {path} ends in {path.suffix!r}; wanted .wav or .flac")
+        raise EchoError(f"output {path}: expected .wav or .flac, got {path.suffix!r}")
     return kind

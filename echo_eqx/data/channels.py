@@ -1,18 +1,18 @@
-"""Several channels to one."""
+"""Mixing channels to mono."""
 
 import numpy as np
 
 SILENT_PEAK = 1e-3
 _EMPTY_CHANNEL = 0.1
-"""A channel below this part of the loudest one's level does not count."""
+"""Channels below this fraction of the loudest channel's level are ignored."""
 _CANCELLED = 0.3
-"""A mean below this part of the loudest channel's level has lost it."""
+"""Channels cancel if their mean is below this fraction of the loudest channel's level."""
 
 
 def mix_down(audio: np.ndarray) -> np.ndarray:
-    """(samples,): the mean of the channels of (samples, channels) that are not empty.
+    """(samples,): the mean of the non-empty channels of (samples, channels).
 
-    Where they cancel each other, the loudest channel is taken. A constant is no level.
+    If they cancel each other, the loudest channel is used. A constant offset does not count.
     """
     if audio.shape[1] == 1:
         return audio[:, 0]

@@ -1,7 +1,7 @@
-"""What a file of audio holds, found from its data: a header may lie about the length.
+"""What an audio file holds, found from its data, because a header may be wrong about the length.
 
-`find_parts` gives the recordings of a file in a form that libsndfile reads to the end. What is cut
-off is refused here, because libsndfile reads the rest without a word.
+`find_parts` gives the recordings of a file in a form that libsndfile reads to the end. A truncated
+file is refused here, because libsndfile reads what is left without an error.
 """
 
 import io
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from echo_eqx.data.flac import flac_parts
 from echo_eqx.data.mp3 import mp3_parts
 from echo_eqx.data.ogg import ogg_parts
-from echo_eqx.data.splice import Part, after_id3, before_tags, cut_off, read_at
+from echo_eqx.data.splice import Part, after_id3, before_tags, find_bytes, read_at, truncated
 from echo_eqx.errors import EchoError
 
 _MAX_CHUNKS = 10_000
 _MAX_PADDING = 65_536
-# ASF (wma), TTA, FLV, Monkey's Audio: of joined files ffmpeg reads the first.
+# ASF (wma), TTA, FLV, Monkey's Audio: of joined files ffmpeg reads only the first.
 _READ_TO_FIRST_END = (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"TTA1", b"FLV\x01", b"MAC ")
 _RECORDINGS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff", b"riff")
 
 
 def find_parts(file: io.BufferedIOBase, name: str) -> list[Part] | None:
-    """The recordings in `file`, one after the other; None if its kind is not known here.
+    """The recordings in `file`, in order; None if its kind is not known here.
 
-    **Raises**: `EchoError` with `name` if the audio is cut off or followed by other data.
+    **Raises**: `EchoError` naming `name` if the audio is truncated or followed by other data.
     """
     size = file.seek(0, io.SEEK_END)
     start = after_id3(file, size)
@@ -39,7 +39,7 @@ def find_parts(file: io.BufferedIOBase, name: str) -> list[Part] | None:
         _check_boxes(file, name, start, size)
         return None
     if head.startswith(_READ_TO_FIRST_END):
-        if _holds(file, start + 1, head[:8]):
+        if any(find_bytes(file, start + 1, size, head[:8])):
             raise _joined(name)
         return None
     if layout := _chunk_layout(head):
@@ -58,18 +58,18 @@ class _Layout:
     """How a file is made of chunks, each with a name and a length."""
 
     first: int
-    """Where the first chunk is."""
+    """Offset of the first chunk."""
     audio: bytes
     name_size: int
     length: str
-    """Format of the length for `struct`."""
+    """`struct` format of the length."""
     counted: int = 0
-    """Bytes of the chunk's own header in its length."""
+    """Bytes of the chunk's own header that its length includes."""
     align: int = 2
     total: tuple[int, str] | None = None
-    """Where the length of the file is, and its format."""
+    """Offset and format of the file's length."""
     inset: int = 0
-    """Bytes of the audio's chunk before the audio."""
+    """Bytes of the audio chunk before the audio."""
 
     @property
     def header(self) -> int:
@@ -94,7 +94,7 @@ def _chunk_layout(head: bytes) -> _Layout | None:
 def _chunks(
     file: io.BufferedIOBase, layout: _Layout, at: int, size: int
 ) -> Iterator[tuple[bytes, int, int]]:
-    """First four bytes of the name, begin of the content and claimed length of each chunk."""
+    """First four bytes of the name, start of the content and stated length of each chunk."""
     for _ in range(_MAX_CHUNKS):
         if at + layout.header > size:
             return
@@ -118,60 +118,43 @@ def _chunked_part(
         if kind == layout.audio:
             break
         if begin + length > size:
-            raise cut_off(name, "its header goes on")
+            raise truncated(name, "its header is incomplete")
     else:
         return None
     field = (begin - struct.calcsize(layout.length), layout.length)
     if long_field is not None and length == 2**32 - 1:
         field = long_field
         (length,) = struct.unpack(field[1], read_at(file, field[0], 8))
-    there = size - begin
-    is_known = not _is_made_up(length)
-    if is_known and length <= layout.inset and there and not _is_rest(file, layout, begin, size):
+    found = size - begin
+    is_known = not _is_placeholder(length)
+    if is_known and length <= layout.inset and found and not _is_rest(file, layout, begin, size):
         is_known = False
+    patches: dict[int, bytes] = {}
     if is_known:
-        if length > there:
-            raise cut_off(name, f"its header counts {length} bytes of audio and {there} are there")
+        _check_length(name, length, found)
         rest = begin + length + -length % layout.align
         if rest < size and not _is_rest(file, layout, rest, size):
-            raise EchoError(
-                f"{name} has {size - rest} bytes after its audio that its header does not count; "
-                "expected one whole recording; if it is joined from several, or its header was "
-                "never completed, write it again with sox or ffmpeg"
-            )
-        audio_bytes = length
+            raise _followed(name, size - rest)
     else:
-        audio_bytes = there
-        if layout.audio == b"data" and layout.first == 12 and _holds(file, begin, b"WAVEfmt "):
+        length = found
+        patches[field[0]] = struct.pack(field[1], found + layout.counted)
+        is_wav = layout.audio == b"data" and layout.first == 12
+        if is_wav and any(find_bytes(file, begin, size, b"WAVEfmt ")):
             raise EchoError(
                 f"{name} is joined from several files whose headers have no length; expected one "
                 "recording; write each again with sox or ffmpeg before joining them"
             )
-    patches: dict[int, bytes] = {}
-    if not is_known:
-        patches[field[0]] = struct.pack(field[1], there + layout.counted)
     if layout.total is not None:
         at, form = start + layout.total[0], layout.total[1]
         right = size - start - (0 if layout.counted else 8)
-        said = read_at(file, at, struct.calcsize(form))
-        if struct.unpack(form, said)[0] != right and right < 2 ** (8 * len(said) - 1):
+        stated = read_at(file, at, struct.calcsize(form))
+        if struct.unpack(form, stated)[0] != right and right < 2 ** (8 * len(stated) - 1):
             patches[at] = struct.pack(form, right)
-    return Part.patched(start, size, patches, audio_bytes - layout.inset)
+    return Part.patched(start, size, patches, audio_bytes=length - layout.inset)
 
 
-def _holds(file: io.BufferedIOBase, at: int, word: bytes) -> bool:
-    """Whether `word` occurs from `at` on."""
-    file.seek(at)
-    tail = b""
-    while block := file.read(2**22):
-        if word in tail + block:
-            return True
-        tail = block[-len(word) :]
-    return False
-
-
-def _is_made_up(length: int) -> bool:
-    """Whether a program that wrote to a pipe claims this length, because it cannot know it.
+def _is_placeholder(length: int) -> bool:
+    """Whether a program that writes to a pipe states this length because it cannot know it.
 
     SoX writes about 0x7F000000 or 0x7FFFF000, arecord 2^31, ffmpeg 2^32 - 1 or -1.
     """
@@ -197,7 +180,7 @@ def _is_rest(file: io.BufferedIOBase, layout: _Layout, at: int, size: int) -> bo
 
 
 def _check_boxes(file: io.BufferedIOBase, name: str, at: int, size: int) -> None:
-    """Refuse MP4 that ffmpeg would read only the first part of."""
+    """Refuse MP4 files of which ffmpeg would read only the first part."""
     for number in range(_MAX_CHUNKS):
         head = read_at(file, at, 16).ljust(16, b"\0")
         length, kind = struct.unpack(">I4s", head[:8])
@@ -209,28 +192,35 @@ def _check_boxes(file: io.BufferedIOBase, name: str, at: int, size: int) -> None
             return
 
 
+def _check_length(name: str, length: int, found: int) -> None:
+    if length > found:
+        raise truncated(name, f"its header says {length} bytes of audio, got {found}")
+
+
+def _followed(name: str, rest: int) -> EchoError:
+    return EchoError(
+        f"{name} has {rest} bytes after its audio that its header does not count; expected one "
+        "whole recording; if it is joined from several, or its header was never completed, convert "
+        "it with sox or ffmpeg"
+    )
+
+
 def _joined(name: str) -> EchoError:
     return EchoError(
-        f"{name} is joined from several files, of which players read the first; expected one whole "
-        "recording; join them with ffmpeg instead"
+        f"{name} is joined from several files, of which players read only the first; expected one "
+        "whole recording; join them with ffmpeg instead"
     )
 
 
 def _au_part(file: io.BufferedIOBase, name: str, start: int, size: int) -> Part:
     order = ">" if read_at(file, start, 1) == b"." else "<"
     offset, length = struct.unpack(order + "II", read_at(file, start + 4, 8).ljust(8, b"\0"))
-    there = size - start - offset
-    if length and length <= there and not _is_made_up(length):
-        if there - length >= 8:
-            raise EchoError(
-                f"{name} has {there - length} bytes after its audio that its header does not "
-                "count; expected one whole recording; write it again with sox or ffmpeg"
-            )
-        return Part.patched(start, size, {}, length)
-    if length and not _is_made_up(length):
-        raise cut_off(name, f"its header counts {length} bytes of audio and {there} are there")
-    patch = struct.pack(order + "I", max(0, there))
-    return Part.patched(start, size, {start + 8: patch}, max(0, there))
+    found = max(0, size - start - offset)
+    if length and not _is_placeholder(length):
+        _check_whole(name, length, found)
+        return Part.patched(start, size, {}, audio_bytes=length)
+    patch = struct.pack(order + "I", found)
+    return Part.patched(start, size, {start + 8: patch}, audio_bytes=found)
 
 
 def _nist_part(file: io.BufferedIOBase, name: str, start: int, size: int) -> Part | None:
@@ -238,20 +228,20 @@ def _nist_part(file: io.BufferedIOBase, name: str, start: int, size: int) -> Par
     fields = {line.split()[0]: line.split()[-1] for line in lines if len(line.split()) == 3}
     if b"shorten" in fields.get(b"sample_coding", b"") or not lines[1].strip().isdigit():
         return None
-    there = size - start - int(lines[1])
     try:
         names = (b"sample_count", b"channel_count", b"sample_n_bytes")
         count, channels, width = (int(fields.get(key, b"1")) for key in names)
     except ValueError:
         return None
     length = count * channels * width
-    if b"sample_count" not in fields or count <= 0 or _is_made_up(length):
-        return Part.patched(start, size, {}, None)
-    if length > there:
-        raise cut_off(name, f"its header counts {length} bytes of audio and {there} are there")
-    if there - length >= 8:
-        raise EchoError(
-            f"{name} has {there - length} bytes after its audio that its header does not count; "
-            "expected one whole recording; write it again with sox or ffmpeg"
-        )
-    return Part.patched(start, size, {}, length)
+    if b"sample_count" not in fields or count <= 0 or _is_placeholder(length):
+        return Part.patched(start, size, {})
+    _check_whole(name, length, size - start - int(lines[1]))
+    return Part.patched(start, size, {}, audio_bytes=length)
+
+
+def _check_whole(name: str, length: int, found: int) -> None:
+    """Refuse audio that is shorter than its header says, or followed by other data."""
+    _check_length(name, length, found)
+    if found - length >= 8:
+        raise _followed(name, found - length)

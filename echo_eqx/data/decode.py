@@ -1,4 +1,4 @@
-"""Samples of any file of audio, read by blocks to the end of its data."""
+"""Decoding audio files of any kind, in blocks, to the end of their data."""
 
 import contextlib
 import io
@@ -22,16 +22,16 @@ from echo_eqx.data.ffmpeg import (
     ffmpeg_decoding,
     has_ffmpeg,
 )
-from echo_eqx.data.splice import Part, cut_off
+from echo_eqx.data.splice import Part, read_at, truncated
 from echo_eqx.errors import EchoError
 
 MIN_RATE, MAX_RATE = 1000, 768_000
 MAX_CHANNELS = 64
 MAX_SAMPLES = 2**29
-"""Decoded at once, in all channels: 2 GiB."""
+"""Most samples decoded at once, over all channels: 2 GiB."""
 _BLOCK = 2**20
 _RUN_UP = 0.5
-"""Seconds decoded and dropped before a start: a frame of mp3 or Vorbis needs those before it."""
+"""Seconds decoded and dropped before the start: an mp3 or Vorbis frame needs earlier ones."""
 _SAMPLE_BYTES = {
     **{"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4},
     **{"FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1},
@@ -39,7 +39,7 @@ _SAMPLE_BYTES = {
 
 
 class _Misread(Exception):
-    """libsndfile opens a recording and would not read all of it."""
+    """libsndfile opens a recording, but would not read all of it."""
 
 
 _NOT_READ = (sf.LibsndfileError, OSError, RuntimeError, TypeError, ValueError, _Misread)
@@ -48,25 +48,25 @@ _NOT_READ = (sf.LibsndfileError, OSError, RuntimeError, TypeError, ValueError, _
 def decode(
     source: AudioSource, name: str, sample_rate: int, start: float, stop: float | None
 ) -> tuple[np.ndarray, int]:
-    """(samples, channels) float32 of the seconds [start, stop) and their rate, as in the file.
+    """(samples, channels) float32 of the seconds [start, stop), and the file's sample rate.
 
-    **Raises**: `EchoError` with `name` if it is missing, of no known kind, damaged, cut off,
-    without samples there, with values that are not finite, or with more than `MAX_SAMPLES`, also
-    once resampled to `sample_rate`.
+    **Raises**: `EchoError` naming `name` if it is missing, of no known kind, damaged, truncated,
+    without samples in that range, not finite, or longer than `MAX_SAMPLES`, also after resampling
+    to `sample_rate`.
     """
     _check_given(source, name)
-    limit = _Limit(name, sample_rate, start, stop)
+    span = _Range(name, sample_rate, start, stop)
     with _opened(source, name) as (file, parts, reason):
         try:
             if parts is None:
                 raise _Misread(reason)
-            audio, rate = _from_parts(file, parts, name, limit)
+            audio, rate = _from_parts(file, parts, name, span)
         except _NOT_READ as error:
             _check_for_ffmpeg(source, name, error, parts)
             with ffmpeg_decoding(source, name) as decoding:
-                audio, rate = _from_ffmpeg(decoding, name, limit)
+                audio, rate = _from_ffmpeg(decoding, name, span)
     if len(audio) == 0 and start > 0:
-        raise EchoError(f"{name} has no samples from {start:g} s on")
+        raise EchoError(f"{name} has no samples after {start:g} s")
     if len(audio) == 0:
         raise _without_samples(name)
     if not np.isfinite(audio).all():
@@ -75,17 +75,14 @@ def decode(
 
 
 def seconds_of(source: AudioSource, name: str) -> float:
-    """Length in seconds of what `decode` gives.
+    """Length in seconds of what `decode` returns.
 
-    **Raises**: `EchoError` with `name` if it is missing, of no known kind, cut off or without
+    **Raises**: `EchoError` naming `name` if it is missing, of no known kind, truncated or without
     samples.
     """
     _check_given(source, name)
-    try:
-        facts = source.stat() if isinstance(source, Path) else None
-    except OSError as error:
-        raise EchoError(f"{name} cannot be read: {error.strerror}") from None
-    if isinstance(source, Path) and facts is not None:
+    if isinstance(source, Path):
+        facts = source.stat()
         seconds = _seconds_of_file(source, name, facts.st_mtime_ns, facts.st_size)
     else:
         seconds = _seconds(source, name)
@@ -96,7 +93,7 @@ def seconds_of(source: AudioSource, name: str) -> float:
 
 @lru_cache(1024)
 def _seconds_of_file(path: Path, name: str, changed: int, size: int) -> float:
-    """Many clips may be cut from one file."""
+    """Cached, because many clips may be cut from one file."""
     return _seconds(path, name)
 
 
@@ -118,8 +115,8 @@ def _seconds(source: AudioSource, name: str) -> float:
         return sum(map(len, decoding.blocks)) / rate
 
 
-class _Limit:
-    """Which samples are asked for, and how many there may be."""
+class _Range:
+    """The seconds to decode, and a limit on them."""
 
     def __init__(self, name: str, sample_rate: int, start: float, stop: float | None):
         self.name, self.sample_rate, self.start, self.stop = name, sample_rate, start, stop
@@ -134,14 +131,14 @@ class _Limit:
         samples = max(frames * channels, frames * self.sample_rate // rate)
         if samples > MAX_SAMPLES:
             raise EchoError(
-                f"{self.name} has {frames / rate:.0f} s in {channels} channels to decode at once; "
-                f"expected at most {MAX_SAMPLES} samples; take it in parts with start and end, or "
-                "write it with one channel"
+                f"{self.name}: expected at most {MAX_SAMPLES} samples to decode at once, got "
+                f"{frames / rate:.0f} s in {channels} channels; split it with start and end, or "
+                "convert it to one channel"
             )
 
 
 def _from_parts(
-    file: io.BufferedIOBase | Path, parts: list[Part], name: str, limit: _Limit
+    file: io.BufferedIOBase | Path, parts: list[Part], name: str, span: _Range
 ) -> tuple[np.ndarray, int]:
     rate = channels = position = 0
     found: list[np.ndarray] = []
@@ -150,15 +147,15 @@ def _from_parts(
             rate, channels = rate or sound.samplerate, channels or sound.channels
             ratio = rate / sound.samplerate
             length = round(sound.frames * ratio)
-            begin = max(0, limit.begin(rate) - position)
-            end = limit.end(rate, position + length) - position
+            begin = max(0, span.begin(rate) - position)
+            end = span.end(rate, position + length) - position
             position += length
             if begin >= end:
                 continue
-            limit.check(end - begin + sum(map(len, found)), rate, channels)
+            span.check(end - begin + sum(map(len, found)), rate, channels)
             if ratio == 1:
                 samples = _samples(sound, begin, end, name)
-            else:  # joined from files of several rates
+            else:  # joined from files of different rates
                 whole = _samples(sound, 0, sound.frames, name)
                 samples = soxr.resample(whole, sound.samplerate, rate)[begin:end]
             found.append(_with_channels(samples, channels))
@@ -166,7 +163,7 @@ def _from_parts(
 
 
 def _samples(sound: sf.SoundFile, begin: int, end: int, name: str) -> np.ndarray:
-    """(end - begin, channels) float32, seeking there if that can be done."""
+    """(end - begin, channels) float32; seeks if the file can."""
     run_up = min(begin, round(_RUN_UP * sound.samplerate)) if sound.seekable() else begin
     if begin > run_up:
         sound.seek(begin - run_up)
@@ -175,7 +172,7 @@ def _samples(sound: sf.SoundFile, begin: int, end: int, name: str) -> np.ndarray
     while at < len(audio):
         block = sound.read(min(_BLOCK, len(audio) - at), dtype="float32", always_2d=True)
         if len(block) == 0:
-            raise cut_off(name, f"{sound.frames} samples were expected, {begin + at} decoded")
+            raise truncated(name, f"expected {sound.frames} samples, decoded {begin + at}")
         audio[max(0, at) : at + len(block)] = block[max(0, -at) :]
         at += len(block)
     return audio
@@ -187,15 +184,15 @@ def _with_channels(audio: np.ndarray, channels: int) -> np.ndarray:
     return np.repeat(audio.mean(axis=1, keepdims=True), channels, axis=1)
 
 
-def _from_ffmpeg(decoding: Decoding, name: str, limit: _Limit) -> tuple[np.ndarray, int]:
+def _from_ffmpeg(decoding: Decoding, name: str, span: _Range) -> tuple[np.ndarray, int]:
     rate = _checked_rate(decoding.rate, decoding.channels, name)
-    begin, at = limit.begin(rate), 0
+    begin, at = span.begin(rate), 0
     found: list[np.ndarray] = []
     for block in decoding.blocks:
-        end = limit.end(rate, at + len(block))
+        end = span.end(rate, at + len(block))
         found.append(block[max(0, begin - at) : max(0, end - at)])
         at += len(block)
-        limit.check(at - begin, rate, decoding.channels)
+        span.check(at - begin, rate, decoding.channels)
         if end < at:
             break
     return np.concatenate([*found, np.zeros((0, decoding.channels), np.float32)]), rate
@@ -213,61 +210,71 @@ def _check_given(source: AudioSource, name: str) -> None:
     except (OSError, ValueError) as error:
         raise EchoError(f"{name[:200]!r} is not a usable path: {error}") from None
     if size is None:
-        is_there = isinstance(source, Path) and source.exists()
-        what = "is not a file" if is_there else "does not exist"
+        exists = isinstance(source, Path) and source.exists()
+        what = "is not a file" if exists else "does not exist"
         raise EchoError(f"{name} {what}; expected a recording ({READABLE})")
     if size == 0:
         raise EchoError(f"{name} is empty; expected a recording ({READABLE})")
+
+
+def _is_text(file: io.BufferedIOBase) -> bool:
+    """Whether the file begins as text does, so that it is no recording of any kind."""
+    head = read_at(file, 0, 512)
+    text = head.decode("utf-8", "replace").removesuffix("\ufffd")
+    return bool(text.strip()) and all(char.isprintable() or char.isspace() for char in text)
 
 
 @contextlib.contextmanager
 def _opened(
     source: AudioSource, name: str
 ) -> Iterator[tuple[io.BufferedIOBase | Path, list[Part] | None, str]]:
-    """The file, its recordings for libsndfile, and why there are none."""
+    """The file, its recordings if libsndfile can read them, and otherwise the reason."""
     with contextlib.ExitStack() as stack:
         try:
             if isinstance(source, Path):
                 file = stack.enter_context(source.open("rb"))
             else:
                 file = io.BytesIO(source) if isinstance(source, bytes) else source
-            parts = None
-            if Path(name).suffix.lower() not in HEADERLESS:
-                parts = find_parts(file, name)
+            has_header = Path(name).suffix.lower() not in HEADERLESS
+            parts = find_parts(file, name) if has_header else None
             size = file.seek(0, io.SEEK_END)
         except OSError as error:
             raise EchoError(f"{name} cannot be read: {error.strerror or error}") from None
+        if parts is None and has_header and _is_text(file):
+            raise EchoError(
+                f"{name}: expected a recording ({READABLE}, or a kind that ffmpeg reads), got text"
+            )
         is_plain = parts is not None and [part.pieces for part in parts] == [((0, size),)]
         reason = "its kind is not recognised"
-        # By its path libsndfile reads faster.
+        # libsndfile reads faster from a path.
         yield (source if isinstance(source, Path) and is_plain else file), parts, reason
 
 
 @contextlib.contextmanager
 def _sound(file: io.BufferedIOBase | Path, part: Part, name: str) -> Iterator[sf.SoundFile]:
-    """A recording opened by libsndfile, if that would read all of it."""
+    """A recording opened by libsndfile, if it would read all of it."""
     given = os.fsencode(file) if isinstance(file, Path) else part.open(file)
     with _open(given) as sound:
         _checked_rate(sound.samplerate, sound.channels, name)
         if sound.format.startswith("WAV") and sound.subtype.startswith("MPEG"):
-            raise _Misread("MP3 inside WAV, whose header does not count its samples exactly")
+            raise _Misread("MP3 inside WAV, whose header does not give the exact number of samples")
         frames, width = part.frames, _SAMPLE_BYTES.get(sound.subtype)
         if part.audio_bytes is not None and width is not None:
             frames = part.audio_bytes // (width * sound.channels)
         if frames is not None and frames != sound.frames:
-            raise _Misread(f"{frames} samples are there and its header counts {sound.frames}")
+            raise _Misread(f"its header says {sound.frames} samples, got {frames}")
         yield sound
 
 
 class _Forward(sf.SoundFile):
-    """For kinds in which libsndfile says it can seek, and then cannot."""
+    """For kinds where libsndfile claims it can seek, but cannot."""
 
     def seekable(self) -> bool:
         return False
 
 
 def _open(given: Any) -> sf.SoundFile:
-    """A path as bytes, or a file, opened."""
+    """Open a path (as bytes) or a file."""
     sound = sf.SoundFile(given)
     if not sound.subtype.startswith("DWVW"):
         return sound
@@ -279,9 +286,9 @@ def _open(given: Any) -> sf.SoundFile:
 
 def _checked_rate(rate: int, channels: int, name: str) -> int:
     if not MIN_RATE <= rate <= MAX_RATE:
-        raise EchoError(f"{name} has a rate of {rate} Hz; expected {MIN_RATE} to {MAX_RATE}")
+        raise EchoError(f"{name}: expected a rate of {MIN_RATE} to {MAX_RATE} Hz, got {rate}")
     if channels > MAX_CHANNELS:
-        raise EchoError(f"{name} has {channels} channels; expected at most {MAX_CHANNELS}")
+        raise EchoError(f"{name}: expected at most {MAX_CHANNELS} channels, got {channels}")
     return rate
 
 
@@ -292,9 +299,9 @@ def _without_samples(name: str) -> EchoError:
 def _check_for_ffmpeg(
     source: AudioSource, name: str, error: Exception, parts: list[Part] | None
 ) -> None:
-    """Refuse what libsndfile does not read if it is damaged, or ffmpeg is not there to be asked.
+    """Refuse what libsndfile does not read if it is damaged, or if ffmpeg is not installed.
 
-    **Raises**: `EchoError` with `name`, the reason and what to install.
+    **Raises**: `EchoError` naming `name`, the reason and what to install.
     """
     reason = str(error)
     if isinstance(error, sf.LibsndfileError):
@@ -302,7 +309,7 @@ def _check_for_ffmpeg(
     reason = reason.rstrip(". ") or "its header is damaged"
     is_counted = bool(parts) and all(part.frames is not None for part in parts or ())
     if is_counted and isinstance(error, sf.LibsndfileError):
-        # libsndfile reads this kind, and ffmpeg would leave out what is damaged without a word.
+        # libsndfile reads this kind, and ffmpeg would skip damaged frames silently.
         raise EchoError(f"{name} is damaged ({reason}); expected a whole recording") from None
     if has_ffmpeg():
         return

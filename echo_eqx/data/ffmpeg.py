@@ -1,4 +1,4 @@
-"""Kinds of audio that libsndfile does not read, through the programs ffmpeg and ffprobe."""
+"""Audio kinds that libsndfile does not read, decoded by the programs ffmpeg and ffprobe."""
 
 import contextlib
 import io
@@ -20,8 +20,8 @@ from echo_eqx.errors import EchoError
 READABLE = "wav, flac, ogg, opus or mp3"
 NEEDED = f"{READABLE}, or ffmpeg installed for other kinds (apt install ffmpeg)"
 HEADERLESS = {".g722": "g722", ".gsm": "gsm", ".g729": "g729"}
-"""Demuxers of kinds that only the suffix tells."""
-# Playlists are not among them: they could name any other file of the machine.
+"""Demuxers of kinds that only the suffix identifies."""
+# No playlists: they could name any other file on the machine.
 _DEMUXERS = (
     *("mov", "matroska", "aac", "loas", "asf", "amr", "ac3", "eac3", "dts"),
     *("avi", "flv", "mpeg", "mpegts", "nut", "ogg", "mp3", "flac", "wav", "w64", "aiff", "au"),
@@ -29,18 +29,18 @@ _DEMUXERS = (
     *("dsf", "iff", "xwma", "sox", *HEADERLESS.values()),
 )
 _LENGTH_IS_A_GUESS = ("aac", "loas", "asf", "amr", "ac3", "eac3", "dts", "mp3", "flac")
-"""Their header has no length, or counts some delay; ffprobe guesses."""
+"""Kinds whose header has no length or includes a delay, so that ffprobe guesses."""
 _LIMIT_SECONDS = 900
 _MAX_ALLOCATION = 2**28
 _BLOCK_BYTES = 2**22
 
 AudioSource = Path | bytes | io.BufferedReader
-"""A file, its bytes, or an open file that can seek."""
+"""A path, the bytes of a file, or an open seekable file."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Audio that is being decoded."""
+    """A decoder that is running."""
 
     rate: int
     channels: int
@@ -55,14 +55,14 @@ def has_ffmpeg() -> bool:
 
 @contextlib.contextmanager
 def ffmpeg_decoding(source: AudioSource, name: str) -> Iterator[Decoding]:
-    """The first audio stream of `source`, decoded from its begin.
+    """The first audio stream of `source`, decoded from its start.
 
-    **Raises**: `EchoError` with `name` if it cannot be decoded without an error, or ends before its
-    header says, at the latest at the last block.
+    **Raises**: `EchoError` naming `name` if decoding fails, or ends before the length that the
+    header gives; at the latest with the last block.
     """
     with contextlib.ExitStack() as stack:
         place, handles = f"file:{source}", ()
-        if not isinstance(source, Path):  # through a file without a name: m4a must seek
+        if not isinstance(source, Path):  # through an unnamed file, because m4a must seek
             file = stack.enter_context(tempfile.TemporaryFile())
             given = io.BytesIO(source) if isinstance(source, bytes) else source
             given.seek(0)
@@ -102,13 +102,13 @@ def _blocks(
         yield block.astype(np.float32)
     code = process.wait()
     errors.seek(0)
-    # It goes on after some kinds of damage and only writes about it.
+    # After some kinds of damage ffmpeg continues and only prints a message.
     if (said := errors.read(4096).decode(errors="replace").strip()) or code:
         raise _refusal(name, place, said or f"exit {code}")
     if seconds is not None and count / rate < 0.99 * seconds - 0.1:
         raise EchoError(
-            f"{name} is truncated: its header says {seconds:.2f} s and {count / rate:.2f} s are "
-            "there; expected a whole recording"
+            f"{name} is truncated: its header says {seconds:.2f} s, got {count / rate:.2f} s; "
+            "expected a whole recording"
         )
 
 
@@ -116,7 +116,7 @@ def _blocks(
 def _started(
     command: list[str], handles: tuple[int, ...], errors: io.BufferedRandom, name: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`command` while it runs; it is ended with the block, or when it takes too long."""
+    """The running `command`; it is killed when the block ends or it takes too long."""
     _rewind(handles)
     try:
         process = subprocess.Popen(
@@ -144,9 +144,9 @@ def _started(
 def _probe(
     given_as: list[str], handles: tuple[int, ...], name: str, place: str
 ) -> tuple[int, int, float | None]:
-    """Rate, channels, and the length in seconds if the header has it."""
-    wanted = "stream=codec_type,sample_rate,channels,duration:format=duration,format_name"
-    command = ["ffprobe", *given_as, "-show_entries", wanted, "-of", "json"]
+    """Rate, channels, and the length in seconds if the header gives it."""
+    entries = "stream=codec_type,sample_rate,channels,duration:format=duration,format_name"
+    command = ["ffprobe", *given_as, "-show_entries", entries, "-of", "json"]
     _rewind(handles)
     try:
         done = subprocess.run(
@@ -175,13 +175,15 @@ def _probe(
 
 
 def _rewind(handles: tuple[int, ...]) -> None:
-    """Both programs read from the same open file, and each leaves it where it stopped."""
+    """Both programs read the same open file, and each leaves it where it stopped."""
     for handle in handles:
         os.lseek(handle, 0, os.SEEK_SET)
 
 
 def _refusal(name: str, place: str, said: str) -> EchoError:
     reason = re.sub(r" @ 0x[0-9a-f]+", "", said.splitlines()[0].replace(place, name))
+    if "whitelist" in reason:  # followed by the whole list
+        reason = "this kind is not decoded"
     return EchoError(
         f"{name} cannot be decoded by ffmpeg ({reason[:200]}); expected a whole recording "
         f"({READABLE}, or another kind that ffmpeg reads)"

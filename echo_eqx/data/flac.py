@@ -1,14 +1,13 @@
-"""FLAC (RFC 9639): its length from the last frame, which a stream's header does not tell."""
+"""FLAC (RFC 9639): the length by the last frame, because streams do not give it in the header."""
 
 import io
 from dataclasses import dataclass
 
-from echo_eqx.data.splice import Part, cut_off, read_at
+from echo_eqx.data.splice import Part, find_bytes, read_at, truncated
 from echo_eqx.errors import EchoError
 
 _STARTS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 _MAX_FRAME = 2**21
-_BLOCK = 2**22
 
 
 def _crc_table(polynomial: int, bits: int) -> list[int]:
@@ -25,34 +24,18 @@ _CRC8, _CRC16 = _crc_table(0x07, 8), _crc_table(0x8005, 16)
 
 
 def flac_parts(file: io.BufferedIOBase, name: str, start: int, end: int) -> list[Part]:
-    """The recordings from `start` to `end`: several where files were joined.
+    """The recordings from `start` to `end`, several if files were joined.
 
-    **Raises**: `EchoError` with `name` if one is cut off.
+    **Raises**: `EchoError` naming `name` if one is truncated.
     """
-    starts = [start, *_later_starts(file, start + 4, end)]
+    starts = [start, *find_bytes(file, start + 4, end, *_STARTS)]
     return [_part(file, name, *span) for span in zip(starts, [*starts[1:], end], strict=True)]
-
-
-def _later_starts(file: io.BufferedIOBase, at: int, end: int) -> list[int]:
-    found = []
-    file.seek(at)
-    before = b""
-    while at < end and (block := file.read(min(_BLOCK, end - at))):
-        data = before + block
-        for magic in _STARTS:
-            place = data.find(magic)
-            while place >= 0:
-                found.append(at - len(before) + place)
-                place = data.find(magic, place + 1)
-        at += len(block)
-        before = data[-7:]
-    return sorted(found)
 
 
 def _part(file: io.BufferedIOBase, name: str, start: int, end: int) -> Part:
     info = read_at(file, start + 8, 18)
     if len(info) < 18:
-        raise cut_off(name, "its header goes on")
+        raise truncated(name, "its header is incomplete")
     block_size = int.from_bytes(info[:2])
     facts = int.from_bytes(info[10:18])
     claimed = facts & (2**36 - 1)
@@ -65,23 +48,22 @@ def _part(file: io.BufferedIOBase, name: str, start: int, end: int) -> Part:
     whole = next((frame for frame in frames if _crc16(tail[frame.at :]) == 0), None)
     if whole is None or (whole.end < claimed < 2**36 - 2**16):
         reason = "its last frame is incomplete" if whole is None else "frames are missing"
-        raise cut_off(name, reason)
+        raise truncated(name, reason)
     if whole.end >= 2**36:
         raise EchoError(f"{name} is damaged: its last frame has the number {whole.end}")
     right = (facts >> 36 << 36 | whole.end).to_bytes(8)
-    part = Part.patched(start, end, {start + 18: right}, None)
-    return Part(part.pieces, frames=whole.end)
+    return Part.patched(start, end, {start + 18: right}, frames=whole.end)
 
 
 @dataclass(frozen=True)
 class _Frame:
     at: int
     end: int
-    """Samples up to its end, from the begin of the recording."""
+    """Samples from the start of the recording to the end of the frame."""
 
 
 def _frame_headers(data: bytes, block_size: int) -> list[_Frame]:
-    """What may be the header of a frame, the last first."""
+    """Possible frame headers, the last first."""
     found = []
     at = len(data)
     while (at := data.rfind(b"\xff", 0, at)) >= 0:
@@ -98,7 +80,7 @@ def _frame_header(data: bytes, at: int, block_size: int) -> _Frame | None:
     if len(sync) < 4 or sync[3] & 1:
         return None
     size_code, rate_code = sync[2] >> 4, sync[2] & 15
-    # A number in the manner of UTF-8: of the frame, or of its first sample.
+    # A number coded like UTF-8: of the frame, or of its first sample.
     first = head.read(1)[:1] or b"\xff"
     ones = 8 - (first[0] ^ 255).bit_length()
     if ones in (1, 8):

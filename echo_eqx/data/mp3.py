@@ -1,10 +1,10 @@
-"""MP3 (MPEG layer III, and II): its length from its frames, which few headers tell."""
+"""MP3 (MPEG layer III, and II): the length by counting frames, because few headers give it."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from echo_eqx.data.splice import Part, after_id3, cut_off, read_at
-from echo_eqx.errors import EchoError
+from echo_eqx.data.splice import Part, after_id3, damaged, read_at, truncated
 
 _LAYER_3, _LAYER_2 = 1, 2
 _LOW = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
@@ -16,14 +16,15 @@ _BITRATES = {  # kbit/s by index, of a layer in MPEG 1 or in MPEG 2 and 2.5
 }
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _EMPTY_TAG = b"ID3\x04" + bytes(5) + b"\x40" + bytes(64)
-"""libsndfile does not recognise every first frame, but always this."""
-_WINDOW = 2**20
+"""libsndfile does not recognise every first frame, but always recognises this."""
+_Read = Callable[[int, int], bytes]
+"""Reads up to so many bytes from an offset."""
 
 
 @dataclass(frozen=True)
 class _Header:
     version: int
-    """3 is MPEG 1, 2 is MPEG 2 and 0 is MPEG 2.5, as in the header."""
+    """3 for MPEG 1, 2 for MPEG 2 and 0 for MPEG 2.5, as in the header."""
     layer: int
     rate: int
     is_mono: bool
@@ -50,52 +51,54 @@ def _header(data: bytes) -> _Header | None:
 
 @dataclass
 class _Stream:
-    """Frames of one format in a row."""
+    """Consecutive frames of one format."""
 
     start: int
     kind: tuple[int, int, int, bool]
     first: bytes
     """Header of its first frame."""
     claimed: int | None = None
-    """Frames by its Xing header."""
+    """Number of frames given by its Xing header."""
     frames: int = 0
     stretches: list[tuple[int, int]] = field(default_factory=list)
-    """Where its frames are, without the one that holds the Xing header."""
+    """Ranges of its frames, without the one that holds the Xing header."""
 
 
 def mp3_parts(file: io.BufferedIOBase, name: str, start: int, end: int) -> list[Part] | None:
-    """The recordings from `start` to `end`, several where files were joined; None if
-    libsndfile should not read it.
+    """The recordings from `start` to `end`, several if files were joined; None if libsndfile should
+    not read it.
 
-    One whose length its header does not tell gets a header that does.
+    A recording whose header does not give its length gets one that does.
 
-    **Raises**: `EchoError` with `name` if one is cut off or damaged.
+    **Raises**: `EchoError` naming `name` if one is truncated or damaged.
     """
-    window = _Window(file, end)
-    at = after_id3(file, end, _skip_zeros(window, start, end))
-    first = _header(window.read(at, 4))
-    if first is None or not _follows(window, at, end):
+
+    def read(at: int, count: int) -> bytes:
+        return read_at(file, at, max(0, min(count, end - at)))
+
+    at = after_id3(file, end, _skip_zeros(read, start, end))
+    if _header(read(at, 4)) is None or not _follows(read, at, end):
         return None
     streams: list[_Stream] = []
     is_new = True
     while at < end:
-        head = window.read(at, 4)
+        head = read(at, 4)
         header = _header(head)
         is_other = header is not None and streams and header.kind != streams[-1].kind
-        if header is None or (is_other and not _follows(window, at, end)):
-            after = _after_tag(window, file, at, end)
+        if header is None or (is_other and not _follows(read, at, end)):
+            after = _after_tag(read, file, at, end)
             is_new |= after != at
             if after == at:
-                after = _skip_zeros(window, at, end)
+                after = _skip_zeros(read, at, end)
             if after == at:
-                after = _after_junk(window, name, at, end)
+                after = _after_junk(read, name, at, end)
             at = after
             continue
         if at + header.length > end:
             if not streams or streams[-1].claimed != streams[-1].frames:
-                raise cut_off(name, "its last frame is incomplete")
+                raise truncated(name, "its last frame is incomplete")
             break
-        claimed = _claimed_frames(window.read(at, min(header.length, 200)), header)
+        claimed = _claimed_frames(read(at, min(header.length, 200)), header)
         if is_new or claimed is not None or header.kind != streams[-1].kind:
             streams.append(_Stream(at, header.kind, head, claimed))
             is_new = False
@@ -109,49 +112,35 @@ def mp3_parts(file: io.BufferedIOBase, name: str, start: int, end: int) -> list[
         at += header.length
     streams = [stream for stream in streams if stream.frames]
     if any(stream.kind[1] == _LAYER_2 for stream in streams):
-        return None  # it has no header that could count its frames
+        return None  # no header can give their number of frames
     return [_part(name, stream) for stream in streams] or None
 
 
 def _part(name: str, stream: _Stream) -> Part:
     if stream.claimed and stream.claimed > stream.frames + 1:
-        counts = f"its header counts {stream.claimed} frames and {stream.frames} are there"
-        raise cut_off(name, counts)
+        counts = f"its header says {stream.claimed} frames, got {stream.frames}"
+        raise truncated(name, counts)
     if stream.claimed == stream.frames and len(stream.stretches) == 1:
         return Part((_EMPTY_TAG, (stream.start, stream.stretches[-1][1])))
     return Part((_EMPTY_TAG, _xing_frame(stream), *stream.stretches))
 
 
-class _Window:
-    """Small reads from a file, through a buffer."""
-
-    def __init__(self, file: io.BufferedIOBase, end: int):
-        self._file, self._end, self._start, self._data = file, end, 0, b""
-
-    def read(self, at: int, count: int) -> bytes:
-        offset = at - self._start
-        if offset < 0 or offset + count > len(self._data):
-            self._start, offset = at, 0
-            self._data = read_at(self._file, at, max(0, min(_WINDOW, self._end - at)))
-        return self._data[offset : offset + count]
-
-
-def _follows(window: _Window, at: int, end: int) -> bool:
-    """Whether the frame at `at` is followed by two of its kind, or by the end."""
+def _follows(read: _Read, at: int, end: int) -> bool:
+    """Whether the frame at `at` is followed by two of the same kind, or by the end."""
     kind = None
     for _ in range(3):
-        header = _header(window.read(at, 4))
+        header = _header(read(at, 4))
         if header is None or (kind is not None and header.kind != kind):
             return False
         kind = header.kind
         at += header.length
-        if at >= end or window.read(at, 3) in (b"TAG", b"ID3", b"APE"):
+        if at >= end or read(at, 3) in (b"TAG", b"ID3", b"APE"):
             return True
     return True
 
 
-def _skip_zeros(window: _Window, at: int, end: int) -> int:
-    while at < end and (data := window.read(at, min(4096, end - at))):
+def _skip_zeros(read: _Read, at: int, end: int) -> int:
+    while at < end and (data := read(at, min(4096, end - at))):
         rest = data.lstrip(b"\0")
         at += len(data) - len(rest)
         if rest:
@@ -159,9 +148,9 @@ def _skip_zeros(window: _Window, at: int, end: int) -> int:
     return at
 
 
-def _after_tag(window: _Window, file: io.BufferedIOBase, at: int, end: int) -> int:
-    """Where a tag at `at` ends that another file ended or began with."""
-    head = window.read(at, 32)
+def _after_tag(read: _Read, file: io.BufferedIOBase, at: int, end: int) -> int:
+    """End of the tag at `at`, left from a joined file; `at` if there is none."""
+    head = read(at, 32)
     if head[:3] == b"ID3":
         return after_id3(file, end, at)
     if head[:3] == b"TAG":
@@ -172,17 +161,14 @@ def _after_tag(window: _Window, file: io.BufferedIOBase, at: int, end: int) -> i
     return at
 
 
-def _after_junk(window: _Window, name: str, at: int, end: int) -> int:
-    """The end, if only a few bytes of something else are left.
+def _after_junk(read: _Read, name: str, at: int, end: int) -> int:
+    """The end, if only a few other bytes are left.
 
-    **Raises**: `EchoError` with `name` if not: frames may be missing there.
+    **Raises**: `EchoError` naming `name` otherwise, because frames may be missing.
     """
-    if end - at < 128 and not window.read(at, end - at).startswith(b"\xff"):
+    if end - at < 128 and not read(at, end - at).startswith(b"\xff"):
         return end
-    raise EchoError(
-        f"{name} is damaged: at byte {at} there is no frame of MP3; expected a whole recording; "
-        "decode it with another program and listen to what is left"
-    )
+    raise damaged(name, at, "expected an MP3 frame, got other data")
 
 
 def _side_info(version: int, is_mono: bool) -> int:
@@ -190,7 +176,7 @@ def _side_info(version: int, is_mono: bool) -> int:
 
 
 def _claimed_frames(frame: bytes, header: _Header) -> int | None:
-    """Frames by a Xing, Info or VBRI header, 0 if it does not say; None if there is none."""
+    """Number of frames by a Xing, Info or VBRI header: 0 if it has none, None without header."""
     at = 4 + _side_info(header.version, header.is_mono)
     if frame[at : at + 4] in (b"Xing", b"Info"):
         has_count = int.from_bytes(frame[at + 4 : at + 8]) & 1
@@ -199,7 +185,7 @@ def _claimed_frames(frame: bytes, header: _Header) -> int | None:
 
 
 def _xing_frame(stream: _Stream) -> bytes:
-    """A frame without audio that says how many follow."""
+    """A frame without audio that gives the number of frames after it."""
     version, rate = stream.first[1] | 1, stream.first[2] & 12
     heads = (bytes((0xFF, version, i << 4 | rate, stream.first[3])) for i in range(1, 15))
     lengths = ((head, header.length) for head in heads if (header := _header(head)))

@@ -1,7 +1,7 @@
-"""Records of a tar shard, read and checked, and latents of silence.
+"""Reading and checking the records of a tar shard, and latents of silence.
 
-A record `key` has `key.npy` latents (frames, c), `key.json` with "text", and perhaps `key.ref.npy`,
-reference latents (frames, c).
+A record `key` has latents `key.npy` (frames, c), `key.json` with "text", and optionally reference
+latents `key.ref.npy` (frames, c).
 """
 
 import io
@@ -28,17 +28,15 @@ __all__ = [
 ]
 
 MAX_LATENTS = 1 << 30
-"""Largest array of latents that is read, in bytes: 46 hours of 128 channels in float16."""
+"""Largest latents file, in bytes: 46 hours of 128 channels in float16."""
 MAX_JSON = 1 << 22
-"""Largest json that is read, in bytes: parsing takes up to thirty times as much memory."""
+"""Largest JSON file, in bytes: parsing takes up to thirty times as much memory."""
 _DTYPES = (np.dtype("<f2"), np.dtype("<f4"))
 
 
 class BrokenRecord(Exception):
     """A record that is skipped. `kind` is one of tar, missing, size, dtype, shape, nan, json, text,
-    utf8.
-
-    `detail` says what came, in a few words.
+    utf8, and `detail` says what was found.
     """
 
     def __init__(self, kind: str, detail: str):
@@ -57,7 +55,7 @@ class Sample:
 
 
 def read_sample(descriptor: int, entry: RecordEntry, latent_dim: int) -> Sample:
-    """The record at `entry` of an open shard, from any thread.
+    """Read the record at `entry` of an open shard; thread-safe.
 
     **Raises**: `BrokenRecord` if it cannot be trained on.
     """
@@ -77,7 +75,7 @@ def read_sample(descriptor: int, entry: RecordEntry, latent_dim: int) -> Sample:
 
 
 def latent_width(descriptor: int, entry: RecordEntry) -> int | None:
-    """Channels of a record, from the header of its latents; None if that cannot be right."""
+    """Channels of a record by the header of its latents; None if the header is invalid."""
     if entry.latents is None:
         return None
     offset, size = entry.latents
@@ -92,37 +90,37 @@ def latent_width(descriptor: int, entry: RecordEntry) -> int | None:
 def _read(descriptor: int, part: tuple[int, int], most: int) -> bytes:
     offset, size = part
     if size > most:
-        raise BrokenRecord("size", f"a part has {size} bytes; expected at most {most}")
+        raise BrokenRecord("size", f"expected a file of at most {most} bytes, got {size}")
     data = os.pread(descriptor, size, offset)
     while len(data) < size:  # one call may read less than asked
         more = os.pread(descriptor, size - len(data), offset + len(data))
         if not more:
-            raise BrokenRecord("tar", f"{len(data)} of {size} bytes are left")
+            raise BrokenRecord("tar", f"expected {size} bytes, got {len(data)}")
         data += more
     return data
 
 
 def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, Fortran order, dtype, and where the values begin. Nothing is unpickled."""
-    # Versions above 1.0 are for headers of more than 64 KiB, which an array of floats never has.
+    """Shape, Fortran order, dtype, and offset of the values. Nothing is unpickled."""
+    # Later versions are for headers above 64 KiB, which an array of floats never has.
     if data[:8] != np.lib.format.magic(1, 0):
-        raise ValueError("expected a .npy of version 1.0")
+        raise ValueError("not a version-1.0 .npy file")
     length = 10 + int.from_bytes(data[8:10], "little")
     return *_parse_header(data[8:length]), length
 
 
-@lru_cache(1024)  # one for each length of a recording, and parsing costs as much as reading
+@lru_cache(1024)  # one per recording length; parsing costs as much as reading
 def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
-    if not all(0 <= size < 2**48 for size in shape):  # nor could a longer number be printed
-        raise ValueError("its shape is negative or absurd")
+    if not all(0 <= size < 2**48 for size in shape):  # a longer number could not be printed
+        raise ValueError("its shape is negative or far too large")
     return shape, fortran, dtype
 
 
 def _widen(half: np.ndarray) -> np.ndarray:
-    """float16 to float32, exact for finite values, several times faster than `astype`.
+    """float16 to float32, exact for finite values and several times faster than `astype`.
 
-    The bits move to where float32 has them; what is left is the difference of the exponents' bias.
+    Shifts the bits to their float32 positions, then corrects the exponent bias.
     """
     bits = half.view(np.int16).astype(np.int32)
     bits <<= 13
@@ -137,14 +135,18 @@ def _read_npy(data: bytes, latent_dim: int, name: str) -> np.ndarray:
     try:
         shape, fortran, dtype, begin = _npy_header(data)
     except Exception as error:  # the header is a Python literal and can fail in many ways
-        raise BrokenRecord("shape", f"{name} has no readable header: {str(error)[:100]}") from None
+        raise BrokenRecord(
+            "shape", f"{name} has an unreadable header: {str(error)[:100]}"
+        ) from None
     if dtype not in _DTYPES:
-        raise BrokenRecord("dtype", f"{name} is {str(dtype)[:50]}; wanted float16 or float32")
+        raise BrokenRecord("dtype", f"{name}: expected float16 or float32, got {str(dtype)[:50]}")
     if len(shape) != 2 or shape[1] != latent_dim:
-        raise BrokenRecord("shape", f"{name} is {str(shape)[:50]}; wanted (frames, {latent_dim})")
+        raise BrokenRecord(
+            "shape", f"{name}: expected (frames, {latent_dim}), got {str(shape)[:50]}"
+        )
     if shape[0] * shape[1] * dtype.itemsize != len(data) - begin:
         raise BrokenRecord(
-            "shape", f"{name} is {str(shape)[:50]} but has {len(data) - begin} bytes of values"
+            "shape", f"{name} has shape {str(shape)[:50]} but {len(data) - begin} bytes of values"
         )
     values = np.frombuffer(data, dtype, offset=begin).reshape(shape, order="F" if fortran else "C")
     if dtype.itemsize == 2:
@@ -165,11 +167,11 @@ def _read_text(data: bytes) -> str:
     except (ValueError, RecursionError, MemoryError) as error:
         raise BrokenRecord("json", f".json cannot be parsed: {str(error)[:100]}") from None
     if not isinstance(fields, dict):
-        raise BrokenRecord("json", f".json is a {type(fields).__name__}; expected an object")
+        raise BrokenRecord("json", f".json: expected an object, got a {type(fields).__name__}")
     text = fields.get("text")
     if not isinstance(text, str):
-        came = "no text" if text is None else f"a {type(text).__name__} for text"
-        raise BrokenRecord("text", f".json has {came}")
+        got = "no text" if text is None else f"a {type(text).__name__}"
+        raise BrokenRecord("text", f'.json: expected a string as "text", got {got}')
     if not text.strip():
         raise BrokenRecord("text", "the text is empty")
     try:
@@ -180,7 +182,7 @@ def _read_text(data: bytes) -> str:
 
 
 def load_silence(path: str | Path, latent_dim: int) -> np.ndarray:
-    """(n, latent_dim) float32: the latents of silence, from .npy or tensor "silence" of
+    """(n, latent_dim) float32: latents of silence from a .npy, or from the tensor "silence" of a
     .safetensors.
 
     **Raises**: `EchoError` naming the file if it is missing, unreadable, of another width, empty or
@@ -188,7 +190,9 @@ def load_silence(path: str | Path, latent_dim: int) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise EchoError(f"{path} does not exist; wanted latents of silence (.npy or .safetensors)")
+        raise EchoError(
+            f"{path} does not exist; expected latents of silence (.npy or .safetensors)"
+        )
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
@@ -196,11 +200,11 @@ def load_silence(path: str | Path, latent_dim: int) -> np.ndarray:
         else:
             values = _read_npy(path.read_bytes(), latent_dim, "the file")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise EchoError(f"{path} cannot be read as latents of silence: {error}") from None
+        raise EchoError(f"cannot read latents of silence from {path}: {error}") from None
     except BrokenRecord as error:
-        raise EchoError(f"{path} holds no latents of silence: {error.detail}") from None
+        raise EchoError(f"cannot read latents of silence from {path}: {error.detail}") from None
     if values.ndim != 2 or values.shape[1] != latent_dim or not len(values):
-        raise EchoError(f"{path} has shape {values.shape}; wanted (frames, {latent_dim})")
+        raise EchoError(f"{path}: expected shape (frames, {latent_dim}), got {values.shape}")
     if not np.isfinite(values).all():
         raise EchoError(f"{path} has values that are not finite")
     return values

@@ -1,4 +1,4 @@
-"""Recordings of a voice: the speech in them, found, checked, cleaned and brought to a level."""
+"""Reference recordings of a voice: speech is found, checked, cleaned and set to a loudness."""
 
 from pathlib import Path
 
@@ -11,25 +11,25 @@ from echo_eqx.errors import EchoError
 
 MIN_SECONDS, MIN_SPEECH_SECONDS = 0.5, 0.3
 MAX_SEARCH_SECONDS = 600.0
-"""How far into a recording speech is looked for."""
+"""How far into a recording to look for speech."""
 CLIPPED_SHARE = 0.01
 _LOWEST_HERTZ, _LOWEST_OF_SPEECH = 20.0, 80.0
-# Activity is measured in blocks of 10 ms. What is so many decibels below the loudest half second,
-# or hardly above the quietest fifth of the two seconds around it, is no speech.
+# Activity is measured in blocks of 10 ms. A block far below the loudest half second, or hardly
+# above the quietest fifth of the two seconds around it, is not speech. In decibels:
 _BLOCK = 0.01
 _RANGE_DB, _ABOVE_FLOOR_DB, _ALWAYS_DB, _BELOW_PEAK_DB = 26.0, 6.0, 6.0, 50.0
 _FLOOR_BLOCKS, _FLOOR_PERCENTILE = 201, 20
 _DENSITY_BLOCKS, _DENSITY = 31, 1 / 3
-"""Shorter sounds, such as clicks, are no speech."""
+"""Shorter sounds, such as clicks, are not speech."""
 _STEADY_DB = 6.0
 _BEFORE, _AFTER = 10, 30
-"""Blocks kept around speech. Longer pauses are shortened to both together."""
+"""Blocks kept before and after speech. Longer pauses are shortened to their sum."""
 
 
 def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np.ndarray:
     """Speech of a recording: (samples,) float32, mono, at `sample_rate`, up to `max_seconds`.
 
-    `speech_of` says what is taken. Speech is looked for in the first ten minutes.
+    See `speech_of` for what counts as speech. The first ten minutes are searched.
 
     **Raises**: `EchoError` naming the file if it cannot be read, or as `speech_of` does.
     """
@@ -39,7 +39,7 @@ def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np
         channels, rate = decode(Path(path), name, sample_rate, 0.0, seconds)
         at_end = len(channels) < int(seconds * rate) or seconds == MAX_SEARCH_SECONDS
         try:
-            # As decoded: resampling smooths the edges of what is clipped.
+            # Before resampling, which smooths clipped edges.
             check_reference(channels, rate, name)
             speech = speech_of(soxr.resample(channels, rate, sample_rate), sample_rate, name)
         except EchoError:
@@ -55,14 +55,13 @@ def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np
 def speech_of(audio: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
     """(samples,): the speech in (samples,) or (samples, channels), joined.
 
-    A constant offset and rumble below 20 Hz are removed. Channels are averaged, but for empty ones;
-    where they cancel, the loudest is taken. Silence and steady noise are left out in front, at the
-    end, and where a pause is longer than 0.4 s.
+    A constant offset and rumble below 20 Hz are removed, and channels mixed by `mix_down`. Silence
+    and steady noise are removed at the start, at the end, and in pauses longer than 0.4 s.
 
-    **Raises**: `EchoError` with `name` if the recording is too short, silent or clipped, or has too
-    little speech.
+    **Raises**: `EchoError` naming `name` if the recording is too short, silent or clipped, or has
+    too little speech.
     """
-    from scipy import ndimage  # takes a while to import
+    from scipy import ndimage  # slow to import
 
     check_reference(audio, sample_rate, name)
     audio = mix_down(_highpass(audio.reshape(len(audio), -1), sample_rate, _LOWEST_HERTZ))
@@ -71,7 +70,7 @@ def speech_of(audio: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
     kept = np.convolve(active, np.ones(_BEFORE + _AFTER + 1), "full")[_BEFORE:] > 0.5
     kept = np.repeat(kept[: len(active)], block)
     speech = audio[: len(kept)][kept]
-    # Gaps within words count.
+    # Gaps inside words count as speech.
     spoken = _BLOCK * ndimage.grey_closing(active.astype(np.int8), _DENSITY_BLOCKS).sum()
     if spoken < MIN_SPEECH_SECONDS:
         silent = ", ".join(f"{start:.1f} to {end:.1f} s" for start, end in _stretches(~active)[:4])
@@ -83,13 +82,13 @@ def speech_of(audio: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
 
 
 def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
-    """Refuse a recording, (samples,) or (samples, channels), that cannot show a voice.
+    """Check a recording, (samples,) or (samples, channels).
 
     **Raises**: `EchoError` naming it if it is too short, silent or clipped.
     """
     seconds = len(audio) / sample_rate
     if seconds < MIN_SECONDS:
-        raise EchoError(f"{name} has {seconds:.2f} s; expected at least {MIN_SECONDS} s of speech")
+        raise EchoError(f"{name}: expected at least {MIN_SECONDS} s of speech, got {seconds:.2f} s")
     peak = float(np.abs(audio - audio.mean(axis=0)).max())
     if peak < SILENT_PEAK:
         raise EchoError(
@@ -104,11 +103,10 @@ def check_reference(audio: np.ndarray, sample_rate: int, name: str) -> None:
 
 
 def _clipped_share(level: np.ndarray) -> float:
-    """Share of the absolute samples `level` at a ceiling where sound was cut off, 0 if clean.
+    """Share of the absolute samples `level` at the ceiling of a clipped recording, 0 if clean.
 
-    The ceiling is the recording's own peak, or full scale: a lossy decoder rings around the level
-    at which sound was cut, so not only the peak counts. A float file that simply is louder than
-    full scale goes on far beyond it.
+    The ceiling is the recording's own peak, or full scale, because a lossy decoder rings around the
+    level of clipping. A float file that is only louder than full scale goes far beyond it.
     """
     peak = float(level.max())
     for ceiling in {max(peak, 0.9), min(max(peak, 0.9), 1.0)}:
@@ -119,8 +117,8 @@ def _clipped_share(level: np.ndarray) -> float:
 
 
 def _highpass(audio: np.ndarray, sample_rate: int, hertz: float) -> np.ndarray:
-    """(samples, channels) without what is below `hertz` (Butterworth, run in both directions)."""
-    from scipy import signal  # takes a while to import
+    """(samples, channels) without frequencies below `hertz` (zero-phase Butterworth)."""
+    from scipy import signal  # slow to import
 
     sections = signal.butter(2, hertz, "highpass", fs=sample_rate, output="sos")
     return signal.sosfiltfilt(sections, audio, axis=0).astype(np.float32)
@@ -144,22 +142,22 @@ def _active_blocks(audio: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _is_steady(audio: np.ndarray) -> bool:
-    """Whether the level of (samples,) hardly changes, as that of noise and of no speech."""
+    """Whether the level of (samples,) hardly changes, as in noise but not in speech."""
     blocks = audio[: len(audio) // 1000 * 1000].reshape(-1, 1000)
     levels = 10 * np.log10(np.mean(np.square(blocks), axis=1) + 1e-12)
     return float(np.percentile(levels, 95) - np.percentile(levels, 10)) < _STEADY_DB
 
 
 def _stretches(blocks: np.ndarray) -> list[tuple[float, float]]:
-    """First and last second of each run of true values, the longest first."""
+    """Start and end in seconds of each run of true values, the longest first."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], blocks.astype(np.int8), [0]])))
     runs = [(start * _BLOCK, end * _BLOCK) for start, end in edges.reshape(-1, 2).tolist()]
     return sorted(runs, key=lambda run: run[0] - run[1])
 
 
 def set_loudness(audio: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
-    """`audio` at an integrated loudness (ITU-R BS.1770), less if its peak would pass full scale."""
-    import pyloudnorm  # takes a second to import, and few commands need it
+    """`audio` at an integrated loudness (ITU-R BS.1770), or lower so that it does not clip."""
+    import pyloudnorm  # slow to import, and few commands need it
 
     loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(audio)
     if not np.isfinite(loudness):

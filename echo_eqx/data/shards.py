@@ -1,4 +1,4 @@
-"""Which tar shards a source stands for: a folder, a glob, one file, or a dataset on the Hub."""
+"""The tar shards of a source: a folder, a glob, one file, or a dataset on the Hub."""
 
 import glob
 import hashlib
@@ -19,18 +19,18 @@ from echo_eqx.hub import SCHEME, HubDataset, HubUnavailable, hub_errors
 FRAME_RATE = CodecConfig().frame_rate
 """Latent frames per second of the published codec, assumed where no codec.json is present."""
 HOLDOUT = "holdout"
-"""Folder of shards to evaluate on. Nothing in it is listed unless it is asked for by name."""
+"""Folder of held-out shards. They are listed only if the source names that folder."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file, here (`path`) or on the Hub (`url`)."""
+    """One tar file, on this machine (`path`) or on the Hub (`url`)."""
 
     name: str
-    """Path below the folder or in the repository."""
+    """Path relative to the folder or repository."""
     size: int
-    """Bytes."""
+    """In bytes."""
     path: Path | None = None
     url: str | None = None
     sha256: str | None = None
@@ -42,7 +42,7 @@ class ShardIndex:
 
     source: str
     revision: str | None
-    """Commit on the Hub, None for files of this machine."""
+    """Commit on the Hub, None for local files."""
     shards: tuple[Shard, ...]
 
     @property
@@ -51,13 +51,13 @@ class ShardIndex:
         return HubDataset.parse(self.source).at(self.revision)
 
     def digest(self) -> str:
-        """SHA-256 over names, sizes and revision; where the folder is mounted does not matter."""
+        """SHA-256 of names, sizes and revision, but not of where the folder is mounted."""
         facts = [self.revision, [[shard.name, shard.size] for shard in self.shards]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def frame_rate(codec_json: bytes) -> float | None:
-    """Latent frames a second by the content of codec.json, None if it does not say."""
+    """Latent frames per second from the content of codec.json, None if it gives none."""
     try:
         codec = json.loads(codec_json)
         rate = codec["sample_rate"] / codec["hop"]
@@ -67,14 +67,13 @@ def frame_rate(codec_json: bytes) -> float | None:
 
 
 def list_shards(source: str, cache: Path) -> ShardIndex:
-    """All *.tar behind `source`: below a folder, matched by a glob, one file, or
-    `hf://datasets/owner/name[@revision][/folder]`. Those held out, in a folder `holdout` further
-    down, are left out.
+    """All *.tar of `source`: a folder (searched recursively), a glob, one file, or
+    `hf://datasets/owner/name[@revision][/folder]`. Shards in a subfolder `holdout` are left out.
 
-    A revision on the Hub is resolved to its commit once. That shard_index is kept in the folder
-    `cache`, and taken from there where the Hub is out of reach.
+    A revision on the Hub is resolved to its commit. The result is saved in the folder `cache` and
+    used when the Hub cannot be reached.
 
-    **Raises**: `EchoError` if there are none, or the Hub is out of reach and nothing is kept.
+    **Raises**: `EchoError` if there are none, or the Hub cannot be reached and nothing is saved.
     """
     if source.startswith(SCHEME):
         return _list_hub(source, cache)
@@ -82,16 +81,18 @@ def list_shards(source: str, cache: Path) -> ShardIndex:
         path = _as_stored(Path(source).expanduser())
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
-        raise EchoError(f"{source[:200]!r} is no usable path: {error}") from None
+        raise EchoError(f"{source[:200]!r} is not a usable path: {error}") from None
     if is_file:
         if path.suffix.lower() != ".tar":
-            raise EchoError(f"{path} is no *.tar; wanted a shard, a folder, a glob or {SCHEME}...")
+            raise EchoError(f"expected a *.tar, a folder, a glob or {SCHEME}..., got {path}")
         return _local(source, path.parent, [path.name])
     if is_folder:
         names = glob.glob("**/*.[tT][aA][rR]", root_dir=path, recursive=True)
         return _local(source, path, names)
     if not glob.has_magic(source):
-        raise EchoError(f"{source} does not exist; wanted a folder, a glob, a *.tar or {SCHEME}...")
+        raise EchoError(
+            f"{source} does not exist; expected a folder, a glob, a *.tar or {SCHEME}..."
+        )
     fixed = list(path.parts[:-1])
     while any(glob.has_magic(part) for part in fixed):
         fixed.pop()
@@ -101,9 +102,13 @@ def list_shards(source: str, cache: Path) -> ShardIndex:
 
 
 def _as_stored(path: Path) -> Path:
-    """`path`, or its spelling with composed (NFC) or decomposed (NFD) letters that exists."""
+    """`path`, or the existing one of its spellings in NFC and NFD."""
     spellings = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
     return next((found for found in (path, *spellings) if found.exists()), path)
+
+
+def _no_shards(source: str) -> EchoError:
+    return EchoError(f"{source} holds no *.tar; expected at least one shard")
 
 
 def _is_held_out(name: str) -> bool:
@@ -125,9 +130,9 @@ def _local(source: str, folder: Path, names: list[str]) -> ShardIndex:
                     "repair or remove it"
                 )
     except OSError as error:
-        raise EchoError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise EchoError(f"cannot read {error.filename}: {error.strerror}") from None
     if not shards:
-        raise EchoError(f"{source} holds no *.tar; wanted at least one shard")
+        raise _no_shards(source)
     return ShardIndex(source, None, tuple(shards))
 
 
@@ -143,20 +148,20 @@ def _list_hub(source: str, cache: Path) -> ShardIndex:
     except HubUnavailable as error:
         if known is not None:
             return known
-        raise EchoError(f"{error}; no earlier shard_index of it is in {cache}") from None
+        raise EchoError(f"{error}; no earlier listing of it is in {cache}") from None
     if not files:
-        raise EchoError(f"{source} holds no *.tar; wanted at least one shard")
+        raise _no_shards(source)
     facts = {"source": source, "commit": commit, "files": files}
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_whole(kept, lambda path: path.write_text(json.dumps(facts)))
     except OSError as error:
-        raise EchoError(f"{kept} cannot be written: {error}") from None
+        raise EchoError(f"cannot write {kept}: {error}") from None
     return _listing(source, commit, files)
 
 
 def _ask_hub(dataset: HubDataset) -> tuple[str, list[Any]]:
-    """The commit, and [path, size, SHA-256 or None] of each *.tar in it."""
+    """The commit, and [path, size, SHA-256 or None] of each of its *.tar."""
     api, repo, folder = HfApi(), dataset.repo, dataset.folder
     commit = api.dataset_info(repo, revision=dataset.revision, timeout=30.0).sha
     if commit is None or not _COMMIT.fullmatch(commit):

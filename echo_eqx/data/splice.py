@@ -1,7 +1,8 @@
-"""A recording within a file, read as if it were a file with a right header."""
+"""Parts of a file, each read as if it were a file of its own with a correct header."""
 
 import bisect
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,28 +11,28 @@ from echo_eqx.errors import EchoError
 
 @dataclass(frozen=True)
 class Part:
-    """One recording: pieces that make a file whose header is right."""
+    """One recording: pieces that together make a file with a correct header."""
 
     pieces: tuple[bytes | tuple[int, int], ...]
-    """Bytes, and stretches [start, stop) of the file."""
+    """Bytes, and ranges [start, stop) of the file."""
     audio_bytes: int | None = None
-    """Bytes of audio, where the kind counts them."""
+    """Bytes of audio, for kinds that count them."""
     frames: int | None = None
-    """Samples in each channel, where the kind counts them."""
+    """Samples per channel, for kinds that count them."""
 
     @classmethod
     def patched(
-        cls, start: int, stop: int, patches: dict[int, bytes], audio_bytes: int | None
+        cls, start: int, stop: int, patches: dict[int, bytes], **counts: int | None
     ) -> "Part":
-        """[start, stop) of a file, with other bytes at some places."""
+        """[start, stop) of a file, with some bytes replaced."""
         pieces: list[bytes | tuple[int, int]] = []
         for at, new in sorted(patches.items()):
             pieces += [(start, at), new]
             start = at + len(new)
-        return cls((*pieces, (start, stop)), audio_bytes)
+        return cls((*pieces, (start, stop)), **counts)
 
     def open(self, file: io.BufferedIOBase) -> io.BufferedReader:
-        """The pieces as a file that can seek. `file` must stay open."""
+        """The pieces as a seekable file. `file` must stay open."""
         return io.BufferedReader(_Spliced(file, self.pieces))
 
 
@@ -55,24 +56,19 @@ class _Spliced(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
         number = bisect.bisect_right(self._ends, self._at)
         if number == len(self._pieces):
             return 0
         piece = self._pieces[number]
-        before = self._ends[number - 1] if number else 0
-        view = view[: self._ends[number] - self._at]
-        skipped = self._at - before
+        begin = self._at - (self._ends[number - 1] if number else 0)
+        count = min(len(buffer), self._ends[number] - self._at)
         if isinstance(piece, bytes):
-            view[:] = piece[skipped : skipped + len(view)]
-            count = len(view)
+            data = piece[begin : begin + count]
         else:
-            self._file.seek(piece[0] + skipped)
-            data = self._file.read(len(view))
-            count = len(data)
-            view[:count] = data
-        self._at += count
-        return count
+            data = read_at(self._file, piece[0] + begin, count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def read_at(file: io.BufferedIOBase, at: int, count: int) -> bytes:
@@ -81,13 +77,32 @@ def read_at(file: io.BufferedIOBase, at: int, count: int) -> bytes:
     return file.read(count)
 
 
-def cut_off(name: str, detail: str) -> EchoError:
+def find_bytes(file: io.BufferedIOBase, at: int, end: int, *words: bytes) -> Iterator[int]:
+    """Where any of `words`, all of one length, occurs in [at, end), in order."""
+    overlap = len(words[0]) - 1
+    while at < end and (block := read_at(file, at, min(2**22 + overlap, end - at))):
+        found = []
+        for word in words:
+            place = block.find(word)
+            while place >= 0:
+                found.append(at + place)
+                place = block.find(word, place + 1)
+        yield from sorted(found)
+        at += 2**22
+
+
+def truncated(name: str, detail: str) -> EchoError:
     """The error for a recording that ends before it should."""
     return EchoError(f"{name} is truncated: {detail}; expected a whole recording")
 
 
+def damaged(name: str, at: int, detail: str) -> EchoError:
+    """The error for a recording with unreadable bytes."""
+    return EchoError(f"{name} is damaged: at byte {at} {detail}; expected a whole recording")
+
+
 def after_id3(file: io.BufferedIOBase, size: int, at: int = 0) -> int:
-    """Where the ID3v2 tags that begin at `at` end."""
+    """End of the ID3v2 tags that begin at `at`."""
     while True:
         head = read_at(file, at, 10)
         if len(head) < 10 or head[:3] != b"ID3" or max(head[6:]) > 127:
@@ -97,7 +112,7 @@ def after_id3(file: io.BufferedIOBase, size: int, at: int = 0) -> int:
 
 
 def before_tags(file: io.BufferedIOBase, size: int) -> int:
-    """Where the tags at the end of a file begin (ID3v1, APEv2, Lyrics3v2)."""
+    """Start of the tags at the end of a file (ID3v1, APEv2, Lyrics3v2)."""
     while size >= 32:
         if size >= 128 and read_at(file, size - 128, 3) == b"TAG":
             size -= 128

@@ -1,8 +1,8 @@
 """Members of a tar file, from its headers: ustar, GNU and pax.
 
-Time and memory stay in proportion to the file, whatever its headers say, and a tar that is damaged
-says where. Python's `tarfile` promises neither: its pax reader is quadratic (CVE-2024-6232), and it
-stops without a word at a header it cannot read.
+Time and memory are proportional to the file size, whatever its headers say, and errors give the
+offset of the damage. Python's `tarfile` guarantees neither: its pax reader is quadratic
+(CVE-2024-6232), and it stops silently at an unreadable header.
 
 Formats: https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html and
 https://www.gnu.org/software/tar/manual/html_node/Standard.html
@@ -36,34 +36,33 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/
 
 
 class TarError(Exception):
-    """A tar that cannot be read on; what came before is good."""
+    """The rest of a tar cannot be read; the members before are good."""
 
 
 class Member(NamedTuple):
     name: str
-    """Bytes that are not UTF-8 are surrogates, as in paths."""
+    """Bytes that are not UTF-8 become surrogates, as in paths."""
     kind: str
-    """A few words: "file", "folder", "hard link", "symbolic link", "sparse file" or another."""
+    """Such as "file", "folder", "hard link", "symbolic link" or "sparse file"."""
     offset: int
-    """Where its data begin, in bytes."""
+    """Offset of its data in bytes."""
     size: int
     """Bytes of data in the tar."""
     target: str
-    """What a link names."""
+    """Target of a link."""
 
 
 def read_members(descriptor: int) -> Iterator[Member]:
-    """Members of an open tar in file order. A tar may end after any member, with or without the
-    blocks of zeros that close it.
+    """Members of an open tar in file order. The closing blocks of zeros may be missing.
 
-    **Raises**: `TarError` at the first byte that is not part of a whole tar; `OSError` of the disk.
+    **Raises**: `TarError` at the first unreadable byte; `OSError` of the disk.
     """
     end = os.fstat(descriptor).st_size
     if not end:
         raise TarError("the file is empty")
     offset = 0
     extended: dict[str, bytes] = {}
-    """What extended headers say of the member after them."""
+    """Fields of extended headers for the next member."""
     while header := os.pread(descriptor, BLOCK, offset):
         if header.count(0) == len(header):
             _check_rest(descriptor, offset)
@@ -83,15 +82,15 @@ def read_members(descriptor: int) -> Iterator[Member]:
             data, extended = member.offset, {}
         offset = data + -(-size // BLOCK) * BLOCK
     if extended:
-        raise TarError("it ends after an extended header, before the member that this belongs to")
+        raise TarError("it ends between an extended header and the member it belongs to")
 
 
 def _check(header: bytes, offset: int) -> tuple[bytes, int]:
-    """Kind and size of a header whose checksum is right."""
+    """Kind and size of a header, after its checksum."""
     if offset == 0:
         for magic, name in _COMPRESSED.items():
             if header.startswith(magic):
-                raise TarError(f"it is compressed with {name}; expected a plain tar")
+                raise TarError(f"expected an uncompressed tar, got {name}")
     if len(header) < BLOCK:
         raise TarError(f"the header at byte {offset} is cut off")
     field = header[148:156]
@@ -100,17 +99,17 @@ def _check(header: bytes, offset: int) -> tuple[bytes, int]:
     total = sum(header) - sum(field) + 8 * ord(" ")
     # Some old writers summed signed bytes.
     if given != total and given != total - 256 * sum(byte > 127 for byte in header):
-        raise TarError(f"no header can be read at byte {offset}")
+        raise TarError(f"unreadable header at byte {offset}")
     return header[156:157], _number(header[124:136], offset)
 
 
 def _number(field: bytes, offset: int) -> int:
-    """A number in octal digits, or big-endian behind a byte of 0x80."""
+    """A number in octal digits, or big-endian after a byte of 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     match = _OCTAL.fullmatch(field)
     if match is None:
-        raise TarError(f"the header at byte {offset} has the number {field!r}; expected octal")
+        raise TarError(f"header at byte {offset}: expected an octal number, got {field!r}")
     return int(match[1] or b"0", 8)
 
 
@@ -137,7 +136,7 @@ def _member(
     if "size" in extended:
         digits = extended["size"]
         if not digits.isdigit() or len(digits) > 20:
-            raise TarError(f"{name[:100]!r} has a size of {digits[:30]!r}; expected a number")
+            raise TarError(f"{name[:100]!r}: expected a number as size, got {digits[:30]!r}")
         size = int(digits)
     has_data = kind in _WITH_DATA or flag not in _KINDS
     return Member(name, kind, data, size if has_data else 0, target)
@@ -146,8 +145,8 @@ def _member(
 def _read_extended(descriptor: int, data: int, size: int, end: int) -> bytes:
     if size > MAX_EXTENDED:
         raise TarError(
-            f"the extended header at byte {data - BLOCK} has {size} bytes; "
-            f"expected at most {MAX_EXTENDED}"
+            f"extended header at byte {data - BLOCK}: expected at most {MAX_EXTENDED} bytes, got "
+            f"{size}"
         )
     if data + size > end:
         raise TarError(f"the extended header at byte {data - BLOCK} is cut off")
@@ -155,8 +154,7 @@ def _read_extended(descriptor: int, data: int, size: int, end: int) -> bytes:
 
 
 def _extended_fields(kind: bytes, content: bytes, offset: int) -> Iterator[tuple[str, bytes]]:
-    """The fields that matter here, under the names of pax; "sparse" stands for all of sparse
-    files."""
+    """The fields used here, by their pax names; "sparse" stands for all those of sparse files."""
     if kind in (b"L", b"K"):
         yield "path" if kind == b"L" else "linkpath", content.split(b"\0", 1)[0]
         return
@@ -173,7 +171,7 @@ def _extended_fields(kind: bytes, content: bytes, offset: int) -> Iterator[tuple
 
 
 def _pax_records(content: bytes, offset: int) -> Iterator[tuple[str, bytes]]:
-    """Name and value of each "LENGTH NAME=VALUE\\n"; its length counts all of the record."""
+    """Name and value of each "LENGTH NAME=VALUE\\n", whose length counts the whole record."""
     start = 0
     while start < len(content) and content[start] != 0:
         space = content.find(b" ", start, start + 20)
@@ -187,9 +185,9 @@ def _pax_records(content: bytes, offset: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _check_rest(descriptor: int, offset: int) -> None:
-    """After its closing blocks a tar has nothing but zeros."""
+    """A tar has nothing but zeros after its closing blocks."""
     while True:
-        try:  # holes of the file are not read
+        try:  # skip holes in the file
             offset = os.lseek(descriptor, offset, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
@@ -199,7 +197,7 @@ def _check_rest(descriptor: int, offset: int) -> None:
             return
         if chunk.count(0) != len(chunk):
             first = offset + len(chunk) - len(chunk.lstrip(b"\0"))
-            raise TarError(f"there is more after the closing blocks, at byte {first}")
+            raise TarError(f"expected zeros after the closing blocks, got data at byte {first}")
         offset += len(chunk)
 
 

@@ -1,9 +1,8 @@
-"""Which records a tar shard has, where their parts lie, and which members are part of none.
+"""The records of a tar shard, the offsets of their files, and the members of no record.
 
-A record `key` has the members `key.npy`, `key.json` and perhaps `key.ref.npy`. As in WebDataset, a
-key ends at the first dot of the file name, and suffixes are the same in upper case. A key with
-dots is understood if it has both `.npy` and `.json`, and what comes before its first dot is not a
-key of the shard.
+A record `key` has the members `key.npy`, `key.json` and optionally `key.ref.npy`. As in WebDataset,
+a key ends at the first dot of the file name, and suffixes are case-insensitive. A key may contain
+dots if it has both `.npy` and `.json`, and the part before its first dot is not a key.
 """
 
 import os
@@ -15,14 +14,14 @@ from echo_eqx.data.tar import FILE, FOLDER, HARD_LINK, TarError, read_members
 
 _PARTS = {"npy": "latents", "ref.npy": "reference", "json": "json"}
 _MAX_NAME = 4096
-"""Bytes of a path on Linux. Longer names in a tar are made to cost time."""
+"""Bytes of a path on Linux. Longer names would only cost time."""
 
 
 @dataclass(slots=True)
 class RecordEntry:
-    """Where a record lies in its shard: (offset, size) of each part in bytes.
+    """Offset and size in bytes of each file of a record in its shard.
 
-    `damage` says why the shard could not be read on; nothing else is then set.
+    `damage` says why the rest of the shard could not be read; nothing else is then set.
     """
 
     key: str
@@ -33,21 +32,21 @@ class RecordEntry:
 
 
 class Skipped(NamedTuple):
-    """A member of a shard that is in no record."""
+    """A member of a shard that belongs to no record."""
 
     name: str
     kind: str
-    """One of "member" (data may be lost), "duplicate" (a later member takes its place), "extra" (a
+    """One of "member" (data may be lost), "duplicate" (a later member replaces it), "extra" (a
     further file of a record, such as `key.flac`)."""
     detail: str
-    """Why it is skipped; the suffix of an extra."""
+    """Why it is skipped; for an extra, its suffix."""
 
 
 def index_tar(source: Path | int, skipped: list[Skipped] | None = None) -> list[RecordEntry]:
-    """All records of a shard in file order; one more with `damage` where it is cut or damaged.
+    """All records of a shard in file order; a last one with `damage` if the shard is damaged.
 
-    `source` is a path or the descriptor of an open file, which stays open. Members that are in no
-    record are added to `skipped`.
+    `source` is a path or the descriptor of an open file, which stays open. Members of no record
+    are added to `skipped`.
 
     **Raises**: `OSError` if the file cannot be read.
     """
@@ -103,7 +102,7 @@ def _index(descriptor: int, skipped: list[Skipped]) -> list[RecordEntry]:
 
 
 def _key_and_part(name: str) -> tuple[str, str | None]:
-    """The key of a member and what it is of a record, None if its name does not say so."""
+    """The key of a member, and which file of the record it is, or None if it is none."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     part = _PARTS.get(suffix.lower())
@@ -124,7 +123,7 @@ def _first_key(name: str) -> str:
 
 
 def _is_record(entry: RecordEntry, entries: dict[str, RecordEntry]) -> bool:
-    """Whether a key with dots is one: `k.mean.npy` beside `k.npy` is more of k."""
+    """Whether a key with dots is a record: `k.mean.npy` next to `k.npy` belongs to k."""
     complete = entry.latents is not None and entry.json is not None
     return complete and _first_key(entry.key) not in entries
 
@@ -133,19 +132,19 @@ def _why(kind: str, place: tuple[int, int] | None) -> str:
     if place is not None:
         return f"its name is longer than {_MAX_NAME} characters"
     if kind == HARD_LINK:
-        return "a hard link to what is not before it in the tar"
+        return "a hard link to no earlier member"
     return f"a {kind}; expected a file (tar --dereference stores what links point to)"
 
 
 def _why_not_dotted(key: str, entries: dict[str, RecordEntry]) -> str:
     if (first := _first_key(key)) in entries:
-        return f"{first} is a key as well, so {key} may be more of it; expected keys without dots"
+        return f"{first} is a key as well, so {key} may belong to it; expected keys without dots"
     return f"its key has a dot; expected both {key}.npy and {key}.json, or keys without dots"
 
 
 def _other(name: str, entries: dict[str, RecordEntry]) -> Skipped:
     folder, slash, file = name.rpartition("/")
-    if file.startswith("._"):  # what macOS knows of a file
+    if file.startswith("._"):  # metadata of macOS
         return Skipped(name, "extra", "._*")
     stem, _, suffix = file.rpartition(".")
     if _first_key(name) in entries or f"{folder}{slash}{stem}" in entries:

@@ -1,4 +1,4 @@
-"""Text files in the encodings people have them in, and the names that JSON lines go by."""
+"""Reading text files in the usual Unicode encodings, and the suffixes of JSON lines files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TextIO
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".json")
 """Suffixes, in lower case, of files with one JSON object per line."""
 MAX_LINE = 2**24
-"""Longest line in characters. Longer ones are no text but damage, and would fill the memory."""
+"""Longest line in characters. A longer one is damage, and would fill the memory."""
 
 _MARKS = (
     (b"\xef\xbb\xbf", "utf-8-sig"),
@@ -20,10 +20,10 @@ _HEAD = 4096
 
 
 def encoding_of(data: bytes) -> str:
-    """UTF-8, UTF-16 or UTF-32, from the byte order mark or else from where the NULs are.
+    """UTF-8, UTF-16 or UTF-32, by the byte order mark, or else by the positions of NULs.
 
-    UTF-16 without a mark has NULs at every second place: in line ends, digits and Latin letters. A
-    few stand at the other places, in characters such as U+4E00.
+    UTF-16 without a mark has NULs in every second byte of line ends, digits and Latin letters, and
+    only a few in the other bytes, from characters such as U+4E00.
     """
     head = data[:_HEAD]
     for mark, name in _MARKS:
@@ -36,7 +36,7 @@ def encoding_of(data: bytes) -> str:
 
 
 def decode(data: bytes, errors: str = "surrogateescape") -> str:
-    """`data` as text. Bytes that are not UTF-8 become surrogates, for `check_text` to find.
+    """`data` as text. Bytes that are not UTF-8 become surrogates, which `check_text` finds.
 
     **Raises**: `UnicodeDecodeError` if `errors` is "strict" and the bytes are not text.
     """
@@ -52,9 +52,9 @@ def decode(data: bytes, errors: str = "surrogateescape") -> str:
 
 
 def open_text(path: Path) -> TextIO:
-    """`path` opened for reading as `decode` would read it; line ends are kept as they are.
+    """Open `path` for reading as `decode` does; line ends are kept.
 
-    **Raises**: `OSError`. Reading raises `UnicodeDecodeError` where UTF-16 or UTF-32 is damaged.
+    **Raises**: `OSError`. Reading raises `UnicodeDecodeError` for damaged UTF-16 or UTF-32.
     """
     with path.open("rb") as file:
         encoding = encoding_of(file.read(_HEAD))
@@ -63,7 +63,7 @@ def open_text(path: Path) -> TextIO:
 
 
 def lines_of(path: Path) -> Iterator[str | None]:
-    """The lines of a text file without their ends; None for a line longer than `MAX_LINE`.
+    """The lines of a text file without line ends; None for a line longer than `MAX_LINE`.
 
     **Raises**: as `open_text`.
     """

@@ -1,6 +1,6 @@
 """What a set of shards holds, and what of it is broken.
 
-Every record is read once. In memory stay the key and two lengths of each, and all that is broken.
+Every record is read once. Memory holds only the key and two lengths per record, and what is broken.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -37,58 +37,57 @@ from echo_eqx.prepare.sidecars import (
     sha256,
 )
 
-USUAL_WIDTH = 128
-"""Channels that are wanted where no record says how many there are."""
+DEFAULT_WIDTH = 128
+"""Expected channels where no record says how many there are."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """Counts over the records of `source` that can be trained on; `broken` are not among them."""
+    """Counts over the usable records of `source`; `broken` are not among them."""
 
     source: str
     revision: str | None
     shards: int
-    frames: Int[np.ndarray, " samples"]
+    frames: Int[np.ndarray, " samples"] = field(default_factory=lambda: np.zeros(0, np.int32))
     """Length of each sample in latent frames."""
-    text_bytes: Int[np.ndarray, " samples"]
+    text_bytes: Int[np.ndarray, " samples"] = field(default_factory=lambda: np.zeros(0, np.int32))
     """Length of each text in bytes of UTF-8."""
-    fitting: int
-    """Samples that fit the window with sound and text."""
-    longer_recordings: int
-    """Samples with more frames than the window, whose audio training cuts."""
-    frames_cut: int
-    """Frames of theirs that are outside the window."""
-    longer_texts: int
-    """Samples with more bytes of text than the window, whose text training cuts."""
-    references: int
+    fitting: int = 0
+    """Samples whose recording and text fit uncut."""
+    longer_recordings: int = 0
+    """Samples whose audio training cuts."""
+    frames_cut: int = 0
+    """Frames of theirs that are cut off."""
+    longer_texts: int = 0
+    """Samples whose text training cuts."""
+    references: int = 0
     """Samples with a reference."""
-    longer_references: int
-    """Samples with a reference longer than what training takes at a time."""
-    extras: dict[str, int]
+    longer_references: int = 0
+    """Samples with a reference that training crops."""
+    extras: dict[str, int] = field(default_factory=dict)
     """Further members of records, which training does not read, by suffix."""
-    frame_rate: float
-    """Latent frames a second, by codec.json beside the shards."""
-    has_frame_rate: bool
-    """Whether there is such a file; without one the rate is the usual one."""
-    speakers: int
+    frame_rate: float = FRAME_RATE
+    """Latent frames per second."""
+    has_frame_rate: bool = False
+    """Whether a codec.json gives the frame rate; otherwise it is that of the published codec."""
+    speakers: int = 0
     """Different speakers."""
-    with_speaker: int
-    """Samples that name one."""
-    languages: dict[str, int]
-    """Samples of each language, the most frequent first."""
-    mean: Float[np.ndarray, " c"]
-    """Of each channel of the latents, over all frames; no channels where there is no sample."""
-    deviation: Float[np.ndarray, " c"]
-    """Standard deviation of each channel."""
-    silence: str | None
-    """Name of the file of silence beside the shards."""
-    indexes: tuple[str, ...]
+    with_speaker: int = 0
+    """Samples that name a speaker."""
+    languages: dict[str, int] = field(default_factory=dict)
+    """Samples per language, the most frequent first."""
+    mean: Float[np.ndarray, " c"] = field(default_factory=lambda: np.zeros(0))
+    """Of each latent channel, over all frames; no channels where there is no sample."""
+    std: Float[np.ndarray, " c"] = field(default_factory=lambda: np.zeros(0))
+    silence: str | None = None
+    """Name of the silence file next to the shards."""
+    indexes: tuple[str, ...] = ()
     """Names of the files that list checksums."""
-    compared: int
+    compared: int = 0
     """Shards whose checksum was compared with an index."""
-    unseen: str | None
-    """Why the files beside the shards could not be looked at."""
-    broken: tuple[Broken, ...]
+    unseen: str | None = None
+    """Why the files next to the shards could not be listed."""
+    broken: tuple[Broken, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -100,14 +99,14 @@ class Report:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many are broken, by kind."""
+        """Number of broken records by kind."""
         return dict(Counter(broken.kind for broken in self.broken).most_common())
 
     @property
     def overall(self) -> tuple[float, float]:
-        """Mean and standard deviation of all values of the latents."""
+        """Mean and standard deviation of all latent values."""
         mean = float(self.mean.mean())
-        return mean, float(np.sqrt(np.mean(self.deviation**2 + (self.mean - mean) ** 2)))
+        return mean, float(np.sqrt(np.mean(self.std**2 + (self.mean - mean) ** 2)))
 
 
 class Moments:
@@ -129,7 +128,7 @@ class Moments:
         self.count = total
 
     @property
-    def deviation(self) -> Float[np.ndarray, " c"]:
+    def std(self) -> Float[np.ndarray, " c"]:
         return np.sqrt(self._squares / self.count)
 
 
@@ -142,41 +141,40 @@ def inspect_shards(
     max_speaker_frames: int = 512,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read every record. The window is `max_frames` latent frames and `max_text_bytes` of text with
-    its leading byte, and `max_speaker_frames` of reference; `progress` is called with shards done
-    and in all.
+    """Read every record, and compare its lengths with those a model is trained at.
 
-    The latents' width is the usual one of the first shard that has any; records of another are
-    broken.
+    `max_text_bytes` counts the leading byte. `progress` gets the number of shards done and the
+    total. The expected latent width is the most frequent one of the first shard that has records;
+    records of another width are broken.
 
-    **Raises**: `EchoError` if a shard cannot be had or read.
+    **Raises**: `EchoError` if a shard cannot be fetched or read.
     """
+    report = Report(shard_index.source, shard_index.revision, len(shard_index.shards))
     broken: list[Broken] = []
-    sidecars, unseen = list_sidecars(shard_index)
-    sums, indexed, indexes = read_indexes(sidecars, cache, broken)
+    sidecars, report.unseen = list_sidecars(shard_index)
+    sums, indexed, report.indexes = read_indexes(sidecars, cache, broken)
     silence = first_silence(sidecars)
     rate = find_frame_rate(sidecars, cache, broken)
+    report.frame_rate, report.has_frame_rate = rate or FRAME_RATE, rate is not None
     frames, text_bytes = array("i"), array("i")
     seen: dict[str, int] = {}
     speakers: set[str] = set()
     languages: Counter[str] = Counter()
+    extras: Counter[str] = Counter()
     width: int | None = None
     moments: Moments | None = None
-    extras: Counter[str] = Counter()
-    fitting = references = with_speaker = compared = 0
-    longer_recordings = frames_cut = longer_texts = longer_references = 0
     for number, shard in enumerate(shard_index.shards):
         if number + 1 < len(shard_index.shards):
             cache.request(shard_index.shards[number + 1])
         with opened(cache, shard) as descriptor:
             if shard.name in sums:
-                compared += 1
+                report.compared += 1
                 digest = sha256(descriptor)
                 if digest != sums[shard.name]:
-                    detail = f"{digest}; the index has {sums[shard.name]}"
+                    detail = f"the index lists {sums[shard.name]}, got {digest}"
                     broken.append(Broken(shard.name, "", "sha256", detail))
             elif folder_of(shard.name) in indexed:
-                broken.append(Broken(shard.name, "", "unlisted", "no index beside it has it"))
+                broken.append(Broken(shard.name, "", "unlisted", "not in the index next to it"))
             skipped: list[Skipped] = []
             entries = index_tar(descriptor, skipped)
             for member in skipped:
@@ -192,69 +190,50 @@ def inspect_shards(
                         if first != number:
                             name = shard_index.shards[first].name
                             raise BrokenRecord("duplicate", f"{name} has it too")
-                    sample = read_sample(descriptor, entry, width or USUAL_WIDTH)
+                    sample = read_sample(descriptor, entry, width or DEFAULT_WIDTH)
                 except BrokenRecord as error:
                     broken.append(Broken(shard.name, entry.key, error.kind, error.detail))
                     continue
                 moments = moments or Moments(sample.latents.shape[1])
                 moments.add(sample.latents)
-                num_text = len(encode_text(sample.text))
-                frames.append(len(sample.latents))
-                text_bytes.append(num_text - 1)
-                fitting += len(sample.latents) <= max_frames and num_text <= max_text_bytes
-                longer_recordings += len(sample.latents) > max_frames
-                frames_cut += max(0, len(sample.latents) - max_frames)
-                longer_texts += num_text > max_text_bytes
+                num_frames, num_text = len(sample.latents), len(encode_text(sample.text))
                 num_reference = 0 if sample.reference is None else len(sample.reference)
-                references += num_reference > 0
-                longer_references += num_reference > max_speaker_frames
+                frames.append(num_frames)
+                text_bytes.append(num_text - 1)
+                report.fitting += num_frames <= max_frames and num_text <= max_text_bytes
+                report.longer_recordings += num_frames > max_frames
+                report.frames_cut += max(0, num_frames - max_frames)
+                report.longer_texts += num_text > max_text_bytes
+                report.references += num_reference > 0
+                report.longer_references += num_reference > max_speaker_frames
                 speaker, language = _labels(descriptor, entry)
                 if speaker is not None:
                     speakers.add(speaker)
-                    with_speaker += 1
+                    report.with_speaker += 1
                 if language is not None:
                     languages[language] += 1
         if progress is not None:
             progress(number + 1, len(shard_index.shards))
     if is_complete(shard_index):
-        there = {shard.name for shard in shard_index.shards}
-        for name in sorted(set(sums) - there):
+        for name in sorted(set(sums) - {shard.name for shard in shard_index.shards}):
             broken.append(Broken(name, "", "missing", "an index lists it, but it does not exist"))
     if silence is not None and silence.path is not None and moments is not None:
         try:
             load_silence(silence.path, len(moments.mean))
         except EchoError as error:
             broken.append(Broken(silence.name, "", "silence", str(error)))
-    return Report(
-        source=shard_index.source,
-        revision=shard_index.revision,
-        shards=len(shard_index.shards),
-        frames=np.array(frames, np.int32),
-        text_bytes=np.array(text_bytes, np.int32),
-        fitting=fitting,
-        longer_recordings=longer_recordings,
-        frames_cut=frames_cut,
-        longer_texts=longer_texts,
-        references=references,
-        longer_references=longer_references,
-        extras=dict(extras.most_common()),
-        frame_rate=rate or FRAME_RATE,
-        has_frame_rate=rate is not None,
-        speakers=len(speakers),
-        with_speaker=with_speaker,
-        languages=dict(languages.most_common()),
-        mean=np.zeros(0) if moments is None else moments.mean,
-        deviation=np.zeros(0) if moments is None else moments.deviation,
-        silence=None if silence is None else silence.name,
-        indexes=indexes,
-        compared=compared,
-        unseen=unseen,
-        broken=tuple(broken),
-    )
+    if moments is not None:
+        report.mean, report.std = moments.mean, moments.std
+    report.frames = np.array(frames, np.int32)
+    report.text_bytes = np.array(text_bytes, np.int32)
+    report.silence = None if silence is None else silence.name
+    report.extras, report.languages = dict(extras.most_common()), dict(languages.most_common())
+    report.speakers, report.broken = len(speakers), tuple(broken)
+    return report
 
 
 def find_sample(shard_index: ShardIndex, cache: ShardCache, key: str) -> Sample:
-    """The first record `key`, of any width.
+    """The first record with this key, of any width.
 
     **Raises**: `EchoError` if there is none, or it is broken.
     """
@@ -269,11 +248,11 @@ def find_sample(shard_index: ShardIndex, cache: ShardCache, key: str) -> Sample:
                     continue
                 try:
                     width = latent_width(descriptor, entry)
-                    return read_sample(descriptor, entry, width or USUAL_WIDTH)
+                    return read_sample(descriptor, entry, width or DEFAULT_WIDTH)
                 except BrokenRecord as error:
                     raise EchoError(f"{key!r} of {shard.name} is broken ({error})") from None
-    wanted = "" if example is None else f"; wanted a key such as {example!r}"
-    raise EchoError(f"{shard_index.source} has no record {key!r}{wanted}")
+    expected = "" if example is None else f"; expected a key such as {example!r}"
+    raise EchoError(f"{shard_index.source} has no record {key!r}{expected}")
 
 
 def _usual_width(descriptor: int, entries: list[RecordEntry]) -> int | None:

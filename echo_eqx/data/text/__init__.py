@@ -1,4 +1,4 @@
-"""Text for the models: cleaned as in training, written out, measured, and cut into pieces."""
+"""Text for the models: cleaned as in training, expanded, measured, and split into chunks."""
 
 from echo_eqx.data.text.clean import check_text, encode_text, normalize_text, says_something
 from echo_eqx.data.text.split import halve_text, split_text

@@ -1,14 +1,14 @@
-"""Where a text may be cut, and how bad each place is."""
+"""Where a text may be split, and the cost of each place."""
 
 import regex
 
 from echo_eqx.data.text.clean import TAG
 
 SENTENCE, CLAUSE, WORD, CLOSE_WORDS, UNIT = 0.0, 1.0, 3.0, 6.0, 8.0
-"""What a cut costs: after a sentence, a clause, a word, between words that belong together such as
+"""Cost of a cut: after a sentence, a clause, a word, between words that belong together such as
 `Dr. Smith`, and inside a word."""
 
-# Abbreviations that a sentence goes on after, without their last full stop.
+# Abbreviations after which a sentence continues, without their last full stop.
 _ABBREVIATIONS = frozenset(
     """
     Dr Mr Mrs Ms Mx Messrs Prof Rev Fr Hon Gen Col Maj Capt Cpt Cmdr Lt Sgt Gov Sen Rep Pres St Ste
@@ -17,14 +17,14 @@ _ABBREVIATIONS = frozenset(
     bzw usw evtl ggf vgl inkl zzgl Hr Hrn Nr Str Mme Mlle Sra Srta Dra Ud Uds Dott Sig
     """.split()
 )
-# The same, but only before a number: many of them are words too.
+# The same, but only before a number, because many of them are words too.
 _BEFORE_NUMBERS = frozenset(
     """
     no nos p pp vol vols ch chap sec sect fig figs art eq ex op bd para v ver
     jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun
     """.split()
 )
-# Myanmar's little section is a comma, though Unicode calls it a terminal; shad ends in Tibetan.
+# Myanmar's little section is a comma, although a terminal in Unicode; shad ends in Tibetan.
 _END = regex.compile(
     r"""(?P<ends>[[\p{STerm}…།༎߸]--[၊]]+)[\p{Pe}\p{Pf}"'»]*(?P<space>\s*)""", regex.VERSION1
 )
@@ -43,17 +43,17 @@ _LOOK_BACK = 40
 
 
 def cuts_after_sentences(text: str) -> list[int]:
-    """Where a sentence ends, or another speaker begins."""
+    """Ends of sentences, and places where another speaker begins."""
     ends = [match.end() for match in _END.finditer(text) if _ends_sentence(text, match)]
     return sorted({*ends, *(match.start() for match in TAG.finditer(text))})
 
 
 def cuts_after_words(text: str, start: int, stop: int) -> dict[int, float]:
-    """Places within a sentence, and the cost of each."""
+    """Places inside a sentence, and the cost of each."""
     cuts = {match.end(): WORD for match in _SPACE.finditer(text, start, stop)}
     for match in _NUMBER_AND_NEXT.finditer(text, start, stop):
         cuts[match.end()] = CLOSE_WORDS
-    for match in _END.finditer(text, start, stop):  # no sentence ends here: `Dr. Smith`
+    for match in _END.finditer(text, start, stop):  # not the end of a sentence: `Dr. Smith`
         if match["ends"] == "." and match["space"]:
             cuts[match.end()] = CLOSE_WORDS
     for match in _CLAUSE.finditer(text, start, stop):
@@ -75,7 +75,7 @@ def _ends_sentence(text: str, match: regex.Match) -> bool:
 
 
 def _is_abbreviation(text: str, stop: int, following: str) -> bool:
-    """Whether the full stop at `stop` belongs to an abbreviation, an initial or a list's number."""
+    """Whether the full stop at `stop` belongs to an abbreviation, an initial or a list number."""
     before = text[max(0, stop - _LOOK_BACK) : stop]
     found = _WORD_BEFORE.search(before)
     if found is None:
@@ -97,16 +97,16 @@ def _is_abbreviation(text: str, stop: int, following: str) -> bool:
 
 # --- Inside words -------------------------------------------------------------------------------
 
-# What stays together: a tag, a group of a number, or a character with all its marks, brackets that
-# open before it, and what may not begin a line in Chinese and Japanese after it.
+# Stays together: a tag, a group of digits, or a character with its marks, opening brackets before
+# it, and characters after it that may not begin a line in Chinese and Japanese.
 _CLUSTER = regex.compile(
     r"\[S[0-9]+\]\s*|\p{Nd}{1,4}[.,:/-]?"
     r"|[\p{Ps}\p{Pi}]{0,3}\X(?:[\p{Pe}\p{Pf}、。，．！？…・：；ーヽヾゝゞ々〜ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ]){0,4}",
 )
-# Scripts that write syllables without spaces, and where one of them surely begins. In Thai, Lao and
-# Khmer that is before a vowel that is written first, or before a consonant with a vowel of its own
-# after another vowel (but for `ิ` and `ุ`, which are silent in words such as ชาติ). In Burmese it is
-# before a consonant that is neither killed nor stacked (after Ye Kyaw Thu's sylbreak).
+# Scripts that write syllables without spaces, and where a syllable certainly begins. In Thai, Lao
+# and Khmer: before a vowel written first, or before a consonant with its own vowel after another
+# vowel (except `ิ` and `ุ`, which are silent in words such as ชาติ). In Burmese: before a consonant
+# that is neither killed nor stacked (after Ye Kyaw Thu's sylbreak).
 _SYLLABLES = r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 _INSIDE = regex.compile(rf"(?<={_SYLLABLES}){_SYLLABLES}")
 _BEGINS = regex.compile(
@@ -122,7 +122,7 @@ _BEGINS = regex.compile(
 
 
 def cuts_inside_word(text: str, start: int, stop: int) -> list[int]:
-    """Ends of what must stay together between `start` and `stop`: syllables, where known."""
+    """Ends of the units that stay together between `start` and `stop`: syllables, if known."""
     ends = []
     for match in _CLUSTER.finditer(text, start, stop):
         at = match.start()

@@ -1,4 +1,4 @@
-"""Text cleaned the way the models were trained, checked, and turned into bytes."""
+"""Cleaning text as in training, checking it, and encoding it as bytes."""
 
 import unicodedata
 from functools import cache
@@ -10,7 +10,7 @@ from echo_eqx.errors import EchoError
 
 BOS = 0
 TAG = regex.compile(r"\[S[0-9]+\]\s*")
-"""Who speaks from here on, such as `[S1] `."""
+"""Speaker tag, such as `[S1] `: who speaks from here on."""
 _DEFAULT_TAG = "[S1] "
 _WIDE_TAG = regex.compile(r"［[SＳ]([0-9０-９]+)］")
 _REPLACED = str.maketrans(
@@ -35,12 +35,12 @@ _REPLACED = str.maketrans(
 )
 _EM_DASH = regex.compile(r"[—―⸺⸻]+")
 _LEADING_EM_DASH = regex.compile(r"^((?:\[S[0-9]+\]\s*)?)\s*[—―⸺⸻]+\s*")
-# In Greek a semicolon asks.
+# The Greek semicolon is a question mark.
 _GREEK_QUESTION = regex.compile(r"(?<=\p{Greek}\p{M}*)[;\u037e](?!\p{L})")
 _CJK = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}]")
 
-# Compatibility forms (Unicode Standard Annex 15) that only look different. Not among them: super-
-# and subscripts, fractions, squares and circled digits, whose plain form means something else.
+# Compatibility forms (Unicode Standard Annex 15) that differ only in looks. Super- and subscripts,
+# fractions, squares and circled digits are not included: their plain forms mean something else.
 _LOOKS = ("wide", "narrow", "small", "vertical", "font", "initial", "medial", "final", "isolated")
 _JOINING_SCRIPTS = "".join(
     rf"\p{{{script}}}"
@@ -49,8 +49,8 @@ _JOINING_SCRIPTS = "".join(
         "Telugu Kannada Malayalam Sinhala Khmer Myanmar Tibetan Balinese Javanese"
     ).split()
 )
-# What has neither a sound nor a width. Kept: white space, NUL (which `check_text` names), joiners
-# after letters of scripts that are written with them, and what holds an emoji together.
+# Characters with neither sound nor width. Kept: white space, NUL (which `check_text` reports),
+# joiners in scripts that are written with them, and joiners of emoji.
 _INVISIBLE = regex.compile(
     rf"""
     (?<=[{_JOINING_SCRIPTS}])[\u200c\u200d](*SKIP)(*FAIL)
@@ -68,11 +68,11 @@ _INVISIBLE = regex.compile(
 
 
 def plain_characters(text: str) -> str:
-    """`text` in NFC without invisible characters; letters that only look different are plain.
+    """`text` in NFC, without invisible characters, and with ordinary letters.
 
     Full-width, half-width, mathematical and circled letters, ligatures and Arabic presentation
-    forms become ordinary letters; `²`, `½` and `™` stay. Full-width punctuation stays next to
-    Chinese, Japanese and Korean, where it is at home.
+    forms become ordinary letters; `²`, `½` and `™` stay. Full-width punctuation stays in Chinese,
+    Japanese and Korean text.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -100,10 +100,9 @@ def _plain(char: str, is_cjk: bool) -> str:
 def normalize_text(text: str) -> str:
     """Text as the community's models saw it in training.
 
-    Quotes are straight, `...` stands for the ellipsis character, colons and semicolons are commas,
-    an em dash is a comma and a space, and a speaker tag `[S1] ` comes first unless the text begins
-    with a tag of its own. Characters are those of `plain_characters`, and white space is single
-    spaces.
+    Curly quotes become straight, the ellipsis character `...`, colons and semicolons commas, and an
+    em dash a comma and a space. White space becomes single spaces, and the text starts with a
+    speaker tag, `[S1] ` if it has none. `plain_characters` is applied first.
     """
     text = _LEADING_EM_DASH.sub(r"\1", plain_characters(text).strip())
     text = _EM_DASH.sub(", ", text).translate(_REPLACED)
@@ -112,8 +111,8 @@ def normalize_text(text: str) -> str:
 
 
 def says_something(text: str) -> bool:
-    """Whether `text` has a letter or digit outside of its speaker tags."""
-    # Modifier letters, such as a lone sign of length, are not enough.
+    """Whether `text` has a letter or digit outside its speaker tags."""
+    # Modifier letters alone, such as a length mark, are not enough.
     return _SPOKEN.search(plain_characters(TAG.sub("", text))) is not None
 
 
@@ -127,7 +126,7 @@ def check_text(text: str) -> None:
     valid UTF-8.
     """
     if not isinstance(text, str):
-        raise EchoError(f"the text is a {type(text).__name__}; expected a string")
+        raise EchoError(f"text: expected a string, got a {type(text).__name__}")
     if not TAG.sub("", text).strip():
         raise EchoError("the text is empty: expected something to say")
     if "\0" in text:
@@ -135,7 +134,7 @@ def check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise EchoError(f"the text is no UTF-8 at character {error.start}") from None
+        raise EchoError(f"the text is not valid UTF-8 at character {error.start}") from None
     if not says_something(text):
         shown = text.strip() if len(text) <= 40 else text.strip()[:40] + "..."
         raise EchoError(

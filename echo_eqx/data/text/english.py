@@ -1,7 +1,7 @@
-"""English text with its numbers, dates, money, addresses and abbreviations written out.
+"""Expanding numbers, dates, money, addresses and abbreviations in English text.
 
-Numbers become words by `num2words`. What a number is, a rule says: a pattern and what its match
-becomes. The rules are tried in the order of `_RULES`, each on what the ones before it left.
+Each rule has a pattern and a replacement; `num2words` writes the numbers. The rules of `_RULES` are
+applied in order, each to the result of those before it.
 """
 
 from collections.abc import Callable
@@ -31,16 +31,16 @@ from echo_eqx.data.text.english_tables import (
 )
 
 _CAPITAL_FOLLOWS = "\ue000"
-"""A character for private use, which no text has."""
+"""A private-use character, which no text contains."""
 _TAGS = regex.compile(r"(\[S[0-9]+\]\s*)")
 
 
 def expand_english(text: str) -> str:
-    """`text` with whatever is not a word written as it is read aloud in American English.
+    """`text` with everything that is not a word written as it is read aloud in American English:
 
-    Money, dates, times, years, ordinals, fractions, ranges, units, telephone numbers (digit by
+    money, dates, times, years, ordinals, fractions, ranges, units, telephone numbers (digit by
     digit), versions, e-mail and web addresses, titles and abbreviations, acronyms, Roman numerals
-    after names, and symbols. Words and speaker tags are left as they are. As in the United States
+    after names, and symbols. Words and speaker tags stay as they are. As in the United States
     `1,000` is a thousand, `3/5/2024` is in March, and `1.5` is one point five.
     """
     text = plain_characters(text).replace("−", "-").replace(_CAPITAL_FOLLOWS, "")

@@ -1,4 +1,4 @@
-"""Text cut into pieces that fit a window and can be said within a canvas."""
+"""Splitting text into chunks that fit the text length and the length of speech."""
 
 import math
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from echo_eqx.data.text.clean import TAG, says_something
 from echo_eqx.data.text.width import character_widths, width_of
 
 _TAGS_AT_END = regex.compile(r"(\[S[0-9]+\]\s*)+$")
-# The cost of a cut is in boundaries.py. A piece costs something too, the more the emptier it is:
-# at a tenth of what fits, as much as a cut between two words. So pieces come out even.
+# The cost of a cut is in boundaries.py. A piece has a cost too, which grows the emptier it is: at a
+# tenth of what fits, as much as a cut between two words. So pieces have similar lengths.
 _UNSPACED = regex.compile(
     r"(?<=[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}])\p{L}"
 )
@@ -32,11 +32,10 @@ _Place = int | np.integer | np.ndarray
 def split_text(text: str, max_bytes: int, max_width: float) -> list[str]:
     """`text` in pieces of at most `max_bytes` of UTF-8 and `max_width` of `speaking_width`.
 
-    It is cut at ends of sentences; a sentence that is too long is cut at commas or between words,
-    into pieces of similar length; a word that is too long, between its syllables or characters, of
-    which a single one may be wider than `max_width`. Apart from white space at the cuts the pieces
-    joined are the text. If the text has speaker tags, each piece begins with the tag that holds
-    there.
+    Text is cut at ends of sentences. A sentence that is too long is cut at commas or between words
+    into pieces of similar length, and a word that is too long between its syllables or characters;
+    a single character may be wider than `max_width`. The joined pieces equal the text, except for
+    white space at the cuts. If the text has speaker tags, each piece begins with the current tag.
     """
     tags = TAG.findall(text)
     room = max((len(tag.encode()) + 1 for tag in tags), default=0)
@@ -57,7 +56,7 @@ def split_text(text: str, max_bytes: int, max_width: float) -> list[str]:
 def halve_text(text: str) -> list[str]:
     """`text` cut once, at the best place near its middle that is not inside a word.
 
-    It stays whole if it has no such place. In scripts without spaces a piece may end after any
+    It stays whole if there is no such place. In scripts without spaces a cut may follow any
     syllable. The second half begins with the speaker tag of the first.
     """
     inside = (cut for cut in cuts_inside_word(text, 0, len(text)) if _UNSPACED.match(text, cut))
@@ -85,7 +84,7 @@ class _Limits:
 
 
 class _Text:
-    """A text, and what is asked about stretches of it. Starts or stops may be arrays."""
+    """A text and measures of its ranges. Starts or stops may be arrays."""
 
     def __init__(self, text: str):
         said, pauses = character_widths(text)
@@ -115,19 +114,19 @@ class _Text:
         return (num_bytes <= limits.num_bytes) & (self.width(start, stop) <= limits.width)
 
     def cost(self, start: _Place, stop: _Place, limits: _Limits) -> Any:
-        """Of a piece: the more, the less of the canvas it fills."""
+        """Cost of a piece, which is higher the emptier it is."""
         empty = np.maximum(0, 1 - self.width(start, stop) / limits.width)
         is_silent = self.sounds[stop] == self.sounds[start]
         return _PIECE + _EMPTY * empty**4 + _SAYS_NOTHING * is_silent
 
 
 def _sums(values: list[int] | list[float]) -> np.ndarray:
-    """Of the first 0, 1, 2, ... values."""
+    """Sums of the first 0, 1, 2, ... values."""
     return np.append(0, np.cumsum(values)) if values else np.zeros(1)
 
 
 def _places(text: str, whole: _Text, limits: _Limits) -> dict[int, float]:
-    """Where to cut and the cost of each; what fits between two places is not cut further."""
+    """Places to cut and the cost of each; what fits between two places is not cut further."""
     places = dict.fromkeys([0, len(text), *cuts_after_sentences(text)], SENTENCE)
     for start, stop in pairwise(sorted(places)):
         if whole.fits(start, stop, limits):
@@ -145,11 +144,13 @@ def _places_inside(text: str, start: int, stop: int, whole: _Text, limits: _Limi
     cuts = [start]
     for cut in cuts_inside_word(text, start, stop):
         if whole.num_bytes[cut] - whole.num_bytes[cuts[-1]] > limits.num_bytes:
-            # Not even a character with its marks fits the window.
+            # Not even one character with its marks fits.
             cuts += _cuts_by_bytes(whole, cuts[-1], cut, limits.num_bytes)
         cuts.append(cut)
 
-    def load(a: int, b: int) -> float:  # of what fits; never less than that of the whole stretch
+    def load(
+        a: int, b: int
+    ) -> float:  # share of what fits; their sum is at least that of the whole range
         width = whole.said[b] - whole.said[a] + whole.pauses[b] - whole.pauses[a]
         num_bytes = whole.num_bytes[b] - whole.num_bytes[a]
         return max(width / limits.width, num_bytes / limits.num_bytes)
@@ -176,7 +177,7 @@ def _cuts_by_bytes(whole: _Text, start: int, stop: int, max_bytes: int) -> list[
 
 
 def _best_pieces(text: str, limits: _Limits) -> list[str]:
-    """The pieces of least cost in all, found from the start on."""
+    """The pieces with the least total cost (dynamic programming)."""
     whole = _Text(text)
     places = _places(text, whole, limits)
     cuts = np.array(sorted(places))

@@ -8,9 +8,9 @@ import regex
 CHARACTERS_PER_SECOND = 14.0
 """Plain English, read calmly."""
 
-# Seconds that espeak-ng 1.51 needs (160 words a minute, the voice of each language, twenty to
-# fifty samples of a kind), times 14. Plain English measures 0.75 a character and counts 1: the
-# rest is for slower readers, and for the pauses of ordinary prose.
+# Seconds that espeak-ng 1.51 takes (160 words a minute, each language's voice, 20 to 50 samples of
+# each kind), times 14. Plain English measures 0.75 per character and counts 1, to leave room for
+# slower readers and for the pauses of ordinary prose.
 _DIGIT = {1: 4.5, 2: 5.5, 3: 7.0, 4: 7.0}  # a digit of a number with so many
 _DIGIT_OF_LONG = 8.5
 _CAPITAL_OF_ACRONYM, _W_OF_ACRONYM = 3.0, 6.0
@@ -23,7 +23,7 @@ _SYMBOLS = (
 )
 _PAUSE = {"sentence": 7.5, "clause": 4.5, "bracket": 2.0}
 _PAUSES_IN_PROSE = 0.25
-"""Part of a character's width that stands for pauses already."""
+"""Part of a character's width that already accounts for pauses."""
 _KINDS = regex.compile(
     r"""
     (?P<tag> \[S[0-9]+\]\s* )
@@ -59,7 +59,7 @@ _LETTERS = {
 
 
 def character_widths(text: str) -> tuple[list[float], list[float]]:
-    """Width of what is said, and of the pause, at each character of `text`."""
+    """Width of the speech and of the pause at each character of `text`."""
     said, pauses = [1.0] * len(text), [0.0] * len(text)
     for match in _KINDS.finditer(text):
         kind, start, end = match.lastgroup, match.start(), match.end()
@@ -85,15 +85,15 @@ def character_widths(text: str) -> tuple[list[float], list[float]]:
 
 
 def width_of(said: Any, pauses: Any) -> Any:
-    """Width of a stretch, or of many, from the sums of `character_widths` over it."""
+    """Width of a range, or of many, from the sums of `character_widths` over it."""
     return said + np.maximum(0, pauses - _PAUSES_IN_PROSE * said)
 
 
 def speaking_width(text: str) -> float:
-    """How long `text` takes to say, in characters of plain English, 14 of which take a second.
+    """How long `text` takes to say, in characters of plain English, at 14 per second.
 
-    A digit or a capital of an acronym counts as what is said for it, a Chinese character 4, and
-    speaker tags and the pause at the end count nothing.
+    A digit or a capital of an acronym counts as much as the words for it, a Chinese character 4.
+    Speaker tags and the final pause count nothing.
     """
     said, pauses = character_widths(text)
     end = next((i for i in range(len(text), 0, -1) if text[i - 1].isalnum()), 0)

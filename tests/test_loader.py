@@ -531,7 +531,7 @@ def test_from_the_hub_through_a_small_cache_it_is_the_same(tmp_path, monkeypatch
     with pytest.raises(UsageError, match=r"--cache_gb: .* lower --num_streams"):
         opened(shard_index, cache=ShardCache(tmp_path / "none", largest), **settings)
     server.faults = ["404"]
-    with pytest.raises(EchoError, match="answers 404"):
+    with pytest.raises(EchoError, match="answered 404"):
         take(opened(shard_index, cache=ShardCache(tmp_path / "fresh", 4 * largest), **settings), 2)
     server.stop()
 

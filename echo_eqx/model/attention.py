@@ -93,7 +93,9 @@ def _has_kernel(queries: Array) -> bool:
     return queries.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
 
 
-def _flash_attention(queries, keys, values, mask: KeyMask | None, causal: bool):
+def _flash_attention(
+    queries, keys, values, mask: KeyMask | None, causal: bool, implementation: str = "cudnn"
+):
     lengths = {}
     if mask is not None:
         keys = _permute(keys, mask.order, mask.inverse)
@@ -103,7 +105,7 @@ def _flash_attention(queries, keys, values, mask: KeyMask | None, causal: bool):
         lengths["query_seq_lengths"] = 0 * count + queries.shape[0]
         lengths["key_value_seq_lengths"] = count
     return jax.nn.dot_product_attention(
-        queries, keys, values, is_causal=causal, implementation="cudnn", **lengths
+        queries, keys, values, is_causal=causal, implementation=implementation, **lengths
     )
 
 

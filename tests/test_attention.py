@@ -1,0 +1,90 @@
+"""Attention, whichever way it is computed, is the softmax over the unmasked keys."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from echo_eqx.model import attention
+from echo_eqx.model.attention import KeyMask
+
+QUERIES, KEYS, HEADS, HEAD_DIM = 5, 7, 3, 4
+MASKS = {
+    "all": np.ones(KEYS, bool),
+    "prefix": np.arange(KEYS) < 4,
+    "holes": np.array([1, 0, 0, 1, 1, 0, 1], bool),
+    "last": np.arange(KEYS) == KEYS - 1,
+}
+
+
+def inputs(num_keys: int = KEYS, dtype=jnp.float32):
+    keys = jr.split(jr.key(0), 4)
+    lengths = (QUERIES, num_keys, num_keys, QUERIES)
+    shapes = [(length, HEADS, HEAD_DIM) for length in lengths]
+    return [jr.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def by_the_equation(queries, keys, values, allowed):
+    """In float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (queries, keys, values))
+    logits = np.einsum("thk,jhk->htj", q, k) / np.sqrt(HEAD_DIM)
+    logits[:, ~np.broadcast_to(allowed, (QUERIES, k.shape[0]))] = -np.inf
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("htj,jhk->thk", weights / weights.sum(-1, keepdims=True), v)
+
+
+def fused(queries, keys, values, mask, causal=False):
+    """The path of the fused kernel, computed by XLA where there is no such kernel."""
+    return attention._flash_attention(queries, keys, values, mask, causal, "xla")
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("attend", [attention.dot_product_attention, fused])
+def test_equals_the_equation(attend, name):
+    queries, keys, values, _ = inputs()
+    mask = KeyMask.of(jnp.asarray(MASKS[name]))
+    expected = by_the_equation(queries, keys, values, MASKS[name][None])
+    np.testing.assert_allclose(attend(queries, keys, values, mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [attention.dot_product_attention, fused])
+def test_causal_equals_the_equation(attend):
+    queries, keys, values, _ = inputs(QUERIES)
+    expected = by_the_equation(queries, keys, values, np.tril(np.ones((QUERIES, QUERIES), bool)))
+    result = attend(queries, keys, values, None, causal=True)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [attention.dot_product_attention, fused])
+def test_gradients_equal_those_of_plain_jax(attend):
+    *operands, gradient = inputs()
+    allowed = jnp.asarray(MASKS["holes"])
+
+    def plain(queries, keys, values):
+        logits = jnp.einsum("thk,jhk->htj", queries, keys, precision="highest") * HEAD_DIM**-0.5
+        weights = jax.nn.softmax(jnp.where(allowed[None, None], logits, -jnp.inf), axis=-1)
+        return jnp.einsum("htj,jhk->thk", weights, values, precision="highest")
+
+    expected = jax.vjp(plain, *operands)[1](gradient)
+    mask = KeyMask.of(allowed)
+    result = jax.vjp(lambda q, k, v: attend(q, k, v, mask), *operands)[1](gradient)
+    for ours, theirs in zip(result, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_fused_path_takes_a_mask_for_each_example_of_a_batch():
+    queries, keys, values, _ = inputs()
+    masks = jnp.asarray(np.stack(list(MASKS.values())))
+    batched = jax.vmap(lambda mask: fused(queries, keys, values, KeyMask.of(mask)))(masks)
+    for result, mask in zip(batched, MASKS.values(), strict=True):
+        expected = by_the_equation(queries, keys, values, mask[None])
+        np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [attention.dot_product_attention, fused])
+def test_a_query_without_keys_gets_something_finite(attend):
+    queries, keys, values, gradient = inputs()
+    mask = KeyMask.of(jnp.zeros(KEYS, bool))
+    result, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask), queries, keys, values)
+    assert all(np.isfinite(x).all() for x in (result, *vjp(gradient)))

@@ -1,0 +1,91 @@
+"""The lowered training step spends no time on what it need not compute."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import random_model
+from test_sharding import mesh_of
+
+from echo_eqx.config import DiTConfig, EncoderConfig
+from echo_eqx.flow.objective import flow_loss, sample_noise, squared_errors
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
+from echo_eqx.train.state import sharded_abstract_state
+from echo_eqx.train.step import abstract_batch, make_train_step
+
+# Every length is a prime that no width is a multiple of, so that a shape tells what it is of.
+FRAMES, TEXT, PATCHES = 13, 11, 7
+CONFIG = DiTConfig(
+    model_dim=32,
+    num_layers=2,
+    num_heads=4,
+    mlp_dim=48,
+    text=EncoderConfig(16, 1, 4, 24),
+    speaker=EncoderConfig(24, 2, 4, 40),
+    latent_dim=8,
+    time_embed_dim=12,
+    adaln_rank=8,
+    max_frames=FRAMES,
+    max_text_bytes=TEXT,
+    max_speaker_frames=4 * PATCHES,
+)
+MESHES = [(1, 1, 1), (1, 2, 2)]
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
+def program(request) -> str:
+    """StableHLO of a step in bfloat16."""
+    mesh, optimizer = mesh_of(request.param), OptimizerConfig()
+    state = sharded_abstract_state(CONFIG, optimizer, mesh)
+    objective = ObjectiveConfig(dtype="bfloat16")
+    step = make_train_step(mesh, state, objective, optimizer, num_steps=10)
+    batch = abstract_batch(mesh, 4, CONFIG)
+    return step.lower(state, batch, jax.eval_shape(lambda: jr.key(0))).as_text()
+
+
+def operands(program: str, operation: str) -> list[list[tuple[tuple[int, ...], str]]]:
+    """Shape and dtype of the operands of every `operation`."""
+    found = []
+    for types in re.findall(rf"stablehlo\.{operation}.*?: \((.*?)\) ->", program, re.DOTALL):
+        tensors = re.findall(r"tensor<((?:\d+x)*)(\w+)>", types)
+        found.append([(tuple(map(int, s.split("x")[:-1])), dtype) for s, dtype in tensors])
+    return found
+
+
+def test_products_over_tokens_are_in_bfloat16(program):
+    products = operands(program, "dot_general")
+    over_tokens = [p for p in products if any({FRAMES, TEXT, PATCHES} & {*s} for s, _ in p)]
+    assert len(over_tokens) > 50
+    assert {dtype for product in over_tokens for _, dtype in product} == {"bf16"}
+
+
+def test_parameters_are_gathered_in_bfloat16(program):
+    gathered = operands(program, "all_gather")
+    assert gathered and {dtype for op in gathered for _, dtype in op} == {"bf16"}
+
+
+def test_nothing_is_scattered(program):
+    assert not operands(program, "scatter")
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+def test_remat_changes_neither_loss_nor_gradients(remat):
+    model = random_model(EchoDiT, CONFIG)
+    rng = np.random.default_rng(0)
+    shapes = abstract_batch(mesh_of((1, 1, 1)), 2, CONFIG)
+    batch = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.integers(0, 2, leaf.shape), leaf.dtype), shapes
+    )
+    noise = sample_noise(
+        jr.key(0), jnp.arange(2), 2, (FRAMES, 8), text_dropout=0.0, speaker_dropout=0.0
+    )
+    expected, gradient = jax.jit(jax.value_and_grad(flow_loss))(model, batch, noise)
+    loss = jax.jit(jax.value_and_grad(lambda m: jnp.mean(squared_errors(m, batch, noise, remat))))
+    value, ours = loss(model)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)

@@ -1,8 +1,9 @@
 """A pickle reader that cannot run code.
 
-It interprets the pickle opcodes itself and builds only numbers, strings, containers, arrays and
-inert records. A class is known by name or the file is refused; nothing is ever imported for it.
-Array bytes are views of the file, so a large file costs memory only where its arrays are read.
+It is our own because `pickle` runs whatever a file names, and a restricted `Unpickler` still calls
+the classes it allows. This one interprets the opcodes itself and builds only numbers, strings,
+containers, arrays and inert records. A file that names an unknown class is refused. Array bytes are
+views of the file, so memory is needed only for the arrays that are read.
 
 The format: https://github.com/python/cpython/blob/3.12/Lib/pickletools.py
 """

@@ -1,8 +1,10 @@
-"""Writing safetensors piece by piece: no tensor has to be whole in memory.
+"""Writing safetensors piece by piece.
+
+It is our own because the library's writer needs all tensors in memory first, while this one writes
+a model larger than that, adds checksums, and gives the same bytes for the same content.
 
 The format: 8 bytes with the length of a JSON header, the header with type, shape and place of every
-tensor, then the numbers (https://github.com/huggingface/safetensors). The library's own writer
-copies all tensors first.
+tensor, then the numbers (https://github.com/huggingface/safetensors).
 
 The metadata gets one entry more, `CHECKSUMS`: CRC-32s in hexadecimal, of the header (in which its
 own eight digits are zeros) and of each tensor in the order of the file.

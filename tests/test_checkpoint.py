@@ -435,7 +435,10 @@ def test_a_copy_under_the_name_of_another_step_is_not_gone_on_from(tmp_path, sta
     folder = save(tmp_path, 2, state)
     shutil.copytree(folder, folder.with_name("step_000000007"))
     assert newest_restorable(tmp_path).path == folder
-    assert "step_000000007 is damaged (it is of step 2)" in capsys.readouterr().err
+    assert (
+        "step_000000007 is damaged (expected step 7, as its name says, got step 2)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,7 @@ def test_a_run_leaves_a_codec_that_everything_takes(whole):
     assert max_difference(exported.decoder.conv_in.weight, codec.decoder.conv_in.weight) < 0.01
     names = sorted(path.name for path in (whole / "samples" / "step_000000006").iterdir())
     assert names == [f"{i}.{end}" for i in (0, 1) for end in ("original.wav", "txt", "wav")]
-    with pytest.raises(EchoError, match="holds a codec; wanted an EchoDiT"):
+    with pytest.raises(EchoError, match="expected an EchoDiT, got a codec"):
         echo_eqx.load_dit(whole)
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, random_model
+from test_sharding import CONFIG
 
 import echo_eqx
-from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
+from echo_eqx.config import DIT_PRESETS
 from echo_eqx.errors import EchoError
 from echo_eqx.json_data import to_json
 from echo_eqx.model.dit import EchoDiT
@@ -40,17 +41,6 @@ from echo_eqx.weights.checkpoint.writer import (
     restore_state,
 )
 
-CONFIG = DiTConfig(
-    model_dim=32,
-    num_layers=2,
-    num_heads=4,
-    mlp_dim=48,
-    text=EncoderConfig(16, 1, 4, 24),
-    speaker=EncoderConfig(24, 2, 4, 40),
-    latent_dim=8,
-    time_embed_dim=12,
-    adaln_rank=8,
-)
 AVERAGED = OptimizerConfig(ema_decay=0.9)
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4)]
 

@@ -5,13 +5,13 @@ import json
 import logging
 import shutil
 import subprocess
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 from conftest import GOLDEN
+from test_prepare import samples_of
 
 from echo_eqx import load_codec
 from echo_eqx.config import CODEC_PRESETS
@@ -38,17 +38,6 @@ def run(source: Path, output: Path, **flags) -> None:
     )
     config.check()
     make.make_dataset(config, load_codec(CODEC), str(source), output)
-
-
-def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
-    for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, kind = member.name.partition(".")
-                assert kind not in samples.setdefault(key, {}), f"{member.name} twice"
-                samples[key][kind] = tar.extractfile(member).read()
-    return samples
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """The lowered training step spends no time on what it need not compute."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import test_sharding
 from conftest import random_model
 from test_sharding import mesh_of
 
-from echo_eqx.config import DiTConfig, EncoderConfig
 from echo_eqx.flow.objective import flow_loss, sample_noise, squared_errors
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
@@ -19,16 +20,8 @@ from echo_eqx.train.step import abstract_batch, make_train_step
 
 # Every length is a prime that no width is a multiple of, so that a shape tells what it is of.
 FRAMES, TEXT, PATCHES = 13, 11, 7
-CONFIG = DiTConfig(
-    model_dim=32,
-    num_layers=2,
-    num_heads=4,
-    mlp_dim=48,
-    text=EncoderConfig(16, 1, 4, 24),
-    speaker=EncoderConfig(24, 2, 4, 40),
-    latent_dim=8,
-    time_embed_dim=12,
-    adaln_rank=8,
+CONFIG = dataclasses.replace(
+    test_sharding.CONFIG,
     max_frames=FRAMES,
     max_text_bytes=TEXT,
     max_speaker_frames=4 * PATCHES,

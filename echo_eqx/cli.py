@@ -222,6 +222,7 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
     if not logger.handlers:
         logger.addHandler(_ToStderr())
+        logger.propagate = False  # a handler that a library gives the root would print it again
 
 
 # --- Clocks and progress ------------------------------------------------------------------------

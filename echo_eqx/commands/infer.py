@@ -32,6 +32,7 @@ from echo_eqx.speech.metadata import describe_model, write_metadata
 from echo_eqx.speech.requests import Request, check_outputs, make_requests
 from echo_eqx.speech.speaker import describe_reference
 from echo_eqx.weights.find import SHIPPED
+from echo_eqx.weights.load import load_model
 from echo_eqx.weights.native import array_dtype
 
 logger = logging.getLogger(__name__)

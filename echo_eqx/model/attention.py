@@ -1,5 +1,7 @@
 """Scaled dot-product attention, and the gated self-attention of the encoders."""
 
+from typing import Any, Literal
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -94,9 +96,14 @@ def _has_kernel(queries: Array) -> bool:
 
 
 def _flash_attention(
-    queries, keys, values, mask: KeyMask | None, causal: bool, implementation: str = "cudnn"
-):
-    lengths = {}
+    queries: Float[Array, "t h k"],
+    keys: Float[Array, "j h k"],
+    values: Float[Array, "j h k"],
+    mask: KeyMask | None,
+    causal: bool,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "t h k"]:
+    lengths: dict[str, Any] = {}
     if mask is not None:
         keys = _permute(keys, mask.order, mask.inverse)
         values = _permute(values, mask.order, mask.inverse)

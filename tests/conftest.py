@@ -4,6 +4,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("echo_eqx", "beartype.beartype")
 
+import logging  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import tempfile  # noqa: E402
@@ -31,6 +32,7 @@ from echo_eqx.cli import log_to_stderr  # noqa: E402
 from echo_eqx.trees import leaf_names  # noqa: E402
 
 log_to_stderr()
+logging.getLogger("echo_eqx").propagate = True  # for caplog
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network

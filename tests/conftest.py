@@ -4,6 +4,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("echo_eqx", "beartype.beartype")
 
+import functools  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
@@ -82,10 +83,15 @@ def blockwise_cases() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "blockwise" / "cases.npz"))
 
 
+@functools.cache
+def abstract_model(kind, config):
+    return jax.eval_shape(lambda key: kind.init(config, key=key), jax.random.key(0))
+
+
 def random_model(kind, config, scale: float = 0.1, seed: int = 0):
     """A model with every leaf random, made without compiling anything."""
     rng = np.random.default_rng(seed)
-    skeleton = jax.eval_shape(lambda key: kind.init(config, key=key), jax.random.key(0))
+    skeleton = abstract_model(kind, config)
 
     def leaf(name: str, shape: tuple[int, ...]):
         base = 1.0 if name.endswith(("norm.weight", "alpha")) else 0.0

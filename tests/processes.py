@@ -26,6 +26,10 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["echo_eqx", *(f"echo_eqx.commands.{name}" for name in COMMANDS)])
 
 
+def flags(**values: object) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
 def call(name: str, *args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command in this process."""
     words, code = [str(SCRIPTS / f"{name}.py"), *map(str, args)], 0

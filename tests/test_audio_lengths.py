@@ -191,7 +191,8 @@ def test_kinds_that_cannot_seek_are_read_by_blocks(kind, subtype, rate):
     assert len(samples(encoded(kind, subtype, rate))) == pytest.approx(len(VOICE), abs=400)
 
 
-def test_sizes_that_a_header_claims_are_bounded(tmp_path):
+def test_sizes_that_a_header_claims_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("echo_eqx.data.decode.MAX_SAMPLES", 2**24)
     for channels, message in (
         (1024, "expected at most 64 channels, got 1024"),
         (64, "to decode at once"),
@@ -201,10 +202,10 @@ def test_sizes_that_a_header_claims_are_bounded(tmp_path):
         path = tmp_path / f"{channels}.wav"
         with path.open("wb") as file:
             file.write(head)
-            file.truncate(2**32 - 1)
+            file.truncate(2**26)
         with pytest.raises(EchoError, match=message):
             load_audio(path, RATE)
-    assert audio_seconds(path, "x") > 1000
+    assert audio_seconds(path, "x") == pytest.approx(2**26 / 128 / 8000, rel=1e-3)
     assert len(load_audio(path, RATE, max_seconds=1.0)) == RATE
     with pytest.raises(EchoError, match="to decode at once"):
         load_audio(path, 8_000_000_000)

@@ -11,44 +11,21 @@ import numpy as np
 import pytest
 import soundfile as sf
 from conftest import GOLDEN
+from processes import SCRIPTS, call, run
 from shards import DataServer, make_dataset, npy_bytes, sample_parts, sha256, write_shard
 
-from echo_eqx.cli import run
-from echo_eqx.commands import inspect_shards as inspect_shards_command
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import list_shards
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.inspect import Report, find_sample, inspect_shards
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "inspect_shards.py"
+SCRIPT = SCRIPTS / "inspect_shards.py"
 CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
 WIDTH = 5
 
 
-def in_process(*args: object, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
-    )
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """The command in this process, which spares a start of several seconds."""
-
-    def call(*args: object) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        monkeypatch.setattr(inspect_shards_command, "use_compilation_cache", lambda: None)
-        code = 0
-        try:
-            run(inspect_shards_command.main)
-        except SystemExit as ended:
-            code = ended.code
-        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
-
-    return call
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    return call("inspect_shards", *args)
 
 
 def report_of(source: object, tmp_path: Path, **window: int) -> Report:
@@ -115,7 +92,7 @@ def test_a_latent_far_from_zero_loses_no_precision(tmp_path):
     np.testing.assert_allclose(report.std, values.astype(np.float64).std(axis=0), rtol=1e-12)
 
 
-def test_what_is_well_ends_with_0_and_a_picture(command, tmp_path):
+def test_what_is_well_ends_with_0_and_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     data = make_dataset(tmp_path / "data", shards=3, per_shard=4)
     write_index(data)
@@ -150,7 +127,7 @@ def broken_dataset(folder: Path) -> dict[tuple[str, str], str]:
     return kinds | {("b.tar", "good"): "duplicate", ("c.tar", ""): "tar"}
 
 
-def test_every_kind_of_broken_record_is_named(command, tmp_path):
+def test_every_kind_of_broken_record_is_named(tmp_path):
     kinds = broken_dataset(tmp_path / "data")
     report = report_of(tmp_path / "data", tmp_path)
     assert {(one.shard, one.key): one.kind for one in report.broken} == kinds
@@ -170,7 +147,7 @@ def test_every_kind_of_broken_record_is_named(command, tmp_path):
     assert facts["kinds"]["text"] == 2 and facts["seconds"]["max"] == 0.2
 
 
-def test_20_broken_are_listed_and_all_on_request(command, tmp_path):
+def test_20_broken_are_listed_and_all_on_request(tmp_path):
     samples = [(f"k{i:02}", parts(text="")) for i in range(23)] + [("good", parts())]
     write_shard(tmp_path / "a.tar", samples)
     done = command("--data", tmp_path)
@@ -179,7 +156,7 @@ def test_20_broken_are_listed_and_all_on_request(command, tmp_path):
     assert done.stdout.count(": text: ") == 23 and f"  {WIDTH - 1}  mean" in done.stdout
 
 
-def test_shards_that_are_all_broken_are_reported(command, tmp_path):
+def test_shards_that_are_all_broken_are_reported(tmp_path):
     write_shard(tmp_path / "a.tar", [("k", {"npy": b"", "json": b"{}"})])
     done = command("--data", tmp_path)
     assert done.returncode == 1 and not done.stderr and "samples     0" in done.stdout
@@ -187,7 +164,7 @@ def test_shards_that_are_all_broken_are_reported(command, tmp_path):
     assert facts["mean"] is None and facts["seconds"] is None
 
 
-def test_a_flipped_bit_is_found_by_the_index(command, tmp_path):
+def test_a_flipped_bit_is_found_by_the_index(tmp_path):
     data = make_dataset(tmp_path / "data", shards=3, per_shard=2)
     write_index(data)
     assert report_of(data, tmp_path).broken == ()
@@ -233,7 +210,7 @@ def test_shards_of_the_hub_are_read_like_those_here(tmp_path):
     source = ["--data", "hf://datasets/owner/voices/train", "--cache_dir", tmp_path / "cache"]
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     try:
-        done = in_process(*source, "--json", **environment)
+        done = run(SCRIPT, *source, "--json", **environment)
     finally:
         server.stop()
     assert done.returncode == 1, done.stderr
@@ -247,7 +224,7 @@ def test_shards_of_the_hub_are_read_like_those_here(tmp_path):
     assert facts["samples"] == 6 and facts["channels"]["mean"] == here.mean.tolist()
 
 
-def test_a_sample_is_played_with_its_reference(command, tmp_path, golden_codec):
+def test_a_sample_is_played_with_its_reference(tmp_path, golden_codec):
     rng = np.random.default_rng(1)
     made = sample_parts(rng, 7, 12, 4)
     write_shard(tmp_path / "data" / "a.tar", [("other", sample_parts(rng, 5, 12))])
@@ -270,7 +247,7 @@ def test_a_sample_is_played_with_its_reference(command, tmp_path, golden_codec):
     assert "has no record 'nobody'; expected a key such as 'other'" in done.stderr
 
 
-def test_what_cannot_be_played_is_one_sentence(command, tmp_path):
+def test_what_cannot_be_played_is_one_sentence(tmp_path):
     write_shard(tmp_path / "a.tar", [("mute", parts(text="")), ("fine", parts())])
     shard_index, cache = list_shards(str(tmp_path), tmp_path), ShardCache(tmp_path / "cache", 10**9)
     with pytest.raises(EchoError, match=r"'mute' of a.tar is broken \(text: the text is empty\)"):
@@ -290,14 +267,14 @@ def test_what_cannot_be_played_is_one_sentence(command, tmp_path):
         (["--data", ".", "--play", "a", "--json"], 2, "--play makes no report"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(command, tmp_path, monkeypatch, flags, code, sentence):
+def test_what_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, flags, code, sentence):
     monkeypatch.chdir(tmp_path)
     done = command(*flags)
     assert done.returncode == code and sentence in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(command, tmp_path, monkeypatch):
+def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     data = make_dataset(tmp_path / "data", shards=1, per_shard=1)
     done = command("--data", data, "--plot", tmp_path / "a.png")
@@ -305,7 +282,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(command, tmp_path, monke
     assert done.stderr.count("\n") == 1 and not done.stdout
 
 
-def test_members_in_no_record_are_named_and_end_with_1(command, tmp_path):
+def test_members_in_no_record_are_named_and_end_with_1(tmp_path):
     samples = [("k.1", parts()), ("k.2", parts()), ("K.3", {"NPY": parts()["npy"], "JSON": b"{}"})]
     write_shard(tmp_path / "data" / "a.tar", [*samples, ("good", {**parts(), "flac": b"sound"})])
     done = command("--data", tmp_path / "data")
@@ -320,7 +297,7 @@ def test_members_in_no_record_are_named_and_end_with_1(command, tmp_path):
     assert "a.tar x.b: member: expected KEY.npy" in done.stdout
 
 
-def test_a_model_gives_the_window_and_must_fit_the_width(command, tmp_path):
+def test_a_model_gives_the_window_and_must_fit_the_width(tmp_path):
     rng = np.random.default_rng(0)
     for key, frames, reference, text in [("a", 80, 48, "x" * 63), ("b", 90, 49, "x" * 64)]:
         sample = sample_parts(rng, frames, 32, reference, text)
@@ -346,7 +323,7 @@ def test_a_model_gives_the_window_and_must_fit_the_width(command, tmp_path):
     assert command("--data", tmp_path / "data", "--model", "none").returncode == 2
 
 
-def test_many_samples_without_a_reference_are_told(command, tmp_path):
+def test_many_samples_without_a_reference_are_told(tmp_path):
     write_shard(tmp_path / "a.tar", [("a", parts()), ("b", parts(reference=9))])
     done = command("--data", tmp_path)
     assert "WARNING     1 of 2 (50.0%) samples have no reference" in done.stdout
@@ -354,7 +331,7 @@ def test_many_samples_without_a_reference_are_told(command, tmp_path):
     assert "WARNING" not in command("--data", tmp_path).stdout
 
 
-def test_hours_are_by_the_frame_rate_of_the_codec(command, tmp_path):
+def test_hours_are_by_the_frame_rate_of_the_codec(tmp_path):
     write_shard(tmp_path / "a.tar", [("a", parts(4321))])
     usual = command("--data", tmp_path).stdout
     assert (
@@ -375,8 +352,11 @@ def test_names_of_any_bytes_are_read_and_shown(tmp_path):
     made = {**parts(), "json": b'{"text": "a", "speaker": "\\ud800"}'}
     write_shard(folder / os.fsdecode(b"\xe4\n.tar"), [("ü\udce4", made), ("bad", {"npy": b""})])
     environment = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    done = in_process(
-        "--data", os.fsencode(folder).decode("utf-8", "surrogateescape"), **environment
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--data", os.fsencode(folder).decode("utf-8", "surrogateescape")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
     )
     assert done.returncode == 1 and not done.stderr and "samples     1" in done.stdout
     assert "\\udce4\\n.tar bad: missing: no .json" in done.stdout

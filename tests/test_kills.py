@@ -2,7 +2,7 @@
 
 Moments are drawn from when a start first writes something to as long after as a whole run takes,
 and one in four also from before that. The seed of the moments is printed; ECHO_KILL_SEED repeats
-them. A parent imports everything once and forks, so that a start costs little.
+them.
 """
 
 import contextlib
@@ -10,10 +10,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,77 +18,22 @@ import numpy as np
 import pytest
 import soundfile as sf
 from conftest import GOLDEN
+from processes import SCRIPTS, Process, flags
 from shards import make_dataset
 
-TESTS = Path(__file__).parent
-TRAIN = TESTS / "small_train.py"
-PREPARE = TESTS.parent / "scripts" / "prepare.py"
+TRAIN = Path(__file__).parent / "small_train.py"
 STEPS = 12
-PARENT = """
-import json, os, runpy, sys
-import echo_eqx, echo_eqx.train.train_dit, echo_eqx.prepare.encode, echo_eqx.prepare.write, tyro
-for line in sys.stdin:
-    log, *command = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-        os.dup2(1, 2)
-        sys.argv, code = command, 1
-        try:
-            runpy.run_path(command[0], run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
 
 
-class Starter:
-    """Starts commands in processes that are forks of one with everything imported."""
+def start(command: list[object]) -> Process:
+    return Process(*command, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0")
 
-    def __init__(self, folder: Path):
-        self.log = folder / "log"
-        self._parent = subprocess.Popen(
-            [sys.executable, "-c", PARENT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(
-                    [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-                ),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_backend_optimization_level=0",
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            },
-        )
 
-    def start(self, command: list[str]) -> int:
-        assert self._parent.stdin is not None
-        self._parent.stdin.write(json.dumps([str(self.log), *command]) + "\n")
-        self._parent.stdin.flush()
-        return self._answer()
-
-    def wait(self) -> int:
-        """Status of the process that was started."""
-        status = self._answer()
-        assert status in (0, signal.SIGKILL), self.log.read_text()[-3000:]
-        return status
-
-    def _answer(self) -> int:
-        assert self._parent.stdout is not None
-        return int(self._parent.stdout.readline())
-
-    def close(self) -> None:
-        self._parent.communicate()
+def finished(process: Process) -> bool:
+    """Wait for its end: whether it came to it before it was killed."""
+    said = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), said[1][-3000:]
+    return process.returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -109,31 +51,25 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def starter(home) -> Iterator[Starter]:
-    starter = Starter(home)
-    yield starter
-    starter.close()
-
-
-@pytest.fixture(scope="module")
 def seed() -> int:
     return int(os.environ.get("ECHO_KILL_SEED") or random.SystemRandom().randrange(10**6))
 
 
-def train(home: Path, run: Path) -> list[str]:
-    lengths = [
-        "--max_frames",
-        "24",
-        "--max_text_bytes",
-        "32",
-        "--max_speaker_frames",
-        "16",
-        "--batch_size",
-        "4",
-    ]
-    where = ["--data", str(home / "data"), "--run_dir", str(run)]
-    steps = ["--num_steps", str(STEPS), "--checkpoint_every", "2", "--log_every", "1"]
-    return [str(TRAIN), "--model", "nano", *where, *lengths, *steps, "--ema_decay", "0.9"]
+def train(home: Path, run: Path) -> list[object]:
+    settings = flags(
+        model="nano",
+        data=home / "data",
+        run_dir=run,
+        max_frames=24,
+        max_text_bytes=32,
+        max_speaker_frames=16,
+        batch_size=4,
+        num_steps=STEPS,
+        checkpoint_every=2,
+        log_every=1,
+        ema_decay=0.9,
+    )
+    return [TRAIN, *settings]
 
 
 def trained(run: Path) -> dict[str, Any]:
@@ -157,10 +93,11 @@ def trained(run: Path) -> dict[str, Any]:
     }
 
 
-def prepare(home: Path, output: Path) -> list[str]:
-    where = ["--input", str(home / "recordings"), "--output", str(output)]
-    codec = ["--codec", str(GOLDEN / "dacvae_tiny" / "weights.pth")]
-    return [str(PREPARE), *where, *codec, "--shard_samples", "3"]
+def prepare(home: Path, output: Path) -> list[object]:
+    codec = GOLDEN / "dacvae_tiny" / "weights.pth"
+    source = home / "recordings"
+    settings = flags(input=source, output=output, codec=codec, shard_samples=3)
+    return [SCRIPTS / "prepare.py", *settings]
 
 
 def prepared(output: Path) -> dict[str, bytes]:
@@ -180,57 +117,53 @@ def traces(folder: Path) -> int:
     return total
 
 
-def wait_for_traces(folder: Path, before: int, child: int) -> None:
-    """Until something is written below a folder, or the child has ended."""
+def wait_for_traces(folder: Path, before: int, process: Process) -> None:
+    """Until something is written below a folder, or the process has ended."""
     deadline = time.monotonic() + 120
-    with contextlib.suppress(ProcessLookupError):
-        while traces(folder) == before:
-            assert time.monotonic() < deadline, f"nothing new in {folder}"
-            time.sleep(0.002)
-            os.kill(child, 0)
+    while traces(folder) == before and process.poll() is None:
+        assert time.monotonic() < deadline, f"nothing new in {folder}"
+        time.sleep(0.002)
 
 
-def killed(job: str, count: int, home: Path, starter: Starter, seed: int) -> list[str]:
+def killed(job: str, count: int, home: Path, seed: int) -> list[str]:
     """Kill a job `count` times and compare each result; returns when the kills came."""
     command, result = JOBS[job]
     rng = random.Random(f"{seed} {job}")
     whole = home / f"{job}-{count}-whole"
-    child = starter.start(command(home, whole))
-    wait_for_traces(whole, 0, child)
+    process = start(command(home, whole))
+    wait_for_traces(whole, 0, process)
     begun = time.monotonic()
-    assert starter.wait() == 0
+    assert finished(process)
     seconds = time.monotonic() - begun
     expected, moments, number = result(whole), [], 0
     while len(moments) < count:
         folder = home / f"{job}-{count}-{number}"
         begun, before = time.monotonic(), traces(folder)
-        child = starter.start(command(home, folder))
+        process = start(command(home, folder))
         if rng.random() < 3 / 4:  # else before anything is written
-            wait_for_traces(folder, before, child)
+            wait_for_traces(folder, before, process)
         delay = rng.uniform(0, seconds)
         time.sleep(delay)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        if starter.wait() == 0:  # it was quicker, as the first run had to compile
+        process.kill()
+        if finished(process):  # it was quicker, as the first run had to compile
             seconds = max(delay, 0.1)
             assert result(folder) == expected, f"seed {seed}, {moments}"
             number += 1
         else:
             moments.append(f"{time.monotonic() - begun:.2f}")
-    starter.start(command(home, folder))
-    assert starter.wait() == 0
+    assert finished(start(command(home, folder)))
     assert result(folder) == expected, f"seed {seed}, {moments}"
     return moments
 
 
 @pytest.mark.parametrize("job, count", [("train", 4), ("prepare", 2)])
-def test_killed_at_random_moments_the_result_has_the_same_bits(job, count, home, starter, seed):
-    moments = killed(job, count, home, starter, seed)
+def test_killed_at_random_moments_the_result_has_the_same_bits(job, count, home, seed):
+    moments = killed(job, count, home, seed)
     print(f"{job}: seed {seed}, killed after {', '.join(moments)} s")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job, count", [("train", 38), ("prepare", 12)])
-def test_killed_fifty_times_the_result_has_the_same_bits(job, count, home, starter, seed):
-    moments = killed(job, count, home, starter, seed)
+def test_killed_fifty_times_the_result_has_the_same_bits(job, count, home, seed):
+    moments = killed(job, count, home, seed)
     print(f"{job}: seed {seed}, killed after {', '.join(moments)} s")

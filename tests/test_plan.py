@@ -5,14 +5,13 @@ import json
 import math
 import os
 import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.random as jr
 import pytest
+from processes import SCRIPTS, run
 
 from echo_eqx.commands import plan
 from echo_eqx.config import DIT_PRESETS
@@ -26,17 +25,14 @@ from echo_eqx.train.state import abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
 from echo_eqx.trees import named_leaves
 
-PLAN = Path(__file__).parent.parent / "scripts" / "plan.py"
 MESH = "data=2,fsdp=2,tensor=2"
 SHORT = {"batch_size": 16, "max_frames": 24, "max_text_bytes": 20, "max_speaker_frames": 16}
 
 
 def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
     # The command sets XLA_FLAGS itself.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, str(PLAN), *flags], capture_output=True, text=True, env=env
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return run(SCRIPTS / "plan.py", *flags, env=environment)
 
 
 @pytest.fixture(scope="module")

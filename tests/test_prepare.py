@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 from conftest import GOLDEN
+from processes import call
 from safetensors import safe_open
 
 import echo_eqx
@@ -28,7 +28,6 @@ from echo_eqx.prepare.push import _read_dataset
 from echo_eqx.prepare.write import write_silence
 from echo_eqx.train.data import check_codec
 
-PREPARE = Path(__file__).parent.parent / "scripts" / "prepare.py"
 CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
 
 
@@ -58,18 +57,9 @@ def recordings(tmp_path_factory):
     return folder
 
 
-def command(recordings: Path, output: Path, *flags: str) -> list[str]:
-    where = ["--input", str(recordings), "--output", str(output), "--codec", str(CODEC)]
-    return [sys.executable, str(PREPARE), *where, "--shard_samples", "10", *flags]
-
-
 def prepare(recordings: Path, output: Path, *flags: str, code: int = 0) -> str:
-    done = subprocess.run(
-        command(recordings, output, *flags),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+    where = ["--input", recordings, "--output", output, "--codec", CODEC, "--shard_samples", "10"]
+    done = call("prepare", *where, *flags)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

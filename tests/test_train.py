@@ -1,19 +1,17 @@
 """Training runs in real processes: resumed, preempted, spread over several."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from processes import Process, flags
 from shards import make_dataset
 
 import echo_eqx
@@ -24,45 +22,33 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with shards, and a cache of compiled programs that all runs share."""
+    """A folder with shards."""
     folder = tmp_path_factory.mktemp("train")
     make_dataset(folder / "data", shards=8, per_shard=8, latent_dim=128, frames=(3, 40))
     np.save(folder / "data" / "silence.npy", np.full((20, 128), 0.25, np.float16))
     return folder
 
 
-def start(home: Path, run: str, *flags: str, devices: int = 1, folder=None) -> subprocess.Popen:
-    command = [sys.executable, str(TRAIN), "--model", "nano", "--data", str(home / "data")]
-    lengths = [
-        "--max_frames",
-        "24",
-        "--max_text_bytes",
-        "32",
-        "--max_speaker_frames",
-        "16",
-        "--batch_size",
-        "8",
-    ]
-    where = ["--run_dir", str(home / run), "--cache_dir", str(home / "shards")]
-    steps = ["--num_steps", str(STEPS), "--checkpoint_every", "3"]
-    flags_of_xla = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [*command, *lengths, *where, *steps, "--learning_rate", "3e-4", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{flags_of_xla} --xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(home / "xla"),
-        },
+def start(home: Path, run: str, *more: object, devices: int = 1, folder=None) -> Process:
+    settings = flags(
+        model="nano",
+        data=home / "data",
+        max_frames=24,
+        max_text_bytes=32,
+        max_speaker_frames=16,
+        batch_size=8,
+        run_dir=home / run,
+        cache_dir=home / "shards",
+        num_steps=STEPS,
+        checkpoint_every=3,
+        learning_rate=3e-4,
     )
+    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return Process(TRAIN, *settings, *more, cwd=folder, JAX_PLATFORMS="cpu", XLA_FLAGS=xla)
 
 
-def finish(process: subprocess.Popen, code: int = 0, timeout: float = 300) -> str:
-    out, err = process.communicate(timeout=timeout)
+def finish(process: Process, code: int = 0, timeout: float = 300) -> str:
+    out, err = process.communicate(timeout)
     assert process.returncode == code, f"code {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
     return out + err
 
@@ -77,7 +63,7 @@ def losses_of(home: Path, run: str) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition, process: Process, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -122,7 +108,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start_two(home: Path, run: str, *flags: str) -> list[subprocess.Popen]:
+def start_two(home: Path, run: str, *flags: str) -> list[Process]:
     together = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", "2"]
     mesh = ["--mesh", "data=2,fsdp=2,tensor=2"]
     return [

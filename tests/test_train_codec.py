@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -12,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import processes
 import pytest
 import soundfile as sf
 from conftest import max_difference
+from processes import SCRIPTS
 
 import echo_eqx
 from echo_eqx.codec.dacvae import DACVAE
@@ -46,7 +45,6 @@ from echo_eqx.train.codec.step import (
     signal_to_distortion,
 )
 
-TRAIN = Path(__file__).parent.parent / "scripts" / "train_codec.py"
 SIZES = CodecConfig(
     encoder_dim=4,
     encoder_rates=(4, 5),
@@ -309,18 +307,8 @@ def train(home: Path, recordings: Path, run: str, *flags: str, code: int = 0) ->
     source = ["--data", str(recordings), "--run_dir", str(home / run)]
     sizes = "--sample_rate 8000 --encoder_dim 4 --encoder_rates 4 5 --latent_dim 3".split()
     lengths = "--decoder_dim 12 --crop_seconds 0.1 --batch_size 4 --log_every 1".split()
-    done = subprocess.run(
-        [sys.executable, str(TRAIN), *source, *sizes, *lengths, *flags],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(home / "xla"),
-        },
-    )
+    options = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = processes.run(SCRIPTS / "train_codec.py", *source, *sizes, *lengths, *flags, **options)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from conftest import random_model
+from processes import call
 from shards import make_dataset
 
 import echo_eqx
@@ -35,8 +33,6 @@ from echo_eqx.train.setup import compile_step
 from echo_eqx.train.state import init_state
 from echo_eqx.train.step import abstract_batch
 from echo_eqx.train.train_dit import lower_step, train
-
-TRAIN = Path(__file__).parent.parent / "scripts" / "train.py"
 
 
 @pytest.fixture(scope="module")
@@ -191,18 +187,15 @@ def test_settings_go_through_json(tmp_path):
 def test_flags_override_a_file_and_the_command_says_one_sentence(tmp_path):
     config = dataclasses.replace(TRAIN_PRESETS["tiny"], data=str(tmp_path / "none"), num_steps=7)
     (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
-    command = [sys.executable, str(TRAIN), "--config", str(tmp_path / "c.json")]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [*command, "--num_steps", "9", "--help"], capture_output=True, text=True, env=env
-    )
+    file = ["--config", tmp_path / "c.json"]
+    done = call("train", *file, "--num_steps", 9, "--help")
     assert "(default: 7)" in done.stdout and "(default: 16)" in done.stdout
     for flags, code, said in [
         ((), 1, "none does not exist"),
         (("--num_steps", "-3"), 2, "num_steps is -3"),
         (("--mesh", "rows=1"), 2, "expected mesh sizes such as"),
     ]:
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, env=env)
+        done = call("train", *file, *flags)
         assert done.returncode == code, done.stderr
         assert done.stderr.startswith("error: ") and said in done.stderr
         assert len(done.stderr.splitlines()) == 1

@@ -1,6 +1,7 @@
 """Filling an abstract model with arrays: every leaf once, every source tensor once, all finite."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -9,8 +10,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
-from echo_eqx.trees import leaf_names
+from echo_eqx.generation import GenerationConfig
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.trees import cast, leaf_names
 
 T = TypeVar("T")
 FLOATS = {np.dtype(kind) for kind in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)}
@@ -34,6 +39,20 @@ class Sources:
 def single(arrays: list[np.ndarray]) -> np.ndarray:
     (array,) = arrays
     return array
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_model(
+    config: DiTConfig | CodecConfig, generation: GenerationConfig, dtype: Any
+) -> Any:
+    """A model of `ShapeDtypeStruct`s. It is kept, since tracing an initializer takes a second."""
+
+    def init() -> EchoDiT | DACVAE:
+        if isinstance(config, CodecConfig):
+            return DACVAE.init(config, key=jax.random.key(0))
+        return EchoDiT.init(config, generation, key=jax.random.key(0))
+
+    return jax.eval_shape(lambda: cast(init(), dtype))
 
 
 def load_into(

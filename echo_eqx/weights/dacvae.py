@@ -4,15 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError
+from echo_eqx.generation import GenerationConfig
 from echo_eqx.json_data import from_json
-from echo_eqx.trees import cast
-from echo_eqx.weights.assemble import Sources, check_memory, load_into, single
+from echo_eqx.weights.assemble import Sources, abstract_model, check_memory, load_into, single
 from echo_eqx.weights.torch_file import read_torch_file, tensors
 
 Tensors = dict[str, np.ndarray]
@@ -27,7 +26,7 @@ def load_dacvae_pth(path: Path, dtype: Any) -> DACVAE:
     content = read_torch_file(path)
     source = tensors(content.get("state_dict"), path)
     config = _config(content, source, path)
-    skeleton = jax.eval_shape(lambda: cast(DACVAE.init(config, key=jax.random.key(0)), dtype))
+    skeleton = abstract_model(config, GenerationConfig(), dtype)
     check_memory(skeleton, str(path))
     return load_into(skeleton, lambda leaf: _sources(leaf, config), source, source, str(path))
 

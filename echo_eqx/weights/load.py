@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,8 +13,15 @@ from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.trees import cast
-from echo_eqx.weights.assemble import Arrays, Sources, check_memory, check_sizes, load_into, single
+from echo_eqx.weights.assemble import (
+    Arrays,
+    Sources,
+    abstract_model,
+    check_memory,
+    check_sizes,
+    load_into,
+    single,
+)
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.dacvae import load_dacvae_pth
 from echo_eqx.weights.find import find_candidates
@@ -181,12 +187,7 @@ def _load_leaves(
 ) -> Any:
     check_sizes(config, shapes, str(path))
 
-    def init() -> EchoDiT | DACVAE:
-        if isinstance(config, CodecConfig):
-            return DACVAE.init(config, key=jax.random.key(0))
-        return EchoDiT.init(config, generation, key=jax.random.key(0))
-
-    skeleton = jax.eval_shape(lambda: cast(init(), dtype))
+    skeleton = abstract_model(config, generation, dtype)
     check_memory(skeleton, str(path))
     return load_into(skeleton, lambda leaf: Sources([leaf], single), arrays, shapes, str(path))
 
@@ -199,6 +200,6 @@ def _load_published(
     names: Iterable[str],
     arrays: Arrays,
 ) -> EchoDiT:
-    skeleton = jax.eval_shape(lambda: cast(EchoDiT.init(config, key=jax.random.key(0)), dtype))
+    skeleton = abstract_model(config, GenerationConfig(), dtype)
     check_memory(skeleton, str(path))
     return load_into(skeleton, lambda leaf: sources(leaf, config), arrays, names, str(path))

@@ -11,12 +11,6 @@ import shutil  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-# Devices to lay meshes over; what does not ask for them runs on the first.
-# Programs run for moments here, so they are compiled quickly rather than well.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
-
 # What one test compiled, others find: in this process, in other workers, and in the commands that
 # tests start, which inherit the folder.
 OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
@@ -27,6 +21,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from processes import xla_flags  # noqa: E402
 
 import echo_eqx  # noqa: E402
 from echo_eqx.cli import log_to_stderr  # noqa: E402
@@ -34,6 +29,8 @@ from echo_eqx.trees import leaf_names  # noqa: E402
 
 log_to_stderr()
 logging.getLogger("echo_eqx").propagate = True  # for caplog
+# Devices to lay meshes over; what does not ask for them runs on the first.
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network

@@ -26,6 +26,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["echo_eqx", *(f"echo_eqx.commands.{name}" for name in COMMANDS)])
 
 
+def xla_flags(devices: int = 1) -> str:
+    """Programs run for moments in tests, so they are compiled quickly rather than well."""
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    return f"--xla_force_host_platform_device_count={devices} {quick}"
+
+
 def flags(**values: object) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 

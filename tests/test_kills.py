@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 from conftest import GOLDEN
-from processes import SCRIPTS, Process, flags
+from processes import SCRIPTS, Process, flags, xla_flags
 from shards import make_dataset
 
 TRAIN = Path(__file__).parent / "small_train.py"
@@ -26,7 +26,7 @@ STEPS = 12
 
 
 def start(command: list[object]) -> Process:
-    return Process(*command, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0")
+    return Process(*command, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags())
 
 
 def finished(process: Process) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from processes import Process, flags
+from processes import Process, flags, xla_flags
 from shards import make_dataset
 
 import echo_eqx
@@ -43,8 +43,8 @@ def start(home: Path, run: str, *more: object, devices: int = 1, folder=None) ->
         checkpoint_every=3,
         learning_rate=3e-4,
     )
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return Process(TRAIN, *settings, *more, cwd=folder, JAX_PLATFORMS="cpu", XLA_FLAGS=xla)
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+    return Process(TRAIN, *settings, *more, cwd=folder, **environment)
 
 
 def finish(process: Process, code: int = 0, timeout: float = 300) -> str:

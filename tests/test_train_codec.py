@@ -13,7 +13,7 @@ import processes
 import pytest
 import soundfile as sf
 from conftest import max_difference
-from processes import SCRIPTS
+from processes import SCRIPTS, xla_flags
 
 import echo_eqx
 from echo_eqx.codec.dacvae import DACVAE
@@ -307,7 +307,7 @@ def train(home: Path, recordings: Path, run: str, *flags: str, code: int = 0) ->
     source = ["--data", str(recordings), "--run_dir", str(home / run)]
     sizes = "--sample_rate 8000 --encoder_dim 4 --encoder_rates 4 5 --latent_dim 3".split()
     lengths = "--decoder_dim 12 --crop_seconds 0.1 --batch_size 4 --log_every 1".split()
-    options = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    options = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
     done = processes.run(SCRIPTS / "train_codec.py", *source, *sizes, *lengths, *flags, **options)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr

@@ -115,7 +115,6 @@ def run(
 def _run_script(
     args: list[str], environment: dict[str, str], cwd: Path, output: list[Path]
 ) -> None:
-    import huggingface_hub.constants
     import jax
 
     for number, path in enumerate(output, 1):
@@ -126,7 +125,8 @@ def _run_script(
     os.environ.clear()
     os.environ.update(environment)
     # What JAX and the Hub read from the environment when they are imported.
-    importlib.reload(huggingface_hub.constants)
+    if hub := sys.modules.get("huggingface_hub.constants"):
+        importlib.reload(hub)
     for name in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):
         jax.config.update(name.lower(), environment.get(name))
     sys.argv = args

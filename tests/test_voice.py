@@ -1,15 +1,12 @@
 """The voice in the package: it speaks, is understood, and trains on."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pytest
 from conftest import DATA
+from processes import SCRIPTS, call, flags, run
 
 import echo_eqx
 from echo_eqx import voice
@@ -17,31 +14,6 @@ from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.voice.evaluate import generate, reference_files
 from echo_eqx.voice.grammar import held_out_texts, training_texts
 from echo_eqx.voice.similarity import dtw_distances, mel_cepstra
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def run(home: Path, script: str, *flags: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *flags],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=home,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": str(home / "xla"),
-        },
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("voice")
 
 
 def test_everything_that_ships_is_small_and_whole():
@@ -70,19 +42,24 @@ def test_held_out_sentences_are_understood():
         assert np.argmin(dtw_distances(cepstra, originals)) == i
 
 
-def test_training_on_the_shards_in_the_package_lowers_the_loss_and_speaks(home):
-    flags = "--num_steps 30 --batch_size 8 --checkpoint_every 30 --sample_every 0 --log_every 10"
-    run(home, "train.py", *flags.split(), "--run_dir", "run")
-    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").open()]
+def test_training_on_the_shards_in_the_package_lowers_the_loss_and_speaks(tmp_path):
+    settings = flags(
+        num_steps=30, batch_size=8, checkpoint_every=30, sample_every=0, log_every=10, run_dir="run"
+    )
+    # With XLA's optimizations, for thirty steps take longer than compiling.
+    done = run(SCRIPTS / "train.py", *settings, cwd=tmp_path, XLA_FLAGS="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     losses = [line["loss"] for line in lines]
     assert len(losses) == 30 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     # The run knows its codec and settings, and so does its export.
     checkpoint = ["--checkpoint", "run", "--steps", "4", "--json"]
-    run(home, "infer.py", "--text", "Hello.", "--output", "early.wav", *checkpoint)
-    described = json.loads((home / "early.json").read_text())
+    done = call("infer", *flags(text="Hello.", output="early.wav"), *checkpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "early.json").read_text())
     assert described["steps"] == 4 and described["cfg_scale"] == voice.SETTINGS.cfg_scale
     assert described["codec"]["source"] == "voice"
-    exported = echo_eqx.load_dit(home / "run" / "checkpoints" / "step_000000030.safetensors")
-    assert exported.generation == echo_eqx.load_dit(home / "run").generation
+    exported = echo_eqx.load_dit(tmp_path / "run" / "checkpoints" / "step_000000030.safetensors")
+    assert exported.generation == echo_eqx.load_dit(tmp_path / "run").generation
     assert exported.generation.sampler == voice.SETTINGS
-    assert (home / "early.wav").stat().st_size > 1000
+    assert (tmp_path / "early.wav").stat().st_size > 1000

@@ -167,7 +167,11 @@ CASES = {
     "unknown flag": (["@", "--text", "Hi.", "--stepz", 3], 2, "stepz"),
     "bad guidance": (["@", "--text", "Hi.", "--guidance", "both"], 2, "both"),
     "long duration": (["@", "--text", "Hi.", "--duration", 60], 2, "got 60.0 s"),
-    "suffix": (["@", "--text", "Hi.", "--output", "out.mp3"], 1, "'.mp3'; wanted .wav or .flac"),
+    "suffix": (
+        ["@", "--text", "Hi.", "--output", "out.mp3"],
+        1,
+        "expected .wav or .flac, got '.mp3'",
+    ),
     "unwritable": (
         ["@", "--text", "Hi.", "--output", "/proc/out.wav"],
         1,
@@ -191,7 +195,7 @@ CASES = {
     "Hub offline": (["--checkpoint", "a/b", "--text", "Hi."], 1, "a/b"),
     "missing voice": (["@", "--text", "Hi.", "--speaker_ref", "no.wav"], 1, "no.wav does not"),
     "folder as voice": (["@", "--text", "Hi.", "--speaker_ref", "{folder}"], 1, "is not a file"),
-    "voice of text": (["@", "--text", "Hi.", "--speaker_ref", "{note.txt}"], 1, "decoded"),
+    "voice of text": (["@", "--text", "Hi.", "--speaker_ref", "{note.txt}"], 1, "got text"),
     "loudness of NaN": (
         ["@", "--text", "Hi.", "--speaker_ref", DATA / "speech.wav", "--speaker_lufs", "nan"],
         2,

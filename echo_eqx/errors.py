@@ -2,7 +2,7 @@
 
 
 class EchoError(Exception):
-    """Something given could not be used. The message names it, what came and what was wanted."""
+    """An input cannot be used. The message names it: `expected X, got Y`, and what to do."""
 
     exit_code = 1
 

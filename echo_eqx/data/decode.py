@@ -218,7 +218,7 @@ def _check_given(source: AudioSource, name: str) -> None:
 
 
 def _is_text(file: io.BufferedIOBase) -> bool:
-    """Whether the file begins as text does, so that it is no recording of any kind."""
+    """Whether the file starts like text, so that it cannot be a recording."""
     head = read_at(file, 0, 512)
     text = head.decode("utf-8", "replace").removesuffix("\ufffd")
     return bool(text.strip()) and all(char.isprintable() or char.isspace() for char in text)

@@ -78,13 +78,16 @@ def load_into(
         source = sources(leaf_name)
         tensors = [_checked(name, known, arrays, where) for name in source.names]
         shapes = " and ".join(sorted({str(tensor.shape) for tensor in tensors}))
-        wrong = f"{where}: {source.names[0]} has the shape {shapes}"
+        got = f"got {source.names[0]} of shape {shapes}"
         try:
             array = source.assemble(tensors)
         except (ValueError, IndexError) as error:
-            raise EchoError(f"{wrong}, which does not fit: {error}") from None
+            raise EchoError(f"{where}: {leaf_name}: {got}, which does not fit: {error}") from None
         if array.shape != leaf.shape:
-            raise EchoError(f"{wrong}; as {leaf_name} it gives {array.shape}, wanted {leaf.shape}")
+            raise EchoError(
+                f"{where}: {leaf_name}: expected shape {leaf.shape}, got {array.shape} "
+                f"(from {source.names[0]} of shape {shapes})"
+            )
         unused.difference_update(source.names)
         # A copy of its own, cast here: views of the file stay behind and nothing is compiled.
         filled.append(jax.device_put(array.astype(leaf.dtype)))
@@ -101,7 +104,7 @@ def _checked(name: str, known: set[str], arrays: Arrays, where: str) -> np.ndarr
         raise EchoError(f"{where}: tensor {name} is missing")
     array = arrays[name]
     if array.dtype not in FLOATS:
-        raise EchoError(f"{where}: {name} has type {array.dtype}; wanted floating numbers")
+        raise EchoError(f"{where}: {name}: expected floating-point numbers, got {array.dtype}")
     if not np.isfinite(array.astype(np.float32, copy=False)).all():
         raise EchoError(f"{where}: {name} has values that are not finite")
     return array

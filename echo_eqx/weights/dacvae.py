@@ -35,7 +35,7 @@ def _config(content: dict, source: Tensors, path: Path) -> CodecConfig:
     metadata = content.get("metadata")
     kwargs = metadata.get("kwargs") if isinstance(metadata, dict) else None
     if not isinstance(kwargs, dict):
-        raise EchoError(f"{path} has no metadata with kwargs; wanted a published DACVAE file")
+        raise EchoError(f"{path}: expected a published DACVAE file, got no metadata kwargs")
     ours = {
         "encoder_dim": "encoder_dim",
         "encoder_rates": "encoder_rates",
@@ -163,9 +163,9 @@ def _sum(arrays: list[np.ndarray]) -> np.ndarray:
 def _fold_weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
     """`g * v / |v|`, the norm over all axes but the first (Salimans & Kingma, arXiv:1602.07868)."""
     if g.shape != (v.shape[0], 1, 1):
-        raise ValueError("a length per channel was wanted")
+        raise ValueError(f"expected one weight_g for each channel, got shape {g.shape}")
     wide = v.astype(np.float64)
     norm = np.sqrt(np.sum(wide**2, axis=(1, 2), keepdims=True))
     if not norm.all():
-        raise ValueError("a channel of length zero has no direction")
+        raise ValueError("a channel of weight_v is zero, so it has no direction")
     return (g.astype(np.float64) * wide / norm).astype(np.float32)

@@ -80,7 +80,7 @@ def read_flax_checkpoint(path: Path) -> FlaxCheckpoint:
 
 def _checkpoint(tree: Any, path: Path) -> FlaxCheckpoint:
     if not isinstance(tree, dict) or "params" not in tree:
-        raise EchoError(f"{path} holds no 'params'; wanted a dict with params, opt_state, step")
+        raise EchoError(f"{path}: expected a dict with params, opt_state and step, got no params")
     params = _flatten(tree["params"], path)
     prefix = shared_prefix(params, "/")  # "params/", or that of a wrapper
     adam = _find_adam(tree.get("opt_state"), path)
@@ -103,7 +103,7 @@ def _counter(tree: dict, name: str, path: Path) -> int:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, int):
-        raise EchoError(f"{path}: {name} is a {type(value).__name__}; wanted a number")
+        raise EchoError(f"{path}: {name}: expected a number, got a {type(value).__name__}")
     return value
 
 
@@ -148,7 +148,7 @@ def _flatten(tree: Any, path: Path) -> dict[str, np.ndarray]:
         elif isinstance(value, np.ndarray):
             out[name] = value
         elif not (isinstance(value, Record) and value.name == "MaskedNode"):
-            raise EchoError(f"{path}: {name} is a {type(value).__name__}; wanted an array")
+            raise EchoError(f"{path}: {name}: expected an array, got a {type(value).__name__}")
 
     visit(tree, "", 0)
     return out

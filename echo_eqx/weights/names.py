@@ -182,11 +182,11 @@ class _CheckedShapes:
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
-            raise EchoError(f"tensor {name} is missing; wanted an EchoDiT")
+            raise EchoError(f"expected an EchoDiT, but tensor {name} is missing")
         shape = self.tensors[name]
         rank = 1 if "norm" in name and "q_norm" not in name else 2
         if len(shape) != rank or 0 in shape:
-            raise EchoError(f"tensor {name} has shape {shape}; wanted {rank} dimensions")
+            raise EchoError(f"tensor {name}: expected {rank} dimensions, got shape {shape}")
         return shape
 
     def count_layers(self, pattern: str) -> int:

@@ -49,9 +49,9 @@ def save(
     """
     path = Path(path)
     if dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if layout not in ("echo_eqx", "pytorch"):
-        raise UsageError(f"layout is {layout!r}; expected echo_eqx or pytorch")
+        raise UsageError(f"layout: expected echo_eqx or pytorch, got {layout!r}")
     leaves = {name: np.asarray(leaf, np.float32) for name, leaf in named_leaves(model).items()}
     if layout == "pytorch":
         if not isinstance(model, EchoDiT):
@@ -96,7 +96,7 @@ def native_kind(file: SafetensorsFile | ShardedSafetensors) -> str | None:
         return None
     kind = file.metadata.get("kind")
     if kind not in ("dit", "codec"):
-        raise EchoError(f"{file.path} says it holds a {kind!r}; wanted 'dit' or 'codec'")
+        raise EchoError(f"{file.path}: expected a file of kind dit or codec, got {kind!r}")
     return kind
 
 
@@ -129,5 +129,5 @@ def generation_metadata(generation: GenerationConfig) -> dict[str, str]:
 def array_dtype(name: str) -> Any:
     """A dtype of parameters by name, for `load_dit` and `load_codec`."""
     if name not in DTYPES:
-        raise UsageError(f"dtype is {name!r}; wanted one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     return jnp.dtype(DTYPES[name])

@@ -114,8 +114,8 @@ class _Machine:
             op = _OPS.get(self.data[position])
             if op is None:
                 raise EchoError(
-                    f"byte {self.data[position]:#x} at {position} is no pickle opcode; "
-                    "wanted a pickle"
+                    f"expected a pickle, got byte {self.data[position]:#x} at {position}, which is "
+                    "not an opcode"
                 )
             argument, position = self._argument(op, position + 1)
             if op.name == "STOP":
@@ -141,7 +141,7 @@ class _Machine:
             end = position + length
         if not position <= end <= len(self.data):
             raise EchoError(
-                f"the pickle is truncated: {op.name} wants {end - position} bytes, "
+                f"the pickle is truncated: {op.name} needs {end - position} bytes, "
                 f"{len(self.data) - position} are left"
             )
         return self.data[position:end], end
@@ -165,7 +165,7 @@ class _Machine:
                 stack.append(int.from_bytes(argument, "little"))
             case "LONG1" | "LONG4":
                 if len(argument) > 16:
-                    raise EchoError(f"an integer of {len(argument)} bytes; wanted at most 16")
+                    raise EchoError(f"expected an integer of at most 16 bytes, got {len(argument)}")
                 stack.append(int.from_bytes(argument, "little", signed=True))
             case "INT" | "LONG":
                 text = bytes(argument[:40]).decode("ascii").strip().rstrip("L")
@@ -292,13 +292,13 @@ def _checked_key(key: Any) -> Any:
     # A tuple that holds one tuple twice, forty levels deep, is small but takes years to hash or
     # print. So nothing else is a key, and error messages print no value of unknown type.
     if not isinstance(key, str) or len(key) > _MAX_KEY:
-        raise EchoError("a dict key that is no short string is refused")
+        raise EchoError("expected short strings as dict keys, got another key")
     return key
 
 
 def _expect(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"a {type(value).__name__} where a {kind.__name__} was wanted")
+        raise TypeError(f"expected a {kind.__name__}, got a {type(value).__name__}")
     return value
 
 
@@ -334,7 +334,7 @@ def array_from_bytes(data: Any, dtype: np.dtype, shape: Any, fortran: Any) -> np
     if not isinstance(data, bytes | memoryview):
         raise EchoError("an array has no bytes")
     if not is_shape(shape):
-        raise EchoError("the shape of an array is no short tuple of sizes")
+        raise EchoError("expected the shape of an array to be a short tuple of sizes")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise EchoError(f"an array of shape {shape} and type {dtype} has {len(data)} bytes of data")
     flat = np.frombuffer(data, dtype)
@@ -354,7 +354,7 @@ def _frombuffer(args: tuple) -> Record:
     array = array_from_bytes(data, dtype_of(dtype), shape, order == "F")
     if axes:  # NumPy 2 writes an array of another memory layout as the layout and its axes
         if not is_shape(axes[0]):
-            raise EchoError("the axes of an array are no short tuple")
+            raise EchoError("expected the axes of an array to be a short tuple")
         array = array.transpose(axes[0])
     return Record("ndarray", (array,))
 

@@ -97,11 +97,11 @@ def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
             raise EchoError(f"{path}: entry {entry.filename!r} is compressed, which is refused")
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise EchoError(f"{path} has {len(pickles)} entries data.pkl; wanted one")
+        raise EchoError(f"{path}: expected one entry data.pkl, got {len(pickles)}")
     folder = pickles[0].removesuffix("data.pkl")
     order = entries.get(folder + "byteorder")
     if order is not None and archive.read(order).strip() != b"little":
-        raise EchoError(f"{path} is big-endian; wanted little-endian")
+        raise EchoError(f"{path}: expected little-endian numbers, got big-endian")
 
     storages: dict[str, np.ndarray] = {}
 
@@ -110,7 +110,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
             case ("storage", Global(name), str(key), _, int(count)):
                 dtype = _STORAGES[name.rsplit(".", 1)[1]]
             case _:
-                raise EchoError("a persistent id is no storage")
+                raise EchoError("expected a storage, got another persistent id")
         if key not in storages:
             entry = entries.get(f"{folder}data/{key}")
             if entry is None:
@@ -127,19 +127,19 @@ def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
 
     value = load(archive.read(pickles[0]), str(path), KNOWN, storage)
     if not isinstance(value, dict):
-        raise EchoError(f"{path} holds a {type(value).__name__}; wanted a dict of tensors")
+        raise EchoError(f"{path}: expected a dict of tensors, got a {type(value).__name__}")
     return value
 
 
 def tensors(state_dict: Any, path: Path) -> dict[str, np.ndarray]:
     """Arrays of a state dict by name."""
     if not isinstance(state_dict, dict):
-        raise EchoError(f"{path} has no state_dict; wanted a dict of tensors")
+        raise EchoError(f"{path}: expected a state_dict, got a {type(state_dict).__name__}")
     out = {}
     prefix = shared_prefix(state_dict)
     for name, value in state_dict.items():
         if not (isinstance(value, Record) and value.name == "tensor"):
-            raise EchoError(f"{path}: {name} is no tensor")
+            raise EchoError(f"{path}: {name}: expected a tensor, got a {type(value).__name__}")
         try:
             out[name.removeprefix(prefix)] = _tensor(value.args, f"{path}: {name}")
         except PARSE_ERRORS as error:
@@ -150,7 +150,7 @@ def tensors(state_dict: Any, path: Path) -> dict[str, np.ndarray]:
 def _tensor(args: tuple, where: str) -> np.ndarray:
     storage, offset, size, stride = args[:4]
     if not (is_shape(size) and is_shape(stride) and is_shape((offset,))):
-        raise EchoError(f"{where}: offset, size or stride is no short tuple of sizes")
+        raise EchoError(f"{where}: expected offset, size and stride to be short tuples of sizes")
     count = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if count and (last >= len(storage) or count > len(storage)):

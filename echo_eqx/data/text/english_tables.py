@@ -50,7 +50,7 @@ WORDS = {
 }  # fmt: skip
 # Their full stop ends a sentence too.
 MAY_END = ("etc.", "Inc.", "Ltd.", "Corp.", "Co.", "Jr.", "Sr.", "et al.", "Ave.", "Blvd.", "Rd.")
-# Capitalised words before `St.` or `Dr.` that are no name of a street.
+# Capitalised words before `St.` or `Dr.` that are not the name of a street.
 NOT_STREETS = "On In At To By For From With The And But Near Ask Tell See Call My Our".split()
 SYMBOLS = {
     "&": "and", "+": "plus", "=": "equals", "@": "at", "%": "percent", "×": "times",

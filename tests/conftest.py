@@ -19,12 +19,14 @@ if OWN_CACHE:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from processes import xla_flags  # noqa: E402
 
 import echo_eqx  # noqa: E402
 from echo_eqx.cli import log_to_stderr  # noqa: E402
+from echo_eqx.flow.objective import frame_weight, squared_errors  # noqa: E402
 from echo_eqx.trees import leaf_names  # noqa: E402
 
 log_to_stderr()
@@ -101,3 +103,9 @@ def random_model(kind, config, scale: float = 0.1, seed: int = 0):
 
 def max_difference(a, b) -> float:
     return float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
+
+
+def flow_loss(dit, batch, sample, *, valid_frames_only=False):
+    """The loss of one device: the mean over all frames, or over those of the recordings."""
+    weight = frame_weight(batch, valid_frames_only)
+    return jnp.sum(squared_errors(dit, batch, sample) * weight) / jnp.sum(weight)

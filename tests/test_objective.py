@@ -9,9 +9,9 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from conftest import GOLDEN, max_difference
+from conftest import GOLDEN, flow_loss, max_difference
 
-from echo_eqx.flow.objective import Batch, NoiseSample, flow_loss, sample_noise, sample_timesteps
+from echo_eqx.flow.objective import Batch, NoiseSample, sample_noise, sample_timesteps
 from echo_eqx.train.config import OptimizerConfig
 from echo_eqx.train.optimizer import (
     adamw_update,

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from conftest import random_model
+from conftest import flow_loss, random_model
 
 from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import UsageError
-from echo_eqx.flow.objective import Batch, flow_loss, sample_noise
+from echo_eqx.flow.objective import Batch, sample_noise
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import batch_sharding, check_batch, mesh_shape
 from echo_eqx.sharding.specs import check_mesh, parameter_spec, state_shardings

@@ -9,10 +9,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 import test_sharding
-from conftest import random_model
+from conftest import flow_loss, random_model
 from test_sharding import mesh_of
 
-from echo_eqx.flow.objective import flow_loss, sample_noise, squared_errors
+from echo_eqx.flow.objective import sample_noise, squared_errors
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.state import sharded_abstract_state

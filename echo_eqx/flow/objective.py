@@ -102,15 +102,6 @@ def squared_errors(
     return jnp.mean(jnp.square(velocity - (sample.noise - batch.latents)), axis=-1)
 
 
-def flow_loss(
-    dit: EchoDiT, batch: Batch, sample: NoiseSample, *, valid_frames_only: bool = False
-) -> Float[Array, ""]:
-    """Mean squared error over all frames, or only over the frames of recordings."""
-    errors = squared_errors(dit, batch, sample)
-    weight = frame_weight(batch, valid_frames_only)
-    return jnp.sum(errors * weight) / jnp.sum(weight)
-
-
 def frame_weight(batch: Batch, valid_frames_only: bool) -> Float[Array, "b t"]:
     weight = batch.frame_mask if valid_frames_only else jnp.ones_like(batch.frame_mask)
     return weight.astype(jnp.float32)

@@ -25,7 +25,7 @@ class TrainData:
     """Shards of a source, checked as far as possible without downloading them."""
 
     def __init__(self, source: str, config: TrainConfig, sizes: DiTConfig, mesh: Mesh):
-        self._config, self._mesh = config, mesh
+        self._config = config
         self._cache_dir = expand(config.cache_dir)
         self.shard_index = list_shards(source, self._cache_dir)
         width = loader.first_width(self.shard_index)

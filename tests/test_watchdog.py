@@ -29,9 +29,9 @@ DAY = 86400.0
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, *options: str):
+def mounted(folder: Path):
     folder.mkdir(exist_ok=True)
-    command = ["mount", *(options or ("-t", "tmpfs", "-o", "size=8m", "tmpfs")), str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system takes root")
     try:
@@ -244,7 +244,7 @@ def test_what_another_process_holds_stays(disk, kind):
     assert watched.paths() == [*paths, snapshot, checkpoint]
 
 
-def test_links_and_mounts_are_not_followed(disk, tmp_path):
+def test_links_are_not_followed(disk, tmp_path):
     outside = tmp_path / "outside"
     runs, cache, hub = disk / "runs", disk / "cache", disk / "hub"
     for n in (1, 2, 3):  # a run elsewhere, linked to in three ways
@@ -268,12 +268,9 @@ def test_links_and_mounts_are_not_followed(disk, tmp_path):
     for link, target in links.items():
         link.symlink_to(target)
     before = sorted(outside.rglob("*"))
-    mount = step(runs / "own", 2)
-    shutil.rmtree(mount)
-    with mounted(mount, "--bind", str(outside / "run" / "checkpoints" / "step_000000002")):
-        watched = Watched(disk, ALL)
-        watched.check()
-        assert watched.paths() == [runs / "own" / "checkpoints" / "step_000000008"]
+    watched = Watched(disk, ALL)
+    watched.check()
+    assert watched.paths() == [runs / "own" / "checkpoints" / "step_000000008"]
     assert sorted(outside.rglob("*")) == before
     assert all(link.is_symlink() for link in links)
 

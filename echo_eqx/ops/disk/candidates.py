@@ -2,30 +2,19 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 from huggingface_hub import scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
-from huggingface_hub.utils import CachedRepoInfo, CachedRevisionInfo, HFCacheInfo
 from huggingface_hub.utils import logging as hub_logging
 
-from echo_eqx.ops.disk.files import (
-    InUse,
-    allocated_bytes,
-    crosses_mount,
-    is_file,
-    is_folder,
-    locked,
-    unused_bytes,
-)
-from echo_eqx.ops.disk.log import EventLog
+from echo_eqx.ops.disk.log import EventLog, InUse
 from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, find_checkpoints, step_of
 from echo_eqx.weights.checkpoint.retention import (
     Retention,
@@ -55,80 +44,98 @@ class Candidate:
     delete: Callable[[], object]
 
 
+def is_file(path: Path) -> bool:
+    """Whether `path` is a regular file and not a link to one."""
+    return path.is_file() and not path.is_symlink()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[os.stat_result]:
+    """Hold an exclusive lock on a file. **Raises**: `InUse` if another process holds one."""
+    # NFS grants an exclusive lock only on a file that is open for writing.
+    with path.open("rb+" if os.access(path, os.W_OK) else "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse from None
+        status = os.fstat(file.fileno())
+        if not os.path.samestat(status, path.lstat()):
+            raise InUse  # it was replaced meanwhile
+        yield status
+
+
+def unused_bytes(path: Path) -> int:
+    """Disk space of a file, or of all files in a folder. **Raises**: `InUse` if one is locked."""
+    size = 0
+    for file in filter(is_file, (path, *path.rglob("*"))):
+        with locked(file) as status:
+            size += allocated_bytes(status)
+    return size
+
+
+def allocated_bytes(status: os.stat_result) -> int:
+    """What deleting the file frees: nothing while it has other names."""
+    return status.st_blocks * 512 if status.st_nlink == 1 else 0
+
+
 def cached_shards(folder: Path, log: EventLog) -> Iterator[Candidate]:
     """Shards that the trainer marked as read (modification time 0), then stalled downloads."""
-
-    def is_read(modified: float) -> bool:
-        return modified == 0
-
-    def is_stalled(modified: float) -> bool:
-        return time.time() - modified > STALLED_SECONDS
-
-    for names, kind, reason, is_due in (
-        (_SHARD, "shard", "already read", is_read),
-        (_PARTIAL, "download", "stalled", is_stalled),
+    for names, kind, reason in (
+        (_SHARD, "shard", "already read"),
+        (_PARTIAL, "download", "stalled"),
     ):
+        paths = []
         with log.skipping(folder):
-            for path in sorted(folder.iterdir()):
-                if names.fullmatch(path.name) and is_file(path):
-                    with log.skipping(path):
-                        with locked(path) as status:
-                            size, due = allocated_bytes(status), is_due(status.st_mtime)
-                        if due and not crosses_mount(path, folder):
-                            delete = functools.partial(_delete_cached, path, is_due)
-                            yield Candidate(kind, path, size, reason, delete)
+            paths = [path for path in sorted(folder.iterdir()) if names.fullmatch(path.name)]
+        for path in filter(is_file, paths):
+            with log.skipping(path):
+                with locked(path) as status:
+                    modified = status.st_mtime
+                stalled = time.time() - modified > STALLED_SECONDS
+                if modified == 0 if kind == "shard" else stalled:
+                    delete = functools.partial(_delete_cached, path, modified)
+                    yield Candidate(kind, path, allocated_bytes(status), reason, delete)
 
 
-def _delete_cached(path: Path, is_due: Callable[[float], bool]) -> None:
+def _delete_cached(path: Path, modified: float) -> None:
     with locked(path) as status:
-        if not is_due(status.st_mtime):
+        if status.st_mtime != modified:
             raise InUse  # it was requested again
         path.unlink()
 
 
 def stale_revisions(folder: Path, days: float, log: EventLog) -> Iterator[Candidate]:
     """Revisions in the Hub's cache with a newer one, then repositories unused for `days`."""
-    tried: set[Path] = set()
-    while True:
-        # Scanned after each deletion: a file that two revisions share is deleted with the second.
-        try:
-            cache = scan_cache_dir(folder)
-        except (OSError, ValueError, CacheNotFound) as error:
-            return log.error(folder, error)
-        stale = next((item for item in _stale(cache, days) if item[0] not in tried), None)
-        if stale is None:
-            return
-        path, repo, revisions, reason = stale
-        tried.add(path)
-        strategy = cache.delete_revisions(*(revision.commit_hash for revision in revisions))
-        paths = (*strategy.repos, *strategy.snapshots, *strategy.refs, *strategy.blobs)
+    found = []
+    with log.skipping(folder):
+        for repo in scan_cache_dir(folder).repos:
+            revisions = sorted(repo.revisions, key=lambda r: (r.last_modified, "main" in r.refs))
+            hashes = [revision.commit_hash for revision in revisions]
+            last_use = max(repo.last_accessed, repo.last_modified)
+            if revisions and time.time() - last_use > days * 86400:
+                found.append((True, last_use, repo.repo_path, repo.repo_path, hashes))
+                continue
+            for revision in revisions[:-1]:
+                path, commit = revision.snapshot_path, revision.commit_hash
+                found.append((False, revision.last_modified, path, repo.repo_path, [commit]))
+    for unused, _, path, repo_path, hashes in sorted(found):
         with log.skipping(path):
+            # Scanned anew: a file that two revisions share is deleted with the second.
+            strategy = scan_cache_dir(folder).delete_revisions(*hashes)
+            paths = (*strategy.repos, *strategy.snapshots, *strategy.refs, *strategy.blobs)
             for part in paths:
-                if not part.resolve().is_relative_to(folder) or crosses_mount(part, folder):
+                if not part.resolve().is_relative_to(folder):
                     raise InUse
                 unused_bytes(part)
-            unused_bytes(folder / ".locks" / repo.repo_path.name)  # a download holds one of these
+            unused_bytes(folder / ".locks" / repo_path.name)  # a download holds one of these
+            reason = f"unused for {days:g} days" if unused else "a newer revision is cached"
             delete = functools.partial(_delete_from_hub_cache, strategy.execute, paths)
             yield Candidate("hub", path, strategy.expected_freed_size, reason, delete)
-
-
-def _stale(
-    cache: HFCacheInfo, days: float
-) -> Iterator[tuple[Path, CachedRepoInfo, list[CachedRevisionInfo], str]]:
-    """Path, repository, revisions and reason, in the order of deletion."""
-    old, unused = [], []
-    for repo in cache.repos:
-        revisions = sorted(repo.revisions, key=lambda r: (r.last_modified, "main" in r.refs))
-        last_use = max(repo.last_accessed, repo.last_modified)
-        if revisions and time.time() - last_use > days * 86400:
-            reason = f"unused for {days:g} days"
-            unused.append((last_use, (repo.repo_path, repo, revisions, reason)))
-            continue
-        for revision in revisions[:-1]:
-            item = revision.snapshot_path, repo, [revision], "a newer revision is cached"
-            old.append((revision.last_modified, item))
-    for _, item in (*sorted(old, key=itemgetter(0)), *sorted(unused, key=itemgetter(0))):
-        yield item
 
 
 def _delete_from_hub_cache(execute: Callable[[], None], paths: tuple[Path, ...]) -> None:
@@ -147,17 +154,16 @@ def old_checkpoints(
     for folder in folders:
         for run in _run_folders(folder, log):
             with log.skipping(run):
-                found += [(folder, run, *item) for item in _due(run, retention)]
-    for folder, run, complete, _, _, path in sorted(found, key=itemgetter(2, 3, 4)):
+                found += [(*item, run) for item in _due(run, retention)]
+    for complete, _, _, path, run in sorted(found):
         with contextlib.ExitStack() as stack:
             stack.enter_context(log.skipping(path))
-            if path not in [due[-1] for due in _due(run, retention)] or crosses_mount(path, folder):
+            if path not in [due[-1] for due in _due(run, retention)]:
                 continue  # the run went back to an older checkpoint meanwhile
             if not complete and is_file(run / ".lock"):
                 stack.enter_context(locked(run / ".lock"))
             size = unused_bytes(path)
-            export = path.with_suffix(".safetensors")
-            if complete and is_file(export):
+            if complete and is_file(export := path.with_suffix(".safetensors")):
                 size += unused_bytes(export)
             kind = "checkpoint" if complete else "leftover"
             reason = "outside the retention rule" if complete else "not a complete checkpoint"

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from echo_eqx.errors import EchoError
-from echo_eqx.ops.disk.files import InUse
+
+
+class InUse(Exception):
+    """Something that must stay: another process holds it, or it leads out of its folder."""
 
 
 class EventLog:

@@ -2,10 +2,9 @@
 
 Deleted in this order, until enough is free: shards already read, stalled downloads, stale revisions
 and repositories of the Hub's cache, leftovers of killed runs, checkpoints outside the retention
-rule. Links and mounts are not followed, and a file that another process has locked is in use.
+rule. Links are not followed, and a file that another process has locked is in use.
 """
 
-import os
 import queue
 import shutil
 import signal
@@ -64,16 +63,12 @@ class DiskWatchdog:
         self._hub_cache = args.hub_cache and self._folder("hub_cache", args.hub_cache)
         self._hub_days, self._retention = args.hub_days, Retention(args.keep_last, args.keep_every)
         self._log = EventLog(args.log)
-        self._short: set[int] = set()
 
     def _folder(self, flag: str, path: Path) -> Path:
-        try:
-            if path.is_symlink() or not path.is_dir():
-                got = "a link" if path.is_symlink() else "a file" if path.exists() else "nothing"
-                raise EchoError(f"--{flag} {path}: expected a folder, got {got}")
-            total = shutil.disk_usage(path).total
-        except OSError as error:
-            raise EchoError(f"cannot read --{flag} {path}: {error.strerror}") from None
+        if path.is_symlink() or not path.is_dir():
+            got = "a link" if path.is_symlink() else "a file" if path.exists() else "nothing"
+            raise EchoError(f"--{flag} {path}: expected a folder, got {got}")
+        total = shutil.disk_usage(path).total
         if self._required >= total:
             raise UsageError(
                 f"expected --free_gb below the size of the disk of {path}, {total / 1e9:g}, got "
@@ -83,25 +78,20 @@ class DiskWatchdog:
 
     def check(self, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Delete what is necessary, until `stopped`. Whether every disk then has enough free."""
+        folders = [*self._runs, *filter(None, (self._cache_dir, self._hub_cache))]
         devices: dict[int, list[Path]] = {}
-        enough = True
-        for folder in (*self._runs, self._cache_dir, self._hub_cache):
-            if folder is not None:
-                try:
-                    devices.setdefault(os.lstat(folder).st_dev, []).append(folder)
-                except OSError as error:
-                    self._log.error(folder, error)
-                    enough = False
-        for device, folders in devices.items():
-            try:
-                enough &= self._check_device(device, folders, stopped)
-            except OSError as error:
-                self._log.error(folders[0], error)
-                enough = False
+        for folder in folders:
+            with self._log.skipping(folder):
+                devices.setdefault(folder.lstat().st_dev, []).append(folder)
+        checked = 0
+        for group in devices.values():
+            with self._log.skipping(group[0]):
+                if self._check_device(group, stopped):
+                    checked += len(group)
         self._log.end_check()
-        return enough
+        return checked == len(folders)
 
-    def _check_device(self, device: int, folders: list[Path], stopped: Callable[[], bool]) -> bool:
+    def _check_device(self, folders: list[Path], stopped: Callable[[], bool]) -> bool:
         before = free = shutil.disk_usage(folders[0]).free
         count = size = logged = 0
         candidates = self._candidates(folders)
@@ -109,14 +99,28 @@ class DiskWatchdog:
             candidate = next(candidates, None)
             if candidate is None:
                 break
-            if not self._dry_run and not self._delete(candidate):
+            if self._dry_run:
+                after = free + candidate.size
+            elif self._delete(candidate):
+                after = shutil.disk_usage(folders[0]).free
+            else:
                 continue
-            after = free + candidate.size if self._dry_run else shutil.disk_usage(folders[0]).free
             count, size = count + 1, size + candidate.size
-            logged += self._log_deletion(candidate, free, after)
+            # A dry run finds the same at every check.
+            if not self._dry_run or self._log.is_new("would_delete", candidate.path):
+                logged += 1
+                self._log.write(
+                    event="would_delete" if self._dry_run else "deleted",
+                    kind=candidate.kind,
+                    path=str(candidate.path),
+                    bytes=candidate.size,
+                    reason=candidate.reason,
+                    free_before=free,
+                    free_after=after,
+                )
             free = after
-        short = free < self._required
-        if logged or short != (device in self._short):
+        enough = free >= self._required
+        if (not enough and self._log.is_new("short", *folders)) or logged:
             self._log.write(
                 event="check",
                 folders=[str(folder) for folder in folders],
@@ -125,31 +129,15 @@ class DiskWatchdog:
                 free_after=free,
                 deleted=count,
                 bytes=size,
-                enough=not short,
+                enough=enough,
             )
-        (self._short.add if short else self._short.discard)(device)
-        return not short
+        return enough
 
     def _delete(self, candidate: Candidate) -> bool:
         with self._log.skipping(candidate.path):
             candidate.delete()
             return True
         return False
-
-    def _log_deletion(self, candidate: Candidate, before: int, after: int) -> bool:
-        """Log a deletion; in a dry run, which finds the same at every check, only once."""
-        if self._dry_run and not self._log.is_new("would_delete", candidate.path):
-            return False
-        self._log.write(
-            event="would_delete" if self._dry_run else "deleted",
-            kind=candidate.kind,
-            path=str(candidate.path),
-            bytes=candidate.size,
-            reason=candidate.reason,
-            free_before=before,
-            free_after=after,
-        )
-        return True
 
     def _candidates(self, folders: list[Path]) -> Iterator[Candidate]:
         if self._cache_dir in folders:

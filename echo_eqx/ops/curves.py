@@ -1,6 +1,5 @@
 """The curves of a run: `metrics.jsonl`, followed as it grows, in buckets that a page can draw."""
 
-import json
 import math
 import os
 import threading
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_eqx.ops.run_files import FileProblem, open_inside
+from echo_eqx.ops.run_files import open_inside
 
 FIELDS = (
     "loss",
@@ -28,6 +27,8 @@ FIELDS = (
 """Keys of metrics.jsonl that are drawn as a curve each."""
 LARGEST_STEP = 2**53
 """From here on a browser rounds whole numbers."""
+LARGEST_VALUE = 1e100
+"""Larger values, infinities and NaN are gaps: they would hide the other runs' curves."""
 MAX_BUCKETS = 1000
 """Of a curve. Each is drawn from its lowest to its highest value: two points."""
 _CHUNK_BYTES = 2 << 20
@@ -68,13 +69,12 @@ class Curve:
             return None
         steps = np.frombuffer(self._steps[first:])
         values = np.frombuffer(self._values[first:]).copy()
-        values[~np.isfinite(values)] = np.nan
+        values[~(np.abs(values) < LARGEST_VALUE)] = np.nan
         edges = np.arange(0, len(values), stride)
         last = np.minimum(edges + stride, len(steps)) - 1
-        finite = np.add.reduceat(np.isfinite(values).astype(np.int64), edges)
-        # Divided before they are summed, since a sum of large values overflows.
-        shares = np.nan_to_num(values) / np.repeat(np.maximum(finite, 1), last + 1 - edges)
-        means = np.where(finite, np.add.reduceat(shares, edges), np.nan)
+        counts = np.add.reduceat(np.isfinite(values).astype(np.float64), edges)
+        counts[counts == 0] = np.nan
+        means = np.add.reduceat(np.nan_to_num(values), edges) / counts
         found = {"start": start, "full": full, "stride": stride}
         found |= {"step": _to_json(steps[last]), "mean": _to_json(means)}
         if stride > 1:
@@ -91,21 +91,22 @@ def _to_json(values: np.ndarray) -> list[float | None]:
 Columns = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def read_lines(chunk: bytes) -> tuple[Columns, int]:
-    """Steps and values by key, and how many of these whole lines could not be read."""
-    if not chunk:
-        return {}, 0
+def read_lines(chunk: bytes) -> tuple[list[Columns], int]:
+    """Steps and values by key, in parts, and how many of these whole lines could not be read."""
     try:
-        return _read_at_once(chunk), 0
+        return [_read_all(chunk)], 0
     except Exception:  # pyarrow raises many kinds; some line is malformed
-        return _read_one_by_one(chunk)
+        lines = chunk.splitlines(keepends=True)
+    if len(lines) < 2:
+        return [], 1
+    middle = len(lines) // 2
+    first, unreadable = read_lines(b"".join(lines[:middle]))
+    second, more = read_lines(b"".join(lines[middle:]))
+    return first + second, unreadable + more
 
 
-def _read_at_once(chunk: bytes) -> Columns:
-    """Several times as fast as the json module.
-
-    **Raises**: `ValueError` if a line is not a JSON object with numbers for the step and fields.
-    """
+def _read_all(chunk: bytes) -> Columns:
+    """**Raises**: if a line is not a JSON object with numbers for the step and fields."""
     import pyarrow.json  # optional: only the monitor reads so many lines
 
     columns = [(name, pyarrow.float64()) for name in ("step", *FIELDS)]
@@ -129,26 +130,6 @@ def _read_at_once(chunk: bytes) -> Columns:
     return found
 
 
-def _read_one_by_one(chunk: bytes) -> tuple[Columns, int]:
-    found: dict[str, list[tuple[float, float]]] = {}
-    lines = chunk.split(b"\n")[:-1]
-    unreadable = 0
-    for line in lines:
-        try:
-            row = json.loads(line)
-            step = float(row["step"])
-            if not abs(step) < LARGEST_STEP:
-                raise ValueError("a step out of range")
-            values = {name: float(row[name]) for name in FIELDS if row.get(name) is not None}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-            unreadable += 1
-            continue
-        for name, value in values.items():
-            found.setdefault(name, []).append((step, value))
-    arrays = {name: np.array(pairs, np.float64).T for name, pairs in found.items()}
-    return {name: (steps, values) for name, (steps, values) in arrays.items()}, unreadable
-
-
 class Metrics:
     """Follows one `metrics.jsonl`. What was read is not read again, unless the file was cut."""
 
@@ -161,7 +142,6 @@ class Metrics:
     def _reset(self) -> None:
         self._version += 1
         self._offset, self._last_bytes, self._unreadable = 0, b"", 0
-        self._in_long_line = False
         self._curves = {name: Curve() for name in FIELDS}
 
     def update(
@@ -201,7 +181,7 @@ class Metrics:
                         return 1.0
                     if time.monotonic() > deadline:
                         return min(self._offset / max(1, os.fstat(file.fileno()).st_size), 1.0)
-        except (OSError, FileProblem):  # which `Run.status` reports
+        except OSError:  # which `Run.status` reports
             if self._offset:
                 self._reset()
         return 1.0
@@ -209,21 +189,18 @@ class Metrics:
     def _take(self, chunk: bytes) -> int:
         """Take the whole lines in the next bytes; returns how many bytes that were.
 
-        A line that is still being written waits. One that fills a chunk is skipped.
+        A line that is still being written waits, unless it fills a chunk: then it is unreadable.
         """
-        start, end = 0, chunk.rfind(b"\n") + 1
-        if not end and len(chunk) == _CHUNK_BYTES:
-            self._unreadable += not self._in_long_line
-            self._in_long_line = True
-            start = end = len(chunk)
-        elif end and self._in_long_line:
-            start = chunk.find(b"\n") + 1
-            self._in_long_line = False
-        columns, unreadable = read_lines(chunk[start:end])
-        self._unreadable += unreadable
-        for name, (steps, values) in columns.items():
-            self._curves[name].extend(steps, values)
-        self._offset += end
+        end = chunk.rfind(b"\n") + 1
         if end:
+            parts, unreadable = read_lines(chunk[:end])
+            self._unreadable += unreadable
+            for name, (steps, values) in (item for part in parts for item in part.items()):
+                self._curves[name].extend(steps, values)
+        elif len(chunk) == _CHUNK_BYTES:
+            end = len(chunk)
+            self._unreadable += 1
+        if end:
+            self._offset += end
             self._last_bytes = chunk[max(0, end - 256) : end]
         return end

@@ -5,25 +5,17 @@ import gzip
 import hashlib
 import hmac
 import importlib
-import ipaddress
 import json
-import math
 import re
 import shutil
 import socket
 import sys
-import threading
-import time
-import traceback
-from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.ops.curves import FIELDS
-from echo_eqx.ops.run_files import FileProblem
 from echo_eqx.ops.runs import Run, Runs
 
 _PAGE = Path(__file__).parent / "page"
@@ -36,14 +28,10 @@ _HEADERS = {
     "Cache-Control": "no-store",
     # Plotly sets styles on its elements; scripts come from this server only.
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    "img-src 'self' data: blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
 }
-_TEXT = "text/plain; charset=utf-8"
 _COOKIE = "echo_monitor"
 _READ_SECONDS = 1.0
 """Time to read new lines for one answer; the page asks again at once if there are more."""
@@ -62,46 +50,24 @@ class MonitorServer(ThreadingHTTPServer):
     def __init__(self, root: Path, host: str, port: int, token: str | None):
         if not root.is_dir():
             raise EchoError(f"expected --runs to be a folder of runs, or a run, got {root}")
-        if not 0 <= port < 65536:
-            raise UsageError(f"expected --port from 0 to 65535, got {port}")
-        if token == "":
-            raise UsageError("expected a --token of at least one character, got none")
-        if token is None and not _is_loopback(host):
+        self.host_names = {"localhost", "127.0.0.1", "::1"}
+        if not token and host not in self.host_names:
             raise UsageError(f"--host {host} lets other machines in; add --token TEXT")
         self.runs = Runs(root)
-        self._overview: dict[str, Any] = {}
-        self._overview_time, self._lock = -math.inf, threading.Lock()
         self.plotly = _read_plotly()
         self.token = token
-        self.cookie = hashlib.sha256((token or "").encode()).hexdigest()
-        self.host_names = {"localhost", "127.0.0.1", "::1", host}
+        self.cookie = f"{_COOKIE}={hashlib.sha256((token or '').encode()).hexdigest()}"
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise EchoError(f"cannot bind {host}:{port} ({reason}); try --port") from None
-
-    def overview(self) -> dict[str, Any]:
-        """The state of all runs, computed once for all requests that wait for it."""
-        requested = time.monotonic()
-        with self._lock:
-            if self._overview_time < requested:
-                self._overview_time = time.monotonic()
-                self._overview = _overview(self.runs)
-            return self._overview
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print the error, unless the browser closed the connection."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _read_plotly() -> bytes:
@@ -135,43 +101,25 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        # A body is never read, so what follows it must not be taken for a request.
-        if self.headers.get("Content-Length") or self.headers.get("Transfer-Encoding"):
-            self.close_connection = True
         try:
-            path, query = _parse_address(self.path)
+            url = urlsplit(self.path)
+            query = dict(parse_qsl(url.query))
             cookie = self._check_access(query)
-            body, kind, headers = self._answer(path, query)
+            body, kind, headers = self._answer(unquote(url.path), query)
+        except ValueError:
+            self.send_error(400, "this is not a valid address")
         except _HTTPError as error:
             self.send_error(error.status, str(error))
-        except Exception:  # our own bug, which still gets an answer
-            traceback.print_exc()
-            self.send_error(500, "the monitor failed; see its terminal")
         else:
-            status = 206 if "Content-Range" in headers else 200
-            self._send(status, body, kind, cookie | headers)
+            self.send_response(206 if "Content-Range" in headers else 200)
+            content = {"Content-Type": kind, "Content-Length": str(len(body))}
+            for name, value in (_HEADERS | content | cookie | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
     do_HEAD = do_GET
-
-    def parse_request(self) -> bool:
-        valid = super().parse_request()
-        if valid and self.request_version == "HTTP/0.9":
-            self.send_error(400)
-            return False
-        return valid
-
-    def send_error(self, code: int, message: str | None = None, explain: Any = None) -> None:
-        # The base class says 501 to a method without do_METHOD, 414 to a line that is too long and
-        # 505 to a bad version.
-        if code == 501:
-            code, message = 405, "only GET and HEAD"
-        elif code in (414, 505):
-            code = 400
-        if self.request_version in ("", "HTTP/0.9"):
-            self.request_version = "HTTP/1.0"  # to 0.9 the base class sends no status line
-        self.close_connection = True
-        headers = {"Allow": "GET, HEAD", "Connection": "close"}
-        self._send(code, (message or str(code)).encode(), _TEXT, headers)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged: one of them holds the token."""
@@ -185,21 +133,17 @@ class _Handler(BaseHTTPRequestHandler):
         **Raises**: `_HTTPError` for anyone else.
         """
         server = self.server
-        if server.token is None:
-            hosts = self.headers.get_all("Host", [""])
-            name = re.sub(r":[0-9]+$", "", hosts[0]).strip("[]").lower()
-            if len(hosts) > 1 or name not in server.host_names:
+        if not server.token:
+            name = re.sub(r":[0-9]+$", "", self.headers.get("Host", "")).strip("[]").lower()
+            if name not in server.host_names:
                 raise _HTTPError(
                     400, "expected this machine's own name as Host; start the monitor with --token"
                 )
             return {}
         if hmac.compare_digest(query.get("token", "").encode(), server.token.encode()):
-            return {"Set-Cookie": f"{_COOKIE}={server.cookie}; Path=/; HttpOnly; SameSite=Strict"}
-        try:
-            cookie = SimpleCookie(self.headers.get("Cookie", "")).get(_COOKIE)
-        except CookieError:
-            cookie = None
-        if cookie is None or not hmac.compare_digest(cookie.value.encode(), server.cookie.encode()):
+            return {"Set-Cookie": f"{server.cookie}; Path=/; HttpOnly; SameSite=Strict"}
+        cookies = self.headers.get("Cookie", "").encode().split(b"; ")
+        if not any(hmac.compare_digest(cookie, server.cookie.encode()) for cookie in cookies):
             raise _HTTPError(403, "add ?token=TEXT to the address, as given with --token")
         return {}
 
@@ -211,56 +155,38 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/plotly.js":
             headers = {"Content-Encoding": "gzip", "Cache-Control": "private, max-age=86400"}
             return self.server.plotly, "text/javascript; charset=utf-8", headers
-        runs = self.server.runs
+        runs = self.server.runs.all()
         if match := re.fullmatch(r"/samples/([^/]+)/([0-9]{1,15})/([^/]+)", path):
-            return self._sample(runs.all().get(match[1]), int(match[2]), match[3])
+            return self._sample(_find(runs, match[1]), int(match[2]), match[3])
         if path == "/runs.json":
-            value = self.server.overview()
-        elif path in ("/data.json", "/about.json", "/samples.json"):
-            run = runs.all().get(query.get("run", ""))
-            if run is None:
-                raise _HTTPError(404, "there is no such run")
-            answers = {"/data.json": _data, "/about.json": _about, "/samples.json": _samples}
-            value = answers[path](run, query)
+            free = shutil.disk_usage(self.server.runs.root).free
+            statuses = [{"name": name, **run.status()} for name, run in runs.items()]
+            value = {"runs": statuses, "disk_free_bytes": free}
+        elif path == "/data.json":
+            value = _data(_find(runs, query.get("run")), query)
+        elif path == "/about.json":
+            run = _find(runs, query.get("run"))
+            names = ("config", "environment")
+            value = {name: run.text(f"{name}.json") for name in names}
+        elif path == "/samples.json":
+            value = _samples(_find(runs, query.get("run")), query.get("step"))
         else:
             raise _HTTPError(404, "not found")
-        text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-        return text.encode(errors="replace"), "application/json", {}
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+        return text.encode(), "application/json", {}
 
-    def _sample(self, run: Run | None, step: int, name: str) -> tuple[bytes, str, dict[str, str]]:
+    def _sample(self, run: Run, step: int, name: str) -> tuple[bytes, str, dict[str, str]]:
         try:
-            if run is None:
-                raise FileProblem("there is no such run")
             with run.open_sample(step, name) as file:
                 body = file.read()
-        except FileProblem as problem:
-            raise _HTTPError(404, str(problem)) from None
+        except OSError:
+            raise _HTTPError(404, "there is no such sample") from None
         headers, size = {"Accept-Ranges": "bytes"}, len(body)
         if (part := _range(self.headers.get("Range"), size)) is not None:
             headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{size}"
             body = body[part]
-        return body, "audio/wav" if name.endswith(".wav") else _TEXT, headers
-
-    def _send(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        content = {"Content-Type": kind, "Content-Length": str(len(body))}
-        for name, value in (_HEADERS | content | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
-def _parse_address(target: str) -> tuple[str, dict[str, str]]:
-    """Path and query of a request. **Raises**: `_HTTPError` with 400 for an invalid one."""
-    try:
-        if not re.fullmatch(r"/(?:[!-$&-~]|%[0-9A-Fa-f]{2})*", target):
-            raise ValueError
-        url = urlsplit(target)
-        query = parse_qs(url.query, errors="strict", max_num_fields=20)
-        return unquote(url.path, errors="strict"), {name: query[name][0] for name in query}
-    except ValueError:
-        raise _HTTPError(400, "this is not a valid address") from None
+        kind = "audio/wav" if name.endswith(".wav") else "text/plain; charset=utf-8"
+        return body, kind, headers
 
 
 def _range(header: str | None, size: int) -> slice | None:
@@ -280,47 +206,23 @@ def _range(header: str | None, size: int) -> slice | None:
     return slice(first, stop)
 
 
-def _overview(runs: Runs) -> dict[str, Any]:
-    try:
-        free = shutil.disk_usage(runs.root).free
-    except OSError:
-        free = None
-    statuses = [{"name": name, **_status(run)} for name, run in runs.all().items()]
-    return {"runs": statuses, "disk_free_bytes": free}
-
-
-def _status(run: Run) -> dict[str, Any]:
-    """A failure in one run is a problem of that run and hides no other."""
-    try:
-        return run.status()
-    except Exception as error:
-        traceback.print_exc()
-        nothing = dict.fromkeys(("num_steps", "step", "age", "every", "left", "samples"))
-        return {**nothing, "saved": False, "problems": [f"cannot be shown: {error!r}"]}
+def _find(runs: dict[str, Run], name: str | None) -> Run:
+    """**Raises**: `_HTTPError` if there is no run of this name."""
+    if name not in runs:
+        raise _HTTPError(404, "there is no such run")
+    return runs[name]
 
 
 def _data(run: Run, query: dict[str, str]) -> dict[str, Any]:
     """The page says `key:stride:full` of each curve that it has."""
-    known = {}
-    for item in query.get("have", "").split(","):
-        match = re.fullmatch(r"(\w+):([0-9]{1,9}):([0-9]{1,9})", item)
-        if match and match[1] in FIELDS:
-            known[match[1]] = int(match[2]), int(match[3])
-    return run.metrics.update(_integer(query.get("version", "")) or 0, known, _READ_SECONDS)
+    items = re.findall(r"(\w+):([0-9]{1,9}):([0-9]{1,9})", query.get("have", ""))
+    known = {name: (int(stride), int(full)) for name, stride, full in items}
+    return run.metrics.update(int(query.get("version", 0)), known, _READ_SECONDS)
 
 
-def _about(run: Run, query: dict[str, str]) -> dict[str, Any]:
-    return {"config": run.json("config.json"), "environment": run.json("environment.json")}
-
-
-def _samples(run: Run, query: dict[str, str]) -> dict[str, Any]:
+def _samples(run: Run, chosen: str | None) -> dict[str, Any]:
+    """The samples of the chosen step, or else of the newest."""
     steps = run.sample_steps()
-    step = _integer(query.get("step", ""))
-    if step not in steps:
-        step = steps[0] if steps else None
+    step = next((step for step in steps if str(step) == chosen), steps[0] if steps else None)
     samples, count = run.samples(step) if step is not None else ([], 0)
     return {"steps": steps, "step": step, "samples": samples, "count": count}
-
-
-def _integer(text: str) -> int | None:
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None

@@ -1,8 +1,8 @@
 """Run folders as the monitor shows them: their state and their samples."""
 
+import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import statistics
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from echo_eqx.ops.curves import LARGEST_STEP, Metrics
-from echo_eqx.ops.run_files import FileMissing, FileProblem, find_inside, open_inside
+from echo_eqx.ops.run_files import find_inside, open_inside
 
 MAX_SAMPLES = 64
 """Samples of a step that are shown; more players would stop a browser."""
@@ -21,6 +21,7 @@ _TAIL_BYTES = 256 << 10
 _MAX_JSON_BYTES = 4 << 20
 _STEP_FOLDER = re.compile(r"step_([0-9]{9}|[1-9][0-9]{9,14})")
 _SAMPLE_FILE = re.compile(r"(0|[1-9][0-9]{0,5})(\.wav|\.original\.wav|\.ref\.wav|\.txt)")
+_KINDS = {"text": ".txt", "wav": ".wav", "original": ".original.wav", "ref": ".ref.wav"}
 
 T = TypeVar("T")
 
@@ -36,9 +37,10 @@ class Run:
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self._newest: tuple[tuple[int, int], dict[str, Any]] = (0, 0), {}
 
-    def json(self, name: str) -> Any:
+    def text(self, name: str) -> str | None:
         """The content of a JSON file of this folder; None if it cannot be read."""
-        return _attempt([], lambda: self._read_json(name, object))
+        data = _attempt([], name, lambda: self._read(name))
+        return data if data is None else data.decode(errors="replace")
 
     def status(self) -> dict[str, Any]:
         """Where the run is.
@@ -48,10 +50,10 @@ class Run:
         `problems` in sentences.
         """
         problems: list[str] = []
-        config = _attempt(problems, lambda: self._read_json("config.json", dict)) or {}
-        starts = _attempt(problems, lambda: self._read_json("environment.json", list)) or [{}]
+        config = self._read_json(problems, "config.json", dict) or {}
+        starts = self._read_json(problems, "environment.json", list) or [{}]
         steps = self.sample_steps(problems)
-        newest = _attempt(problems, self._read_newest) or {}
+        newest = _attempt(problems, "metrics.jsonl", self._read_newest) or {}
         step, written, pace = (newest.get(name) for name in ("step", "written", "pace"))
         num_steps, left = _number(config.get("num_steps")), None
         if pace is not None and step is not None and num_steps is not None:
@@ -63,7 +65,7 @@ class Run:
             "every": newest.get("every"),
             "left": left,
             "samples": steps[0] if steps else None,
-            "saved": _get(_get(starts[-1], "end"), "step") is not None,
+            "saved": isinstance(starts[-1], dict) and bool(starts[-1].get("end")),
             "problems": problems,
         }
 
@@ -85,48 +87,42 @@ class Run:
         return [self._sample(step, index) for index in indices[:MAX_SAMPLES]], len(indices)
 
     def _sample_files(self, problems: list[str], *parts: str) -> list[str]:
-        found = _attempt(problems, lambda: os.listdir(find_inside(self.path, "samples", *parts)))
-        return found or []
+        def names() -> list[str]:
+            return os.listdir(find_inside(self.path, "samples", *parts))
+
+        return _attempt(problems, "samples", names) or []
 
     def _sample(self, step: int, index: int) -> dict[str, Any]:
-        row = {
-            "index": index,
-            "text": _attempt([], lambda: self._sample_text(step, index)),
-            "wav": _attempt([], lambda: self._sample_bytes(step, f"{index}.wav")),
-            "original": _attempt([], lambda: self._sample_bytes(step, f"{index}.original.wav")),
-            "ref": _attempt([], lambda: self._sample_bytes(step, f"{index}.ref.wav")),
-        }
-        return {name: value for name, value in row.items() if value is not None}
-
-    def _sample_text(self, step: int, index: int) -> str:
-        with self.open_sample(step, f"{index}.txt") as file:
-            return file.read(10_000).decode(errors="replace").strip()
-
-    def _sample_bytes(self, step: int, name: str) -> int:
-        with self.open_sample(step, name) as file:
-            return os.fstat(file.fileno()).st_size
+        row: dict[str, Any] = {"index": index}
+        for kind, ending in _KINDS.items():
+            with contextlib.suppress(OSError), self.open_sample(step, f"{index}{ending}") as file:
+                if kind == "text":
+                    row[kind] = file.read(10_000).decode(errors="replace").strip()
+                else:
+                    row[kind] = os.fstat(file.fileno()).st_size
+        return row
 
     def open_sample(self, step: int, name: str) -> BinaryIO:
-        """A .wav or .txt file of a sample. **Raises**: `FileProblem` for anything else."""
+        """A .wav or .txt file of a sample. **Raises**: `OSError` for anything else."""
         if _SAMPLE_FILE.fullmatch(name) is None:
-            raise FileMissing(f"{name} is not a sample")
+            raise FileNotFoundError(f"{name} is not a sample")
         return open_inside(self.path, "samples", _step_folder(step), name)
 
-    def _read_json(self, name: str, kind: type) -> Any:
+    def _read(self, name: str) -> bytes:
         with open_inside(self.path, name) as file:
             data = file.read(_MAX_JSON_BYTES + 1)
         if len(data) > _MAX_JSON_BYTES:
-            raise FileProblem(f"{name}: expected at most {_MAX_JSON_BYTES >> 20} MiB, got more")
-        try:
-            value = _parse_json(data)
-        except RecursionError:
-            raise FileProblem(f"{name} is nested too deeply to be read") from None
-        except ValueError:
-            raise FileProblem(f"{name} is not valid JSON") from None
-        if not isinstance(value, kind):
-            expected = {dict: "an object", list: "a list"}[kind]
-            raise FileProblem(f"{name}: expected {expected}, got {type(value).__name__}")
-        return value
+            raise ValueError(f"it is larger than {_MAX_JSON_BYTES >> 20} MiB")
+        return data
+
+    def _read_json(self, problems: list[str], name: str, kind: type[T]) -> T | None:
+        def read() -> T:
+            value = json.loads(self._read(name))
+            if not isinstance(value, kind):
+                raise ValueError(f"expected a {kind.__name__}, got a {type(value).__name__}")
+            return value
+
+        return _attempt(problems, name, read)
 
     def _read_newest(self) -> dict[str, Any]:
         """The last step, when it was written, and seconds of a report and of a step."""
@@ -144,10 +140,10 @@ def _pace(lines: list[bytes]) -> dict[str, Any]:
     step, reports = None, []
     for line in lines:
         try:
-            row = _parse_json(line)
-        except (ValueError, RecursionError):
+            row = json.loads(line)
+            found, moment = _number(row.get("step")), _number(row.get("time"))
+        except (ValueError, AttributeError, RecursionError):
             continue
-        found, moment = _number(_get(row, "step")), _number(_get(row, "time"))
         if found is not None and found == int(found):
             step = int(found)
             if moment is not None:
@@ -165,16 +161,14 @@ def _pace(lines: list[bytes]) -> dict[str, Any]:
     }
 
 
-def _attempt(problems: list[str], read: Callable[[], T]) -> T | None:
+def _attempt(problems: list[str], name: str, read: Callable[[], T]) -> T | None:
     """What `read` returns; None if it fails, which is a problem unless the file is missing."""
     try:
         return read()
-    except FileMissing:
+    except FileNotFoundError:
         pass
-    except FileProblem as problem:
-        problems.append(str(problem))
-    except OSError as error:
-        problems.append(f"cannot read {Path(error.filename or 'a file').name}: {error.strerror}")
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"cannot read {name}: {getattr(error, 'strerror', None) or error}")
     return None
 
 
@@ -182,25 +176,8 @@ def _step_folder(step: int) -> str:
     return f"step_{step:09d}"
 
 
-def _get(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, dict) else None
-
-
 def _number(value: Any) -> int | float | None:
     return value if type(value) in (int, float) and abs(value) < LARGEST_STEP else None
-
-
-def _parse_json(data: bytes) -> Any:
-    """JSON in which numbers that a browser cannot hold become text."""
-    return json.loads(data, parse_float=_float, parse_int=_int, parse_constant=str)
-
-
-def _float(text: str) -> float | str:
-    return value if math.isfinite(value := float(text)) else text
-
-
-def _int(text: str) -> int | str:
-    return int(text) if len(text) <= 15 else text
 
 
 class Runs:
@@ -208,23 +185,18 @@ class Runs:
 
     def __init__(self, root: Path):
         self.root = root.resolve()
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[Path, Run] = {}
         self._lock = threading.Lock()
 
     def all(self) -> dict[str, Run]:
         """By name, listed anew at each call, since runs may begin at any time."""
         with self._lock:
-            known = {run.path: run for run in self._runs.values()}
-            self._runs = {}
-            for path in self._folders():
-                # Bytes that are not UTF-8 are escaped, after which two names may be equal.
-                name = unique = os.fsencode(path.name).decode(errors="backslashreplace")
-                for number in itertools.count(2):
-                    if unique not in self._runs:
-                        break
-                    unique = f"{name} ({number})"
-                self._runs[unique] = known.get(path) or Run(path)
-            return self._runs
+            self._runs = {path: self._runs.get(path) or Run(path) for path in self._folders()}
+            # Bytes that are not UTF-8 are escaped.
+            return {
+                os.fsencode(path.name).decode(errors="backslashreplace"): run
+                for path, run in self._runs.items()
+            }
 
     def _folders(self) -> list[Path]:
         try:

@@ -5,7 +5,6 @@
 
 const REFRESH_MS = 2000;
 const SMOOTHING = 0.95; // of the running mean over buckets
-const LARGEST = 1e100; // a larger value would overflow the axis and hide the other runs' curves
 const CHARTS = [
   { field: "loss", title: "Loss", note: "raw, and smoothed over about 20 points", smooth: true },
   { field: "eval_loss", title: "Evaluation loss", markers: true },
@@ -31,13 +30,11 @@ const CHARTS = [
     zero: true,
   },
 ];
-const COLORS = {
-  light: ["#0b62c4", "#c2410c", "#15803d", "#7e22ce", "#b91c5c", "#0e7490", "#854d0e", "#475569"],
-  dark: ["#6db3ff", "#ff9d5c", "#5fd68a", "#c9a0ff", "#ff8fb8", "#4fd1e5", "#e3c15b", "#a9b6c6"],
-};
+// Readable on light and on dark ground.
+const COLORS =
+  ["#2f81e0", "#d9692f", "#2f9e55", "#9a5fe0", "#d94f86", "#1f98ad", "#a8822a", "#77879a"];
 
 const element = (id) => document.getElementById(id);
-const dark = matchMedia("(prefers-color-scheme: dark)");
 const plotlyLoaded = new Promise((done) => addEventListener("DOMContentLoaded", done));
 const runs = new Map(); // name -> what is known of the run, see addRun
 const stale = new Set(); // fields whose chart must be drawn again
@@ -51,7 +48,7 @@ function make(tag, properties = {}, ...children) {
 
 async function ask(path, parameters = {}) {
   const answer = await fetch(`${path}?${new URLSearchParams(parameters)}`);
-  if (!answer.ok) throw new Error((await answer.text()) || answer.statusText);
+  if (!answer.ok) throw new Error(answer.statusText);
   return answer.json();
 }
 
@@ -77,10 +74,7 @@ function liveness({ step, num_steps, age, every, left, saved }) {
   return ["running", `running, ${ago}, ${next}${end}`];
 }
 
-function color(run) {
-  const colors = COLORS[dark.matches ? "dark" : "light"];
-  return colors[run.number % colors.length];
-}
+const color = (run) => COLORS[run.number % COLORS.length];
 
 function addRun(name) {
   // Curves of many runs at once are unreadable, so only the first few are checked.
@@ -117,48 +111,35 @@ function showRuns(overview) {
     const [kind, text] = liveness(status);
     const notes = [text];
     if (run.shown && run.read < 1) notes.push(`${Math.floor(run.read * 100)}% read`);
-    if (run.tooLarge) notes.push(`${run.tooLarge} values are too large to be drawn`);
     if (run.unreadable) notes.push(`${run.unreadable} lines cannot be read`);
     run.line.textContent = notes.join("; ");
     run.line.className = kind;
-    run.problems.textContent = status.problems.concat(run.failed ?? []).join("; ");
+    run.problems.textContent = status.problems.join("; ");
     run.title.style.borderColor = color(run);
   }
   // The first run with samples, unless the user chose another.
-  const hasSamples = (status) => status.samples !== null;
-  const selected = overview.runs.find((status) => status.name === element("run").value);
-  const first = overview.runs.find(hasSamples);
-  if (!runChosen && first && !(selected && hasSamples(selected))) element("run").value = first.name;
-  const free = overview.disk_free_bytes;
-  const disk = free === null ? "" : `${(free / 2 ** 30).toFixed(1)} GiB of disk free`;
+  const first = overview.runs.find((status) => status.samples !== null);
+  if (!runChosen && first) element("run").value = first.name;
+  const disk = `${(overview.disk_free_bytes / 2 ** 30).toFixed(1)} GiB of disk free`;
   element("state").textContent = runs.size ? disk : `There is no run yet. ${disk}`;
   for (const id of ["listen", "charts", "settings"]) element(id).hidden = !runs.size;
 }
 
-// A failure is shown with its run and does not keep the others from being shown.
 async function readCurves(name, run) {
-  try {
-    const have = Object.entries(run.curves).map(([field, c]) => `${field}:${c.stride}:${c.full}`);
-    const news = await ask("data.json", { run: name, version: run.version, have: have.join() });
-    if (news.version !== run.version) {
-      Object.keys(run.curves).forEach((field) => stale.add(field));
-      run.curves = {};
-      run.tooLarge = 0;
+  const have = Object.entries(run.curves).map(([field, c]) => `${field}:${c.stride}:${c.full}`);
+  const news = await ask("data.json", { run: name, version: run.version, have: have.join() });
+  if (news.version !== run.version) {
+    Object.keys(run.curves).forEach((field) => stale.add(field));
+    run.curves = {};
+  }
+  Object.assign(run, { version: news.version, read: news.read, unreadable: news.unreadable });
+  for (const [field, part] of Object.entries(news.curves)) {
+    const known = run.curves[field] ?? {};
+    for (const key of ["step", "mean", "low", "high"]) {
+      part[key] = (known[key] ?? []).slice(0, part.start).concat(part[key] ?? []);
     }
-    Object.assign(run, { version: news.version, read: news.read, unreadable: news.unreadable });
-    for (const [field, part] of Object.entries(news.curves)) {
-      const join = (key) => {
-        const values = (part[key] ?? []).map((x) => (Math.abs(x) > LARGEST ? null : x));
-        return (run.curves[field]?.[key] ?? []).slice(0, part.start).concat(values);
-      };
-      run.tooLarge += part.mean.filter((x) => Math.abs(x) > LARGEST).length;
-      const [step, mean, low, high] = ["step", "mean", "low", "high"].map(join);
-      run.curves[field] = { stride: part.stride, full: part.full, step, mean, low, high };
-      stale.add(field);
-    }
-    run.failed = null;
-  } catch (error) {
-    run.failed = `cannot read its curves: ${error.message}`;
+    run.curves[field] = part;
+    stale.add(field);
   }
 }
 
@@ -183,7 +164,7 @@ function smoothed(curve, scale) {
   return { x: curve.step, y };
 }
 
-function draw(chart) {
+async function draw(chart) {
   const traces = [];
   for (const [name, run] of runs) {
     const curve = run.curves[chart.field];
@@ -196,41 +177,33 @@ function draw(chart) {
     add(raw(curve, scale), name, 1.5, chart.smooth ? 0.35 : 1);
     if (chart.smooth) add(smoothed(curve, scale), `${name}, smoothed`, 2.5, 1);
   }
-  const style = getComputedStyle(document.documentElement);
-  const edge = style.getPropertyValue("--edge");
-  const axis = {
-    gridcolor: edge,
-    zerolinecolor: edge,
-    automargin: true,
-    visible: traces.length > 0,
-  };
-  const place = { x: 0.5, xref: "paper", y: 0.5, yref: "paper", showarrow: false };
+  const plot = element(`plot-${chart.field}`);
+  plot.parentElement.hidden = !traces.length;
+  if (!traces.length) return;
+  const style = getComputedStyle(plot.parentElement);
+  const edge = style.borderTopColor;
+  const axis = { gridcolor: edge, zerolinecolor: edge, automargin: true };
   const layout = {
     uirevision: "kept", // a refresh keeps the zoom
     showlegend: false,
     margin: { l: 48, r: 12, t: 12, b: 36 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: style.getPropertyValue("--text"), size: 12 },
+    font: { color: style.color, size: 12 },
     hovermode: "closest",
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
     xaxis: { ...axis, title: { text: "step" } },
     yaxis: { ...axis, rangemode: chart.zero ? "tozero" : "normal" },
-    annotations: traces.length ? [] : [{ ...place, text: "none reported" }],
   };
   const settings = { responsive: true, displaylogo: false, displayModeBar: false };
-  return Plotly.react(`plot-${chart.field}`, traces, layout, settings);
+  await Plotly.react(plot, traces, layout, settings);
 }
 
 async function drawStale() {
   await plotlyLoaded;
   for (const chart of CHARTS) {
     if (!stale.delete(chart.field)) continue;
-    try {
-      await draw(chart);
-    } catch (error) {
-      element(`plot-${chart.field}`).textContent = `cannot be drawn: ${error.message}`;
-    }
+    await draw(chart);
     await new Promise(setTimeout); // the browser stays responsive
   }
 }
@@ -238,13 +211,6 @@ async function drawStale() {
 // Text that did not change is left alone: the user may be selecting in it.
 function setText(id, text) {
   if (element(id).textContent !== text) element(id).textContent = text;
-}
-
-async function showAbout(name) {
-  const about = await ask("about.json", { run: name });
-  setText("settings-run", name);
-  setText("config", JSON.stringify(about.config, null, 2));
-  setText("environment", JSON.stringify(about.environment, null, 2));
 }
 
 function player(label, url) {
@@ -281,7 +247,10 @@ async function showSamples(name, step) {
 async function showDetails() {
   const name = element("run").value;
   if (!name) return;
-  await showAbout(name);
+  const about = await ask("about.json", { run: name });
+  setText("settings-run", name);
+  setText("config", about.config ?? "");
+  setText("environment", about.environment ?? "");
   const playing = [...document.querySelectorAll("audio")].some((audio) => !audio.paused);
   if (!playing) await showSamples(name, chosenStep);
 }
@@ -333,9 +302,5 @@ for (const chart of CHARTS) {
 }
 redraw();
 history.replaceState(null, "", location.pathname); // from here on the cookie stands for the token
-dark.addEventListener("change", () => {
-  redraw();
-  refresh();
-});
 document.addEventListener("visibilitychange", () => document.hidden || refresh());
 refresh();

@@ -12,11 +12,10 @@ on several machines with --part to share the work.
 import echo_eqx
 from echo_eqx.cli import parse
 from echo_eqx.compilation import use_compilation_cache
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, printable
 from echo_eqx.files import remove_leftovers
 from echo_eqx.prepare.make import CODEC, SILENCE, PrepareConfig, describe_codec, make_dataset
 from echo_eqx.prepare.push import push
-from echo_eqx.prepare.records import printable
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from echo_eqx.data.audio import audio_seconds, decode_audio
 from echo_eqx.data.text import check_text, normalize_text
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, printable
 from echo_eqx.prepare.detect import find_recordings
 from echo_eqx.prepare.records import (
     LANGUAGE_FIELDS,
@@ -23,7 +23,6 @@ from echo_eqx.prepare.records import (
     SkippedInput,
     opened,
     pop,
-    printable,
 )
 from echo_eqx.prepare.segments import Segment, join_segments, read_segments
 

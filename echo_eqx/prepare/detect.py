@@ -8,12 +8,12 @@ from huggingface_hub import snapshot_download
 
 from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.data.text_file import JSON_LINES
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, printable
 from echo_eqx.hub import SCHEME, HubDataset, hub_errors
 from echo_eqx.prepare.archives import Files, read_parquet, read_tars
 from echo_eqx.prepare.manifests import read_folder, read_manifest
 from echo_eqx.prepare.paths import files_below, has_our_shards, nfc
-from echo_eqx.prepare.records import Recordings, printable, stem
+from echo_eqx.prepare.records import Recordings, stem
 from echo_eqx.prepare.tables import TABLE_SUFFIXES
 
 _KINDS = (

@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from echo_eqx.errors import EchoError
-from echo_eqx.prepare.records import AUDIO_FIELDS, TEXT_FIELDS, printable
+from echo_eqx.errors import EchoError, printable
+from echo_eqx.prepare.records import AUDIO_FIELDS, TEXT_FIELDS
 
 _ENOUGH = 8
 """With fewer rows, how often a value repeats says nothing."""

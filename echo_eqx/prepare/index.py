@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, printable
 from echo_eqx.files import write_whole
-from echo_eqx.prepare.records import printable
 
 FORMAT = "echo_eqx"
 

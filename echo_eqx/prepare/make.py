@@ -14,7 +14,7 @@ from echo_eqx.cli import on_terminal
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.data.shards import HOLDOUT
-from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.errors import EchoError, UsageError, printable
 from echo_eqx.files import remove_leftovers
 from echo_eqx.prepare.assign import ShardEntry, ShardPlan, plan_shards
 from echo_eqx.prepare.clips import list_clips
@@ -22,7 +22,6 @@ from echo_eqx.prepare.cut import CUTS, Cuts, count_long_texts, cut_long
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
 from echo_eqx.prepare.index import PartIndex, write_json
 from echo_eqx.prepare.options import Holdout, Limits, hold_out, reference_warning, with_speakers
-from echo_eqx.prepare.records import printable
 from echo_eqx.prepare.write import write_shard, write_silence
 
 SILENCE, SILENCE_SECONDS = "silence.safetensors", 30

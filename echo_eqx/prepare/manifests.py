@@ -10,7 +10,7 @@ from typing import Any
 
 from echo_eqx.data.audio import AUDIO_SUFFIXES
 from echo_eqx.data.text_file import JSON_LINES, decode, lines_of
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, printable
 from echo_eqx.prepare.paths import AudioFiles, nfc, without_audio_suffix
 from echo_eqx.prepare.records import (
     AUDIO_FIELDS,
@@ -23,7 +23,6 @@ from echo_eqx.prepare.records import (
     checked_object,
     parse_object,
     pop,
-    printable,
     stem,
 )
 from echo_eqx.prepare.tables import read_table

@@ -131,17 +131,6 @@ def pop(fields: dict[str, Any], names: Sequence[str]) -> Any:
     return None if found is None else fields.pop(found)
 
 
-def printable(text: str) -> str:
-    """`text` on one line. Unprintable characters are escaped, so different names stay different."""
-
-    def escaped(char: str) -> str:
-        if "\udc80" <= char <= "\udcff":  # a byte of a file name that is not UTF-8
-            return f"\\x{ord(char) - 0xDC00:02x}"
-        return char if char.isprintable() else char.encode("unicode_escape").decode()
-
-    return text if text.isprintable() else "".join(map(escaped, text))
-
-
 def stem(name: str) -> str:
     """`name` without the suffix of its last part."""
     return str(PurePosixPath(name).with_suffix("")) if PurePosixPath(name).name else name

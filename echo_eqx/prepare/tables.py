@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_eqx.data.text_file import lines_of, open_text
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, printable
 from echo_eqx.prepare.guess_columns import guess_columns
 from echo_eqx.prepare.records import (
     AUDIO_FIELDS,
@@ -22,7 +22,6 @@ from echo_eqx.prepare.records import (
     SPEAKER_FIELDS,
     TEXT_FIELDS,
     SkippedInput,
-    printable,
 )
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".psv", ".list", ".txt")

@@ -17,19 +17,17 @@ import numpy as np
 import echo_eqx
 from echo_eqx.cli import StepBar, parse
 from echo_eqx.compilation import use_compilation_cache
-from echo_eqx.config import DIT_PRESETS, DiTConfig, presets_of_width
+from echo_eqx.config import DiTConfig, presets_of_width
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import ShardIndex, list_shards
 from echo_eqx.errors import EchoError, UsageError, printable
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.inspect import Report, find_sample, inspect_shards
+from echo_eqx.prepare.options import model_preset, reference_warning
 
 MAX_LISTED = 20
-WARN_WITHOUT_REFERENCE = 0.2
-"""Share of samples without a reference above which there is a warning."""
-BARS = 10
-BAR_WIDTH = 40
+LENGTHS = ("max_frames", "max_text_bytes", "max_speaker_frames")
 
 
 @dataclass(frozen=True)
@@ -68,20 +66,20 @@ def main() -> None:
     args = parse(Args, __doc__)
     check_usage(args)
     assert args.data is not None
-    config = with_lengths(args)
+    given = {name: getattr(args, name) for name in LENGTHS if getattr(args, name) is not None}
+    config = replace(model_preset(args.model), **given)
     shard_index = list_shards(args.data, args.cache_dir)
     cache = ShardCache(args.cache_dir, int(args.cache_gb * 1e9))
     try:
         if args.play is not None:
             return play(shard_index, cache, args.play, args.codec, args.output)
         bar = StepBar("reading shards")
-        lengths = {name: getattr(config, name) for name in LENGTHS}
-        report = inspect_shards(shard_index, cache, **lengths, progress=bar)
+        report = inspect_shards(shard_index, cache, bar)
         bar.close()
     finally:
         cache.close()
     if args.json:
-        print(json.dumps(as_json(report), indent=2))
+        print(json.dumps(as_json(report, config), indent=2))
     else:
         print("\n".join(as_text(report, config, args.all)))
     if args.plot is not None:
@@ -96,15 +94,6 @@ def main() -> None:
         raise SystemExit(1)
 
 
-LENGTHS = ("max_frames", "max_text_bytes", "max_speaker_frames")
-
-
-def with_lengths(args: Args) -> DiTConfig:
-    """The model's config, with the lengths given by flags."""
-    given = {name: getattr(args, name) for name in LENGTHS if getattr(args, name) is not None}
-    return replace(DIT_PRESETS[args.model or "1.3B"], **given)
-
-
 def fitting_models(width: int) -> str:
     names = presets_of_width(width)
     return f"--model {' or '.join(names)} fits" if names else "no --model has as many"
@@ -116,8 +105,7 @@ def check_usage(args: Args) -> None:
         raise UsageError(
             "--data is missing; expected a folder of tar shards, a glob or hf://datasets/..."
         )
-    if args.model is not None and args.model not in DIT_PRESETS:
-        raise UsageError(f"--model: expected one of {', '.join(DIT_PRESETS)}, got {args.model!r}")
+    model_preset(args.model)
     for name in LENGTHS:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -153,7 +141,7 @@ def as_text(report: Report, config: DiTConfig, show_all: bool) -> list[str]:
         f"speakers    {report.speakers}, named by {share(report.with_speaker, n)}",
         f"languages   {', '.join(f'{printable(k)} {v}' for k, v in report.languages.items()) or 0}",
         f"references  {share(report.references, n)}",
-        f"fit         {share(report.fitting, n)} in {config.max_frames} frames and "
+        f"fit         {share(report.fit(config)['fitting'], n)} in {config.max_frames} frames and "
         f"{config.max_text_bytes} bytes of text",
         *(f"WARNING     {line}" for line in warnings(report, config)),
     ]
@@ -165,7 +153,8 @@ def as_text(report: Report, config: DiTConfig, show_all: bool) -> list[str]:
         channels = f"{len(report.mean)} channels ({fitting_models(len(report.mean))})"
         lines += [
             f"latents     {channels}, mean {mean:.4f}, std {std:.4f}",
-            f"channels    mean {span(report.mean)}, std {span(report.std)}",
+            f"channels    mean {report.mean.min():.4f} to {report.mean.max():.4f}, "
+            f"std {report.std.min():.4f} to {report.std.max():.4f}",
         ]
         if show_all:
             for i, (mean, std) in enumerate(zip(report.mean, report.std, strict=True)):
@@ -176,11 +165,10 @@ def as_text(report: Report, config: DiTConfig, show_all: bool) -> list[str]:
         lines.append(f"index       {index if report.indexes else 'none next to the shards'}")
     else:
         lines.append(f"next to it  {report.unseen}")
-    if n:
-        seconds = report.frames / report.frame_rate
-        lines += ["", f"seconds     {extremes(seconds, 2)}", *bars(seconds, 2)]
-        text_bytes = report.text_bytes
-        lines += ["", f"text bytes  {extremes(text_bytes, 0)}", *bars(text_bytes, 0)]
+    for name, lengths in summaries(report).items():
+        if lengths is not None:
+            words = ", ".join(f"{which} {length:.6g}" for which, length in lengths.items())
+            lines.append(f"{name.replace('_', ' '):<12}{words}")
     kinds = ", ".join(f"{kind} {count}" for kind, count in report.kinds.items())
     lines += ["", f"broken      {len(report.broken)}" + (f" ({kinds})" if kinds else "")]
     listed = report.broken if show_all else report.broken[:MAX_LISTED]
@@ -194,43 +182,42 @@ def as_text(report: Report, config: DiTConfig, show_all: bool) -> list[str]:
 
 def warnings(report: Report, config: DiTConfig) -> list[str]:
     """What may surprise whoever trains on these shards."""
-    n, found = report.samples, []
-    without = n - report.references
-    if without > WARN_WITHOUT_REFERENCE * n:
+    n, cut = report.samples, report.fit(config)
+    warning = reference_warning(n, report.references)
+    found = [] if warning is None else [warning]
+    if cut["longer_recordings"]:
+        hours = cut["frames_cut"] / report.frame_rate / 3600
         found.append(
-            f"{share(without, n)} samples have no reference, so a model learns no voice from them; "
-            "prepare adds references where recordings name their speaker"
-        )
-    if report.longer_recordings:
-        hours = report.frames_cut / report.frame_rate / 3600
-        found.append(
-            f"{share(report.longer_recordings, n)} recordings are longer than {config.max_frames} "
+            f"{share(cut['longer_recordings'], n)} recordings are longer than {config.max_frames} "
             f"frames: training cuts {hours:.2f} hours of audio and keeps the texts whole; raise "
             "--max_frames, or leave them out with --skip_longer"
         )
-    if report.longer_texts:
+    if cut["longer_texts"]:
         found.append(
-            f"{share(report.longer_texts, n)} texts are longer than {config.max_text_bytes} bytes: "
+            f"{share(cut['longer_texts'], n)} texts are longer than {config.max_text_bytes} bytes: "
             "training cuts them; raise --max_text_bytes, or leave them out with --skip_longer"
         )
-    if report.longer_references:
+    if cut["longer_references"]:
         found.append(
-            f"{share(report.longer_references, n)} references are longer than "
+            f"{share(cut['longer_references'], n)} references are longer than "
             f"{config.max_speaker_frames} frames: training takes a random crop of each"
         )
     return found
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: Report, config: DiTConfig) -> dict[str, Any]:
     """The report as plain JSON values; null where there is no sample to compute from."""
     fields = asdict(report)
-    lengths = {"seconds": report.frames / report.frame_rate, "text_bytes": report.text_bytes}
+    for name in ("frames", "speaker_frames"):
+        fields.pop(name)
     mean, std = report.overall if report.samples else (None, None)
-    fields.pop("frames")
-    return fields | {
+    return {
+        **fields,
+        **report.fit(config),
+        **summaries(report),
         "samples": report.samples,
+        "references": report.references,
         "hours": report.hours,
-        **{name: summary(values) for name, values in lengths.items()},
         "latent_dim": len(report.mean) or None,
         "mean": mean,
         "std": std,
@@ -239,45 +226,15 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def summary(values: np.ndarray) -> dict[str, Any] | None:
-    if not len(values):
-        return None
-    counts, edges = histogram(values)
+def summaries(report: Report) -> dict[str, dict[str, float] | None]:
+    """Least, median and greatest length."""
+    lengths = {"seconds": report.frames / report.frame_rate, "text_bytes": report.text_bytes}
     return {
-        "min": float(values.min()),
-        "median": float(np.median(values)),
-        "max": float(values.max()),
-        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+        name: {"min": float(x.min()), "median": float(np.median(x)), "max": float(x.max())}
+        if len(x)
+        else None
+        for name, x in lengths.items()
     }
-
-
-def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and edges."""
-    low, high = float(values.min()), float(values.max())
-    if low == high:
-        return np.array([len(values)]), np.array([low, high])
-    return np.histogram(values, BARS, (low, high))
-
-
-def bars(values: np.ndarray, digits: int) -> list[str]:
-    counts, edges = histogram(values)
-    labels = [f"{edge:.{digits}f}" for edge in edges]
-    width = max(map(len, labels))
-    return [
-        f"  {labels[i]:>{width}} - {labels[i + 1]:>{width}}  "
-        f"{'#' * -(-BAR_WIDTH * int(count) // int(counts.max())):<{BAR_WIDTH}} {count}"
-        for i, count in enumerate(counts)
-    ]
-
-
-def extremes(values: np.ndarray, digits: int) -> str:
-    three = (values.min(), np.median(values), values.max())
-    low, middle, high = (f"{value:.{digits}f}" for value in three)
-    return f"min {low}, median {middle}, max {high}"
-
-
-def span(values: np.ndarray) -> str:
-    return f"{values.min():.4f} to {values.max():.4f}"
 
 
 def share(part: int, whole: int) -> str:
@@ -294,11 +251,10 @@ def plot(report: Report, path: Path) -> None:
     seconds.set(xlabel="length (s)", ylabel="samples")
     text.hist(report.text_bytes, bins=50)
     text.set(xlabel="text (bytes)", ylabel="samples")
-    for axes, label, values in zip(
-        channels, ("mean", "std"), (report.mean, report.std), strict=True
-    ):
+    for axes, name in zip(channels, ("mean", "std"), strict=True):
+        values = getattr(report, name)
         axes.bar(np.arange(len(values)), values)
-        axes.set(xlabel="channel", ylabel=f"{label} of the latents")
+        axes.set(xlabel="channel", ylabel=f"{name} of the latents")
     figure.suptitle(f"{report.samples} samples, {report.hours:.2f} hours")
     try:
         write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

@@ -1,6 +1,7 @@
 """What a set of shards holds, and what of it is broken.
 
-Every record is read once. Memory holds only the key and two lengths per record, and what is broken.
+Every record is read once. Memory holds only the key and three lengths per record, and what is
+broken.
 """
 
 import json
@@ -13,17 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int
 
+from echo_eqx.config import DiTConfig
 from echo_eqx.data.fetch import ShardCache
-from echo_eqx.data.records import (
-    BrokenRecord,
-    Sample,
-    latent_width,
-    load_silence,
-    read_sample,
-)
+from echo_eqx.data.records import BrokenRecord, Sample, latent_width, load_silence, read_sample
 from echo_eqx.data.shards import FRAME_RATE, ShardIndex
 from echo_eqx.data.tar_index import RecordEntry, Skipped, index_tar
-from echo_eqx.data.text import encode_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.sidecars import (
     Broken,
@@ -52,18 +47,10 @@ class Report:
     """Length of each sample in latent frames."""
     text_bytes: Int[np.ndarray, " samples"] = field(default_factory=lambda: np.zeros(0, np.int32))
     """Length of each text in bytes of UTF-8."""
-    fitting: int = 0
-    """Samples whose recording and text fit uncut."""
-    longer_recordings: int = 0
-    """Samples whose audio training cuts."""
-    frames_cut: int = 0
-    """Frames of theirs that are cut off."""
-    longer_texts: int = 0
-    """Samples whose text training cuts."""
-    references: int = 0
-    """Samples with a reference."""
-    longer_references: int = 0
-    """Samples with a reference that training crops."""
+    speaker_frames: Int[np.ndarray, " samples"] = field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )
+    """Length of each reference in latent frames; 0 if there is none."""
     extras: dict[str, int] = field(default_factory=dict)
     """Further members of records, which training does not read, by suffix."""
     frame_rate: float = FRAME_RATE
@@ -94,6 +81,11 @@ class Report:
         return len(self.frames)
 
     @property
+    def references(self) -> int:
+        """Samples with a reference."""
+        return int(np.count_nonzero(self.speaker_frames))
+
+    @property
     def hours(self) -> float:
         return float(self.frames.sum(dtype=np.int64)) / self.frame_rate / 3600
 
@@ -108,44 +100,28 @@ class Report:
         mean = float(self.mean.mean())
         return mean, float(np.sqrt(np.mean(self.std**2 + (self.mean - mean) ** 2)))
 
-
-class Moments:
-    """Mean and variance of each channel, merged sample by sample in float64 (Chan et al., 1979)."""
-
-    def __init__(self, num_channels: int):
-        self.count = 0
-        self.mean = np.zeros(num_channels)
-        self._squares = np.zeros(num_channels)
-
-    def add(self, latents: Float[np.ndarray, "t c"]) -> None:
-        values = latents.astype(np.float64)
-        mean = values.mean(axis=0)
-        values -= mean[None]
-        delta, total = mean - self.mean, self.count + len(values)
-        self._squares += np.einsum("tc,tc->c", values, values)
-        self._squares += delta**2 * (self.count * len(values) / total)
-        self.mean += delta * (len(values) / total)
-        self.count = total
-
-    @property
-    def std(self) -> Float[np.ndarray, " c"]:
-        return np.sqrt(self._squares / self.count)
+    def fit(self, config: DiTConfig) -> dict[str, int]:
+        """How many samples fit a model uncut, and what of the others training cuts."""
+        longer = self.frames > config.max_frames
+        longer_texts = self.text_bytes >= config.max_text_bytes  # one byte is in front
+        return {
+            "fitting": int((~longer & ~longer_texts).sum()),
+            "longer_recordings": int(longer.sum()),
+            "frames_cut": int((self.frames[longer] - config.max_frames).sum()),
+            "longer_texts": int(longer_texts.sum()),
+            "longer_references": int((self.speaker_frames > config.max_speaker_frames).sum()),
+        }
 
 
 def inspect_shards(
     shard_index: ShardIndex,
     cache: ShardCache,
-    *,
-    max_frames: int = 768,
-    max_text_bytes: int = 768,
-    max_speaker_frames: int = 512,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read every record, and compare its lengths with those a model is trained at.
+    """Read every record.
 
-    `max_text_bytes` counts the leading byte. `progress` gets the number of shards done and the
-    total. The expected latent width is the most frequent one of the first shard that has records;
-    records of another width are broken.
+    `progress` gets the number of shards done and the total. The expected latent width is the most
+    frequent one of the first shard that has records; records of another width are broken.
 
     **Raises**: `EchoError` if a shard cannot be fetched or read.
     """
@@ -153,16 +129,16 @@ def inspect_shards(
     broken: list[Broken] = []
     sidecars, report.unseen = list_sidecars(shard_index)
     sums, indexed, report.indexes = read_indexes(sidecars, cache, broken)
-    silence = first_silence(sidecars)
     rate = find_frame_rate(sidecars, cache, broken)
     report.frame_rate, report.has_frame_rate = rate or FRAME_RATE, rate is not None
-    frames, text_bytes = array("i"), array("i")
+    lengths = array("i")
     seen: dict[str, int] = {}
     speakers: set[str] = set()
     languages: Counter[str] = Counter()
     extras: Counter[str] = Counter()
     width: int | None = None
-    moments: Moments | None = None
+    # Sums are taken of differences from the first sample's mean, or they would lose precision.
+    shift, sums_of_powers = np.zeros(0), np.zeros((2, 0))
     for number, shard in enumerate(shard_index.shards):
         if number + 1 < len(shard_index.shards):
             cache.request(shard_index.shards[number + 1])
@@ -194,18 +170,14 @@ def inspect_shards(
                 except BrokenRecord as error:
                     broken.append(Broken(shard.name, entry.key, error.kind, error.detail))
                     continue
-                moments = moments or Moments(sample.latents.shape[1])
-                moments.add(sample.latents)
-                num_frames, num_text = len(sample.latents), len(encode_text(sample.text))
+                latents = sample.latents.astype(np.float64)
+                if not lengths:
+                    shift = latents.mean(axis=0)
+                    sums_of_powers = np.zeros((2, len(shift)))
+                latents -= shift[None]
+                sums_of_powers += latents.sum(axis=0), np.einsum("tc,tc->c", latents, latents)
                 num_reference = 0 if sample.reference is None else len(sample.reference)
-                frames.append(num_frames)
-                text_bytes.append(num_text - 1)
-                report.fitting += num_frames <= max_frames and num_text <= max_text_bytes
-                report.longer_recordings += num_frames > max_frames
-                report.frames_cut += max(0, num_frames - max_frames)
-                report.longer_texts += num_text > max_text_bytes
-                report.references += num_reference > 0
-                report.longer_references += num_reference > max_speaker_frames
+                lengths.extend((len(latents), len(sample.text.encode()), num_reference))
                 speaker, language = _labels(descriptor, entry)
                 if speaker is not None:
                     speakers.add(speaker)
@@ -217,16 +189,19 @@ def inspect_shards(
     if is_complete(shard_index):
         for name in sorted(set(sums) - {shard.name for shard in shard_index.shards}):
             broken.append(Broken(name, "", "missing", "an index lists it, but it does not exist"))
-    if silence is not None and silence.path is not None and moments is not None:
+    report.frames, report.text_bytes, report.speaker_frames = (
+        np.array(lengths, np.int32).reshape(-1, 3).T
+    )
+    if lengths:
+        mean, square = sums_of_powers / report.frames.sum(dtype=np.int64)
+        report.mean, report.std = shift + mean, np.sqrt(np.maximum(square - mean**2, 0))
+    silence = first_silence(sidecars)
+    report.silence = silence and silence.name
+    if silence is not None and silence.path is not None and lengths:
         try:
-            load_silence(silence.path, len(moments.mean))
+            load_silence(silence.path, len(report.mean))
         except EchoError as error:
             broken.append(Broken(silence.name, "", "silence", str(error)))
-    if moments is not None:
-        report.mean, report.std = moments.mean, moments.std
-    report.frames = np.array(frames, np.int32)
-    report.text_bytes = np.array(text_bytes, np.int32)
-    report.silence = None if silence is None else silence.name
     report.extras, report.languages = dict(extras.most_common()), dict(languages.most_common())
     report.speakers, report.broken = len(speakers), tuple(broken)
     return report

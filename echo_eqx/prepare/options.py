@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from echo_eqx.config import DIT_PRESETS, CodecConfig, presets_of_width
+from echo_eqx.config import DIT_PRESETS, CodecConfig, DiTConfig, presets_of_width
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.assign import listed_sources
@@ -14,6 +14,16 @@ from echo_eqx.prepare.clips import Clip
 
 MAX_WITHOUT_REFERENCE = 0.2
 """Share of samples without a reference above which there is a warning."""
+
+
+def model_preset(model: str | None) -> DiTConfig:
+    """The preset called `model`, by default 1.3B.
+
+    **Raises**: `UsageError` if there is no such preset.
+    """
+    if model is not None and model not in DIT_PRESETS:
+        raise UsageError(f"--model: expected one of {', '.join(DIT_PRESETS)}, got {model!r}")
+    return DIT_PRESETS[model or "1.3B"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,7 @@ class Limits:
         **Raises**: `UsageError` if there is no such preset, and `EchoError` if it is for latents
         of another width.
         """
-        if model is not None and model not in DIT_PRESETS:
-            names = ", ".join(DIT_PRESETS)
-            raise UsageError(f"--model: expected one of {names}, got {model!r}")
-        config = DIT_PRESETS[model or "1.3B"]
+        config = model_preset(model)
         if model is not None and config.latent_dim != codec.latent_dim:
             fit = presets_of_width(codec.latent_dim)
             instead = f"give --model {' or '.join(fit)}, or" if fit else "give"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
 
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import Shard, ShardIndex, frame_rate
@@ -16,9 +17,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.hub import hub_errors
 from echo_eqx.prepare.index import parse_index
 
-SILENCE = ("silence.safetensors", "silence.npy")
-CODEC = "codec.json"
-_INDEX = re.compile(r"index[^/]*\.json")
+_SIDECAR = re.compile(r"index[^/]*\.json|codec\.json|silence\.(safetensors|npy)")
 
 
 @dataclass(frozen=True)
@@ -61,51 +60,40 @@ def is_complete(shard_index: ShardIndex) -> bool:
 
 def list_sidecars(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
     """The files next to the shards and in the top folder, or why they cannot be listed."""
-    folders = sorted({".", *(folder_of(shard.name) for shard in shard_index.shards)})
-    first = shard_index.shards[0]
-    found = []
-    if first.path is not None:
-        root = first.path.parents[len(Path(first.name).parts) - 1]
-        try:
-            for folder in folders:
-                for path in sorted((root / folder).iterdir()):
-                    if _is_sidecar(path.name) and path.is_file():
-                        name = path.relative_to(root).as_posix()
-                        found.append(Shard(name, path.stat().st_size, path=path))
-        except OSError as error:
-            return [], f"{error.filename} cannot be read: {error.strerror}"
-        return found, None
-    dataset = shard_index.dataset
-    options = {"repo_type": "dataset", "revision": dataset.revision}
+    folders = {".", *(folder_of(shard.name) for shard in shard_index.shards)}
+    first, found = shard_index.shards[0], []
     try:
-        with hub_errors(f"cannot list {dataset}"):
-            for folder in folders:
-                path = None if folder == "." else folder
-                for file in HfApi().list_repo_tree(dataset.repo, path, **options):
-                    name, size = file.path, getattr(file, "size", None)  # folders have no size
-                    if size is None or folder_of(name) != folder:
-                        continue
-                    if _is_sidecar(PurePosixPath(name).name):
-                        found.append(Shard(name, size, url=dataset.file_url(name)))
+        if first.path is not None:
+            root = first.path.parents[len(Path(first.name).parts) - 1]
+            for path in (path for folder in folders for path in (root / folder).iterdir()):
+                if path.is_file():
+                    name = path.relative_to(root).as_posix()
+                    found.append(Shard(name, path.stat().st_size, path=path))
+        else:
+            dataset = shard_index.dataset
+            options = {"repo_type": "dataset", "revision": dataset.revision}
+            with hub_errors(f"cannot list {dataset}"):
+                for file in HfApi().list_repo_tree(dataset.repo, recursive=True, **options):
+                    if isinstance(file, RepoFile) and folder_of(file.path) in folders:
+                        found.append(Shard(file.path, file.size, url=dataset.file_url(file.path)))
+    except OSError as error:
+        return [], f"{error.filename} cannot be read: {error.strerror}"
     except EchoError as error:
         return [], str(error)
-    return sorted(found, key=lambda file: file.name), None
-
-
-def _is_sidecar(name: str) -> bool:
-    return name in (*SILENCE, CODEC) or _INDEX.fullmatch(name) is not None
+    found = [file for file in found if _SIDECAR.fullmatch(PurePosixPath(file.name).name)]
+    return sorted(found, key=lambda file: (folder_of(file.name), file.name)), None
 
 
 def first_silence(sidecars: list[Shard]) -> Shard | None:
     """The file of silence that training uses: the one in the top folder."""
     by_name = {file.name: file for file in sidecars}
-    return next((by_name[name] for name in SILENCE if name in by_name), None)
+    return by_name.get("silence.safetensors") or by_name.get("silence.npy")
 
 
 def find_frame_rate(sidecars: list[Shard], cache: ShardCache, broken: list[Broken]) -> float | None:
     """Frames per second by the first valid codec.json, or None."""
     for file in sidecars:
-        if PurePosixPath(file.name).name == CODEC:
+        if PurePosixPath(file.name).name == "codec.json":
             if (rate := frame_rate(_content(file, cache))) is not None:
                 return rate
             broken.append(Broken(file.name, "", "codec", "expected sample_rate and hop"))
@@ -124,7 +112,7 @@ def read_indexes(
     sums: dict[str, str] = {}
     folders, names = set(), []
     for file in sidecars:
-        if _INDEX.fullmatch(PurePosixPath(file.name).name) is None:
+        if not PurePosixPath(file.name).name.startswith("index"):
             continue
         try:
             index = parse_index(_content(file, cache))

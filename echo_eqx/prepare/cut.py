@@ -13,7 +13,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.align import Aligner, aligner
 from echo_eqx.prepare.clips import MIN_SECONDS, Clip
-from echo_eqx.prepare.pauses import RATE, detector, find_pauses
+from echo_eqx.prepare.pauses import RATE, find_pauses
 from echo_eqx.prepare.records import SkippedInput
 from echo_eqx.prepare.segments import Segment, join_segments
 
@@ -56,7 +56,7 @@ def cut_long(
     if by is None:
         logger.warning("%s, have no times to cut at, and are left out: %s", what, ALTERNATIVES)
     else:
-        logger.info("%s: cutting them at pauses (%s), text divided by %s", what, detector(), by)
+        logger.info("%s: cutting them at pauses, text divided by %s", what, by)
     found = _cut_all(long, folder, round(begin * len(long)), max_seconds)
     keys = {clip.key for clip in cuts.clips}
     kept = 0.0
@@ -127,11 +127,10 @@ def _cut(clip: Clip, align: Aligner) -> dict[str, Any]:
     audio = clip.load(RATE)
     text = " ".join(_SPEAKER_TAG.sub(" ", clip.text).split())
     result = align(audio, find_pauses(audio), text)
-    by = f"{detector()}, {aligner()}"
     if isinstance(result, str):
-        return {"by": by, "reason": result}
+        return {"by": aligner(), "reason": result}
     return {
-        "by": by,
+        "by": aligner(),
         "segments": [[round(s.start, 3), round(s.end, 3), s.text] for s in result.segments],
         "mismatched": [[round(s.start, 3), round(s.end, 3), s.text] for s in result.mismatched],
     }

@@ -320,7 +320,7 @@ except EchoError as error:
 
 def test_everything_arrives_and_the_card_comes_last(hub, folder):
     lines = in_process(hub, folder, REPO, HF_TOKEN="hf_right")
-    beside = ["silence.safetensors", "codec.json", "index-0.json", "index-1.json"]
+    beside = ["codec.json", "index-0.json", "index-1.json", "silence.safetensors"]
     shards = [f"{number:05d}.tar" for number in range(5)]
     assert hub.commits == [*([shard] for shard in shards), [*beside, "README.md"]]
     files = hub.repos[REPO]

@@ -7,27 +7,21 @@ SHA-256, so the same call on any machine continues an upload that was interrupte
 has no such order, keeps its state in the folder and does not know of indexes.
 """
 
-import contextlib
 import hashlib
 import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import (
-    build_hf_headers,
-    hf_raise_for_status,
-    http_backoff,
-    validate_repo_id,
-)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError
-from echo_eqx.hub import HubDataset, HubOffline, HubUnavailable, hub_errors
+from echo_eqx.hub import REPO, HubDataset, HubOffline, HubUnavailable, hub_errors
 from echo_eqx.prepare.index import parse_index
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
@@ -36,6 +30,7 @@ MAX_COMMITS = 100
 """Most commits of shards in one upload: the Hub limits how many there are in an hour."""
 _BEGIN, _END = b"<!-- echo_eqx:begin -->", b"<!-- echo_eqx:end -->"
 _CARD = "README.md"
+_SMALL = re.compile(r"silence\.safetensors|codec\.json|(index|clips-).*\.json")
 logger = logging.getLogger(__name__)
 
 
@@ -56,14 +51,11 @@ class _Dataset:
     Small files are read once: an index that is updated meanwhile would list other shards.
     """
 
-    shards: dict[str, str]
-    """SHA-256 by name, sorted."""
+    shards: dict[str, dict]
+    """What the index says of each shard, sorted by name."""
     small_files: dict[str, bytes]
     """Silence, codec, indexes and lists of clips."""
     codec: _Codec
-    samples: dict[str, int]
-    """By shard."""
-    frames: dict[str, int]
 
 
 def push(folder: Path, repo: str) -> None:
@@ -77,35 +69,29 @@ def push(folder: Path, repo: str) -> None:
     **Raises**: `EchoError` if `repo` is not such a name, the folder has no shards, a shard differs
     from its index, or the Hub cannot be reached or refuses.
     """
-    _check_name(repo)
+    if re.fullmatch(REPO, repo) is None:
+        raise EchoError(f"--push: expected owner/name of a dataset on the Hub, got {repo!r}")
     dataset = _read_dataset(folder)
     hub = _Hub(repo)
     hub.create()
     remote = hub.files()
     total, missing = len(dataset.shards), []
-    for number, (name, sha256) in enumerate(dataset.shards.items(), 1):
+    for number, (name, listed) in enumerate(dataset.shards.items(), 1):
         lfs = remote[name].lfs if name in remote else None
-        if lfs is not None and lfs.sha256 == sha256:
+        if lfs is not None and lfs.sha256 == listed["sha256"]:
             logger.info("%s is already there (%d of %d)", name, number, total)
         else:
-            missing.append((number, name, sha256))
+            missing.append((number, name))
     size = max(1, -(-len(missing) // MAX_COMMITS))
     for batch in (missing[i : i + size] for i in range(0, len(missing), size)):
-        for _, name, sha256 in batch:
-            _check_sum(folder / name, sha256)
-        names = [name for _, name, _ in batch]
-        hub.send({name: folder / name for name in names}, f"Add {names[0]}")
-        for number, name, _ in batch:
+        for _, name in batch:
+            _check_sum(folder / name, dataset.shards[name]["sha256"])
+        hub.send({name: folder / name for _, name in batch}, f"Add {batch[0][1]}")
+        for number, name in batch:
             logger.info("%s sent (%d of %d)", name, number, total)
-    changed: dict[str, Path | bytes] = {
-        name: data
-        for name, data in dataset.small_files.items()
-        if not _is_same(remote.get(name), data)
-    }
     old = hub.read(_CARD)
-    card = _card(repo, dataset, old)
-    if card != old:
-        changed[_CARD] = card
+    files = {**dataset.small_files, _CARD: _card(repo, dataset, old)}
+    changed = {name: data for name, data in files.items() if not _is_same(remote.get(name), data)}
     if changed:
         hub.send(changed, "Update index and card")
         logger.info("%s sent", ", ".join(changed))
@@ -145,7 +131,7 @@ class _Hub:
             hf_raise_for_status(response)
             return response.content
 
-    def send(self, files: dict[str, Path | bytes], message: str) -> None:
+    def send(self, files: Mapping[str, Path | bytes], message: str) -> None:
         """Upload files and commit them."""
         with hub_errors(self._errors):
             added = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -163,55 +149,42 @@ class _Hub:
                 with hub_errors(self._errors):
                     call()
                 return
-            except HubOffline:
-                raise
             except HubUnavailable as error:
-                if wait is None:
+                if wait is None or isinstance(error, HubOffline):
                     raise
                 wait = max(wait, error.retry_after or 0.0)
                 logger.warning("%s; trying again in %.0f s", error, wait)
             time.sleep(wait)
 
 
-def _check_name(repo: str) -> None:
-    with contextlib.suppress(HFValidationError):
-        validate_repo_id(repo)
-        if repo.count("/") == 1:
-            return
-    raise EchoError(f"--push: expected owner/name of a dataset on the Hub, got {repo!r}")
-
-
 def _read_dataset(folder: Path) -> _Dataset:
     """**Raises**: `EchoError` if shards and indexes do not fit together."""
     small_files: dict[str, bytes] = {}
-    sums: dict[str, str] = {}
-    samples: dict[str, int] = {}
-    frames: dict[str, int] = {}
+    shards: dict[str, dict] = {}
     codecs: dict[_Codec, str] = {}
     found: set[str] = set()
     try:
         for prefix in ("", f"{HOLDOUT}/"):
             if prefix and not (folder / prefix).is_dir():
                 continue
-            paths = [x for x in (folder / prefix).iterdir() if x.is_file() and not x.is_symlink()]
-            names = {path.name for path in paths}
-            found |= {prefix + name for name in names if name.endswith(".tar")}
-            indexes = sorted(n for n in names if n.startswith("index") and n.endswith(".json"))
-            lists = sorted(n for n in names if n.startswith("clips-") and n.endswith(".json"))
-            for name in ("silence.safetensors", "codec.json", *indexes, *lists):
-                if name in names:
-                    small_files[prefix + name] = (folder / prefix / name).read_bytes()
-            for index_name in indexes:
-                path = folder / prefix / index_name
-                codec, summaries = _read_index(path, small_files[prefix + index_name])
-                codecs.setdefault(codec, prefix + index_name)
+            for path in sorted((folder / prefix).iterdir()):
+                if not path.is_file() or path.is_symlink():
+                    continue
+                if path.suffix == ".tar":
+                    found.add(prefix + path.name)
+                if not _SMALL.fullmatch(path.name):
+                    continue
+                data = small_files[prefix + path.name] = path.read_bytes()
+                if not path.name.startswith("index"):
+                    continue
+                codec, summaries = _read_index(path, data)
+                codecs.setdefault(codec, prefix + path.name)
                 for name, listed in summaries.items():
-                    if sums.setdefault(prefix + name, listed["sha256"]) != listed["sha256"]:
+                    known = shards.setdefault(prefix + name, listed)
+                    if known["sha256"] != listed["sha256"]:
                         raise EchoError(
                             f"{path.parent / name}: two index*.json list it with different SHA-256"
                         )
-                    samples[prefix + name] = listed["samples"]
-                    frames[prefix + name] = listed["frames"]
     except OSError as error:
         raise EchoError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not found:
@@ -224,14 +197,12 @@ def _read_dataset(folder: Path) -> _Dataset:
             f"{folder}: expected shards of one codec, but {one} names {first.id} and {other} names "
             f"{second.id}"
         )
-    # prepare lists a shard without samples, but writes no file.
-    listed_names = {name for name in sums if samples[name]}
-    for name in sorted(found - sums.keys()):
+    for name in sorted(found - shards.keys()):
         raise EchoError(f"{folder / name} is in no index*.json; move it away or list it")
-    for name in sorted(listed_names - found):
-        raise EchoError(f"{folder / name} does not exist, but an index lists it")
-    shards = {name: sums[name] for name in sorted(found)}
-    return _Dataset(shards, small_files, next(iter(codecs)), samples, frames)
+    for name in sorted(shards.keys() - found):
+        if shards[name]["samples"]:  # prepare lists a shard without samples, but writes no file
+            raise EchoError(f"{folder / name} does not exist, but an index lists it")
+    return _Dataset({n: shards[n] for n in sorted(found)}, small_files, next(iter(codecs)))
 
 
 def _read_index(path: Path, data: bytes) -> tuple[_Codec, dict[str, dict]]:
@@ -304,15 +275,11 @@ configs:
 
 def _description(repo: str, dataset: _Dataset) -> str:
     codec = dataset.codec
-    held = sorted(name for name in dataset.shards if "/" in name)
-    shards = [name for name in dataset.shards if "/" not in name]
-    samples, frames = (
-        sum(counts.get(name, 0) for name in shards) for counts in (dataset.samples, dataset.frames)
-    )
+    shards = [listed for name, listed in dataset.shards.items() if "/" not in name]
+    samples, frames = (sum(listed[x] for listed in shards) for x in ("samples", "frames"))
     hours = frames * codec.hop / codec.sample_rate / 3600
     extra = ""
-    if held:
-        count = sum(dataset.samples[name] for name in held)
+    if count := sum(listed["samples"] for listed in dataset.shards.values()) - samples:
         extra += f"\n`{HOLDOUT}/` holds {count:,} more samples to evaluate on."
     if "silence.safetensors" in dataset.small_files:
         extra += "\n`silence.safetensors` holds latents of digital silence by the same codec."

@@ -4,9 +4,7 @@ A shard that the index of its part lists is complete. Any other is made again, w
 """
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,6 @@ from echo_eqx.errors import EchoError, printable
 from echo_eqx.files import write_whole
 
 FORMAT = "echo_eqx"
-
-
-@dataclass(frozen=True)
-class ShardSummary:
-    """What the index says of a shard."""
-
-    sha256: str
-    samples: int
-    frames: int
-    with_reference: int
 
 
 class PartIndex:
@@ -43,12 +31,11 @@ class PartIndex:
         self.cuts: dict[str, Any] = {}
         indexes = sorted(folder.glob("index-*-of-*.json"))
         if not indexes and not list(folder.glob("clips-*.json")):
-            for path in sorted(folder.glob("[0-9]*.tar")):
-                if re.fullmatch(r"\d{6}\.tar", path.name):
-                    raise EchoError(
-                        f"{path} would be replaced, but no index says that it was made by this "
-                        "command; give another --output"
-                    )
+            for path in sorted(folder.glob(f"{'[0-9]' * 6}.tar")):
+                raise EchoError(
+                    f"{path} would be replaced, but no index says that it was made by this "
+                    "command; give another --output"
+                )
         for path in indexes:
             found = _read(path)
             for name in ("codec", "settings"):
@@ -59,15 +46,14 @@ class PartIndex:
                         "give the same, or another --output"
                     )
             if path == self.path:
-                self.shards = dict(found["shards"])
-                self.skipped = dict(found["skipped"])
+                self.shards, self.skipped = found["shards"], found.get("skipped", {})
 
     def is_done(self, shard: Path) -> bool:
         listed = self.shards.get(shard.name)
         return listed is not None and (shard.is_file() or not listed["samples"])
 
-    def add(self, shard: Path, summary: ShardSummary, skipped: list[dict[str, str]]) -> None:
-        self.shards[shard.name] = vars(summary)
+    def add(self, shard: Path, summary: dict[str, Any], skipped: list[dict[str, str]]) -> None:
+        self.shards[shard.name] = summary
         self.skipped[shard.name] = skipped
         self.save()
 
@@ -98,6 +84,10 @@ def parse_index(data: bytes, counts: Sequence[str] = ()) -> dict[str, Any] | Non
             are_counts = all(type(listed[x]) is int and 0 <= listed[x] < 2**53 for x in counts)
             if not are_counts or not isinstance(listed["sha256"], str):
                 raise ValueError(f"{name[:50]!r} is not described as a shard")
+        for name, items in index.get("skipped", {}).items():
+            for item in items:
+                if not all(isinstance(item[key], str) for key in ("kind", "name", "detail")):
+                    raise ValueError(f"{name[:50]!r} has a skipped input that is not text")
     except KeyError as error:
         raise ValueError(f"no {error}") from None
     except (TypeError, AttributeError, RecursionError) as error:
@@ -107,29 +97,20 @@ def parse_index(data: bytes, counts: Sequence[str] = ()) -> dict[str, Any] | Non
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            raise ValueError("it is not a file")
         found = parse_index(path.read_bytes(), ("samples", "frames", "with_reference"))
         if found is None:
             raise ValueError("it is of another kind")
-        found = {"skipped": {}, **found}
-        for name, items in found["skipped"].items():
-            for item in items:
-                if not all(isinstance(item[key], str) for key in ("kind", "name", "detail")):
-                    raise ValueError(f"{name[:50]!r} has a skipped input that is not text")
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error)[:200] if isinstance(error, OSError | ValueError) else "it is damaged"
+    except (OSError, ValueError) as error:
         raise EchoError(
-            f"{path}: expected an index of shards, got another file ({reason}); move it away, or "
-            "give another --output"
+            f"{path}: expected an index of shards, got another file ({str(error)[:200]}); move it "
+            "away, or give another --output"
         ) from None
 
 
-def _difference(there: Any, here: Any) -> str:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in sorted({*there, *here}):
-            if there.get(name) != here.get(name):
-                ours, theirs = str(here.get(name))[:100], str(there.get(name))[:100]
-                return printable(f"{name[:50]} {theirs} there, {ours} here")
+def _difference(there: Any, here: dict[str, Any]) -> str:
+    for name in sorted({*there, *here}) if isinstance(there, dict) else ():
+        if there.get(name) != here.get(name):
+            ours, theirs = str(here.get(name))[:100], str(there.get(name))[:100]
+            return printable(f"{name[:50]} {theirs} there, {ours} here")
     return "unlike these"

@@ -12,7 +12,7 @@ import numpy as np
 
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.assign import ShardEntry
-from echo_eqx.prepare.index import FORMAT, ShardSummary
+from echo_eqx.prepare.index import FORMAT
 from echo_eqx.weights.safetensors_writer import save_arrays
 
 
@@ -24,18 +24,18 @@ def write_shard(
     ref_frames: int,
     common: dict[str, Any],
     frame_rate: float,
-) -> ShardSummary:
-    """Write the clips of a shard that have latents, each with its reference.
+) -> dict[str, Any]:
+    """Write the clips of a shard that have latents, each with its reference; what the index says
+    of the shard.
 
     The fields of `common` go into the JSON of every sample. If no clip has latents, no file is
     written.
     """
+    counts = dict.fromkeys(("samples", "frames", "with_reference"), 0)
     if not latents:
-        return ShardSummary("", 0, 0, 0)
-    frames = with_reference = samples = 0
+        return {"sha256": "", **counts}
 
     def fill(temporary: Path) -> None:
-        nonlocal frames, with_reference, samples
         with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
             for entry in entries:
                 clip = entry.clip
@@ -55,14 +55,13 @@ def write_shard(
                 if reference is not None:
                     _add(tar, f"{clip.key}.ref.npy", _npy(reference))
                 _add(tar, f"{clip.key}.json", json.dumps(fields, ensure_ascii=False).encode())
-                samples += 1
-                frames += len(own)
-                with_reference += reference is not None
+                counts["samples"] += 1
+                counts["frames"] += len(own)
+                counts["with_reference"] += reference is not None
 
     write_whole(path, fill)
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ShardSummary(digest, samples, frames, with_reference)
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), **counts}
 
 
 def _reference(

@@ -13,13 +13,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import echo_eqx
 from echo_eqx import voice
 from echo_eqx.cli import parse
-from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, DiTConfig
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import list_clips
@@ -27,6 +27,7 @@ from echo_eqx.train.codec.standardise import standardise
 from echo_eqx.voice.espeak import MANIFEST, REFERENCE_TEXT, VOICES, speak
 from echo_eqx.voice.evaluate import generation_config, reference_files
 
+SIZES = ("max_frames", "max_text_bytes", "max_speaker_frames")
 STANDARD_CLIPS = 400
 """Recordings by which latents are standardized to mean 0 and std 1."""
 
@@ -57,8 +58,9 @@ class Args:
 
 def main() -> None:
     args = parse(Args, __doc__)
-    work, sizes = args.work, DIT_PRESETS["voice"]
-    short = replace(sizes, max_frames=44, max_text_bytes=40, max_speaker_frames=32)
+    work, rate = args.work, CODEC_PRESETS["24khz"].frame_rate
+    sizes = {name: getattr(DIT_PRESETS["voice"], name) for name in SIZES}
+    short = dict(zip(SIZES, (44, 40, 32), strict=True))
     phrases, sentences = work / "phrases" / MANIFEST, work / "sentences" / MANIFEST
     command("make_corpus", output=phrases.parent, count=args.phrases, max_words=3, max_seconds=1.6)
     command(
@@ -66,7 +68,7 @@ def main() -> None:
         output=sentences.parent,
         count=args.sentences,
         small_share=0.3,
-        max_seconds=sizes.max_frames / CODEC_PRESETS["24khz"].frame_rate,
+        max_seconds=sizes["max_frames"] / rate,
     )
     command("train_codec", data=phrases, run_dir=work / "codec", num_steps=args.codec_steps)
     codec = work / "codec.safetensors"
@@ -87,22 +89,34 @@ def main() -> None:
         **{"loss.waveform": 0.0, "loss.periodicity": 5.0, "learning_rate": 1e-3},
     )
     first, last = work / "dit_phrases", work / "dit_sentences"
-    shards = prepare(phrases, work / "shards_phrases", codec, short)
-    train(shards, first, short, args.phrase_steps, args.batch_size, codec=decoder)
-    shards = prepare(sentences, work / "shards_sentences", codec, sizes)
-    train(
-        shards,
-        last,
-        sizes,
-        args.sentence_steps,
-        args.batch_size,
-        codec=decoder,
-        init_from=first,
-        schedule="wsd",
-        decay_ratio=0.4,
-        ema_decay=0.998,
-    )
-    pack(decoder, last, shards, args.output, args.embedded_shards)
+    more = {"init_from": first, "schedule": "wsd", "decay_ratio": 0.4, "ema_decay": 0.998}
+    for manifest, run_dir, steps, limits, flags in (
+        (phrases, first, args.phrase_steps, short, {}),
+        (sentences, last, args.sentence_steps, sizes, more),
+    ):
+        shards = work / f"shards_{manifest.parent.name}"
+        command(
+            "prepare",
+            input=manifest,
+            output=shards,
+            codec=codec,
+            max_seconds=limits["max_frames"] / rate,
+            max_speaker_seconds=limits["max_speaker_frames"] / rate,
+            batch_size=8,
+        )
+        command(
+            "train",
+            model="voice",
+            data=shards,
+            run_dir=run_dir,
+            num_steps=steps,
+            batch_size=args.batch_size,
+            sample_every=0,
+            codec=decoder,
+            **limits,
+            **flags,
+        )
+    pack(decoder, last, work / "shards_sentences", args.output, args.embedded_shards)
     weights = args.output / voice.WEIGHTS.name
     command(
         "eval_voice",
@@ -110,39 +124,6 @@ def main() -> None:
         codec=weights / voice.CODEC.name,
         references=args.output / voice.REFERENCES.name,
         output=work / "evaluation",
-    )
-
-
-def prepare(manifest: Path, shards: Path, codec: Path, sizes: DiTConfig) -> Path:
-    """Shards of the recordings that fit a model of these sizes."""
-    rate = CODEC_PRESETS["24khz"].frame_rate
-    command(
-        "prepare",
-        input=manifest,
-        output=shards,
-        codec=codec,
-        max_seconds=sizes.max_frames / rate,
-        max_speaker_seconds=sizes.max_speaker_frames / rate,
-        batch_size=8,
-    )
-    return shards
-
-
-def train(
-    shards: Path, run_dir: Path, sizes: DiTConfig, steps: int, batch_size: int, **flags: object
-) -> None:
-    command(
-        "train",
-        model="voice",
-        data=shards,
-        run_dir=run_dir,
-        num_steps=steps,
-        batch_size=batch_size,
-        max_frames=sizes.max_frames,
-        max_text_bytes=sizes.max_text_bytes,
-        max_speaker_frames=sizes.max_speaker_frames,
-        sample_every=0,
-        **flags,
     )
 
 

@@ -1,5 +1,8 @@
 """The two errors a user can cause; scripts turn them into one line and an exit code."""
 
+import importlib
+from typing import Any
+
 
 class EchoError(Exception):
     """An input cannot be used. The message names it: `expected X, got Y`, and what to do."""
@@ -17,3 +20,14 @@ def printable(text: str) -> str:
     """`text` with escapes for what cannot be printed: names in files may hold commands to a
     terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def optional(module: str, extra: str) -> Any:
+    """The module of a package that `pip install 'echo_eqx[extra]'` installs.
+
+    **Raises**: `EchoError` if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise EchoError(f"{module} is not installed; run pip install 'echo_eqx[{extra}]'") from None

@@ -21,7 +21,7 @@ from echo_eqx.config import DiTConfig, presets_of_width
 from echo_eqx.data.audio import audio_kind, save_audio
 from echo_eqx.data.fetch import ShardCache
 from echo_eqx.data.shards import ShardIndex, list_shards
-from echo_eqx.errors import EchoError, UsageError, printable
+from echo_eqx.errors import EchoError, UsageError, optional, printable
 from echo_eqx.files import write_whole
 from echo_eqx.prepare.inspect import Report, find_sample, inspect_shards
 from echo_eqx.prepare.options import model_preset, reference_warning
@@ -119,10 +119,7 @@ def check_usage(args: Args) -> None:
     if args.plot is not None:
         if args.plot.suffix.lower() != ".png":
             raise UsageError(f"--plot: expected a *.png, got {args.plot}")
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise EchoError("--plot needs matplotlib: pip install 'echo_eqx[plots]'") from None
+        optional("matplotlib", "plots")
 
 
 # --- The report ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, optional
 
 _CACHE_BYTES = 2**28
 """Limit of the cached rows of one row group."""
@@ -19,13 +19,7 @@ def pyarrow_parquet() -> Any:
 
     **Raises**: `EchoError` if it is not installed.
     """
-    try:
-        import pyarrow.parquet  # optional
-    except ImportError:
-        raise EchoError(
-            "Parquet needs pyarrow, which is not installed; run pip install 'echo_eqx[parquet]'"
-        ) from None
-    return pyarrow.parquet
+    return optional("pyarrow.parquet", "parquet")
 
 
 def parquet_errors() -> tuple[type[Exception], ...]:

@@ -4,19 +4,17 @@ The texts are held out of training. Each is spoken in one of the four voices, wi
 another text as reference.
 """
 
-import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soxr
 
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.data.audio import save_audio
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, optional
 from echo_eqx.flow.sampler import SamplerSettings
 from echo_eqx.generation import GenerationConfig, KnownVoice
 from echo_eqx.model.dit import EchoDiT
@@ -222,7 +220,7 @@ def word_error_rates(
 
     **Raises**: `EchoError` if PocketSphinx or jiwer is not installed, or no text can be used.
     """
-    jiwer = _optional("jiwer")
+    jiwer = optional("jiwer", "eval")
     said, recognise = _recogniser(originals.texts)
     audio = {i: originals.audio[voice_of(i)][i] for i in said}
     texts = list(said.values())
@@ -237,7 +235,7 @@ def _recogniser(
     texts: Sequence[str],
 ) -> tuple[dict[int, str], Callable[[np.ndarray, int], str]]:
     """Words of the usable texts by number, and a recogniser whose grammar is these texts."""
-    sphinx = _optional("pocketsphinx")
+    sphinx = optional("pocketsphinx", "eval")
     decoder = sphinx.Decoder(samprate=16000, loglevel="FATAL", lm=None)
     words = {i: _spoken_words(text) for i, text in enumerate(texts) if not re.search(r"\d", text)}
     usable = {i: " ".join(x) for i, x in words.items() if all(map(decoder.lookup_word, x))}
@@ -266,10 +264,3 @@ def _recogniser(
 def _spoken_words(text: str) -> list[str]:
     """Words of a text without digits, as in a pronouncing dictionary."""
     return re.findall(r"[a-z']+", text.lower().replace("-", " "))
-
-
-def _optional(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise EchoError(f"{name} is not installed; run pip install 'echo_eqx[eval]'") from None

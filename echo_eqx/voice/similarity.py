@@ -8,13 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import soxr
 from scipy.fft import dct
 
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import optional
 
 RATE = 16_000
 WINDOW, HOP, FFT = 400, 160, 512
@@ -57,7 +56,7 @@ def dtw_distances(a: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
     It is the mean Euclidean distance along the cheapest path of dynamic time warping (Sakoe & Chiba
     1978): all steps, by one frame in `a`, in `b` or in both, weigh the same.
     """
-    costs_and_paths = (_librosa().sequence.dtw(a.T, b.T) for b in others)
+    costs_and_paths = (optional("librosa", "eval").sequence.dtw(a.T, b.T) for b in others)
     return np.array([costs[-1, -1] / len(path) for costs, path in costs_and_paths])
 
 
@@ -143,13 +142,4 @@ def _frames(audio: np.ndarray, size: int) -> np.ndarray:
 def _mel_bands() -> np.ndarray:
     """(257, 40): triangular filters equally spaced in mel."""
     options = {"htk": True, "norm": None, "dtype": np.float64}
-    return _librosa().filters.mel(sr=RATE, n_fft=FFT, n_mels=NUM_MELS, **options).T
-
-
-def _librosa() -> Any:
-    """**Raises**: `EchoError` if it is not installed."""
-    try:
-        import librosa  # optional: only for measuring
-    except ImportError:
-        raise EchoError("librosa is not installed; run pip install 'echo_eqx[eval]'") from None
-    return librosa
+    return optional("librosa", "eval").filters.mel(sr=RATE, n_fft=FFT, n_mels=NUM_MELS, **options).T

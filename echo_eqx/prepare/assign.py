@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from echo_eqx.errors import EchoError
-from echo_eqx.files import write_whole
 from echo_eqx.prepare.clips import Clip
+from echo_eqx.prepare.index import FORMAT, write_json
 from echo_eqx.prepare.parquet import ParquetRow
 from echo_eqx.prepare.records import Audio
 
@@ -135,7 +135,8 @@ def plan_shards(folder: Path, clips: Sequence[Clip], *, seed: int, per_shard: in
     new = [item for key, item in here.items() if key not in listed]
     if new:
         path = folder / f"clips-{len(runs):03d}.json"
-        _write_list(path, new)
+        clips = [list(vars(item).values()) for item in new]
+        write_json(path, {"format": FORMAT, "kind": "clips", "clips": clips})
         runs.append(_read_list(path))
     missing = frozenset(
         key for key, item in listed.items() if key not in here or here[key].speaker != item.speaker
@@ -172,13 +173,6 @@ def _fingerprint(audio: Audio) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _write_list(path: Path, clips: list[ListedClip]) -> None:
-    rows = (json.dumps(list(vars(clip).values()), ensure_ascii=False) for clip in clips)
-    text = '{"format": "echo_eqx", "kind": "clips", "clips": [\n' + ",\n".join(rows) + "\n]}\n"
-    data = text.encode("utf-8", "surrogateescape")
-    write_whole(path, lambda temporary: temporary.write_bytes(data))
-
-
 def _read_lists(folder: Path) -> list[list[ListedClip]]:
     paths = sorted(folder.glob("clips-[0-9][0-9][0-9].json"))
     expected = [f"clips-{number:03d}.json" for number in range(len(paths))]
@@ -190,7 +184,7 @@ def _read_lists(folder: Path) -> list[list[ListedClip]]:
 
 def _read_list(path: Path) -> list[ListedClip]:
     try:
-        content: Any = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        content: Any = json.loads(path.read_bytes())
         return [ListedClip(*map(_checked, row)) for row in content["clips"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EchoError(f"{path}: expected the clips of an earlier run, got {error}") from None

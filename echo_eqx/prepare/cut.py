@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from echo_eqx.errors import EchoError
-from echo_eqx.files import write_whole
 from echo_eqx.prepare.align import Aligner, aligner
 from echo_eqx.prepare.clips import MIN_SECONDS, Clip
+from echo_eqx.prepare.index import write_json
 from echo_eqx.prepare.pauses import RATE, find_pauses
 from echo_eqx.prepare.records import SkippedInput
 from echo_eqx.prepare.segments import Segment, join_segments
@@ -116,8 +116,7 @@ def _cut_all(
                 cut = {"by": None, "kind": "audio", "reason": str(error)}
             else:
                 folder.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(cut, ensure_ascii=False, indent=1) + "\n"
-                write_whole(path, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
+                write_json(path, cut)
         found[clip.key] = cut
     return found
 

@@ -75,17 +75,15 @@ class _RowGroup:
             if row < self._next:
                 self._restart()
             try:
-                while True:
-                    data = next(self._rows)
+                for data in self._rows:
+                    self._store(self._next, data)
                     self._next += 1
-                    self._store(self._next - 1, data)
                     if row < self._next:
                         return data
-            except StopIteration:
-                raise IndexError(f"row group {self._group} has no row {row}") from None
             except BaseException:
                 self._restart()
                 raise
+            raise IndexError(f"row group {self._group} has no row {row}")
 
     def _restart(self) -> None:
         self._next, self._rows = 0, self._stream()

@@ -58,7 +58,7 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
         except OSError as error:
             skip(inside, f"cannot be read: {error.strerror}")
             continue
-        if inside and any(_is_our_index(Path(entry.path)) for entry in found):
+        if inside and any(INDEX.fullmatch(entry.name) for entry in found):
             continue
         for entry in found:
             name = f"{inside}{entry.name}"
@@ -81,17 +81,9 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
 def has_our_shards(folder: Path) -> bool:
     """Whether `folder` has a shard index written by prepare."""
     try:
-        return any(_is_our_index(path) for path in folder.iterdir())
+        return any(map(INDEX.fullmatch, os.listdir(folder)))
     except OSError:
         return False
-
-
-def _is_our_index(path: Path) -> bool:
-    if not INDEX.fullmatch(path.name) or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        head = b"".join(file.read(200).split())
-    return head.startswith(b'{"format":"echo_eqx","kind":"shards"')
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

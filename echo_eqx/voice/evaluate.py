@@ -26,7 +26,6 @@ from echo_eqx.voice.espeak import SILENCE_SECONDS, VOICES, speak
 from echo_eqx.voice.grammar import Kind, held_out_texts
 from echo_eqx.voice.similarity import (
     DECIBELS,
-    VoicePrint,
     dtw_distances,
     mel_cepstra,
     nearest_voice,
@@ -44,15 +43,6 @@ class Originals:
     @classmethod
     def of(cls, texts: list[str]) -> "Originals":
         return cls(texts, {voice.name: [speak(text, voice) for text in texts] for voice in VOICES})
-
-    def voice_prints(self) -> dict[str, VoicePrint]:
-        return {name: voice_print(clips) for name, clips in self.audio.items()}
-
-    def cepstra(self) -> dict[str, list[np.ndarray]]:
-        return {
-            name: [mel_cepstra(clip, rate) for clip, rate in clips]
-            for name, clips in self.audio.items()
-        }
 
 
 def voice_of(number: int) -> str:
@@ -159,7 +149,10 @@ def measure(
     originals = Originals.of(held_out_texts(kind, count))
     generated = generate(dit, codec, originals.texts, references, settings)
     rate = codec.config.sample_rate
-    prints, cepstra = originals.voice_prints(), originals.cepstra()
+    prints = {name: voice_print(clips) for name, clips in originals.audio.items()}
+    cepstra = {
+        name: [mel_cepstra(*clip) for clip in clips] for name, clips in originals.audio.items()
+    }
     rows = []
     for i, audio in enumerate(generated):
         name, other = voice_of(i), voice_of(i + 1)

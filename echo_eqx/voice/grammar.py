@@ -15,6 +15,8 @@ from importlib.resources import files
 from typing import Literal
 from zlib import crc32
 
+from num2words import num2words
+
 MAX_BYTES = 63
 MIN_CHARACTERS, MAX_CHARACTERS = 8, MAX_BYTES - len("[S1] ")
 SMALL_SHARE = 0.2
@@ -22,13 +24,6 @@ Kind = Literal["small", "seen", "unseen"]
 _TABLES = ("irregular_verbs", "irregular_plurals", "doubled")
 _VERBS = ("do_thing", "do_person", "do_idea", "act", "say", "want")
 _COUNTED = ("thing", "person", "animal", "place", "idea")
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth"}
-_ORDINALS |= {"nine": "ninth", "twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth"}
 # "a" or "an" depends on the sound, not the letter.
 _SAID_WITH_VOWEL = re.compile(r"(?!uni|use|usu|eur|one\b|once\b)[aeiou]|hour|hono|honest|heir")
 
@@ -141,14 +136,14 @@ class Writer:
 
     def _number(self, kind: str) -> str:
         if kind == "digit":
-            return _ONES[self._rng.randrange(10)]
+            return num2words(self._rng.randrange(10))
         if kind == "ordinal":
-            return ordinal(self._rng.randint(1, 31))
+            return num2words(self._rng.randint(1, 31), to="ordinal")
         if kind == "year":
             century = self._rng.choice(("eighteen", "nineteen", "nineteen", "twenty"))
-            return f"{century} {cardinal(self._rng.randint(10, 99))}"
+            return f"{century} {num2words(self._rng.randint(10, 99))}"
         number = self._rng.randint(2, 12 if self._rng.random() < 0.4 else 99)
-        return str(number) if kind == "digits" else cardinal(number)
+        return str(number) if kind == "digits" else num2words(number)
 
 
 def inflect(word: str, form: str) -> str:
@@ -167,20 +162,6 @@ def inflect(word: str, form: str) -> str:
     elif form in ("ed", "en", "ing"):
         word = _with_vowel(word, "ing" if form == "ing" else "ed")
     return f"{word} {rest}" if rest else word
-
-
-def cardinal(number: int) -> str:
-    """0 to 99 in words, such as `forty-two`."""
-    if number < 20:
-        return _ONES[number]
-    tens, ones = divmod(number, 10)
-    return _TENS[tens - 2] + (f"-{_ONES[ones]}" if ones else "")
-
-
-def ordinal(number: int) -> str:
-    """1 to 99 in words, such as `forty-second`."""
-    head, dash, last = cardinal(number).rpartition("-")
-    return f"{head}{dash}{_ORDINALS.get(last, last + 'th')}"
 
 
 def _with_s(word: str, after_o: str) -> str:
@@ -229,7 +210,8 @@ def _held_out_forms() -> set[str]:
         for line in lines
         for word in words_of(re.sub(r"<[\w.]+>", "", line))
     }
-    spelled |= {*_ONES, *_TENS, *(ordinal(number) for number in range(1, 32))}
+    for number in range(100):
+        spelled |= {*words_of(num2words(number)), num2words(number, to="ordinal")}
     held_out: set[str] = set()
     for base, forms in lexicon_forms().items():
         if crc32(base.encode()) % 16 == 0 and not forms & spelled:

@@ -1,6 +1,7 @@
 """Detect what kind of recordings a source is, and read them."""
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from echo_eqx.errors import EchoError, printable
 from echo_eqx.hub import SCHEME, HubDataset, hub_errors
 from echo_eqx.prepare.archives import Files, read_parquet, read_tars
 from echo_eqx.prepare.manifests import read_folder, read_manifest
-from echo_eqx.prepare.paths import files_below, has_our_shards, nfc
+from echo_eqx.prepare.paths import INDEX, files_below, nfc
 from echo_eqx.prepare.records import Recordings, stem
 from echo_eqx.prepare.tables import TABLE_SUFFIXES
 
@@ -98,7 +99,7 @@ def _read_folder(path: Path, output: Path | None) -> Recordings:
             f"{shown}: expected another folder for --output than --input, got the same; give a new "
             f"one, such as {path / 'shards'}"
         )
-    if has_our_shards(path):
+    if any(map(INDEX.fullmatch, os.listdir(path))):
         raise EchoError(f"{shown} holds shards that prepare made; expected recordings")
     # Files that are not lists also end in .json and .txt.
     suffixes = tuple({*JSON_LINES, *TABLE_SUFFIXES} - {".json", ".txt"})

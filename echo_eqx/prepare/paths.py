@@ -2,7 +2,6 @@
 
 import os
 import re
-import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,20 +40,19 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
     def skip(name: str, detail: str) -> None:
         skipped.append(SkippedInput("path", name.rstrip("/") or ".", detail))
 
-    own = None if output is None else _identity(output)
-    seen: set[tuple[int, int] | None] = set() if own is None else {own}
+    own = None if output is None else os.path.realpath(output)
+    seen = {own}
     folders, links = [""], []
     while folders or links:
         inside = folders.pop() if folders else links.pop()
+        real = os.path.realpath(folder / inside)
+        if real in seen:
+            if real != own:
+                skip(inside, "links to a folder that is read already")
+            continue
+        seen.add(real)
         try:
-            identity = _identity(folder / inside)
-            if identity in seen:
-                if identity != own:
-                    skip(inside, "links to a folder that is read already")
-                continue
-            seen.add(identity)
-            with os.scandir(folder / inside) as entries:
-                found = sorted(entries, key=lambda entry: entry.name, reverse=True)
+            found = sorted(os.scandir(folder / inside), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             skip(inside, f"cannot be read: {error.strerror}")
             continue
@@ -64,34 +62,13 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
             name = f"{inside}{entry.name}"
             if entry.name.startswith("."):
                 continue
-            try:
-                mode = entry.stat().st_mode
-            except OSError as error:
-                skip(name, f"cannot be read: {error.strerror}")
-                continue
-            if stat.S_ISDIR(mode):
-                (links if entry.is_symlink() else folders).append(f"{name}/")
-            elif stat.S_ISREG(mode):
+            if os.path.isfile(entry.path):
                 names.append(name)
+            elif os.path.isdir(entry.path):
+                (links if entry.is_symlink() else folders).append(f"{name}/")
             elif name.lower().endswith((*AUDIO_SUFFIXES, ".txt", ".tar", ".parquet")):
-                skip(name, "is not a regular file")
+                skip(name, "is not a file that can be read")
     return sorted(names), skipped
-
-
-def has_our_shards(folder: Path) -> bool:
-    """Whether `folder` has a shard index written by prepare."""
-    try:
-        return any(map(INDEX.fullmatch, os.listdir(folder)))
-    except OSError:
-        return False
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 class AudioFiles:

@@ -8,11 +8,12 @@ recognised, one on each side of a pause. Text is never divided by guessing.
 import difflib
 import importlib.metadata
 import importlib.util
+import itertools
 import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,37 +134,29 @@ class Aligner:
             # One or two words match by chance; longer runs do not.
             runs = [run for run in matcher.get_matching_blocks() if run.size >= MIN_RUN]
             matches = {a + i: begin + b + i for a, b, size in runs for i in range(size)}
-            count = 0
-            for chunk in block:
-                placed = range(count, count + len(chunk))
-                done.append(
-                    [
-                        _Heard(word.word, word.start, word.end, matches.get(i))
-                        for i, word in zip(placed, chunk, strict=True)
-                    ]
-                )
-                count += len(chunk)
+            numbers = itertools.count()
+            done += [
+                [replace(word, index=matches.get(next(numbers))) for word in chunk]
+                for chunk in block
+            ]
             if matches:
                 begin, since = max(matches.values()) + 1, 0
             block = []
         return done
 
     def _hear(self, pcm: np.ndarray, start: float, end: float) -> list[_Heard]:
-        decoder = self._decoder
-        part = pcm[round(max(0.0, start - 0.1) * RATE) : round((end + 0.1) * RATE)]
+        decoder, offset = self._decoder, max(0.0, start - 0.1)
         decoder.start_utt()
+        part = pcm[round(offset * RATE) : round((end + 0.1) * RATE)]
         decoder.process_raw(part.tobytes(), full_utt=True)
         decoder.end_utt()
-        if decoder.hyp() is None:
-            return []
-        offset = max(0.0, start - 0.1)
         return [
             _Heard(
                 re.sub(r"\(\d+\)$", "", found.word),
                 offset + found.start_frame / 100,
                 offset + (found.end_frame + 1) / 100,
             )
-            for found in decoder.seg()
+            for found in (decoder.seg() if decoder.hyp() is not None else ())
             if found.word[0] not in "<[+"
         ]
 

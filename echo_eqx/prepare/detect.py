@@ -80,7 +80,8 @@ def _read_glob(path: Path, output: Path | None) -> Recordings:
         fixed.pop()
     folder = Path(*fixed)
     names = sorted(glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True))
-    own = set() if output is None else {n for n in names if _is_inside(folder / n, output)}
+    inside = None if output is None else output.resolve()
+    own = {n for n in names if inside and (folder / n).resolve().is_relative_to(inside)}
     files = [(name, folder / name) for name in names if name not in own]
     for suffix, read in ((".tar", read_tars), (".parquet", read_parquet)):
         if files and all(name.lower().endswith(suffix) for name, _ in files):
@@ -144,7 +145,3 @@ def _only(folder: str, lists: Sequence[Path]) -> Path:
 
 def _with_suffix(folder: Path, names: Sequence[str], suffixes: tuple[str, ...]) -> Files:
     return [(name, folder / name) for name in names if name.lower().endswith(suffixes)]
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())

@@ -12,6 +12,7 @@ _ENOUGH = 8
 _TOO_FEW = 20
 """With fewer rows, raw and normalized text need not share words to be recognised."""
 _LONGEST_LABEL = 64
+_DECIMAL = re.compile(r"-?\d+\.\d+")
 _WORD = re.compile(r"[\w.@:/+-]+")
 _LANGUAGES = set(
     "af am ar az be bg bn bs ca cs cy da de el en es et eu fa fi fil fr ga gl gu he hi hr hu hy id "
@@ -47,7 +48,9 @@ def guess_columns(
     is_small = not labels and len(texts) == 1 and len(whole) < _TOO_FEW
     if len(unsure) == 1 and is_small and 2 * _sentences(values[unsure[0]]) >= len(whole):
         texts, unsure = sorted([*texts, *unsure]), []  # raw and normalized text
-    languages = [i for i in labels if all(map(_is_language, values[i]))]
+    languages = [
+        i for i in labels if all(re.split("[-_]", x.lower())[0] in _LANGUAGES for x in values[i])
+    ]
     speakers = [i for i in labels if i not in languages]
     doubtful = unsure + texts[2:] + speakers[1:] + languages[1:]
     if labels and not _is_text(values[text], [values[i] for i in labels]):
@@ -109,7 +112,7 @@ def _is_label(column: Sequence[str], text: Sequence[str]) -> bool:
     """Whether values are labels: short, and either repeated or single words."""
     found = [value for value in column if value]
     distinct = set(found)
-    if max(map(len, distinct)) > _LONGEST_LABEL or any(map(_is_decimal, distinct)):
+    if max(map(len, distinct)) > _LONGEST_LABEL or any(map(_DECIMAL.fullmatch, distinct)):
         return False
     if len(found) >= _ENOUGH and len(distinct) == len(found):
         return False
@@ -117,14 +120,6 @@ def _is_label(column: Sequence[str], text: Sequence[str]) -> bool:
     if is_repeated and len(distinct) < len(set(text)):
         return True
     return all(map(_WORD.fullmatch, distinct))
-
-
-def _is_decimal(value: str) -> bool:
-    return re.fullmatch(r"-?\d+\.\d+", value) is not None
-
-
-def _is_language(value: str) -> bool:
-    return re.split("[-_]", value.lower())[0] in _LANGUAGES
 
 
 def _sentences(column: Sequence[str]) -> int:

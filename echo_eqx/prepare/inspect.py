@@ -133,8 +133,8 @@ def inspect_shards(
     report.frame_rate, report.has_frame_rate = rate or FRAME_RATE, rate is not None
     lengths = array("i")
     seen: dict[str, int] = {}
-    speakers: set[str] = set()
-    languages: Counter[str] = Counter()
+    speakers: Counter[str | None] = Counter()
+    languages: Counter[str | None] = Counter()
     extras: Counter[str] = Counter()
     width: int | None = None
     # Sums are taken of differences from the first sample's mean, or they would lose precision.
@@ -179,11 +179,8 @@ def inspect_shards(
                 num_reference = 0 if sample.reference is None else len(sample.reference)
                 lengths.extend((len(latents), len(sample.text.encode()), num_reference))
                 speaker, language = _labels(descriptor, entry)
-                if speaker is not None:
-                    speakers.add(speaker)
-                    report.with_speaker += 1
-                if language is not None:
-                    languages[language] += 1
+                speakers[speaker] += 1
+                languages[language] += 1
         if progress is not None:
             progress(number + 1, len(shard_index.shards))
     if is_complete(shard_index):
@@ -202,8 +199,10 @@ def inspect_shards(
             load_silence(silence.path, len(report.mean))
         except EchoError as error:
             broken.append(Broken(silence.name, "", "silence", str(error)))
-    report.extras, report.languages = dict(extras.most_common()), dict(languages.most_common())
+    report.with_speaker = report.samples - speakers.pop(None, 0)
     report.speakers, report.broken = len(speakers), tuple(broken)
+    report.extras = dict(extras.most_common())
+    report.languages = {name: count for name, count in languages.most_common() if name is not None}
     return report
 
 
@@ -235,13 +234,10 @@ def _usual_width(descriptor: int, entries: list[RecordEntry]) -> int | None:
     return widths.most_common(1)[0][0] if widths else None
 
 
-def _labels(descriptor: int, entry: RecordEntry) -> tuple[str | None, str | None]:
+def _labels(descriptor: int, entry: RecordEntry) -> tuple[str | None, ...]:
     """Speaker and language of a record that has been read without an error."""
     assert entry.json is not None
     offset, size = entry.json
     fields = json.loads(os.pread(descriptor, size, offset))
-    labels = (fields.get("speaker"), fields.get("language"))
-    speaker, language = (
-        str(label) if isinstance(label, str | int) and label != "" else None for label in labels
-    )
-    return speaker, language
+    labels = map(fields.get, ("speaker", "language"))
+    return tuple(str(x) if isinstance(x, str | int) and x != "" else None for x in labels)

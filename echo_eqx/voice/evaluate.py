@@ -5,7 +5,7 @@ another text as reference.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,32 +213,21 @@ def word_error_rates(
 
     **Raises**: `EchoError` if PocketSphinx or jiwer is not installed, or no text can be used.
     """
-    jiwer = optional("jiwer", "eval")
-    said, recognise = _recogniser(originals.texts)
-    audio = {i: originals.audio[voice_of(i)][i] for i in said}
-    texts = list(said.values())
-    return {
-        "word_error_rate": jiwer.wer(texts, [recognise(generated[i], rate) for i in said]),
-        "original_word_error_rate": jiwer.wer(texts, [recognise(*audio[i]) for i in said]),
-        "word_texts": len(said),
-    }
-
-
-def _recogniser(
-    texts: Sequence[str],
-) -> tuple[dict[int, str], Callable[[np.ndarray, int], str]]:
-    """Words of the usable texts by number, and a recogniser whose grammar is these texts."""
-    sphinx = optional("pocketsphinx", "eval")
+    jiwer, sphinx = optional("jiwer", "eval"), optional("pocketsphinx", "eval")
     decoder = sphinx.Decoder(samprate=16000, loglevel="FATAL", lm=None)
-    words = {i: _spoken_words(text) for i, text in enumerate(texts) if not re.search(r"\d", text)}
-    usable = {i: " ".join(x) for i, x in words.items() if all(map(decoder.lookup_word, x))}
-    if not usable:
+    said: dict[int, str] = {}
+    for i, text in enumerate(originals.texts):
+        words = re.findall(r"[a-z']+", text.lower().replace("-", " "))
+        if not re.search(r"\d", text) and all(map(decoder.lookup_word, words)):
+            said[i] = " ".join(words)
+    if not said:
         raise EchoError(
-            f"PocketSphinx's dictionary has all words of none of {len(texts)} texts; give a larger "
-            "--count"
+            f"PocketSphinx's dictionary has all words of none of {len(originals.texts)} texts; "
+            "give a larger --count"
         )
-    lines = " | ".join(usable.values())
-    decoder.add_jsgf_string("texts", f"#JSGF V1.0;\ngrammar g;\npublic <s> = {lines};")
+    texts = list(said.values())
+    grammar = f"#JSGF V1.0;\ngrammar g;\npublic <s> = {' | '.join(texts)};"
+    decoder.add_jsgf_string("texts", grammar)
     decoder.activate_search("texts")
 
     def recognise(audio: np.ndarray, rate: int) -> str:
@@ -251,9 +240,10 @@ def _recogniser(
         found = decoder.hyp()
         return "" if found is None else found.hypstr
 
-    return usable, recognise
-
-
-def _spoken_words(text: str) -> list[str]:
-    """Words of a text without digits, as in a pronouncing dictionary."""
-    return re.findall(r"[a-z']+", text.lower().replace("-", " "))
+    recognised = [recognise(generated[i], rate) for i in said]
+    original = [recognise(*originals.audio[voice_of(i)][i]) for i in said]
+    return {
+        "word_error_rate": jiwer.wer(texts, recognised),
+        "original_word_error_rate": jiwer.wer(texts, original),
+        "word_texts": len(said),
+    }

@@ -19,7 +19,13 @@ from echo_eqx.data.shards import list_shards
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare import align, cut, make, pauses
 from echo_eqx.prepare.clips import Clip, list_clips
-from echo_eqx.prepare.options import Holdout, Limits, hold_out, reference_warning, with_speakers
+from echo_eqx.prepare.options import (
+    Limits,
+    hold_out,
+    parse_holdout,
+    reference_warning,
+    with_speakers,
+)
 from echo_eqx.prepare.segments import Segment, join_segments
 
 CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"
@@ -160,23 +166,23 @@ def test_many_samples_without_a_reference_are_told():
 
 def test_held_out_recordings_do_not_depend_on_what_else_is_there(tmp_path):
     clips = [clip(f"{i}.wav") for i in range(400)]
-    share = hold_out(clips, Holdout.parse("5%"), 0, tmp_path)
+    share = hold_out(clips, parse_holdout("5%"), 0, tmp_path)
     assert 8 <= len(share) <= 35
     more = clips + [clip(f"new{i}.wav") for i in range(400)]
-    assert share == {s for s in hold_out(more, Holdout.parse("5%"), 0, tmp_path) if s[0] != "n"}
-    assert share != hold_out(clips, Holdout.parse("5%"), 1, tmp_path)
-    assert len(hold_out(clips, Holdout(None, 7), 0, tmp_path)) == 7
-    assert len(hold_out(clips[:3], Holdout.parse("1%"), 0, tmp_path)) == 1
+    assert share == {s for s in hold_out(more, parse_holdout("5%"), 0, tmp_path) if s[0] != "n"}
+    assert share != hold_out(clips, parse_holdout("5%"), 1, tmp_path)
+    assert len(hold_out(clips, 7, 0, tmp_path)) == 7
+    assert len(hold_out(clips[:3], parse_holdout("1%"), 0, tmp_path)) == 1
     pieces = [clip(f"{i // 9}.wav") for i in range(90)]
-    assert len(hold_out(pieces, Holdout(None, 2), 0, tmp_path)) == 2
+    assert len(hold_out(pieces, 2, 0, tmp_path)) == 2
     with pytest.raises(UsageError, match="some are left to train on"):
-        hold_out(clips[:3], Holdout(None, 3), 0, tmp_path)
+        hold_out(clips[:3], 3, 0, tmp_path)
 
 
 @pytest.mark.parametrize("given", ["0", "0%", "100%", "5 %%", "-1", "x", "nan%", "1e3"])
 def test_a_holdout_is_a_share_or_a_count(given):
     with pytest.raises(UsageError, match="expected a share such as 5% or a count"):
-        Holdout.parse(given)
+        parse_holdout(given)
 
 
 def test_limits_come_from_the_model_and_the_frame_rate():

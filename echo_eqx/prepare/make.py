@@ -21,7 +21,13 @@ from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.cut import CUTS, Cuts, count_long_texts, cut_long
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
 from echo_eqx.prepare.index import PartIndex, write_json
-from echo_eqx.prepare.options import Holdout, Limits, hold_out, reference_warning, with_speakers
+from echo_eqx.prepare.options import (
+    Limits,
+    hold_out,
+    parse_holdout,
+    reference_warning,
+    with_speakers,
+)
 from echo_eqx.prepare.write import write_shard, write_silence
 
 SILENCE, SILENCE_SECONDS = "silence.safetensors", 30
@@ -91,7 +97,7 @@ class PrepareConfig:
         if self.lufs is not None and not -70 <= self.lufs <= 0:
             raise UsageError(f"--lufs: expected -70 to 0, got {self.lufs}")
         if self.holdout is not None:
-            Holdout.parse(self.holdout)
+            parse_holdout(self.holdout)
 
     def part_of(self) -> tuple[int, int]:
         """The part from 0, and the number of parts."""
@@ -114,7 +120,7 @@ def make_dataset(config: PrepareConfig, codec: DACVAE, source: str, output: Path
     output.mkdir(parents=True, exist_ok=True)
     sets = {output: cuts.clips}
     if config.holdout is not None:
-        held = hold_out(cuts.clips, Holdout.parse(config.holdout), config.seed, output)
+        held = hold_out(cuts.clips, parse_holdout(config.holdout), config.seed, output)
         sets[output] = [clip for clip in cuts.clips if clip.metadata["source"] not in held]
         sets[output / HOLDOUT] = [clip for clip in cuts.clips if clip.metadata["source"] in held]
         logger.info("%d recordings are held out in %s", len(held), printable(str(output / HOLDOUT)))

@@ -114,7 +114,11 @@ def _recordings(
 ) -> Recordings:
     # Names must not depend on where files are mounted: outside the folder, they are relative to
     # the deepest folder that all share.
-    places = {given: _relative(folder, Path(file or given)) for given, file in files.items()}
+    places = {given: Path(file or given) for given, file in files.items()}
+    places = {
+        given: place.relative_to(folder) if place.is_relative_to(folder) else place
+        for given, place in places.items()
+    }
     elsewhere = [place.parent for place in places.values() if place.is_absolute()]
     shared = os.path.commonpath(elsewhere) if elsewhere else folder
     for place, given, row in rows:
@@ -138,12 +142,6 @@ def _recordings(
             yield SkippedInput("audio", place, f"{source[:200]} does not exist {looked}")
         else:
             yield Recording(name, name, source, folder / file, row)
-
-
-def _relative(folder: Path, file: Path) -> Path:
-    """`file` relative to `folder` if it is below it."""
-    is_below = file.is_absolute() and file.is_relative_to(folder)
-    return file.relative_to(folder) if is_below else file
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | SkippedInput]]:

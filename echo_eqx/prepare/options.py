@@ -114,27 +114,20 @@ def reference_warning(samples: int, with_reference: int) -> str | None:
 # --- Held-out recordings ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Holdout:
-    """Either a share from 0 to 1 or a count of recordings."""
+def parse_holdout(given: str) -> float | int:
+    """A share from 0 to 1 from `5%`, or a count of recordings from `20`.
 
-    share: float | None = None
-    count: int = 0
-
-    @classmethod
-    def parse(cls, given: str) -> "Holdout":
-        """From `5%` or a count of recordings such as `20`.
-
-        **Raises**: `UsageError` if it is neither.
-        """
-        match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)\s*%|(\d{1,9})", given.strip())
-        if match is None or not float(match[1] or match[2]) > 0:
-            raise UsageError(f"--holdout: expected a share such as 5% or a count, got {given!r}")
-        return cls(float(match[1]) / 100) if match[1] else cls(None, int(match[2]))
+    **Raises**: `UsageError` if it is neither.
+    """
+    match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)\s*%|(\d{1,9})", given.strip())
+    if match is None or not float(match[1] or match[2]) > 0:
+        raise UsageError(f"--holdout: expected a share such as 5% or a count, got {given!r}")
+    return float(match[1]) / 100 if match[1] else int(match[2])
 
 
-def hold_out(clips: Sequence[Clip], holdout: Holdout, seed: int, output: Path) -> set[str]:
-    """Names of the recordings to hold out. Those that earlier runs assigned in `output` stay.
+def hold_out(clips: Sequence[Clip], holdout: float | int, seed: int, output: Path) -> set[str]:
+    """Names of the recordings to hold out, a share or a count of them. Those that earlier runs
+    assigned in `output` stay.
 
     Each recording is chosen by a hash of its name and `seed`, so the choice does not depend on
     which others there are. At least one recording is held out, and at least one is left.
@@ -142,10 +135,10 @@ def hold_out(clips: Sequence[Clip], holdout: Holdout, seed: int, output: Path) -
     training, held = listed_sources(output), listed_sources(output / HOLDOUT)
     sources = {clip.metadata["source"] for clip in clips}
     free = sorted(sources - training - held, key=lambda source: _uniform(source, seed))
-    if holdout.share is None:
-        chosen = set(free[: max(0, holdout.count - len(held & sources))])
+    if isinstance(holdout, int):
+        chosen = set(free[: max(0, holdout - len(held & sources))])
     else:
-        chosen = {source for source in free if _uniform(source, seed) < holdout.share}
+        chosen = {source for source in free if _uniform(source, seed) < holdout}
         if not chosen and not held:
             chosen = set(free[:1])
     if not (sources - held - chosen):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import RepoFile
@@ -35,16 +36,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Codec:
-    """The codec that made the latents, by the index."""
-
-    id: str
-    sample_rate: int
-    hop: int
-    latent_dim: int
-
-
-@dataclass(frozen=True)
 class _Dataset:
     """What is to be uploaded. Names are relative to the folder.
 
@@ -55,7 +46,8 @@ class _Dataset:
     """What the index says of each shard, sorted by name."""
     small_files: dict[str, bytes]
     """Silence, codec, indexes and lists of clips."""
-    codec: _Codec
+    codec: dict[str, Any]
+    """The codec that made the latents, by the indexes."""
 
 
 def push(folder: Path, repo: str) -> None:
@@ -161,7 +153,7 @@ def _read_dataset(folder: Path) -> _Dataset:
     """**Raises**: `EchoError` if shards and indexes do not fit together."""
     small_files: dict[str, bytes] = {}
     shards: dict[str, dict] = {}
-    codecs: dict[_Codec, str] = {}
+    codecs: list[tuple[dict[str, Any], str]] = []
     found: set[str] = set()
     try:
         for prefix in ("", f"{HOLDOUT}/"):
@@ -178,7 +170,7 @@ def _read_dataset(folder: Path) -> _Dataset:
                 if not path.name.startswith("index"):
                     continue
                 codec, summaries = _read_index(path, data)
-                codecs.setdefault(codec, prefix + path.name)
+                codecs.append((codec, prefix + path.name))
                 for name, listed in summaries.items():
                     known = shards.setdefault(prefix + name, listed)
                     if known["sha256"] != listed["sha256"]:
@@ -191,31 +183,31 @@ def _read_dataset(folder: Path) -> _Dataset:
         raise EchoError(f"{folder}: expected at least one shard (*.tar), got none")
     if not codecs:
         raise EchoError(f"{folder}: expected an index*.json that lists the shards, got none")
-    if len(codecs) > 1:
-        (first, one), (second, other) = list(codecs.items())[:2]
-        raise EchoError(
-            f"{folder}: expected shards of one codec, but {one} names {first.id} and {other} names "
-            f"{second.id}"
-        )
+    first, one = codecs[0]
+    for other, name in codecs:
+        if other != first:
+            raise EchoError(
+                f"{folder}: expected shards of one codec, but {one} names {first['id']} and {name} "
+                f"names {other['id']}"
+            )
     for name in sorted(found - shards.keys()):
         raise EchoError(f"{folder / name} is in no index*.json; move it away or list it")
     for name in sorted(shards.keys() - found):
         if shards[name]["samples"]:  # prepare lists a shard without samples, but writes no file
             raise EchoError(f"{folder / name} does not exist, but an index lists it")
-    return _Dataset({n: shards[n] for n in sorted(found)}, small_files, next(iter(codecs)))
+    return _Dataset({n: shards[n] for n in sorted(found)}, small_files, first)
 
 
-def _read_index(path: Path, data: bytes) -> tuple[_Codec, dict[str, dict]]:
+def _read_index(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, dict]]:
     """The codec, and what the index says of each shard."""
     try:
         index = parse_index(data, ("samples", "frames"))
         if index is None:
             raise ValueError("it is of another kind")
-        codec = index["codec"]
-        sizes = [int(codec[name]) for name in ("sample_rate", "hop", "latent_dim")]
-        if min(sizes) < 1:
-            raise ValueError(f"a size of its codec is {min(sizes)}")
-        return _Codec(str(codec["id"]), *sizes), index["shards"]
+        codec = {name: int(index["codec"][name]) for name in ("sample_rate", "hop", "latent_dim")}
+        if min(codec.values()) < 1:
+            raise ValueError(f"a size of its codec is {min(codec.values())}")
+        return codec | {"id": str(index["codec"]["id"])}, index["shards"]
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:200]
         raise EchoError(f"{path}: expected an index of shards: {reason}") from None
@@ -274,10 +266,10 @@ configs:
 
 
 def _description(repo: str, dataset: _Dataset) -> str:
-    codec = dataset.codec
+    rate, hop, width = (dataset.codec[x] for x in ("sample_rate", "hop", "latent_dim"))
     shards = [listed for name, listed in dataset.shards.items() if "/" not in name]
     samples, frames = (sum(listed[x] for listed in shards) for x in ("samples", "frames"))
-    hours = frames * codec.hop / codec.sample_rate / 3600
+    hours = frames * hop / rate / 3600
     extra = ""
     if count := sum(listed["samples"] for listed in dataset.shards.values()) - samples:
         extra += f"\n`{HOLDOUT}/` holds {count:,} more samples to evaluate on."
@@ -291,14 +283,13 @@ Each sample has
 
 | file | content |
 |---|---|
-| `KEY.npy` | latents, float16 (frames, {codec.latent_dim}), \
-{codec.sample_rate / codec.hop:g} frames a second |
+| `KEY.npy` | latents, float16 (frames, {width}), {rate / hop:g} frames a second |
 | `KEY.ref.npy` | latents of other speech by the same speaker, float16 \
-(frames, {codec.latent_dim}); not every sample has them |
+(frames, {width}); not every sample has them |
 | `KEY.json` | `text`, and what else is known of the recording |
 
-The latents are from the codec `{codec.id}`: {codec.sample_rate:,} Hz, {codec.hop:,} audio samples \
-a frame, {codec.latent_dim} channels.{extra}
+The latents are from the codec `{dataset.codec["id"]}`: {rate:,} Hz, {hop:,} audio samples \
+a frame, {width} channels.{extra}
 `index*.json` list SHA-256, samples and frames of each shard.
 
 Train on them with echo_eqx:

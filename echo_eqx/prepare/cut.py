@@ -17,10 +17,6 @@ from echo_eqx.prepare.pauses import RATE, find_pauses
 from echo_eqx.prepare.records import SkippedInput
 from echo_eqx.prepare.segments import Segment, join_segments
 
-ALTERNATIVES = (
-    "give segments with times in a manifest, install a recogniser "
-    "(pip install 'echo_eqx[cutting]', English only), or raise --max_seconds"
-)
 CUTS = "cuts"
 """Folder in the output where the cuts of each recording are kept."""
 _SPEAKER_TAG = re.compile(r"\[S\d+\]")
@@ -54,37 +50,37 @@ def cut_long(
     what = f"{len(long)} recordings ({seconds / 3600:.2f} hours) are longer than {max_seconds:g} s"
     by = aligner()
     if by is None:
-        logger.warning("%s, have no times to cut at, and are left out: %s", what, ALTERNATIVES)
+        logger.warning(
+            "%s, have no times to cut at, and are left out: give segments with times in a manifest,"
+            " install a recogniser (pip install 'echo_eqx[cutting]', English only), or raise "
+            "--max_seconds",
+            what,
+        )
     else:
         logger.info("%s: cutting them at pauses, text divided by %s", what, by)
     found = _cut_all(long, folder, round(begin * len(long)), max_seconds)
     keys = {clip.key for clip in cuts.clips}
-    kept = 0.0
-    pieces = 0
+    kept = []
     for clip in long:
         for piece in _pieces(clip, found[clip.key], max_seconds, max_text_bytes, keys):
             if isinstance(piece, SkippedInput):
                 cuts.skipped.append(piece)
             else:
-                cuts.clips.append(piece)
+                kept.append(piece)
                 keys.add(piece.key)
-                kept += piece.seconds
-                pieces += 1
-    cuts.clips.sort(key=lambda clip: clip.key)
+    cuts.clips = sorted(cuts.clips + kept, key=lambda clip: clip.key)
+    seconds_kept = sum(piece.seconds for piece in kept)
     cuts.counts = {
         "by": sorted({cut["by"] for cut in found.values()} - {None}),
         "recordings": len(long),
-        "pieces": pieces,
+        "pieces": len(kept),
         "seconds": round(seconds, 2),
-        "seconds_kept": round(kept, 2),
+        "seconds_kept": round(seconds_kept, 2),
     }
     if by is not None:
-        logger.info("%d pieces, %.0f%% of these recordings kept", pieces, 100 * kept / seconds)
-        if kept < 0.5 * seconds:
-            logger.warning(
-                "most of it is lost because the text does not match the speech, or there are no "
-                "pauses; give segments with times in a manifest, or raise --max_seconds"
-            )
+        logger.info(
+            "%d pieces, %.0f%% of these recordings kept", len(kept), 100 * seconds_kept / seconds
+        )
     return cuts
 
 

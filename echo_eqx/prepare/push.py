@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,20 @@ def push(folder: Path, repo: str) -> None:
     if re.fullmatch(REPO, repo) is None:
         raise EchoError(f"--push: expected owner/name of a dataset on the Hub, got {repo!r}")
     dataset = _read_dataset(folder)
-    hub = _Hub(repo)
-    hub.create()
-    remote = hub.files()
+    api, action = HfApi(), f"cannot push to {repo}"
+
+    def send(files: Mapping[str, Path | bytes], message: str) -> None:
+        with hub_errors(action):
+            added = [CommitOperationAdd(name, content) for name, content in files.items()]
+            api.preupload_lfs_files(repo, added, repo_type="dataset")
+        # The library retries every request of an upload except the commit.
+        commit = partial(api.create_commit, repo, added, repo_type="dataset")
+        _retry(partial(commit, commit_message=message), action)
+
+    _retry(lambda: _create(api, repo), action)
+    with hub_errors(action):
+        tree = api.list_repo_tree(repo, repo_type="dataset", recursive=True)
+        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     total, missing = len(dataset.shards), []
     for number, (name, listed) in enumerate(dataset.shards.items(), 1):
         lfs = remote[name].lfs if name in remote else None
@@ -78,75 +90,46 @@ def push(folder: Path, repo: str) -> None:
     for batch in (missing[i : i + size] for i in range(0, len(missing), size)):
         for _, name in batch:
             _check_sum(folder / name, dataset.shards[name]["sha256"])
-        hub.send({name: folder / name for _, name in batch}, f"Add {batch[0][1]}")
+        send({name: folder / name for _, name in batch}, f"Add {batch[0][1]}")
         for number, name in batch:
             logger.info("%s sent (%d of %d)", name, number, total)
-    old = hub.read(_CARD)
+    with hub_errors(action):
+        old = _read(repo, _CARD)
     files = {**dataset.small_files, _CARD: _card(repo, dataset, old)}
     changed = {name: data for name, data in files.items() if not _is_same(remote.get(name), data)}
     if changed:
-        hub.send(changed, "Update index and card")
+        send(changed, "Update index and card")
         logger.info("%s sent", ", ".join(changed))
 
 
-class _Hub:
-    """One dataset on the Hub. Its methods raise `EchoError` for anything that goes wrong there."""
+def _create(api: HfApi, repo: str) -> None:
+    """Create the dataset if it does not exist: private, since publishing cannot be undone."""
+    if not api.repo_exists(repo, repo_type="dataset"):
+        api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
+        logger.info("%s is new; it is private until you change its settings", repo)
 
-    def __init__(self, repo: str):
-        self._repo = repo
-        self._errors = f"cannot push to {repo}"
-        self._api = HfApi()
 
-    def create(self) -> None:
-        """Create the dataset if it does not exist: private, since publishing cannot be undone."""
+def _read(repo: str, name: str) -> bytes | None:
+    """The content of a file as it is now, None if it does not exist."""
+    response = http_backoff("GET", HubDataset(repo).file_url(name), headers=build_hf_headers())
+    if response.status_code == 404:
+        return None
+    hf_raise_for_status(response)
+    return response.content
 
-        def create() -> None:
-            if not self._api.repo_exists(self._repo, repo_type="dataset"):
-                self._api.create_repo(self._repo, repo_type="dataset", private=True, exist_ok=True)
-                logger.info("%s is new; it is private until you change its settings", self._repo)
 
-        self._retry(create)
-
-    def files(self) -> dict[str, RepoFile]:
-        """All files of the dataset by name."""
-        with hub_errors(self._errors):
-            tree = self._api.list_repo_tree(self._repo, repo_type="dataset", recursive=True)
-            return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-    def read(self, name: str) -> bytes | None:
-        """The content of a file as it is now, None if it does not exist."""
-        with hub_errors(self._errors):
-            url = HubDataset(self._repo).file_url(name)
-            response = http_backoff("GET", url, headers=build_hf_headers())
-            if response.status_code == 404:
-                return None
-            hf_raise_for_status(response)
-            return response.content
-
-    def send(self, files: Mapping[str, Path | bytes], message: str) -> None:
-        """Upload files and commit them."""
-        with hub_errors(self._errors):
-            added = [CommitOperationAdd(name, content) for name, content in files.items()]
-            self._api.preupload_lfs_files(self._repo, added, repo_type="dataset")
-        # The library retries every request of an upload except the commit.
-        self._retry(
-            lambda: self._api.create_commit(
-                self._repo, added, commit_message=message, repo_type="dataset"
-            )
-        )
-
-    def _retry(self, call: Callable[[], object]) -> None:
-        for wait in (*WAITS, None):
-            try:
-                with hub_errors(self._errors):
-                    call()
-                return
-            except HubUnavailable as error:
-                if wait is None or isinstance(error, HubOffline):
-                    raise
-                wait = max(wait, error.retry_after or 0.0)
-                logger.warning("%s; trying again in %.0f s", error, wait)
-            time.sleep(wait)
+def _retry(call: Callable[[], object], action: str) -> None:
+    for wait in (*WAITS, None):
+        try:
+            with hub_errors(action):
+                call()
+            return
+        except HubUnavailable as error:
+            if wait is None or isinstance(error, HubOffline):
+                raise
+            wait = max(wait, error.retry_after or 0.0)
+            logger.warning("%s; trying again in %.0f s", error, wait)
+        time.sleep(wait)
 
 
 def _read_dataset(folder: Path) -> _Dataset:

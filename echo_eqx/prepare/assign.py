@@ -45,23 +45,17 @@ def assign(clips: Sequence[Clip], *, seed: int, per_shard: int) -> list[list[Sha
     for clip in sorted(clips, key=lambda clip: clip.key):
         source = clip.metadata["source"]
         groups[f"speaker {clip.speaker}" if clip.speaker else f"recording {source}"].append(clip)
-    clusters = [
-        cluster
-        for name, members in sorted(groups.items())
-        for cluster in _split(_shuffled(members, seed, name))
-    ]
+    clusters: list[list[Clip]] = []
+    for name, members in sorted(groups.items()):
+        # Nearly equal clusters; no clip is alone unless its speaker has no other.
+        count, order = max(1, len(members) // CLUSTER), _shuffled(members, seed, name)
+        clusters += [order[start::count] for start in range(count)]
     shards: list[list[list[Clip]]] = [[]]
     for cluster in _shuffled(clusters, seed, "clusters"):
         if sum(map(len, shards[-1])) >= per_shard:
             shards.append([])
         shards[-1].append(cluster)
     return [_entries(shard, seed) for shard in shards if shard]
-
-
-def _split(members: list[Clip]) -> list[list[Clip]]:
-    """Nearly equal clusters; no clip is alone unless its speaker has no other."""
-    count = max(1, len(members) // CLUSTER)
-    return [members[start::count] for start in range(count)]
 
 
 def _entries(clusters: list[list[Clip]], seed: int) -> list[ShardEntry]:
@@ -184,13 +178,9 @@ def _read_lists(folder: Path) -> list[list[ListedClip]]:
 
 def _read_list(path: Path) -> list[ListedClip]:
     try:
-        content: Any = json.loads(path.read_bytes())
-        return [ListedClip(*map(_checked, row)) for row in content["clips"]]
+        rows: Any = json.loads(path.read_bytes())["clips"]
+        if not all(x is None or isinstance(x, str) for row in rows for x in row):
+            raise ValueError("something else than a string")
+        return [ListedClip(*row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EchoError(f"{path}: expected the clips of an earlier run, got {error}") from None
-
-
-def _checked(value: Any) -> Any:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"a {type(value).__name__} instead of a string")
-    return value

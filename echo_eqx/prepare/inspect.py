@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,9 +24,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.prepare.sidecars import (
     Broken,
     find_frame_rate,
-    first_silence,
     folder_of,
-    is_complete,
     list_sidecars,
     opened,
     read_indexes,
@@ -183,7 +182,8 @@ def inspect_shards(
                 languages[language] += 1
         if progress is not None:
             progress(number + 1, len(shard_index.shards))
-    if is_complete(shard_index):
+    # A glob or a single file picks some of a folder's shards; otherwise all must be there.
+    if shard_index.shards[0].path is None or Path(shard_index.source).expanduser().is_dir():
         for name in sorted(set(sums) - {shard.name for shard in shard_index.shards}):
             broken.append(Broken(name, "", "missing", "an index lists it, but it does not exist"))
     report.frames, report.text_bytes, report.speaker_frames = (
@@ -192,7 +192,8 @@ def inspect_shards(
     if lengths:
         mean, square = sums_of_powers / report.frames.sum(dtype=np.int64)
         report.mean, report.std = shift + mean, np.sqrt(np.maximum(square - mean**2, 0))
-    silence = first_silence(sidecars)
+    by_name = {file.name: file for file in sidecars}
+    silence = by_name.get("silence.safetensors") or by_name.get("silence.npy")
     report.silence = silence and silence.name
     if silence is not None and silence.path is not None and lengths:
         try:

@@ -53,11 +53,6 @@ def folder_of(name: str) -> str:
     return PurePosixPath(name).parent.as_posix()
 
 
-def is_complete(shard_index: ShardIndex) -> bool:
-    """Whether the index has all shards of a folder, not some picked by a glob or name."""
-    return shard_index.shards[0].path is None or Path(shard_index.source).expanduser().is_dir()
-
-
 def list_sidecars(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
     """The files next to the shards and in the top folder, or why they cannot be listed."""
     folders = {".", *(folder_of(shard.name) for shard in shard_index.shards)}
@@ -82,12 +77,6 @@ def list_sidecars(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
         return [], str(error)
     found = [file for file in found if _SIDECAR.fullmatch(PurePosixPath(file.name).name)]
     return sorted(found, key=lambda file: (folder_of(file.name), file.name)), None
-
-
-def first_silence(sidecars: list[Shard]) -> Shard | None:
-    """The file of silence that training uses: the one in the top folder."""
-    by_name = {file.name: file for file in sidecars}
-    return by_name.get("silence.safetensors") or by_name.get("silence.npy")
 
 
 def find_frame_rate(sidecars: list[Shard], cache: ShardCache, broken: list[Broken]) -> float | None:

@@ -88,12 +88,10 @@ class PrepareConfig:
         if self.output is None:
             raise UsageError("--output is missing; expected a folder for the shards")
         self.part_of()
-        for name in ("max_seconds", "max_speaker_seconds", "shard_samples"):
+        for name in ("max_seconds", "max_speaker_seconds", "shard_samples", "batch_size"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e9:
                 raise UsageError(f"--{name}: expected a positive number, got {value}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UsageError(f"--batch_size: expected at least 1, got {self.batch_size}")
         if self.lufs is not None and not -70 <= self.lufs <= 0:
             raise UsageError(f"--lufs: expected -70 to 0, got {self.lufs}")
         if self.holdout is not None:
@@ -112,11 +110,8 @@ def make_dataset(config: PrepareConfig, codec: DACVAE, source: str, output: Path
     part, parts = config.part_of()
     limits = Limits.of(config.model, codec.config, config.max_seconds, config.max_speaker_seconds)
     cuts = _list(config, limits, source, output, part / parts)
-    settings = {
-        **{name: getattr(config, name) for name in ("latents", "lufs", "normalize_text")},
-        **{name: getattr(config, name) for name in ("shard_samples", "seed", "speaker", "holdout")},
-        **vars(limits),
-    }
+    names = ("latents", "lufs", "normalize_text", "shard_samples", "seed", "speaker", "holdout")
+    settings = {**{name: getattr(config, name) for name in names}, **vars(limits)}
     output.mkdir(parents=True, exist_ok=True)
     sets = {output: cuts.clips}
     if config.holdout is not None:
@@ -250,13 +245,8 @@ def _shard_name(number: int) -> str:
 
 def _codec_facts(codec: DACVAE) -> dict[str, Any]:
     """Identity and sizes of a codec, as codec.json and the index have them."""
-    config = codec.config
-    return {
-        "id": codec_identity(codec),
-        "sample_rate": config.sample_rate,
-        "hop": config.hop,
-        "latent_dim": config.latent_dim,
-    }
+    sizes = {name: getattr(codec.config, name) for name in ("sample_rate", "hop", "latent_dim")}
+    return {"id": codec_identity(codec), **sizes}
 
 
 def describe_codec(codec: DACVAE, *folders: Path) -> None:

@@ -58,10 +58,8 @@ class PartIndex:
         self.save()
 
     def save(self) -> None:
-        content = {**self._head, "shards": self.shards, "skipped": self.skipped}
-        if self.cuts:
-            content["cuts"] = self.cuts
-        write_json(self.path, content)
+        content = {"shards": self.shards, "skipped": self.skipped, "cuts": self.cuts}
+        write_json(self.path, {**self._head, **content})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -116,30 +116,27 @@ def _irregular(counts: Sequence[int]) -> int:
 
 def _rows(path: Path, separator: str, is_quoted: bool) -> Rows:
     """The rows of a list, except blank lines and comments."""
-    for place, row in (_quoted_rows if is_quoted else _plain_rows)(path, separator):
-        if isinstance(row, SkippedInput):
-            yield place, row
-            continue
-        row = [field.strip() for field in row]
-        is_comment = row[:1] == ["sep="] or (len(row) == 1 and row[0].startswith("#"))
-        if any(row) and not is_comment:
-            yield place, row
+    try:
+        for place, row in (_quoted_rows if is_quoted else _plain_rows)(path, separator):
+            if isinstance(row, SkippedInput):
+                yield place, row
+                continue
+            row = [field.strip() for field in row]
+            is_comment = row[:1] == ["sep="] or (len(row) == 1 and row[0].startswith("#"))
+            if any(row) and not is_comment:
+                yield place, row
+    except UnicodeDecodeError as error:
+        detail = f"cannot be read as text: {error}"
+        yield path.name, SkippedInput("manifest", path.name, detail)
 
 
 def _plain_rows(path: Path, separator: str) -> Rows:
-    try:
-        for number, line in enumerate(lines_of(path), 1):
-            place = f"{path.name}:{number}"
-            if line is None:
-                yield place, SkippedInput("manifest", place, "is too long for a line of a list")
-            else:
-                yield place, [_unquoted(field.strip()) for field in line.split(separator)]
-    except UnicodeDecodeError as error:
-        yield path.name, _not_text(path.name, error)
-
-
-def _not_text(place: str, error: UnicodeDecodeError) -> SkippedInput:
-    return SkippedInput("manifest", place, f"cannot be read as text: {error}")
+    for number, line in enumerate(lines_of(path), 1):
+        place = f"{path.name}:{number}"
+        if line is None:
+            yield place, SkippedInput("manifest", place, "is too long for a line of a list")
+        else:
+            yield place, [_unquoted(field.strip()) for field in line.split(separator)]
 
 
 def _unquoted(field: str) -> str:
@@ -161,9 +158,6 @@ def _quoted_rows(path: Path, separator: str) -> Rows:
                 return
             except csv.Error as error:
                 yield place, SkippedInput("manifest", place, f"is not CSV: {error}")
-            except UnicodeDecodeError as error:
-                yield place, _not_text(place, error)
-                return
             else:
                 yield place, row
 

@@ -19,7 +19,7 @@ from echo_eqx.cli import run
 from echo_eqx.commands import tpu
 from echo_eqx.ops.pods import gcloud
 from echo_eqx.ops.pods.shell import Shell
-from echo_eqx.ops.pods.workers import TpuWorkers
+from echo_eqx.ops.pods.workers import Workers
 from echo_eqx.sharding.hosts import code_digest
 
 ROOT = Path(__file__).parents[1]
@@ -153,10 +153,6 @@ elif verb == "delete":
 else:
     if pod["state"] != "READY":
         fail(f"ERROR: {what} This TPU has terminal state {pod['state']}, so it cannot be used")
-    if "worker.py status" in FLAGS.get("--command", "") and played("deleted"):
-        end_processes()
-        POD.unlink()
-        missing()
     home = ROOT / "homes" / f"pod{pod['number']}-{FLAGS['--worker']}"
     if verb == "scp":
         home.mkdir(parents=True, exist_ok=True)
@@ -407,7 +403,7 @@ def test_setup_names_the_worker_that_differs(world):
     code, _, err = world("setup --name echo")
     assert code == 1
     assert err == (
-        "error: worker 2 of echo: expected jax 1, as on the others, got 0.9; run setup again\n"
+        "error: worker 2 of echo: expected jax 1, as on worker 0, got 0.9; run setup again\n"
     )
 
 
@@ -451,14 +447,6 @@ def test_a_run_lives_on_all_workers_until_it_is_stopped(world):
     assert "ended with code 137" in world.ok("stop --name echo --now --poll 0.05")
     world.ok("delete --name echo")
     assert not (world.root / "pod.json").exists()
-
-
-def test_stop_ends_where_the_pod_is_deleted_meanwhile(world):
-    world.pod()
-    world.ok(f"{LAUNCH} 100000")
-    world.play(deleted=1)
-    said = world.ok("stop --name echo --poll 0.05 --wait 20")
-    assert "echo is deleted, and the run on it has ended" in said
 
 
 def test_a_worker_that_does_not_start_ends_the_others_and_all_try_again(world):
@@ -541,10 +529,11 @@ def test_hosts_are_reached_by_ssh_and_told_of_each_other(world):
 
 BAD = [
     ("create --name Echo --accelerator_type v4-8", 2, "expected --name of a letter and up to"),
-    ("create --name echo --accelerator_type v4", 2, "expected --accelerator_type such as v4-64"),
-    ("create --name echo --accelerator_type v5e-16", 2, "expected --accelerator_type v5litepod-16"),
-    ("create --name echo --accelerator_type v9x-8", 2, "no runtime version is known for v9x-8"),
-    ("create --name echo --accelerator_type v4-8 --valid_until soon", 2, "expected --valid_until"),
+    (
+        "create --name echo --accelerator_type v5e-16",
+        2,
+        "expected --accelerator_type such as v4-64, of v2, v3, v4, v5litepod, v5p, v6e, got 'v5e",
+    ),
     (
         "create --name echo --accelerator_type v4-8 --create_flags '\"'",
         2,
@@ -570,7 +559,6 @@ BAD = [
     ),
     ("status --name echo --coordinator b:1", 2, "--coordinator needs --hosts"),
     ("logs --name echo --worker 3", 2, "expected --worker from 0 to 2, got 3"),
-    ("setup --name echo --extra '];'", 2, "expected --extra such as tpu, got '];'"),
     ("status --name other", 1, "pod other does not exist; create it first"),
     ("stop --name other --zone z", 1, "pod other in z does not exist; create it first"),
     ("delete --name other", 1, "pod other does not exist; create it first"),
@@ -622,7 +610,7 @@ def test_a_run_dir_on_a_workers_own_disk_is_warned_of(world):
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 def test_the_real_gcloud_takes_these_flags(tmp_path):
     pod = gcloud.Pod("echo", "us-central2-b", "mine")
-    workers = TpuWorkers(Shell(), "echo", ("0",), ("--internal-ip",), 9.0, pod)
+    workers = Workers(Shell(), pod, ("0",), ("--internal-ip",), 9.0)
     args = gcloud.CreateArgs(
         name="echo",
         accelerator_type="v4-64",

@@ -77,10 +77,8 @@ class Delete(PodArgs):
 
 
 def main() -> None:
-    words, separator, train_flags = sys.argv[1:], False, []
-    if "--" in words:
-        at = words.index("--")
-        words, separator, train_flags = words[:at], True, words[at + 1 :]
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    words, separator, train_flags = sys.argv[1:at], at < len(sys.argv), sys.argv[at + 1 :]
     args = parse(
         Annotated[CreateArgs, subcommand("create")]
         | Annotated[InstallArgs, subcommand("setup")]
@@ -145,8 +143,6 @@ def check_numbers(args: object) -> None:
 def show_status(args: Status, shell: Shell, pod: Pod) -> None:
     if args.hosts is None and not shell.dry_run:
         state = gcloud.describe(shell, pod)
-        if state.absent:
-            raise gcloud.not_found(pod)
         print(f"{pod}: {state}")
         if not state.ready:
             return

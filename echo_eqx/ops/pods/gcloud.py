@@ -1,6 +1,5 @@
 """Cloud TPU pods: created, described and deleted through gcloud."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -55,10 +54,6 @@ class CreateArgs(SpotArgs, PodArgs):
     """More flags for gcloud's queued-resources create: --create_flags='--network=mine'."""
 
 
-class GcloudError(EchoError):
-    """gcloud failed. It may succeed later."""
-
-
 @dataclass(frozen=True)
 class Pod:
     """A queued resource and its one node, both of this name, or a node without a queue.
@@ -80,9 +75,7 @@ class Pod:
         return ["gcloud", "compute", "tpus", group, verb, *flags, *places, "--quiet"]
 
     def create_command(self, args: CreateArgs) -> list[str]:
-        """**Raises**: `UsageError` for what gcloud would refuse only later."""
-        if args.valid_until is not None and not re.fullmatch(r"(\d+[smhd])+", args.valid_until):
-            raise UsageError(f"expected --valid_until such as 6h, got {args.valid_until!r}")
+        """**Raises**: `UsageError` for a generation without a known image."""
         flags = [
             f"--node-id={self.name}",
             f"--accelerator-type={args.accelerator_type}",
@@ -108,24 +101,20 @@ class Pod:
 
 @dataclass(frozen=True)
 class PodState:
-    """States as gcloud names them; None if there is no such resource."""
+    """States of the node and of its queued resource, as gcloud names them, and a reason if any."""
 
-    node: str | None = None
-    queued: str | None = None
-    num_workers: int = 0
-    reason: str = ""
+    node: str | None
+    queue: str | None
+    num_workers: int
+    reason: str | None
 
     @property
     def ready(self) -> bool:
         return self.node == "READY" and self.num_workers > 0
 
-    @property
-    def absent(self) -> bool:
-        return self.node is None and self.queued is None
-
     def __str__(self) -> str:
-        queue = self.queued and not self.ready and f"queue: {self.queued}"
-        return ", ".join(part for part in (self.node, queue, self.reason) if part) or "absent"
+        queue = self.queue and f"queue: {self.queue}"
+        return ", ".join(part for part in (self.node, queue, self.reason) if part)
 
 
 def check_name(name: str) -> None:
@@ -138,17 +127,13 @@ def check_name(name: str) -> None:
 
 def runtime_version(args: CreateArgs) -> str:
     """**Raises**: `UsageError` if none is given or known."""
-    kind = args.accelerator_type
-    match = re.fullmatch(r"(v\d+[a-z]*)-(\d+)", kind)
-    if match is None:
-        raise UsageError(f"expected --accelerator_type such as v4-64, got {kind!r}")
-    if match[1] == "v5e":
-        raise UsageError(
-            f"expected --accelerator_type v5litepod-{match[2]}, as gcloud calls v5e, got {kind}"
-        )
-    runtime = args.runtime_version or RUNTIMES.get(match[1])
+    generation = args.accelerator_type.partition("-")[0]
+    runtime = args.runtime_version or RUNTIMES.get(generation)
     if runtime is None:
-        raise UsageError(f"no runtime version is known for {kind}; add --runtime_version")
+        raise UsageError(
+            f"expected --accelerator_type such as v4-64, of {', '.join(RUNTIMES)}, got "
+            f"{args.accelerator_type!r}; for another one add --runtime_version"
+        )
     return runtime
 
 
@@ -164,51 +149,36 @@ def split_flags(name: str, text: str) -> tuple[str, ...]:
 
 
 def create(shell: Shell, pod: Pod, args: CreateArgs) -> None:
-    """Request the pod; it is usable once `describe` says READY. **Raises**: `GcloudError`."""
+    """Request the pod; it is usable once `describe` says READY. **Raises**: `EchoError`."""
     for completed in shell.run_all([pod.create_command(args)], _CHANGE_SECONDS):
         if completed.returncode != 0:
             raise _failure(f"cannot create {pod}", completed)
 
 
 def delete(shell: Shell, pod: Pod) -> None:
-    """Delete the pod, with or without a queued resource. **Raises**: `GcloudError`."""
+    """Delete the pod, with or without a queued resource. **Raises**: `EchoError`."""
     for completed in shell.run_all([pod.delete_command()], _CHANGE_SECONDS):
         if _is_not_found(completed):
             completed = shell.run(pod.command("tpu-vm", "delete", pod.name), _CHANGE_SECONDS)
         if _is_not_found(completed):
-            raise not_found(pod)
+            raise _not_found(pod)
         if completed.returncode != 0:
             raise _failure(f"cannot delete {pod}, which still costs", completed)
 
 
 def describe(shell: Shell, pod: Pod) -> PodState:
-    """The state of the pod. **Raises**: `GcloudError` if gcloud cannot tell."""
-    node = _describe_node(shell, pod)
-    queued = None if node.ready else _describe(shell, pod, "queued-resources")
-    if queued is None:
-        return node
-    about = queued.get("state") or {}
-    if about.get("state") == "ACTIVE" and node.absent:
-        node = _describe_node(shell, pod)  # it was created between the two queries
-        if node.ready:
-            return node
-    error = (about.get("failedData") or {}).get("error") or {}
-    reason = str(error.get("message") or node.reason)
-    return dataclasses.replace(node, queued=str(about.get("state")), reason=reason)
-
-
-def _describe_node(shell: Shell, pod: Pod) -> PodState:
-    node = _describe(shell, pod, "tpu-vm")
-    if node is None:
-        return PodState()
-    endpoints = node.get("networkEndpoints") or []
-    networks = node.get("networkConfigs") or [None]
-    reason = str(node.get("healthDescription") or "")
-    return PodState(str(node.get("state")), None, len(endpoints) // len(networks), reason)
-
-
-def not_found(pod: Pod) -> GcloudError:
-    return GcloudError(f"{pod} does not exist; create it first")
+    """The state of the pod. **Raises**: `EchoError` if there is none, or gcloud cannot tell."""
+    node = _describe(shell, pod, "tpu-vm") or {}
+    queued = {}
+    if node.get("state") != "READY":
+        queued = (_describe(shell, pod, "queued-resources") or {}).get("state") or {}
+    if not node and not queued:
+        raise _not_found(pod)
+    endpoints, networks = (node.get(f"network{name}") or [] for name in ("Endpoints", "Configs"))
+    error = (queued.get("failedData") or {}).get("error") or {}
+    reason = error.get("message") or node.get("healthDescription")
+    num_workers = len(endpoints) // max(1, len(networks))
+    return PodState(node.get("state"), queued.get("state"), num_workers, reason)
 
 
 def _describe(shell: Shell, pod: Pod, group: str) -> dict[str, Any] | None:
@@ -216,22 +186,22 @@ def _describe(shell: Shell, pod: Pod, group: str) -> dict[str, Any] | None:
     completed = shell.run(pod.describe_command(group), _QUERY_SECONDS, is_query=True)
     if _is_not_found(completed):
         return None
-    try:
-        found = json.loads(completed.stdout) if completed.returncode == 0 else None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+    if completed.returncode != 0:
         raise _failure(f"cannot describe {pod}", completed)
-    return found
+    return json.loads(completed.stdout)
+
+
+def _not_found(pod: Pod) -> EchoError:
+    return EchoError(f"{pod} does not exist; create it first")
 
 
 def _is_not_found(completed: Completed) -> bool:
     return completed.returncode != 0 and "NOT_FOUND" in completed.stderr
 
 
-def _failure(problem: str, completed: Completed) -> GcloudError:
+def _failure(problem: str, completed: Completed) -> EchoError:
     signs = ("active account", "auth login", "auth tokens")
     if any(sign in completed.stderr for sign in signs):
-        return GcloudError(f"{problem}: gcloud is not logged in; run gcloud auth login")
+        return EchoError(f"{problem}: gcloud is not logged in; run gcloud auth login")
     reason = re.sub(r"^ERROR: (\(gcloud[\w.-]*\) )?", "", failure_reason(completed))
-    return GcloudError(f"{problem}: {reason}")
+    return EchoError(f"{problem}: {reason}")

@@ -1,17 +1,15 @@
 """Install this source tree on all workers: copy it, install it, and compare versions."""
 
 import logging
-import re
 import tarfile
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import echo_eqx
-from echo_eqx.errors import EchoError, UsageError
+from echo_eqx.errors import EchoError
 from echo_eqx.ops.pods.shell import failure_reason
 from echo_eqx.ops.pods.workers import PYTHON, SOURCE, Answer, WorkerArgs, Workers
 from echo_eqx.sharding.hosts import code_digest
@@ -63,12 +61,11 @@ def install(workers: Workers, args: InstallArgs) -> None:
     **Raises**: `EchoError` naming the worker where it failed, or which differs, and in what.
     """
     extra = args.extra if args.extra is not None else "cuda" if args.hosts else "tpu"
-    if re.fullmatch(r"[\w,-]*", extra) is None:
-        raise UsageError(f"expected --extra such as tpu, got {extra!r}")
     with tempfile.TemporaryDirectory(prefix="echo_eqx.") as folder:
         archive = Path(folder) / f"echo_eqx-{code_digest()[:12]}.tar.gz"
         if not workers.shell.dry_run:
             pack(archive)
+        extra, before = f"[{extra}]" if extra else "", ["sh", "-c", args.before]
 
         def target(worker: str) -> str:
             return f"{workers.run_name(worker)}-{archive.name}"
@@ -76,25 +73,19 @@ def install(workers: Workers, args: InstallArgs) -> None:
         def copy(worker: str) -> list[str]:
             return workers.copy_command(worker, archive, target(worker))
 
-        def run_install(worker: str) -> list[str]:
-            remote = ["sh", "-c", _INSTALL, "sh", target(worker), f"[{extra}]" if extra else ""]
-            return workers.command(worker, remote)
-
-        def run_before(worker: str) -> list[str]:
-            return workers.command(worker, ["sh", "-c", args.before])
+        def unpack(worker: str) -> list[str]:
+            return workers.command(worker, ["sh", "-c", _INSTALL, "sh", target(worker), extra])
 
         # gcloud may create an ssh key at the first connection; at several, several keys.
         for ids in (workers.ids[:1], workers.ids[1:]):
             _run_on(workers, ids, "copying the package", copy, args, args.timeout)
         if args.before:
-            _run_on(workers, workers.ids, "--before", run_before, args, _INSTALL_SECONDS)
-        _run_on(workers, workers.ids, "installing", run_install, args, _INSTALL_SECONDS)
+            _run_on(workers, workers.ids, "--before", lambda w: workers.command(w, before), args)
+        _run_on(workers, workers.ids, "installing", unpack, args)
     answers = workers.call(lambda _: ["versions"])
     if answers:
-        versions = check_versions(workers, answers)
-        logger.info(
-            f"{len(answers)} workers of {workers} have the same versions: jax {versions['jax']}"
-        )
+        jax = check_versions(workers, answers)["jax"]
+        logger.info(f"{len(answers)} workers of {workers} have the same versions: jax {jax}")
 
 
 def pack(archive: Path) -> None:
@@ -115,23 +106,22 @@ def pack(archive: Path) -> None:
                 tar.add(root / part, part, filter=source_only)
 
 
-def check_versions(workers: Workers, answers: list[Answer]) -> dict[str, str | None]:
+def check_versions(workers: Workers, answers: list[Answer]) -> dict[str, str]:
     """The versions, the same on all workers.
 
-    **Raises**: `EchoError` naming a worker that does not answer, or differs from most.
+    **Raises**: `EchoError` naming a worker that does not answer, or differs from the first.
     """
     for answer in answers:
         if answer.value is None:
             raise EchoError(f"no versions from worker {answer.worker} of {workers}: {answer}")
-    found = {answer.worker: answer.value or {} for answer in answers}
-    common = {}
-    for name in sorted({"jax", *(name for value in found.values() for name in value)}):
-        common[name] = Counter(value.get(name) for value in found.values()).most_common(1)[0][0]
-        for worker, value in found.items():
-            if value.get(name) != common[name]:
+    common = answers[0].value or {}
+    for answer in answers[1:]:
+        found = answer.value or {}
+        for name in sorted(found.keys() | common.keys()):
+            if found.get(name) != common.get(name):
                 raise EchoError(
-                    f"worker {worker} of {workers}: expected {name} {common[name]}, as on the "
-                    f"others, got {value.get(name)}; run setup again"
+                    f"worker {answer.worker} of {workers}: expected {name} {common.get(name)}, as "
+                    f"on worker {answers[0].worker}, got {found.get(name)}; run setup again"
                 )
     return common
 
@@ -142,7 +132,7 @@ def _run_on(
     what: str,
     command: Callable[[str], list[str]],
     args: InstallArgs,
-    timeout: float,
+    timeout: float = _INSTALL_SECONDS,
 ) -> None:
     """Run a command on these workers at once, and again where it fails."""
     left, reason = list(ids), ""

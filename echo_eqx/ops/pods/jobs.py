@@ -83,15 +83,14 @@ class SlurmArgs(JobArgs):
 def job_file(args: JobArgs, flags: Sequence[str], run_dir: str) -> str:
     """The job file of one engine, for `train` with `flags`."""
     check_name(args.name)
-    match args:
-        case SkyPilotArgs():
-            return _skypilot_yaml(args, flags, run_dir)
-        case KubernetesArgs():
-            return _jobset_yaml(args, flags, run_dir)
-        case SlurmArgs():
-            return _slurm_script(args, flags)
-        case _:
-            raise TypeError(args)
+    if isinstance(args, SlurmArgs):
+        return _slurm_script(args, flags)
+    if isinstance(args, SkyPilotArgs):
+        content = _skypilot_task(args, flags, run_dir)
+    else:
+        assert isinstance(args, KubernetesArgs)
+        content = _jobset(args, flags, run_dir)
+    return yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True)
 
 
 def _mount_point(flag: str, volume: str | None, run_dir: str) -> str | None:
@@ -110,50 +109,44 @@ def _mount_point(flag: str, volume: str | None, run_dir: str) -> str | None:
     return str(PurePosixPath(run_dir).parent)
 
 
-def _skypilot_yaml(args: SkyPilotArgs, flags: Sequence[str], run_dir: str) -> str:
+def _skypilot_task(args: SkyPilotArgs, flags: Sequence[str], run_dir: str) -> dict[str, Any]:
     """A task for `sky jobs launch` (https://docs.skypilot.co/en/latest/reference/yaml-spec.html).
 
     SkyPilot copies the source tree that the command is run in. On TPU pods JAX finds the other
     workers; on GPU nodes each node runs one process.
     """
-    is_tpu = args.accelerators.startswith("tpu")
-    rendezvous = ""
+    extra = "tpu" if args.accelerators.startswith("tpu") else "cuda"
+    python = "~/echo_eqx_venv/bin/python"
+    run = f"exec {python} {shlex.join(['-m', 'echo_eqx', 'train', *flags])}"
     if args.nodes > 1:
-        rendezvous = (
+        run += (
             f' --coordinator "$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{PORT}"'
             ' --num_processes "$SKYPILOT_NUM_NODES" --process_id "$SKYPILOT_NODE_RANK"'
         )
-    resources: dict[str, Any] = {
-        "accelerators": args.accelerators,
-        "use_spot": args.spot,
-        "job_recovery": {
-            "max_restarts_on_errors": args.max_restarts,
-            "recover_on_exit_codes": list(RESTART_CODES),
-        },
+    recovery = {
+        "max_restarts_on_errors": args.max_restarts,
+        "recover_on_exit_codes": list(RESTART_CODES),
     }
+    resources: dict[str, Any] = {"accelerators": args.accelerators, "use_spot": args.spot}
+    resources["job_recovery"] = recovery
     if args.max_hourly_cost is not None:
         resources["max_hourly_cost"] = args.max_hourly_cost
-    task: dict[str, Any] = {
+    mount = _mount_point("bucket", args.bucket, run_dir)
+    return {
         "name": args.name,
         "num_nodes": args.nodes,
         "workdir": ".",
         "resources": resources,
+        "file_mounts": {mount: {"source": args.bucket, "mode": "MOUNT"}} if mount else {},
+        # Images may have an older Python than the package needs; uv brings one.
+        "setup": "pip install --quiet uv && "
+        f"([ -x {python} ] || uv venv --python '>=3.11,<3.14' ~/echo_eqx_venv) && "
+        f"uv pip install --quiet --python {python} -e '.[{extra}]'",
+        "run": run,
     }
-    if (mount := _mount_point("bucket", args.bucket, run_dir)) is not None:
-        task["file_mounts"] = {mount: {"source": args.bucket, "mode": "MOUNT"}}
-    # Images may have an older Python than the package needs; uv brings one.
-    task["setup"] = (
-        "pip install --quiet uv\n"
-        "[ -x ~/echo_eqx_venv/bin/python ] || uv venv --python '>=3.11,<3.14' ~/echo_eqx_venv\n"
-        "uv pip install --quiet --python ~/echo_eqx_venv/bin/python "
-        f"-e '.[{'tpu' if is_tpu else 'cuda'}]'\n"
-    )
-    train = shlex.join(["-m", "echo_eqx", "train", *flags])
-    task["run"] = f"exec ~/echo_eqx_venv/bin/python {train}{rendezvous}\n"
-    return _to_yaml(task)
 
 
-def _jobset_yaml(args: KubernetesArgs, flags: Sequence[str], run_dir: str) -> str:
+def _jobset(args: KubernetesArgs, flags: Sequence[str], run_dir: str) -> dict[str, Any]:
     """A JobSet for `kubectl apply`, as GKE and xpk run them (https://jobset.sigs.k8s.io).
 
     A pod that is preempted or exits with 75 or 76 restarts all pods, `max_restarts` times. One that
@@ -167,7 +160,16 @@ def _jobset_yaml(args: KubernetesArgs, flags: Sequence[str], run_dir: str) -> st
             f" --coordinator {args.name}-train-0-0.{args.name}:{PORT}"
             f' --num_processes {args.nodes} --process_id "$JOB_COMPLETION_INDEX"'
         )
-    resource = "nvidia.com/gpu" if args.tpu is None else "google.com/tpu"
+    metadata: dict[str, Any] = {"name": args.name}
+    resource, selector = "nvidia.com/gpu", {}
+    if args.tpu is not None:
+        resource = "google.com/tpu"
+        selector["cloud.google.com/gke-tpu-accelerator"] = args.tpu
+        selector["cloud.google.com/gke-tpu-topology"] = args.topology
+        key = "alpha.jobset.sigs.k8s.io/exclusive-topology"  # one TPU slice is one node pool
+        metadata["annotations"] = {key: "cloud.google.com/gke-nodepool"}
+    if args.spot:
+        selector["cloud.google.com/gke-spot"] = "true"
     container: dict[str, Any] = {
         "name": "train",
         "image": args.image,
@@ -177,63 +179,40 @@ def _jobset_yaml(args: KubernetesArgs, flags: Sequence[str], run_dir: str) -> st
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "nodeSelector": selector,
         "containers": [container],
     }
-    selector = {}
-    if args.tpu is not None:
-        selector["cloud.google.com/gke-tpu-accelerator"] = args.tpu
-        selector["cloud.google.com/gke-tpu-topology"] = args.topology
-    if args.spot:
-        selector["cloud.google.com/gke-spot"] = "true"
-    if selector:
-        pod["nodeSelector"] = selector
     if (mount := _mount_point("claim", args.claim, run_dir)) is not None:
         container["volumeMounts"] = [{"name": "runs", "mountPath": mount}]
         pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": args.claim}}]
-    metadata: dict[str, Any] = {"name": args.name}
-    if args.tpu is not None:  # one TPU slice is one node pool
-        key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
-        metadata["annotations"] = {key: "cloud.google.com/gke-nodepool"}
+    preempted = {"type": "DisruptionTarget", "status": "True"}
     error_codes = {"containerName": "train", "operator": "In", "values": list(ERROR_CODES)}
-    spec = {
+    # The first rule that matches counts: a preempted pod may show any exit code.
+    rules = [
+        {"action": "Count", "onPodConditions": [preempted]},
+        {"action": "FailJob", "onExitCodes": error_codes},
+    ]
+    job = {
         "completionMode": "Indexed",
         "parallelism": args.nodes,
         "completions": args.nodes,
         "backoffLimit": 0,
         "activeDeadlineSeconds": math.ceil(args.max_hours * 3600),
-        "podFailurePolicy": {
-            "rules": [
-                # The first rule that matches counts: a preempted pod may show any exit code.
-                {
-                    "action": "Count",
-                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-                },
-                {"action": "FailJob", "onExitCodes": error_codes},
-            ]
-        },
+        "podFailurePolicy": {"rules": rules},
         "template": {"spec": pod},
     }
-    return _to_yaml(
-        {
-            "apiVersion": "jobset.x-k8s.io/v1alpha2",
-            "kind": "JobSet",
-            "metadata": metadata,
-            "spec": {
-                "network": {"enableDNSHostnames": True, "subdomain": args.name},
-                "failurePolicy": {
-                    "maxRestarts": args.max_restarts,
-                    "rules": [
-                        {
-                            "name": "errorOrDeadline",
-                            "action": "FailJobSet",
-                            "onJobFailureReasons": ["PodFailurePolicy", "DeadlineExceeded"],
-                        }
-                    ],
-                },
-                "replicatedJobs": [{"name": "train", "replicas": 1, "template": {"spec": spec}}],
-            },
-        }
-    )
+    fail_rule = {
+        "name": "errorOrDeadline",
+        "action": "FailJobSet",
+        "onJobFailureReasons": ["PodFailurePolicy", "DeadlineExceeded"],
+    }
+    spec = {
+        "network": {"enableDNSHostnames": True, "subdomain": args.name},
+        "failurePolicy": {"maxRestarts": args.max_restarts, "rules": [fail_rule]},
+        "replicatedJobs": [{"name": "train", "replicas": 1, "template": {"spec": job}}],
+    }
+    api = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet"}
+    return {**api, "metadata": metadata, "spec": spec}
 
 
 def _slurm_script(args: SlurmArgs, flags: Sequence[str]) -> str:
@@ -255,32 +234,15 @@ def _slurm_script(args: SlurmArgs, flags: Sequence[str]) -> str:
     ]
     train = shlex.join([sys.executable, "-m", "echo_eqx", "train", *flags])
     final = "|".join(map(str, (0, *ERROR_CODES)))
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            *(f"#SBATCH {option}" for option in options),
-            "# srun returns the highest exit code. Processes that lose a peer end by themselves.",
-            f"srun --kill-on-bad-exit=0 --label {train}",
-            "code=$?",
-            f"case $code in {final}) exit $code ;; esac",
-            f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {args.max_restarts} ] && '
-            'scontrol requeue "$SLURM_JOB_ID"',
-            "exit $code",
-            "",
-        ]
+    lines = [f"#SBATCH {option}" for option in options]
+    return (
+        "\n".join(["#!/bin/bash", *lines])
+        + f"""
+# srun returns the highest exit code. Processes that lose a peer end by themselves.
+srun --kill-on-bad-exit=0 --label {train}
+code=$?
+case $code in {final}) exit $code ;; esac
+[ "${{SLURM_RESTART_COUNT:-0}}" -lt {args.max_restarts} ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code
+"""
     )
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as literal blocks."""
-
-    def represent_text(self, data: str) -> yaml.Node:
-        style = "|" if "\n" in data else None
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-
-
-def _to_yaml(content: dict[str, Any]) -> str:
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)

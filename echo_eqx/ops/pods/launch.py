@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from echo_eqx.cli import reader_left
 from echo_eqx.errors import EchoError
-from echo_eqx.ops.pods.gcloud import GcloudError, describe
 from echo_eqx.ops.pods.install import RetryArgs
-from echo_eqx.ops.pods.workers import PYTHON, Answer, NotSetUp, TpuWorkers, WorkerArgs, Workers
+from echo_eqx.ops.pods.workers import PYTHON, Answer, NotSetUp, WorkerArgs, Workers
 from echo_eqx.sharding.hosts import EXIT_PEER_LOST, EXIT_PREEMPTED
 
 logger = logging.getLogger(__name__)
@@ -42,29 +41,28 @@ def launch(workers: Workers, flags: Sequence[str], args: LaunchArgs) -> None:
     **Raises**: `EchoError` if a run is alive already, a worker fails at every try, or a process
     ends with an error.
     """
-    launches: set[str] = set()
-    reason = ""
+    token, reason = secrets.token_hex(4), ""
     for attempt in range(args.tries):
         if attempt:
             logger.info(f"{reason}; the others were ended; trying again in {args.pause:g} s")
             time.sleep(args.pause)
         answers = workers.status()
-        others = (a for a in answers if a.value and a.alive and a.value["launch"] not in launches)
-        if other := next(others, None):
-            raise EchoError(f"a run is alive on worker {other.worker} of {workers}; stop it first")
-        failed = _first_silent(answers)
-        launch_id = secrets.token_hex(4)
-        if failed is None:
-            launches.add(launch_id)
-            failed = _start(workers, launch_id, flags, args)
+        for answer in answers:
+            if answer.value and answer.alive and not str(answer.value["launch"]).startswith(token):
+                raise EchoError(
+                    f"a run is alive on worker {answer.worker} of {workers}; stop it first"
+                )
+        launch_id = f"{token}-{attempt}"
+        silent = next((answer for answer in answers if answer.value is None), None)
+        failed = silent or _start(workers, launch_id, flags, args)
         if workers.shell.dry_run:
             return
         if failed is None:
             logger.info(f"the run is alive on {len(workers.ids)} workers of {workers}")
             return
-        if launches:
+        if silent is None:  # a silent worker may have another run
             workers.call(lambda worker: ["end", workers.run_name(worker), "KILL"])
-        if _crashed(failed, launch_id):
+        if _severity(failed, launch_id) == 2:
             for answer in workers.status({failed.worker: -_LAST_LINES}, among=[failed.worker]):
                 for line in answer.value["lines"] if answer.value else []:
                     logger.info(f"{failed.worker}| {line}")
@@ -87,30 +85,26 @@ def _start(
 
     answers, deadline = workers.call(arguments), time.monotonic() + args.settle
     while not workers.shell.dry_run:
-        failed = [answer for answer in answers if _is_failed(answer, launch_id)]
         # A process that crashed took others with it, and says more than they do.
-        failed.sort(key=lambda answer: not _crashed(answer, launch_id))
-        if failed or time.monotonic() > deadline:
-            return failed[0] if failed else None
+        worst = max(answers, key=lambda answer: _severity(answer, launch_id))
+        if _severity(worst, launch_id):
+            return worst
+        if time.monotonic() > deadline:
+            break
         time.sleep(args.poll)
         answers = workers.status()
     return None
 
 
-def _is_failed(answer: Answer, launch_id: str) -> bool:
-    """Whether it did not start, or ended though it was neither done nor asked to stop."""
+def _severity(answer: Answer, launch_id: str) -> int:
+    """0: alive, done or asked to stop; 1: not started or lost; 2: ended by an error of its own."""
     value = answer.value
     if value is None or value["launch"] != launch_id:
-        return True
-    return not value["alive"] and value["code"] not in (0, EXIT_PREEMPTED)
-
-
-def _crashed(answer: Answer, launch_id: str) -> bool:
-    """Whether it ended by an error of its own, not by a signal or for want of another process."""
-    value = answer.value
-    if value is None or value["launch"] != launch_id or value["code"] is None:
-        return False
-    return value["code"] not in (0, EXIT_PEER_LOST, EXIT_PREEMPTED) and value["code"] < 128
+        return 1
+    code = value["code"]
+    if value["alive"] or code in (0, EXIT_PREEMPTED):
+        return 0
+    return 1 if code is None or code == EXIT_PEER_LOST or code >= 128 else 2
 
 
 def stop(workers: Workers, *, now: bool, wait: float, poll: float) -> None:
@@ -128,13 +122,9 @@ def stop(workers: Workers, *, now: bool, wait: float, poll: float) -> None:
         if workers.shell.dry_run:
             return
         answers = workers.status()
-        silent = _first_silent(answers)
-        left = silent or next((answer for answer in answers if answer.alive), None)
+        left = next((a for a in answers if a.value is None or a.alive), None)
         if left is None:
             break
-        if silent is not None and _is_deleted(workers):
-            logger.info(f"{workers} is deleted, and the run on it has ended")
-            return
         if time.monotonic() > deadline:
             raise EchoError(
                 f"worker {left.worker} of {workers} did not end within {wait:g} s: {left}"
@@ -142,17 +132,6 @@ def stop(workers: Workers, *, now: bool, wait: float, poll: float) -> None:
         time.sleep(poll)
     for answer in answers:
         logger.info(f"worker {answer.worker}: {answer}")
-
-
-def _first_silent(answers: list[Answer]) -> Answer | None:
-    return next((answer for answer in answers if answer.value is None), None)
-
-
-def _is_deleted(workers: Workers) -> bool:
-    try:
-        return isinstance(workers, TpuWorkers) and describe(workers.shell, workers.pod).absent
-    except GcloudError:
-        return False
 
 
 def check_no_run(workers: Workers, advice: str) -> None:

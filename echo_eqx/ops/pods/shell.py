@@ -13,11 +13,7 @@ from typing import IO
 
 from echo_eqx.errors import EchoError
 
-_INSTALL_HINTS = {
-    "gcloud": "the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)",
-    "ssh": "OpenSSH",
-    "scp": "OpenSSH",
-}
+_HINTS = {"gcloud": "the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"}
 _TIMED_OUT = 124  # as of timeout(1)
 
 Completed = subprocess.CompletedProcess[str]
@@ -51,11 +47,24 @@ class Shell:
             return []
         deadline = time.monotonic() + timeout
         with contextlib.ExitStack() as stack:
-            started: list[tuple[subprocess.Popen, IO[str], IO[str]]] = []
+            started = []
             for command in commands:
-                out = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-                err = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-                process = _start(command, out, err)
+                # Not pipes: a child of `command` that outlives it would keep them open.
+                out, err = (
+                    stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+                    for _ in range(2)
+                )
+                try:  # in a session of its own it cannot ask questions
+                    process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=err,
+                        start_new_session=True,
+                    )
+                except FileNotFoundError:
+                    hint = _HINTS.get(command[0], command[0])
+                    raise EchoError(f"{command[0]} is not on PATH; install {hint}") from None
                 stack.callback(_kill, process)
                 started.append((process, out, err))
             return [_finish(p, out, err, deadline, timeout) for p, out, err in started]
@@ -66,19 +75,6 @@ def failure_reason(completed: Completed) -> str:
     lines = [line.strip() for line in completed.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
     return (errors or lines or [f"exit code {completed.returncode}"])[-1][:300]
-
-
-def _start(command: Sequence[str], out: IO[str], err: IO[str]) -> subprocess.Popen:
-    """A process in a session of its own: it cannot ask questions, and `_kill` ends its children."""
-    try:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-        )
-    except FileNotFoundError:
-        hint = _INSTALL_HINTS.get(command[0], "it")
-        raise EchoError(f"{command[0]} is not on PATH; install {hint}") from None
-    except OSError as error:
-        raise EchoError(f"cannot run {command[0]}: {error.strerror}") from None
 
 
 def _finish(
@@ -95,9 +91,8 @@ def _finish(
 
 
 def _kill(process: subprocess.Popen) -> None:
-    for number, seconds in ((signal.SIGTERM, 1.0), (signal.SIGKILL, None)):
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
+    """With its children, which are in its session."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

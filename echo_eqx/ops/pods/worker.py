@@ -63,19 +63,14 @@ def _keep(path: Path, launch: str, command: list[str]) -> NoReturn:
     """Wait for the process, to record its exit code; signals for it do not reach this session."""
     lock = _lock(path)
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}", flush=True)
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd=Path.home(),
-            pass_fds=(lock,),
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-    except OSError as error:
-        print(f"error: cannot start {command[0]}: {error.strerror}", flush=True)
-        _write_state(path, launch=launch, pid=None, code=127)
-        raise SystemExit(0) from None
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=Path.home(),
+        pass_fds=(lock,),
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     _write_state(path, launch=launch, pid=process.pid, code=None)
     code = process.wait()
     _write_state(path, launch=launch, pid=process.pid, code=code if code >= 0 else 128 - code)
@@ -127,15 +122,12 @@ def _read_log(log: Path, start: int, alive: bool) -> tuple[list[bytes], int]:
 
 def _lock(path: Path) -> int:
     handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    deadline = time.monotonic() + 5.0  # a query holds it for a moment
-    while True:
-        try:
+    for _ in range(500):  # a query holds it for a moment
+        with suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise SystemExit(0) from None
-            time.sleep(0.01)
+        time.sleep(0.01)
+    raise SystemExit(0)
 
 
 def _is_held(path: Path) -> bool:
@@ -151,10 +143,9 @@ def _is_held(path: Path) -> bool:
 
 def _state(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError):
+        return json.loads((path / "state.json").read_bytes())
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _write_state(path: Path, **fields: Any) -> None:

@@ -1,6 +1,5 @@
 """Workers: how a command is run on one of them, and what they answer."""
 
-import abc
 import json
 import re
 import shlex
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.ops.pods.gcloud import Pod, PodArgs, describe, not_found, split_flags
+from echo_eqx.ops.pods.gcloud import Pod, PodArgs, describe, split_flags
 from echo_eqx.ops.pods.shell import Completed, Shell, failure_reason
 
 # On a worker, relative to its home folder.
@@ -65,30 +64,48 @@ class NotSetUp(EchoError):
 
 
 @dataclass(frozen=True)
-class Workers(abc.ABC):
-    """Machines on which one run has a process each."""
+class Workers:
+    """Machines on which one run has a process each: `hosts` reached by ssh, or those of `pod`."""
 
     shell: Shell
-    name: str
+    pod: Pod
     ids: tuple[str, ...]
     ssh_flags: tuple[str, ...]
     timeout: float
+    hosts: tuple[str, ...] = ()
+    coordinator: str = ""
 
-    @abc.abstractmethod
     def command(self, worker: str, remote: list[str]) -> list[str]:
         """The command that runs `remote` on a worker."""
+        if self.hosts:
+            return [*self._ssh("ssh"), self.hosts[int(worker)], shlex.join(remote)]
+        return self._gcloud("ssh", worker, self.pod.name, f"--command={shlex.join(remote)}")
 
-    @abc.abstractmethod
     def copy_command(self, worker: str, file: Path, target: str) -> list[str]:
         """The command that copies a file to `target` in a worker's home folder."""
+        if self.hosts:
+            return [*self._ssh("scp"), str(file), f"{self.hosts[int(worker)]}:{target}"]
+        return self._gcloud("scp", worker, str(file), f"{self.pod.name}:{target}")
 
-    @abc.abstractmethod
+    def _ssh(self, program: str) -> list[str]:
+        return [program, *(f"-o{option}" for option in ("BatchMode=yes", *_SSH)), *self.ssh_flags]
+
+    def _gcloud(self, program: str, worker: str, *words: str) -> list[str]:
+        options = [f"--{program}-flag=-o{option}" for option in _SSH]
+        flags = [f"--worker={worker}", *options, *self.ssh_flags]
+        return self.pod.command("tpu-vm", program, *words, *flags)
+
     def run_name(self, worker: str) -> str:
-        """Name of the run's folder on a worker."""
+        """Name of the run's folder on a worker; hosts may share a home folder."""
+        return f"{self.pod.name}-{worker}" if self.hosts else self.pod.name
 
-    @abc.abstractmethod
     def train_flags(self, worker: str) -> list[str]:
-        """Flags of `train` that differ between the workers."""
+        """Flags of `train` that differ between the workers; those of a pod find each other."""
+        if not self.hosts:
+            return []
+        count = str(len(self.hosts))
+        rendezvous = ["--coordinator", self.coordinator, "--num_processes", count]
+        return [*rendezvous, "--process_id", worker]
 
     def call(
         self,
@@ -120,55 +137,7 @@ class Workers(abc.ABC):
         return self.call(arguments, among=among, is_query=True)
 
     def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class TpuWorkers(Workers):
-    """Workers of a pod; JAX finds the others by itself."""
-
-    pod: Pod
-
-    def command(self, worker: str, remote: list[str]) -> list[str]:
-        flags = [f"--worker={worker}", f"--command={shlex.join(remote)}"]
-        flags += [f"--ssh-flag=-o{option}" for option in _SSH]
-        return self.pod.command("tpu-vm", "ssh", self.name, *flags, *self.ssh_flags)
-
-    def copy_command(self, worker: str, file: Path, target: str) -> list[str]:
-        flags = [str(file), f"{self.name}:{target}", f"--worker={worker}"]
-        flags += [f"--scp-flag=-o{option}" for option in _SSH]
-        return self.pod.command("tpu-vm", "scp", *flags, *self.ssh_flags)
-
-    def run_name(self, worker: str) -> str:
-        return self.name
-
-    def train_flags(self, worker: str) -> list[str]:
-        return []
-
-
-@dataclass(frozen=True)
-class SshHosts(Workers):
-    """Machines reached by plain ssh; the first coordinates."""
-
-    hosts: tuple[str, ...]
-    coordinator: str
-
-    def command(self, worker: str, remote: list[str]) -> list[str]:
-        return ["ssh", *self._options(), self.hosts[int(worker)], shlex.join(remote)]
-
-    def copy_command(self, worker: str, file: Path, target: str) -> list[str]:
-        return ["scp", *self._options(), str(file), f"{self.hosts[int(worker)]}:{target}"]
-
-    def _options(self) -> list[str]:
-        return [f"-o{option}" for option in ("BatchMode=yes", *_SSH)] + list(self.ssh_flags)
-
-    def run_name(self, worker: str) -> str:
-        return f"{self.name}-{worker}"  # hosts may share a home folder
-
-    def train_flags(self, worker: str) -> list[str]:
-        count = str(len(self.hosts))
-        rendezvous = ["--coordinator", self.coordinator, "--num_processes", count]
-        return [*rendezvous, "--process_id", worker]
+        return self.pod.name
 
 
 def find_workers(shell: Shell, args: WorkerArgs) -> Workers:
@@ -189,18 +158,16 @@ def find_workers(shell: Shell, args: WorkerArgs) -> Workers:
         if re.fullmatch(r".+:\d+", coordinator) is None:
             raise UsageError(f"expected --coordinator HOST:PORT, got {coordinator!r}")
         ids = tuple(map(str, range(len(hosts))))
-        return SshHosts(shell, args.name, ids, ssh_flags, args.timeout, hosts, coordinator)
+        return Workers(shell, pod, ids, ssh_flags, args.timeout, hosts, coordinator)
     if args.coordinator is not None:
         raise UsageError("--coordinator needs --hosts: the workers of a pod find each other")
     ids = ("all",)
     if not shell.dry_run:
         state = describe(shell, pod)
-        if state.absent:
-            raise not_found(pod)
         if not state.ready:
             raise EchoError(f"expected {pod} to be READY, got {state}")
         ids = tuple(map(str, range(state.num_workers)))
-    return TpuWorkers(shell, args.name, ids, ssh_flags, args.timeout, pod)
+    return Workers(shell, pod, ids, ssh_flags, args.timeout)
 
 
 def _parse(worker: str, completed: Completed) -> Answer:

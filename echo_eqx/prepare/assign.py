@@ -129,8 +129,8 @@ def plan_shards(folder: Path, clips: Sequence[Clip], *, seed: int, per_shard: in
     new = [item for key, item in here.items() if key not in listed]
     if new:
         path = folder / f"clips-{len(runs):03d}.json"
-        clips = [list(vars(item).values()) for item in new]
-        write_json(path, {"format": FORMAT, "kind": "clips", "clips": clips})
+        rows = [list(vars(item).values()) for item in new]
+        write_json(path, {"format": FORMAT, "kind": "clips", "clips": rows})
         runs.append(_read_list(path))
     missing = frozenset(
         key for key, item in listed.items() if key not in here or here[key].speaker != item.speaker

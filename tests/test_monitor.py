@@ -25,7 +25,7 @@ pytest.importorskip("pyarrow")
 
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.ops.curves import MAX_BUCKETS, Metrics
-from echo_eqx.ops.monitor import MonitorServer
+from echo_eqx.ops.monitor import MonitorServer, _read_plotly
 from echo_eqx.ops.runs import MAX_SAMPLES, Run
 from echo_eqx.train.run_folder import note_end
 
@@ -551,6 +551,7 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path):
 
 
 def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _read_plotly.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(EchoError, match=r"pip install 'echo_eqx\[monitor\]'"):
         MonitorServer(tmp_path, "127.0.0.1", 0, None)

@@ -609,17 +609,18 @@ def test_a_run_dir_on_a_workers_own_disk_is_warned_of(world):
 
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 def test_the_real_gcloud_takes_these_flags(tmp_path):
-    pod = gcloud.Pod("echo", "us-central2-b", "mine")
-    workers = Workers(Shell(), pod, ("0",), ("--internal-ip",), 9.0)
-    args = gcloud.CreateArgs(
+    pod = gcloud.CreateArgs(
         name="echo",
+        zone="us-central2-b",
+        project="mine",
         accelerator_type="v4-64",
         spot=True,
         valid_until="6h",
         create_flags="--network=n --service-account=a@b.c",
     )
+    workers = Workers(Shell(), pod, ("0",), ("--internal-ip",), 9.0)
     commands = [
-        pod.create_command(args),
+        pod.create_command(),
         pod.delete_command(),
         pod.describe_command("tpu-vm"),
         pod.describe_command("queued-resources"),

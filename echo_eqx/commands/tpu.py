@@ -30,7 +30,7 @@ from tyro.conf import subcommand
 from echo_eqx.cli import parse
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.ops.pods import gcloud
-from echo_eqx.ops.pods.gcloud import CreateArgs, Pod, PodArgs
+from echo_eqx.ops.pods.gcloud import CreateArgs, Pod
 from echo_eqx.ops.pods.install import InstallArgs, install
 from echo_eqx.ops.pods.jobs import JobArgs, KubernetesArgs, SkyPilotArgs, SlurmArgs, job_file
 from echo_eqx.ops.pods.launch import LaunchArgs, PollArgs, check_no_run, follow, launch, stop
@@ -69,7 +69,7 @@ class Stop(PollArgs, WorkerArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delete(PodArgs):
+class Delete(Pod):
     """Delete the pod, unless a run is alive on it."""
 
     now: bool = False
@@ -94,6 +94,7 @@ def main() -> None:
         arguments=words,
     )
     check_numbers(args)
+    gcloud.check_name(args.name)
     run_dir = ""
     if isinstance(args, LaunchArgs | JobArgs):
         if not separator:
@@ -104,10 +105,10 @@ def main() -> None:
     if isinstance(args, JobArgs):
         print(job_file(args, train_flags, run_dir), end="")
         return
-    shell, pod = Shell(args.dry_run), Pod(args.name, args.zone, args.project)
+    shell = Shell(args.dry_run)
     match args:
         case CreateArgs():
-            gcloud.create(shell, pod, args)
+            gcloud.create(shell, args)
         case InstallArgs():
             workers = find_workers(shell, args)
             check_no_run(workers, "stop it first")
@@ -117,16 +118,16 @@ def main() -> None:
                 warn_if_local(run_dir)
             launch(find_workers(shell, args), train_flags, args)
         case Status():
-            show_status(args, shell, pod)
+            show_status(args, shell)
         case Logs():
             show_logs(args, shell)
         case Stop():
             stop(find_workers(shell, args), now=args.now, wait=args.wait, poll=args.poll)
         case Delete():
-            if not args.now and not shell.dry_run and gcloud.describe(shell, pod).ready:
+            if not args.now and not shell.dry_run and gcloud.describe(shell, args).ready:
                 at = WorkerArgs(name=args.name, zone=args.zone, project=args.project)
                 check_no_run(find_workers(shell, at), "stop it first, or add --now")
-            gcloud.delete(shell, pod)
+            gcloud.delete(shell, args)
 
 
 def check_numbers(args: object) -> None:
@@ -140,10 +141,10 @@ def check_numbers(args: object) -> None:
             raise UsageError(f"expected --{name} to be positive, got {value}")
 
 
-def show_status(args: Status, shell: Shell, pod: Pod) -> None:
+def show_status(args: Status, shell: Shell) -> None:
     if args.hosts is None and not shell.dry_run:
-        state = gcloud.describe(shell, pod)
-        print(f"{pod}: {state}")
+        state = gcloud.describe(shell, args)
+        print(f"{args}: {state}")
         if not state.ready:
             return
     for answer in find_workers(shell, args).status():

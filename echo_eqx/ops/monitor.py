@@ -70,20 +70,17 @@ class MonitorServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+@functools.cache
 def _read_plotly() -> bytes:
     try:
         importlib.import_module("pyarrow.json")  # reads the metrics
         plotly = importlib.import_module("plotly")
-        return _compress(Path(str(plotly.__file__)).parent / "package_data" / "plotly.min.js")
+        path = Path(str(plotly.__file__)).parent / "package_data" / "plotly.min.js"
+        return gzip.compress(path.read_bytes(), 6)
     except (ImportError, OSError):
         raise EchoError(
             "the monitor needs plotly and pyarrow: pip install 'echo_eqx[monitor]'"
         ) from None
-
-
-@functools.cache
-def _compress(path: Path) -> bytes:
-    return gzip.compress(path.read_bytes(), 6)
 
 
 class _HTTPError(Exception):

@@ -23,7 +23,9 @@ _QUERY_SECONDS, _CHANGE_SECONDS = 120.0, 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PodArgs:
+class Pod:
+    """A queued resource and its one node, both of this name, or a node without a queue."""
+
     name: str
     """Name of the pod, and of the run on its workers."""
     zone: str | None = None
@@ -33,6 +35,22 @@ class PodArgs:
     dry_run: bool = False
     """Print the commands, and run none."""
 
+    def command(self, group: str, verb: str, *flags: str) -> list[str]:
+        """A command about this pod; gcloud takes the default answer to its own questions."""
+        place = {"--zone": self.zone, "--project": self.project}
+        places = [f"{flag}={value}" for flag, value in place.items() if value is not None]
+        return ["gcloud", "compute", "tpus", group, verb, *flags, *places, "--quiet"]
+
+    def describe_command(self, group: str) -> list[str]:
+        return self.command(group, "describe", self.name, "--format=json")
+
+    def delete_command(self) -> list[str]:
+        """Delete the queued resource; --force includes its node."""
+        return self.command("queued-resources", "delete", self.name, "--force")
+
+    def __str__(self) -> str:
+        return f"pod {self.name}" + (f" in {self.zone}" if self.zone else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpotArgs:
@@ -41,7 +59,7 @@ class SpotArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreateArgs(SpotArgs, PodArgs):
+class CreateArgs(SpotArgs, Pod):
     """Request a pod, as a queued resource."""
 
     accelerator_type: str
@@ -53,50 +71,19 @@ class CreateArgs(SpotArgs, PodArgs):
     create_flags: str = ""
     """More flags for gcloud's queued-resources create: --create_flags='--network=mine'."""
 
-
-@dataclass(frozen=True)
-class Pod:
-    """A queued resource and its one node, both of this name, or a node without a queue.
-
-    **Raises**: `UsageError` for a name that no pod can have.
-    """
-
-    name: str
-    zone: str | None = None
-    project: str | None = None
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
-
-    def command(self, group: str, verb: str, *flags: str) -> list[str]:
-        """A command about this pod; gcloud takes the default answer to its own questions."""
-        place = {"--zone": self.zone, "--project": self.project}
-        places = [f"{flag}={value}" for flag, value in place.items() if value is not None]
-        return ["gcloud", "compute", "tpus", group, verb, *flags, *places, "--quiet"]
-
-    def create_command(self, args: CreateArgs) -> list[str]:
+    def create_command(self) -> list[str]:
         """**Raises**: `UsageError` for a generation without a known image."""
         flags = [
             f"--node-id={self.name}",
-            f"--accelerator-type={args.accelerator_type}",
-            f"--runtime-version={runtime_version(args)}",
+            f"--accelerator-type={self.accelerator_type}",
+            f"--runtime-version={runtime_version(self)}",
         ]
-        if args.spot:
+        if self.spot:
             flags.append("--spot")
-        if args.valid_until is not None:
-            flags.append(f"--valid-until-duration={args.valid_until}")
-        flags += split_flags("create_flags", args.create_flags)
+        if self.valid_until is not None:
+            flags.append(f"--valid-until-duration={self.valid_until}")
+        flags += split_flags("create_flags", self.create_flags)
         return self.command("queued-resources", "create", self.name, *flags)
-
-    def describe_command(self, group: str) -> list[str]:
-        return self.command(group, "describe", self.name, "--format=json")
-
-    def delete_command(self) -> list[str]:
-        """Delete the queued resource; --force includes its node."""
-        return self.command("queued-resources", "delete", self.name, "--force")
-
-    def __str__(self) -> str:
-        return f"pod {self.name}" + (f" in {self.zone}" if self.zone else "")
 
 
 @dataclass(frozen=True)
@@ -148,9 +135,9 @@ def split_flags(name: str, text: str) -> tuple[str, ...]:
         raise UsageError(f"cannot split --{name} {text!r}: {error}") from None
 
 
-def create(shell: Shell, pod: Pod, args: CreateArgs) -> None:
+def create(shell: Shell, pod: CreateArgs) -> None:
     """Request the pod; it is usable once `describe` says READY. **Raises**: `EchoError`."""
-    for completed in shell.run_all([pod.create_command(args)], _CHANGE_SECONDS):
+    for completed in shell.run_all([pod.create_command()], _CHANGE_SECONDS):
         if completed.returncode != 0:
             raise _failure(f"cannot create {pod}", completed)
 
@@ -159,7 +146,9 @@ def delete(shell: Shell, pod: Pod) -> None:
     """Delete the pod, with or without a queued resource. **Raises**: `EchoError`."""
     for completed in shell.run_all([pod.delete_command()], _CHANGE_SECONDS):
         if _is_not_found(completed):
-            completed = shell.run(pod.command("tpu-vm", "delete", pod.name), _CHANGE_SECONDS)
+            (completed,) = shell.run_all(
+                [pod.command("tpu-vm", "delete", pod.name)], _CHANGE_SECONDS
+            )
         if _is_not_found(completed):
             raise _not_found(pod)
         if completed.returncode != 0:
@@ -183,7 +172,7 @@ def describe(shell: Shell, pod: Pod) -> PodState:
 
 def _describe(shell: Shell, pod: Pod, group: str) -> dict[str, Any] | None:
     """None if there is no such resource."""
-    completed = shell.run(pod.describe_command(group), _QUERY_SECONDS, is_query=True)
+    (completed,) = shell.run_all([pod.describe_command(group)], _QUERY_SECONDS, is_query=True)
     if _is_not_found(completed):
         return None
     if completed.returncode != 0:

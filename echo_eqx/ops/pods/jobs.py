@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from echo_eqx.errors import UsageError
-from echo_eqx.ops.pods.gcloud import SpotArgs, check_name, split_flags
+from echo_eqx.ops.pods.gcloud import SpotArgs, split_flags
 from echo_eqx.ops.pods.train_flags import warn_if_local
 from echo_eqx.ops.pods.workers import PORT
 from echo_eqx.sharding.hosts import EXIT_PEER_LOST, EXIT_PREEMPTED
@@ -82,7 +82,6 @@ class SlurmArgs(JobArgs):
 
 def job_file(args: JobArgs, flags: Sequence[str], run_dir: str) -> str:
     """The job file of one engine, for `train` with `flags`."""
-    check_name(args.name)
     if isinstance(args, SlurmArgs):
         return _slurm_script(args, flags)
     if isinstance(args, SkyPilotArgs):

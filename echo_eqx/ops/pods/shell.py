@@ -26,10 +26,6 @@ class Shell:
     dry_run: bool = False
     _printed: set[str] = field(default_factory=set)
 
-    def run(self, command: Sequence[str], timeout: float, *, is_query: bool = False) -> Completed:
-        """`run_all` of one command. Not for a dry run."""
-        return self.run_all([command], timeout, is_query=is_query)[0]
-
     def run_all(
         self, commands: Sequence[Sequence[str]], timeout: float, *, is_query: bool = False
     ) -> list[Completed]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.ops.pods.gcloud import Pod, PodArgs, describe, split_flags
+from echo_eqx.ops.pods.gcloud import Pod, describe, split_flags
 from echo_eqx.ops.pods.shell import Completed, Shell, failure_reason
 
 # On a worker, relative to its home folder.
@@ -24,7 +24,7 @@ _SSH = ("ConnectTimeout=20", "ServerAliveInterval=15")  # a lost connection ends
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerArgs(PodArgs):
+class WorkerArgs(Pod):
     hosts: str | None = None
     """Machines to use instead of a pod, such as a,me@b,c; ssh must not ask for a password."""
     coordinator: str | None = None
@@ -145,7 +145,6 @@ def find_workers(shell: Shell, args: WorkerArgs) -> Workers:
 
     **Raises**: `UsageError` for bad hosts, `EchoError` for a pod that is not ready.
     """
-    pod = Pod(args.name, args.zone, args.project)
     ssh_flags = split_flags("ssh_flags", args.ssh_flags)
     if args.hosts is not None:
         hosts = tuple(args.hosts.split(","))
@@ -158,16 +157,16 @@ def find_workers(shell: Shell, args: WorkerArgs) -> Workers:
         if re.fullmatch(r".+:\d+", coordinator) is None:
             raise UsageError(f"expected --coordinator HOST:PORT, got {coordinator!r}")
         ids = tuple(map(str, range(len(hosts))))
-        return Workers(shell, pod, ids, ssh_flags, args.timeout, hosts, coordinator)
+        return Workers(shell, args, ids, ssh_flags, args.timeout, hosts, coordinator)
     if args.coordinator is not None:
         raise UsageError("--coordinator needs --hosts: the workers of a pod find each other")
     ids = ("all",)
     if not shell.dry_run:
-        state = describe(shell, pod)
+        state = describe(shell, args)
         if not state.ready:
-            raise EchoError(f"expected {pod} to be READY, got {state}")
+            raise EchoError(f"expected {args} to be READY, got {state}")
         ids = tuple(map(str, range(state.num_workers)))
-    return Workers(shell, pod, ids, ssh_flags, args.timeout)
+    return Workers(shell, args, ids, ssh_flags, args.timeout)
 
 
 def _parse(worker: str, completed: Completed) -> Answer:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
@@ -195,6 +196,11 @@ def one_of_audio(folder: Path) -> None:
     sf.write(folder / "a.flac", np.sin(np.arange(3000) / 9), 16_000)
 
 
+def rounded_weights(folder: Path) -> Any:
+    """In bfloat16: a damaged export gives way to the float32 weights that it was rounded from."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), echo_eqx.load_dit(folder))
+
+
 def export_of(folder: Path) -> Any:
     return echo_eqx.load_dit(folder / "checkpoints" / "step_000000002.safetensors")
 
@@ -219,7 +225,7 @@ TARGETS = {
     "torch": Target(
         copied(GOLDEN / "dacvae_tiny" / "weights.pth"), echo_eqx.load_codec, 14, exact=True
     ),
-    "checkpoint": Target(make_checkpoint, echo_eqx.load_dit, 26, exact=True),
+    "checkpoint": Target(make_checkpoint, rounded_weights, 26, exact=True),
     "export": Target(make_checkpoint, export_of, 10, exact=True),
     "shard": Target(lambda f: make_dataset(f, 1, 3, latent_dim=4, frames=(2, 9)), read_shards, 20),
     "silence": Target(make_silence, read_silence, 8),

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from echo_eqx import EchoError
-from echo_eqx.commands import infer
+from echo_eqx.speech.requests import Request, make_requests
 
 ROWS = [{"text": "Größe.", "output": "a.wav", "seed": 3}, {"text": "二。"}]
 
 
 @pytest.fixture(scope="module")
 def read():
-    base = infer.Job("", Path("out.wav"), None, 42)
-    return lambda path: infer.read_text_file(path, base)
+    base = Request("", Path("out.wav"), None, 42)
+    return lambda path: make_requests(base, path, 1, False)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
@@ -41,15 +41,15 @@ def test_plain_lines_stay_plain(read, tmp_path, end, encoding):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a", "seed": %s}' % ("9" * 4300), "line 1: seed is 999"),
-        ('{"text": "a", "seed": %s}' % ("9" * 5000), "line 1 is no JSON"),
-        ('{"text": "a", "seed": %s}' % ("[" * 700 + "]" * 700), "line 1: seed is a list"),
-        ('{"text": "a", "seed": true}', "line 1: seed is True"),
-        ('{"text": "a", "seed": -1}', "line 1: seed is -1"),
-        ("[" * 100_000, "line 1 is no JSON"),
-        ("Größe".encode("latin-1"), "is no UTF-8 at byte 2"),
-        ("a".encode("utf-16") + b"\0", "is no UTF-16"),
-        (b"", "is empty"),
+        ('{"text": "a", "seed": %s}' % ("9" * 4300), "line 1: seed: expected 0 to .*, got 999"),
+        ('{"text": "a", "seed": %s}' % ("9" * 5000), "line 1: not valid JSON"),
+        ('{"text": "a", "seed": %s}' % ("[" * 700 + "]" * 700), "line 1: .*got seed = a list"),
+        ('{"text": "a", "seed": true}', "line 1: .*got seed = True"),
+        ('{"text": "a", "seed": -1}', "line 1: seed: expected 0 to .*, got -1"),
+        ("[" * 100_000, "line 1: not valid JSON"),
+        ("Größe".encode("latin-1"), "not valid UTF-8 at byte 2"),
+        ("a".encode("utf-16") + b"\0", "not valid UTF-16"),
+        (b"", "got an empty file"),
     ],
     ids=range(9),
 )

@@ -96,7 +96,7 @@ def test_sigterm_saves_and_leaves_with_its_own_code(home, uninterrupted):
     wait_for(lambda: len(lines_of(home, "stopped")) >= 2, process)
     process.terminate()
     said = finish(process, code=76)
-    step = int(re.search(r"step (\d+) is saved", said)[1])
+    step = int(re.search(r"saved step (\d+)", said)[1])
     assert 2 <= step < STEPS
     finish(start(home, "stopped"))
     assert losses_of(home, "stopped") == uninterrupted
@@ -134,7 +134,7 @@ def test_two_processes_stop_together_and_go_on_where_eight_devices_were(home, un
     wait_for(lambda: len(lines_of(home, "spread")) > at, both[0])
     both[1].terminate()
     said = [finish(process, code=76) for process in both]
-    step = int(re.search(r"step (\d+) is saved", said[0])[1])
+    step = int(re.search(r"saved step (\d+)", said[0])[1])
     assert at < step < STEPS
     finish(start(home, "spread", "--mesh", "tensor=4", devices=4))
     assert_close(losses_of(home, "spread"), uninterrupted)

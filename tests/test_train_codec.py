@@ -362,7 +362,7 @@ def test_what_cannot_be_used_is_one_sentence(whole, home, recordings, tmp_path):
         "--data is missing": {"data": None},
         "crop_seconds is 0": {"crop_seconds": 0.0},
         "loss.mel is -1": {"loss": CodecLossConfig(mel=-1.0)},
-        "--freeze_encoder needs --init_from": {"freeze_encoder": True},
+        "--freeze_encoder needs the trained encoder of --init_from": {"freeze_encoder": True},
         "batch_size is 0": {"batch_size": 0},
         "encoder_rates is": {"encoder_rates": (4, 0)},
     }
@@ -372,7 +372,7 @@ def test_what_cannot_be_used_is_one_sentence(whole, home, recordings, tmp_path):
     short = train(home, recordings, "short", "--crop_seconds", "0.001", code=2)
     assert "expected at least 128, the shortest STFT window" in short
     said = train(home, tmp_path, "none", code=1)
-    assert said.count("\n") == 1 and "holds no recordings; wanted" in said
+    assert said.count("\n") == 1 and "holds no recordings; expected" in said
     dit = train(home, recordings, "whole", "--latent_dim", "4", "--num_steps", "7", code=1)
     assert "has another architecture: expected latent_dim 4, got 3" in dit
 

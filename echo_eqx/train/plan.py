@@ -290,7 +290,7 @@ def step_traffic(
 
     Assumes ring algorithms, which send the least: an all-gather or reduce-scatter of B bytes over n
     devices sends B (n - 1) / n from each, an all-reduce twice that (Patarasuk & Yuan, 2009,
-    doi:10.1016/j.jpdc.2008.09.002). Scalars are left out.
+    doi:10.1016/j.jpdc.2008.09.002). Scalars are left out. With `--remat none` it is a little less.
     """
     gathers = scatters = gradient_sums = 0.0
     for name, leaf in named_leaves(model).items():
@@ -298,8 +298,8 @@ def step_traffic(
         size = leaf.size / (sizes[TENSOR] if TENSOR in spec else 1)
         if FSDP in spec and "latent_encoder" not in name and "_latent" not in name:
             # Matrices are sent in bfloat16. Stacked layers are gathered in the forward pass and
-            # again in the backward pass, when they are recomputed; other parameters only once.
-            passes = 2 if "blocks." in name else 1
+            # again in the backward pass; AdaLN and other parameters only once.
+            passes = 2 if "blocks." in name and "_adaln." not in name else 1
             gathers += grad_accum_steps * passes * _ring(2 * size, sizes[FSDP])
             # Their gradients are reduce-scattered once per microbatch.
             scatters += grad_accum_steps * _ring(2 * size, sizes[FSDP])
@@ -320,9 +320,9 @@ def step_traffic(
     # A DiT layer also recomputes the output of its MLP, for the gradient of the gate, and has two
     # products each that read text and reference.
     numbers += config.num_layers * (10 * t * d + 2 * s * text.dim + 2 * p * speaker.dim)
-    # Six AdaLN vectors per layer are summed in the forward pass, when recomputed, and for their
-    # gradients; they are float32, the rest is bfloat16.
-    size = rows * (2 * numbers + 4 * 18 * config.num_layers * d)
+    # AdaLN sums six vectors per layer in the forward pass, and the gradients of the six vectors that
+    # all layers share; they are float32, the rest is bfloat16.
+    size = rows * (2 * numbers + 4 * 6 * (config.num_layers + 1) * d)
     activation_sums = 2 * _ring(size, sizes[TENSOR])
     return Traffic(*(round(x) for x in (gathers, scatters, gradient_sums, activation_sums)))
 

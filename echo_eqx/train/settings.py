@@ -19,8 +19,6 @@ from echo_eqx.weights.checkpoint.reader import (
     find_checkpoints,
 )
 
-Config = TypeVar("Config", bound="RunConfig")
-
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -141,6 +139,9 @@ class RunConfig:
         )
         if not 0 <= optimizer.weight_decay < float("inf"):
             raise UsageError(f"weight_decay is {optimizer.weight_decay}; expected 0 or more")
+
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def check_shares(**values: float) -> None:

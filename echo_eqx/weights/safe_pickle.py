@@ -1,7 +1,7 @@
 """A pickle reader that cannot run code.
 
-It is our own because `pickle` runs whatever a file names, and a restricted `Unpickler` still calls
-the classes it allows. This one interprets the opcodes itself and builds only numbers, strings,
+It is our own because `pickle` runs whatever a file names, even with a list of allowed classes: it
+calls those. This one interprets the opcodes itself and builds only numbers, strings,
 containers, arrays and inert records. A file that names an unknown class is refused. Array bytes are
 views of the file, so memory is needed only for the arrays that are read.
 

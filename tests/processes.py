@@ -112,6 +112,14 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def run_source(source: str, *args: object, **options) -> subprocess.CompletedProcess[str]:
+    """`run` for a script given as text, as `python -c` takes it."""
+    with tempfile.TemporaryDirectory(prefix="echo_eqx_source_") as folder:
+        script = Path(folder) / "script.py"
+        script.write_text(source)
+        return run(script, *args, **options)
+
+
 def _run_script(
     args: list[str], environment: dict[str, str], cwd: Path, output: list[Path]
 ) -> None:

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
+from processes import run_source
 
 import echo_eqx
 from echo_eqx.errors import EchoError
@@ -122,7 +121,7 @@ def hub(tmp_path):
 
 
 def load(hub: Hub, cache: Path, source: str, **environment: str) -> str:
-    """What `load_dit(source)` ends with in a fresh process that knows this Hub."""
+    """What `load_dit(source)` ends with in a process that knows this Hub."""
     script = """
 import sys, echo_eqx
 try:
@@ -138,9 +137,7 @@ except echo_eqx.EchoError as error:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         **environment,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script, source], capture_output=True, text=True, env=environment
-    )
+    done = run_source(script, source, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

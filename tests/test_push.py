@@ -5,8 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from processes import run_source
 from shards import make_dataset, sha256
 
 from echo_eqx.errors import EchoError
@@ -308,12 +307,7 @@ except EchoError as error:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         **environment,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), repo],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = run_source(script, folder, repo, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
+from processes import run_source
 from shards import DataServer, make_dataset
 
 from echo_eqx.data.shards import list_shards
@@ -37,12 +36,7 @@ def list_in_process(server: DataServer, cache: Path, *sources: str, **environmen
         "HF_HUB_DISABLE_TELEMETRY": "1",
         **environment,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", LIST, str(cache), *sources],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = run_source(LIST, cache, *sources, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

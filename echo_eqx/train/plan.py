@@ -320,8 +320,8 @@ def step_traffic(
     # A DiT layer also recomputes the output of its MLP, for the gradient of the gate, and has two
     # products each that read text and reference.
     numbers += config.num_layers * (10 * t * d + 2 * s * text.dim + 2 * p * speaker.dim)
-    # AdaLN sums six vectors per layer in the forward pass, and the gradients of the six vectors that
-    # all layers share; they are float32, the rest is bfloat16.
+    # AdaLN sums six float32 vectors per layer in the forward pass, and the gradients of the six
+    # vectors that all layers share; the rest is bfloat16.
     size = rows * (2 * numbers + 4 * 6 * (config.num_layers + 1) * d)
     activation_sums = 2 * _ring(size, sizes[TENSOR])
     return Traffic(*(round(x) for x in (gathers, scatters, gradient_sums, activation_sums)))

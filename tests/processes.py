@@ -26,10 +26,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["echo_eqx", *(f"echo_eqx.commands.{name}" for name in COMMANDS)])
 
 
+# Programs run for moments in tests, so they are compiled quickly rather than well.
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
 def xla_flags(devices: int = 1) -> str:
-    """Programs run for moments in tests, so they are compiled quickly rather than well."""
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    return f"--xla_force_host_platform_device_count={devices} {quick}"
+    return f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILE}"
 
 
 def flags(**values: object) -> list[str]:

@@ -24,7 +24,7 @@ from echo_eqx.train.metrics import MetricsLog, ProgressLine, tensorboard_writer
 from echo_eqx.train.run_folder import MetricsFile, note_end
 from echo_eqx.train.settings import RunConfig
 from echo_eqx.weights.checkpoint.retention import Retention
-from echo_eqx.weights.checkpoint.writer import CheckpointWriter, State
+from echo_eqx.weights.checkpoint.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Trainer:
     sizes: DiTConfig | CodecConfig
     data: dict[str, Any]
     """Identifies the data in checkpoints, so that runs on other data do not resume from them."""
-    state: State
+    state: Any
     samples_seen: int
     compiled: Callable[..., Any]
     """`(state, batch, key) -> (state, metrics)`, from `compile_step`."""
@@ -83,7 +83,7 @@ def train_loop(trainer: Trainer, launch_id: str, heartbeat: Heartbeat) -> int:
     stop = StopSignal()
     progress = ProgressLine(config.num_steps, step, first)
 
-    def save(state: State, cursor: dict[str, list[int]]) -> None:
+    def save(state: Any, cursor: dict[str, list[int]]) -> None:
         manifest = {
             "step": step,
             "samples_seen": log.samples_seen,

@@ -21,7 +21,7 @@ from echo_eqx.layers.parallel import DATA, FSDP, TENSOR
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
 from echo_eqx.sharding.specs import check_mesh, parameter_spec, replicated_axes
 from echo_eqx.train.config import TrainConfig
-from echo_eqx.train.flops import CHIPS, Chip, step_flops
+from echo_eqx.train.flops import CHIPS, step_flops
 from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
 from echo_eqx.trees import named_leaves, num_parameters
@@ -143,7 +143,9 @@ def make_plan(
 
     **Raises**: `UsageError` for an unknown chip, or if mesh, batch and model do not divide.
     """
-    chip = find_chip(chip_name)
+    if chip_name not in CHIPS:
+        raise UsageError(f"chip is {chip_name[:50]!r}; expected one of {', '.join(CHIPS)}")
+    chip = CHIPS[chip_name]
     if not 0 < efficiency <= 1:
         raise UsageError(f"efficiency is {efficiency}; expected more than 0 and at most 1")
     sizes = mesh_shape(config.mesh, devices)
@@ -175,6 +177,13 @@ def make_plan(
     update = (2 * kept + memory.gradients) / chip.memory_bandwidth
     seconds = max(arithmetic, links, update)
     samples = config.num_steps * config.batch_size
+    warning = _memory_warning(memory.total, chip.memory, chip_name)
+    warnings = [] if warning is None else [warning]
+    if devices > chip.linked:
+        warnings.append(
+            f"fast links connect only {chip.linked} {chip_name}: with {devices}, traffic takes "
+            "longer than estimated"
+        )
     return Plan(
         model=config.model,
         num_parameters=num_parameters(state.model),
@@ -203,15 +212,8 @@ def make_plan(
         hours=config.num_steps * seconds / 3600,
         samples=samples,
         audio_hours=samples * dit.max_frames / frame_rate / 3600,
-        warnings=_warnings(memory.total, chip, chip_name, devices),
+        warnings=warnings,
     )
-
-
-def find_chip(name: str) -> Chip:
-    """**Raises**: `UsageError` for a chip that is not in `CHIPS`."""
-    if name not in CHIPS:
-        raise UsageError(f"chip is {name[:50]!r}; expected one of {', '.join(CHIPS)}")
-    return CHIPS[name]
 
 
 def check_memory(memory_analysis: Any, device: Any) -> str | None:
@@ -229,11 +231,19 @@ def check_memory(memory_analysis: Any, device: Any) -> str | None:
 # --- Memory -------------------------------------------------------------------------------------
 
 
+def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step of `config`, lowered from shapes only."""
+    sizes = config.dit_config()
+    state = sharded_abstract_state(sizes, config.optimizer, mesh)
+    batch = abstract_batch(mesh, config.batch_size, sizes)
+    step = make_train_step(mesh, state, config.objective, config.optimizer, config.num_steps)
+    return step.lower(state, batch, jax.eval_shape(lambda: jr.key(0)))
+
+
 def step_memory(config: TrainConfig, mesh: Mesh, state: TrainState) -> Memory:
     """Bytes on each device for the step of `config`, compiled for `mesh`; `state` is abstract."""
+    compiled = lower_step(config, mesh).compile()
     batch = abstract_batch(mesh, config.batch_size, config.dit_config())
-    step = make_train_step(mesh, state, config.objective, config.optimizer, config.num_steps)
-    compiled = step.lower(state, batch, jax.eval_shape(lambda: jr.key(0))).compile()
     parameters = _shard_bytes(state.model)
     moments = _shard_bytes((state.adam.mu, state.adam.nu))
     average = _shard_bytes(state.ema)
@@ -267,17 +277,6 @@ def _memory_warning(needed: int, limit: int, name: str) -> str | None:
         f"{needed / limit:.0%}: expected at most {FULL:.0%}; use a smaller --batch_size, more "
         "--grad_accum_steps or more devices"
     )
-
-
-def _warnings(needed: int, chip: Chip, name: str, devices: int) -> list[str]:
-    memory = _memory_warning(needed, chip.memory, name)
-    warnings = [] if memory is None else [memory]
-    if devices > chip.linked:
-        warnings.append(
-            f"fast links connect only {chip.linked} {name}: with {devices}, traffic takes longer "
-            "than estimated"
-        )
-    return warnings
 
 
 # --- Traffic ------------------------------------------------------------------------------------

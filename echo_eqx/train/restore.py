@@ -77,11 +77,10 @@ def check_same_run(
     sizes: DiTConfig | CodecConfig,
     config: RunConfig,
     data: dict[str, Any],
-    source: str,
 ) -> None:
     """Check that `checkpoint` belongs to this run, and warn about settings that have changed.
 
-    `data` identifies the data from `source` in checkpoints.
+    `data` identifies the data in checkpoints.
 
     **Raises**: `EchoError` if model, seed or data differ, or an EMA would be dropped.
     """
@@ -100,8 +99,8 @@ def check_same_run(
         )
     if checkpoint.manifest.get("data", {}).get("digest") != data["digest"]:
         raise EchoError(
-            f"the data in {source} differs from what {path} was trained on; use the same data, or "
-            "another --run_dir with --init_from this one"
+            f"the data in {config.data} differs from what {path} was trained on; use the same "
+            "data, or another --run_dir with --init_from this one"
         )
     changed = changes(checkpoint.manifest.get("settings"), config)
     if config.optimizer.ema_decay == 0 and any(

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,44 +38,26 @@ export.
 """
 
 
-def _starts_with(start: bytes) -> Callable[[Path], bool]:
-    """A check that a file is empty or starts with `start`."""
-
-    def check(path: Path) -> bool:
-        with path.open("rb") as file:
-            return file.read(len(start)) in (start, b"")
-
-    return check
-
-
-def _is_settings(path: Path) -> bool:
-    found = json.loads(path.read_bytes())
-    return isinstance(found, dict) and {"run_dir", "num_steps"} <= found.keys()
-
-
-def _is_history(path: Path) -> bool:
-    return isinstance(json.loads(path.read_bytes()), list)
-
-
-_REWRITTEN: dict[str, Callable[[Path], bool]] = {
-    ".lock": _starts_with(b"process "),
-    "metrics.jsonl": _starts_with(b'{"step": '),
-    "config.json": _is_settings,
-    "environment.json": _is_history,
+_REWRITTEN = {
+    ".lock": b"process ",
+    "metrics.jsonl": b'{"step": ',
+    "config.json": b'{\n  "model": "',
+    "environment.json": b'[\n  {\n    "time": ',
 }
-"""Files that a launch overwrites or truncates, and checks that a run wrote them."""
+"""Files that a launch overwrites or truncates, and how they begin, unless they are empty."""
 
 
 def _check_own(path: Path) -> None:
     """**Raises**: `EchoError` if a launch would overwrite a file that no run wrote."""
-    for name, is_own in _REWRITTEN.items():
+    for name, start in _REWRITTEN.items():
         file = path / name
         if not os.path.lexists(file):
             continue
         try:
-            own = not file.is_symlink() and file.is_file() and is_own(file)
-        except (ValueError, RecursionError):
-            own = False
+            own = not file.is_symlink() and file.is_file()
+            if own:
+                with file.open("rb") as opened:
+                    own = opened.read(len(start)) in (start, b"")
         except OSError as error:
             raise EchoError(f"cannot read {file}: {error.strerror}") from None
         if not own:

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.json_data import to_json
 from echo_eqx.sharding.hosts import check_agreement, code_digest
 from echo_eqx.train.plan import check_memory
-from echo_eqx.train.restore import newest_restorable
+from echo_eqx.train.restore import check_same_run, newest_restorable
 from echo_eqx.train.run_folder import RunFolder
 from echo_eqx.train.settings import RunConfig
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
@@ -24,26 +25,30 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def open_run(
-    config: RunConfig, data_digest: str
-) -> Iterator[tuple[RunFolder, str, TrainingCheckpoint | None]]:
-    """The locked run folder, the id of this launch, and the checkpoint to resume from.
+    config: RunConfig, sizes: DiTConfig | CodecConfig, data: dict[str, Any], eval_digest: str = ""
+) -> Iterator[tuple[str, TrainingCheckpoint | None]]:
+    """Lock the run folder; the id of this launch, and the checkpoint to resume from.
 
-    **Raises**: `EchoError` if the hosts differ in code, settings, data or devices.
+    `data` identifies the data in checkpoints, `eval_digest` the held-out data. Only after all
+    checks the folder is cleaned up and this launch's settings are written.
+
+    **Raises**: `EchoError` if the hosts differ in code, settings, data or devices, or the run in
+    the folder is another one.
     """
-    launch_id = check_agreement(_fingerprint(config, data_digest))
-    with RunFolder(config.run_dir, writes=jax.process_index() == 0) as folder:
+    launch_id = check_agreement(_fingerprint(config, data["digest"] + eval_digest))
+    first = jax.process_index() == 0
+    with RunFolder(config.run_dir, writes=first) as folder:
         folder.check_shared(launch_id)
-        yield folder, launch_id, newest_restorable(config.run_dir)
-
-
-def claim(folder: RunFolder, config: RunConfig, checkpoint: TrainingCheckpoint | None) -> None:
-    """Clean up after earlier launches and write this launch's settings, after all checks passed."""
-    if jax.process_index() == 0:
-        remove_leftovers(config.run_dir, checkpoint)
-        if checkpoint is not None and config.export:
-            make_missing_export(checkpoint)
-        folder.describe(config)
-    multihost_utils.sync_global_devices("ready")
+        checkpoint = newest_restorable(config.run_dir)
+        if checkpoint is not None:
+            check_same_run(checkpoint, sizes, config, data)
+        if first:
+            remove_leftovers(config.run_dir, checkpoint)
+            if checkpoint is not None and config.export:
+                make_missing_export(checkpoint)
+            folder.describe(config)
+        multihost_utils.sync_global_devices("ready")
+        yield launch_id, checkpoint
 
 
 def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:

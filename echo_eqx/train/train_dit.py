@@ -5,7 +5,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.random as jr
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -23,11 +22,11 @@ from echo_eqx.train.device_loader import DeviceLoader
 from echo_eqx.train.evaluate import evaluate, make_evaluate
 from echo_eqx.train.flops import step_flops
 from echo_eqx.train.loop import Trainer, train_loop
-from echo_eqx.train.restore import check_same_run, init_or_restore, pinned_source
+from echo_eqx.train.plan import lower_step
+from echo_eqx.train.restore import init_or_restore, pinned_source
 from echo_eqx.train.samples import SampleWriter
-from echo_eqx.train.setup import claim, compile_step, open_run
-from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
-from echo_eqx.train.step import abstract_batch, make_train_step
+from echo_eqx.train.setup import compile_step, open_run
+from echo_eqx.train.state import TrainState, abstract_state
 from echo_eqx.weights.find import SHIPPED
 
 
@@ -37,7 +36,10 @@ def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
     **Raises**: `EchoError` for unusable inputs, wherever possible before anything is downloaded or
     compiled.
     """
-    config = _with_dtype(config)
+    if config.objective.dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        objective = dataclasses.replace(config.objective, dtype=dtype)
+        config = dataclasses.replace(config, objective=objective)
     sizes = config.dit_config()
     axes = mesh_shape(config.mesh, jax.device_count())
     check_batch(config.batch_size, config.optimizer.grad_accum_steps, axes)
@@ -45,14 +47,10 @@ def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
     mesh = make_mesh(axes)
     data = TrainData(pinned_source(config), config, sizes, mesh)
     held_out = TrainData(config.eval_data, config, sizes, mesh) if config.eval_data else None
-    digest = data.shard_index.digest()
-    both = digest + (held_out.shard_index.digest() if held_out else "")
+    data_id = {"revision": data.shard_index.revision, "digest": data.shard_index.digest()}
+    eval_digest = held_out.shard_index.digest() if held_out else ""
     generation = _generation(config, data)
-    with open_run(config, both) as (folder, launch_id, checkpoint):
-        data_id = {"revision": data.shard_index.revision, "digest": digest}
-        if checkpoint is not None:
-            check_same_run(checkpoint, sizes, config, data_id, data.shard_index.source)
-        claim(folder, config, checkpoint)
+    with open_run(config, sizes, data_id, eval_digest) as (launch_id, checkpoint):
         state, samples_seen, cursor = init_or_restore(config, checkpoint, mesh)
         compiled = compile_step(lambda: lower_step(config, mesh))
         broken_log = config.run_dir / f"broken-{jax.process_index()}.jsonl"
@@ -87,16 +85,6 @@ def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
         return train_loop(trainer, launch_id, heartbeat)
 
 
-def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """The training step, lowered from shapes only."""
-    dit_config = config.dit_config()
-    state = sharded_abstract_state(dit_config, config.optimizer, mesh)
-    batch = abstract_batch(mesh, config.batch_size, dit_config)
-    step = make_train_step(mesh, state, config.objective, config.optimizer, config.num_steps)
-    key = jax.eval_shape(lambda: jr.key(0))
-    return step.lower(state, batch, key)
-
-
 def _generation(config: TrainConfig, data: TrainData) -> GenerationConfig:
     """Defaults for generating with the weights of this run, stored with them."""
     codec = config.codec
@@ -115,11 +103,12 @@ def _generation(config: TrainConfig, data: TrainData) -> GenerationConfig:
 def _sample_writer(
     config: TrainConfig, data: TrainData, generation: GenerationConfig, mesh: Mesh
 ) -> SampleWriter | None:
-    """Generates the first rows of `data`, if --sample_every asks for samples."""
+    """Generates process 0's first rows of `data`, if --sample_every asks for samples."""
     if not config.sample_every:
         return None
     with contextlib.closing(data.loader(config.batch_size)) as loader:
-        rows = _first_rows(next(loader).batch, config.sample_count)
+        rows = tuple(array[: config.sample_count] for array in next(loader).batch)
+    rows = HostBatch(*map(np.asarray, multihost_utils.broadcast_one_to_all(rows)))
     assert config.codec is not None
     return SampleWriter(
         config.run_dir,
@@ -140,16 +129,3 @@ def _eval_batches(config: TrainConfig, held_out: TrainData | None, mesh: Mesh) -
         batches = [loader.next().arrays for _ in range(config.eval_batches)]
         loader.log_warnings("held-out data: ")
     return batches
-
-
-def _first_rows(batch: HostBatch, count: int) -> HostBatch:
-    """The first rows of process 0, on all processes."""
-    rows = HostBatch(*(array[:count] for array in batch))
-    return HostBatch(*map(np.asarray, multihost_utils.broadcast_one_to_all(tuple(rows))))
-
-
-def _with_dtype(config: TrainConfig) -> TrainConfig:
-    if config.objective.dtype != "auto":
-        return config
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, dtype=dtype))

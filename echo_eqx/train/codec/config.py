@@ -68,12 +68,7 @@ class CodecTrainConfig(RunConfig):
     """Train the decoder only, so that existing latents stay valid."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimizerConfig(
-            learning_rate=7e-4,
-            warmup_ratio=0.05,
-            b1=0.9,
-            b2=0.99,
-            weight_decay=0.0,
-            max_grad_norm=0.5,
+            learning_rate=7e-4, weight_decay=0.0, max_grad_norm=0.5
         )
     )
     loss: CodecLossConfig = field(default_factory=CodecLossConfig)

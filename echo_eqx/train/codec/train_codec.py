@@ -27,8 +27,7 @@ from echo_eqx.train.codec.losses import WINDOWS
 from echo_eqx.train.codec.step import AudioBatch, CodecState, abstract_batch, abstract_state
 from echo_eqx.train.device_loader import DeviceLoader, owned_rows
 from echo_eqx.train.loop import Trainer, train_loop
-from echo_eqx.train.restore import check_same_run
-from echo_eqx.train.setup import claim, compile_step, open_run
+from echo_eqx.train.setup import compile_step, open_run
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.checkpoint.writer import restore_state
 from echo_eqx.weights.load import load_codec
@@ -55,11 +54,9 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
         )
     assert config.data is not None
     clips = find_recordings(config.data)
-    digest = _digest(clips)
-    with open_run(config, digest) as (folder, launch_id, checkpoint):
-        if checkpoint is not None:
-            check_same_run(checkpoint, sizes, config, {"digest": digest}, config.data)
-        claim(folder, config, checkpoint)
+    listing = "\n".join(f"{clip.key} {clip.start:.6f} {clip.seconds:.6f}" for clip in clips)
+    data_id = {"digest": hashlib.sha256(listing.encode()).hexdigest(), "revision": None}
+    with open_run(config, sizes, data_id) as (launch_id, checkpoint):
         state = _init_or_restore(config, sizes, pretrained, checkpoint, mesh)
         step = codec_step.make_step(mesh, sizes, config, state)
         batch = abstract_batch(mesh, config.batch_size, samples)
@@ -79,7 +76,7 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
             config=config,
             mesh=mesh,
             sizes=sizes,
-            data={"digest": digest, "revision": None},
+            data=data_id,
             state=state,
             samples_seen=int(state.step) * config.batch_size,
             compiled=compiled,
@@ -107,12 +104,6 @@ def find_recordings(source: str) -> list[Clip]:
             "transcripts, as for prepare"
         )
     return clips
-
-
-def _digest(clips: list[Clip]) -> str:
-    """Identifies this list of recordings."""
-    text = "\n".join(f"{clip.key} {clip.start:.6f} {clip.seconds:.6f}" for clip in clips)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _init_or_restore(
@@ -169,9 +160,7 @@ def _decoded(codec: DACVAE, audio: jax.Array) -> codec_step.Decoded:
     return jax.vmap(lambda row: codec_step.reconstruct(codec, row, None, False))(audio)
 
 
-@eqx.filter_jit
-def _distances(decoded: codec_step.Decoded, audio: jax.Array, rate: int) -> dict[str, jax.Array]:
-    return codec_step.distances(decoded, audio, rate)
+_distances = eqx.filter_jit(codec_step.distances)
 
 
 def _make_evaluate(

@@ -78,9 +78,14 @@ def _watermark(config: CodecConfig, source: Tensors) -> dict[str, Any]:
 
 # --- Names --------------------------------------------------------------------------------------
 
-_UNIT = {"snake1": "block.0", "conv1": "block.1", "snake2": "block.2", "conv2": "block.3"}
-_DECODER_UNITS = ("4", "5", "8")
-_WATERMARK_UNIT = {"conv1.conv": "block.1", "conv2.conv": "block.3"}
+_UNIT = {"snake1": "0", "conv1": "1", "snake2": "2", "conv2": "3"}
+_BLOCKS = {
+    "encoder.blocks": {"snake": "3", "down": "4", "units.0": "0", "units.1": "1", "units.2": "2"},
+    "decoder.blocks": {"snake": "0", "up": "1", "units.0": "4", "units.1": "5", "units.2": "8"},
+    "watermark.encoder": {"down.conv": "11", "unit": "7"},
+    "watermark.decoder": {"up.conv": "3", "unit": "6"},
+}
+"""Index of each layer and residual unit in a published block."""
 
 
 def _module_name(module: str, config: CodecConfig) -> str:
@@ -103,31 +108,12 @@ def _module_name(module: str, config: CodecConfig) -> str:
     }
     if module in fixed:
         return fixed[module]
-    part, index, rest = re.fullmatch(
-        r"(encoder\.blocks|decoder\.blocks|watermark\.encoder|watermark\.decoder)\.(\d+)\.(.+)",
-        module,
-    ).groups()  # type: ignore[union-attr]
-    number = int(index)
-    if part == "encoder.blocks":
-        block = f"encoder.block.{number + 1}.block."
-        inner = {"snake": "3", "down": "4"}
-        units = ("0", "1", "2")
-    elif part == "decoder.blocks":
-        block = f"decoder.model.{number + 1}.block."
-        inner = {"snake": "0", "up": "1"}
-        units = _DECODER_UNITS
-    elif part == "watermark.encoder":
-        block = f"decoder.model.{num_decoder - number}.block."
-        inner = {"down.conv": "11"} | {f"unit.{k}": f"7.{v}" for k, v in _WATERMARK_UNIT.items()}
-        units = ()
-    else:
-        block = f"decoder.model.{number + 1}.block."
-        inner = {"up.conv": "3"} | {f"unit.{k}": f"6.{v}" for k, v in _WATERMARK_UNIT.items()}
-        units = ()
-    if rest in inner:
-        return block + inner[rest]
-    unit, layer = re.fullmatch(r"units\.(\d)\.(\w+)", rest).groups()  # type: ignore[union-attr]
-    return f"{block}{units[int(unit)]}.{_UNIT[layer]}"
+    part, number, layer = re.fullmatch(r"(\w+\.\w+)\.(\d+)\.(.+)", module).groups()  # type: ignore[union-attr]
+    block = int(number) + 1 if part != "watermark.encoder" else num_decoder - int(number)
+    stack = "encoder.block" if part == "encoder.blocks" else "decoder.model"
+    unit = re.fullmatch(r"(unit|units\.\d)\.(\w+?[12])(\.conv)?", layer)
+    inner = f"{_BLOCKS[part][unit[1]]}.block.{_UNIT[unit[2]]}" if unit else _BLOCKS[part][layer]
+    return f"{stack}.{block}.block.{inner}"
 
 
 def _sources(leaf: str, config: CodecConfig) -> Sources:
@@ -139,7 +125,8 @@ def _sources(leaf: str, config: CodecConfig) -> Sources:
         place = {"encoder": "encoder_block.post.0", "decoder": "decoder_block.pre.1"}[side]
         name = f"decoder.wm_model.{place}.lstm."
         if field == "bias":
-            return Sources([f"{name}bias_ih_l{layer}", f"{name}bias_hh_l{layer}"], _sum)
+            names = [f"{name}bias_ih_l{layer}", f"{name}bias_hh_l{layer}"]
+            return Sources(names, lambda arrays: np.sum(np.stack(arrays), axis=0))
         kind = {"weight_in": "ih", "weight_hidden": "hh"}[field]
         return Sources([f"{name}weight_{kind}_l{layer}"], lambda arrays: single(arrays).T)
     module, field = leaf.rsplit(".", 1)
@@ -154,10 +141,6 @@ def _sources(leaf: str, config: CodecConfig) -> Sources:
         return Sources([f"{name}.weight"], lambda arrays: single(arrays).transpose(axes))
     names = [f"{name}.weight_g", f"{name}.weight_v"]
     return Sources(names, lambda arrays: _fold_weight_norm(*arrays).transpose(axes))
-
-
-def _sum(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.sum(np.stack(arrays), axis=0)
 
 
 def _fold_weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ SHIPPED = {
 }
 """Models in the package, by name and kind. Write `./voice` for a folder of that name."""
 
+_SHARD = re.compile(r"(.+)-\d+-of-\d+\.safetensors")
 _HUB_ID = re.compile(
     rf"(?P<repo>{REPO})"
     r"(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?"
@@ -84,7 +85,7 @@ def find_candidates(
 
 def _index_of(path: Path) -> Path | None:
     """The index of a file that is one shard of several."""
-    shard = re.fullmatch(r"(.+)-\d+-of-\d+\.safetensors", path.name)
+    shard = _SHARD.fullmatch(path.name)
     index = path.with_name(shard[1] + INDEX_SUFFIX) if shard else None
     return index if index is not None and index.is_file() else None
 
@@ -141,15 +142,9 @@ def _is_complete(path: Path) -> bool:
 def _candidates(names: list[str]) -> list[str]:
     """Files of weights, sharded ones by their index."""
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    parts = re.compile(
-        "|".join(
-            re.escape(index.removesuffix(INDEX_SUFFIX)) + r"-\d+-of-\d+\.safetensors"
-            for index in indexes
-        )
-        or r"(?!)"
-    )
-    files = [name for name in names if name.endswith(SUFFIXES) and not parts.fullmatch(name)]
-    return files + indexes
+    shards = (_SHARD.fullmatch(name) for name in names)
+    listed = {shard[0] for shard in shards if shard and shard[1] + INDEX_SUFFIX in indexes}
+    return [name for name in names if name.endswith(SUFFIXES) and name not in listed] + indexes
 
 
 def _choose(names: list[str], where: str, advice: str) -> str:

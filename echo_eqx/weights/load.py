@@ -1,7 +1,8 @@
 """`load_dit` and `load_codec`: any known file of weights. Its content tells which kind it is."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,10 +79,9 @@ def load_model(source: str | Path, kind: Kind, *, dtype: Any = jnp.float32) -> t
     first: EchoError | None = None
     for path in candidates:
         try:
-            load = _load_dit if kind == "dit" else _load_codec
-            return (
-                _load_checkpoint(path, kind, dtype) if path.is_dir() else load(path, dtype)
-            ), path
+            if path.is_dir():
+                return _load_checkpoint(path, kind, dtype), path
+            return (_load_dit if kind == "dit" else _load_codec)(path, dtype), path
         except EchoError as error:
             if len(candidates) == 1:
                 raise
@@ -99,9 +99,9 @@ def _load_dit(path: Path, dtype: Any) -> EchoDiT:
         if native_kind(file) == "codec":
             raise EchoError(f"expected an EchoDiT, got a codec: {path}")
         weights = WithoutPrefix(file)
-        shapes = weights.shapes()
-        config = _within(path, lambda: pytorch_config(shapes))
-        return _load_published(config, dtype, path, pytorch_sources, weights.names, weights)
+        with _naming(path):
+            config = pytorch_config(weights.shapes())
+        return _load(config, dtype, path, weights.names, weights, pytorch_sources)
     if kind == "pickle":
         return dit_from_flax(read_flax_checkpoint(path).params, path, dtype)
     raise EchoError(f"expected an EchoDiT, got a PyTorch file of a codec or another model: {path}")
@@ -120,9 +120,9 @@ def _load_codec(path: Path, dtype: Any) -> DACVAE:
 
 def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> EchoDiT:
     """An EchoDiT from arrays under Flax names: weights, or moments of the same shapes."""
-    shapes = {name: array.shape for name, array in tensors.items()}
-    config = _within(path, lambda: flax_config(shapes))
-    return _load_published(config, dtype, path, flax_sources, tensors, tensors)
+    with _naming(path):
+        config = flax_config({name: array.shape for name, array in tensors.items()})
+    return _load(config, dtype, path, tensors, tensors, flax_sources)
 
 
 def _open(path: Path) -> SafetensorsFile | ShardedSafetensors:
@@ -155,9 +155,11 @@ def _kind(path: Path) -> str:
     )
 
 
-def _within(path: Path, read: Callable[[], DiTConfig]) -> DiTConfig:
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name `path` in errors."""
     try:
-        return read()
+        yield
     except EchoError as error:
         raise EchoError(f"{path}: {error}") from None
 
@@ -167,39 +169,28 @@ def _load_checkpoint(path: Path, kind: str, dtype: Any) -> Any:
     if checkpoint.model_kind != kind:
         raise EchoError(f"expected {_NAMES[kind]}, got {_NAMES[checkpoint.model_kind]}: {path}")
     arrays = checkpoint.model_arrays()
-    shapes = {name: arrays.shape(name) for name in arrays.names}
-    return _load_leaves(checkpoint.config, checkpoint.generation(), dtype, path, shapes, arrays)
+    config, generation = checkpoint.config, checkpoint.generation()
+    check_sizes(config, arrays.shapes, str(path))
+    return _load(config, dtype, path, arrays.shapes, arrays, generation=generation)
 
 
 def _load_native(file: SafetensorsFile | ShardedSafetensors, dtype: Any) -> Any:
     weights = WithoutPrefix(file)
     config, generation = native_config(file), native_generation(file)
-    return _load_leaves(config, generation, dtype, file.path, weights.shapes(), weights)
+    check_sizes(config, weights.shapes(), str(file.path))
+    return _load(config, dtype, file.path, weights.names, weights, generation=generation)
 
 
-def _load_leaves(
+def _load(
     config: DiTConfig | CodecConfig,
-    generation: GenerationConfig,
     dtype: Any,
     path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    arrays: Arrays,
-) -> Any:
-    check_sizes(config, shapes, str(path))
-
-    skeleton = abstract_model(config, generation, dtype)
-    check_memory(skeleton, str(path))
-    return load_into(skeleton, lambda leaf: Sources([leaf], single), arrays, shapes, str(path))
-
-
-def _load_published(
-    config: DiTConfig,
-    dtype: Any,
-    path: Path,
-    sources: Callable[[str, DiTConfig], Sources],
     names: Iterable[str],
     arrays: Arrays,
-) -> EchoDiT:
-    skeleton = abstract_model(config, GenerationConfig(), dtype)
+    sources: Callable[[str, Any], Sources] = lambda leaf, _: Sources([leaf], single),
+    generation: GenerationConfig | None = None,
+) -> Any:
+    """The model of `config`, from `arrays` under our names or those of `sources`."""
+    skeleton = abstract_model(config, generation or GenerationConfig(), dtype)
     check_memory(skeleton, str(path))
     return load_into(skeleton, lambda leaf: sources(leaf, config), arrays, names, str(path))

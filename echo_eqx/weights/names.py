@@ -17,18 +17,6 @@ from echo_eqx.weights.assemble import Sources, single
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _transposed(arrays: list[np.ndarray]) -> np.ndarray:
-    return single(arrays).T
-
-
-def _stacked_transposed(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.stack([array.T for array in arrays])
-
-
-def _joined_columns(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays, axis=1)
-
-
 _STACK = re.compile(r"(?:^|\.)blocks\.")
 
 
@@ -52,10 +40,12 @@ def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:
     name = re.sub(r"time_conditioner\.dense(\d)", lambda m: f"cond_module.{2 * int(m[1])}", leaf)
     name = re.sub(r"_adaln\.(shift|scale|gate)\.(down|up)\.", r"_adaln.\1_\2.", name)
     if not _STACK.search(name):
-        return Sources([name], _transposed if _is_matrix(leaf) else single)
+        return Sources([name], (lambda arrays: single(arrays).T) if _is_matrix(leaf) else single)
     layers = range(_num_layers(leaf, config))
     names = [_STACK.sub(rf"\g<0>{layer}.", name) for layer in layers]
-    return Sources(names, _stacked_transposed if _is_matrix(leaf) else np.stack)
+    if _is_matrix(leaf):
+        return Sources(names, lambda arrays: np.stack([array.T for array in arrays]))
+    return Sources(names, np.stack)
 
 
 def pytorch_config(tensors: Shapes) -> DiTConfig:
@@ -121,7 +111,7 @@ def flax_sources(leaf: str, config: DiTConfig) -> Sources:
     """Arrays of a Flax checkpoint behind one of our leaves."""
     if leaf == "time_conditioner.dense2.weight":
         names = [f"cond_dense_global_{kind}/kernel" for kind in _FLAX_GLOBALS]
-        return Sources(names, _joined_columns)
+        return Sources(names, lambda arrays: np.concatenate(arrays, axis=1))
     name = re.sub(r"time_conditioner\.dense", "cond_dense_", leaf)
     name = re.sub(r"^out_norm\.", "norm.", name)
     name = re.sub(r"attention_adaln", "attn_adaln", name)

@@ -48,8 +48,7 @@ def save(
     **Raises**: `EchoError` if the place cannot be written or a number does not fit `dtype`.
     """
     path = Path(path)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    array_dtype(dtype)
     if layout not in ("echo_eqx", "pytorch"):
         raise UsageError(f"layout: expected echo_eqx or pytorch, got {layout!r}")
     leaves = {name: np.asarray(leaf, np.float32) for name, leaf in named_leaves(model).items()}

@@ -69,7 +69,6 @@ _LENGTH_FORMATS = {
     pickletools.TAKEN_FROM_ARGUMENT4U: "<I",
     pickletools.TAKEN_FROM_ARGUMENT8U: "<Q",
 }
-_INTEGER_FORMATS = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
 
 
 def load(
@@ -167,13 +166,8 @@ class _Machine:
                 if len(argument) > 16:
                     raise EchoError(f"expected an integer of at most 16 bytes, got {len(argument)}")
                 stack.append(int.from_bytes(argument, "little", signed=True))
-            case "INT" | "LONG":
-                text = bytes(argument[:40]).decode("ascii").strip().rstrip("L")
-                stack.append({"00": False, "01": True}[text] if text in ("00", "01") else int(text))
             case "BINFLOAT":
                 stack.append(struct.unpack(">d", argument)[0])
-            case "FLOAT":
-                stack.append(float(bytes(argument)))
             case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
                 stack.append(str(argument, "utf-8", "surrogatepass"))
             case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
@@ -191,8 +185,6 @@ class _Machine:
                 stack.append(tuple(self._pop_to_mark()))
             case "EMPTY_LIST":
                 stack.append([])
-            case "LIST":
-                stack.append(self._pop_to_mark())
             case "APPEND":
                 value = stack.pop()
                 _expect(stack[-1], list).append(value)
@@ -201,9 +193,6 @@ class _Machine:
                 _expect(stack[-1], list).extend(values)
             case "EMPTY_DICT":
                 stack.append({})
-            case "DICT":
-                stack.append({})
-                self._set_items(self._pop_to_mark(skip=1))
             case "SETITEM":
                 pair = stack[-2:]
                 del stack[-2:]
@@ -212,16 +201,14 @@ class _Machine:
                 self._set_items(self._pop_to_mark())
             case "MARK":
                 stack.append(_MARK)
-            case "POP":
-                stack.pop()
             case "DUP":
                 stack.append(stack[-1])
             case "MEMOIZE":
                 self.memo[len(self.memo)] = stack[-1]
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                self.memo[self._index(op, argument)] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(self.memo[self._index(op, argument)])
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[int.from_bytes(argument, "little")] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[int.from_bytes(argument, "little")])
             case "GLOBAL":
                 module, name = bytes(argument).decode("utf-8").split("\n")[:2]
                 stack.append(self._global(module, name))
@@ -247,18 +234,11 @@ class _Machine:
             case _:
                 raise EchoError(f"opcode {op} is refused: only plain data and arrays are read")
 
-    def _index(self, op: str, argument: Buffer) -> int:
-        if op in ("PUT", "GET"):
-            return int(bytes(argument[:20]))
-        return struct.unpack(_INTEGER_FORMATS[len(argument)], argument)[0]
-
-    def _pop_to_mark(self, skip: int = 0) -> list:
-        """Values above the last mark, which goes too; `skip` values on top of the stack stay."""
-        kept = [self.stack.pop() for _ in range(skip)]
+    def _pop_to_mark(self) -> list:
+        """Values above the last mark, which goes too."""
         values = []
         while (value := self.stack.pop()) is not _MARK:
             values.append(value)
-        self.stack.extend(reversed(kept))
         return values[::-1]
 
     def _set_items(self, items: list) -> None:
@@ -378,7 +358,9 @@ def ordered_dict(args: tuple) -> dict:
     return {}
 
 
-def _only_global(name: str) -> Builder:
+def only_global(name: str) -> Builder:
+    """For a class that may be named but not called."""
+
     def refuse(args: tuple) -> Any:
         raise EchoError(f"a call of {name} is refused")
 
@@ -386,9 +368,9 @@ def _only_global(name: str) -> Builder:
 
 
 NUMPY: dict[str, Builder] = {
-    "numpy.ndarray": _only_global("numpy.ndarray"),
+    "numpy.ndarray": only_global("numpy.ndarray"),
     "numpy.dtype": _dtype,
-    "ml_dtypes.bfloat16": _only_global("ml_dtypes.bfloat16"),
+    "ml_dtypes.bfloat16": only_global("ml_dtypes.bfloat16"),
     "_codecs.encode": _encode,
     **{
         f"numpy.{core}.{module}.{name}": build

@@ -18,6 +18,7 @@ from echo_eqx.weights.safe_pickle import (
     Record,
     is_shape,
     load,
+    only_global,
     ordered_dict,
 )
 from echo_eqx.weights.sharded import shared_prefix
@@ -35,21 +36,16 @@ _STORAGES = {
     "BoolStorage": np.dtype("?"),
 }
 
-
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 _MAX_LIST = 2**24
 """Bytes of the list of entries in a zip. One entry takes some 60, and 1 kB in memory."""
-
-
-def _refuse(args: tuple) -> Any:
-    raise EchoError("a call of a storage class is refused")
 
 
 KNOWN: dict[str, Builder] = {
     "collections.OrderedDict": ordered_dict,
     "torch._utils._rebuild_tensor_v2": lambda args: Record("tensor", args),
     "torch._utils._rebuild_parameter": lambda args: args[0],
-    **{f"torch.{name}": _refuse for name in _STORAGES},
+    **{f"torch.{name}": only_global(f"torch.{name}") for name in _STORAGES},
 }
 
 
@@ -62,14 +58,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         with _Opening(path) as file, zipfile.ZipFile(file) as archive:
             file.is_open = True
             return _read(archive, path)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        RuntimeError,
-        *PARSE_ERRORS,
-    ) as error:
+    except (*_ZIP_ERRORS, *PARSE_ERRORS) as error:
         raise EchoError(
             f"{path}: expected a zip file written by torch.save, got one that is damaged, "
             f"truncated or of another kind ({error})"

@@ -8,8 +8,9 @@ import json
 import os
 import re
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -85,16 +86,17 @@ class TrainingCheckpoint:
                 if not isinstance(manifest.get(name, {}), dict):
                     raise ValueError(f"{name}: expected an object")
             self.tensors = {
-                name: _Tensor(name, entry) for name, entry in manifest["tensors"].items()
+                name: _checked(name, from_json(_Tensor, entry, where=f"tensor {name[:100]}"))
+                for name, entry in manifest["tensors"].items()
             }
             self._check_complete()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EchoError) as error:
             raise EchoError(f"{path / MANIFEST} cannot be used: {_reason(error)}") from None
         self.manifest: dict[str, Any] = manifest
-        self._pieces: dict[str, list[tuple[str, Box, int]]] = {}  # by file
+        self._pieces: dict[str, list[tuple[str, _Piece]]] = {}  # by file
         for name, tensor in self.tensors.items():
-            for box, file, crc in tensor.pieces:
-                self._pieces.setdefault(file, []).append((name, box, crc))
+            for piece in tensor.pieces:
+                self._pieces.setdefault(piece.file, []).append((name, piece))
         self._files: dict[str, SafetensorsFile] = {}
 
     def _check_complete(self) -> None:
@@ -118,8 +120,8 @@ class TrainingCheckpoint:
         **Raises**: `EchoError` naming the first thing that is wrong.
         """
         for file in sorted(self._pieces)[part::parts]:
-            for name, box, _ in self._pieces[file]:
-                self._file(file).verify(piece_name(name, box))
+            for name, piece in self._pieces[file]:
+                self._file(file).verify(piece_name(name, piece.box))
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The part `index` (by default all) of a tensor, from the pieces that overlap it.
@@ -130,14 +132,14 @@ class TrainingCheckpoint:
         index = index or (slice(None),) * len(tensor.shape)
         box = tuple(s.indices(size)[:2] for s, size in zip(index, tensor.shape, strict=True))
         out = np.empty([stop - start for start, stop in box], tensor.dtype)
-        for piece, file, _ in tensor.pieces:
+        for piece in tensor.pieces:
             common = tuple(
-                (max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, piece, strict=True)
+                (max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, piece.box, strict=True)
             )
             if any(start >= stop for start, stop in common):
                 continue
-            there = _slices(common, piece)
-            out[_slices(common, box)] = self._file(file).read(piece_name(name, piece), there)
+            there = piece_name(name, piece.box), _slices(common, piece.box)
+            out[_slices(common, box)] = self._file(piece.file).read(*there)
         return out
 
     def model_arrays(self) -> "ModelArrays":
@@ -154,13 +156,14 @@ class TrainingCheckpoint:
 
     def _file(self, file: str) -> SafetensorsFile:
         if file not in self._files:
-            pieces = {piece_name(name, box): crc for name, box, crc in self._pieces[file]}
-            opened = SafetensorsFile(self.path / file, checksums=pieces)
-            for name, box, _ in self._pieces[file]:
-                piece, dtype = piece_name(name, box), self.tensors[name].dtype
-                if not opened.holds(piece, dtype, tuple(stop - start for start, stop in box)):
+            pieces = [(name, piece_name(name, p.box), p) for name, p in self._pieces[file]]
+            checksums = {inside: piece.crc32 for _, inside, piece in pieces}
+            opened = SafetensorsFile(self.path / file, checksums=checksums)
+            for name, inside, piece in pieces:
+                shape = tuple(stop - start for start, stop in piece.box)
+                if not opened.holds(inside, np.dtype(self.tensors[name].dtype), shape):
                     raise EchoError(
-                        f"{opened.path}: {piece} is missing, or has another type or shape"
+                        f"{opened.path}: {inside} is missing, or has another type or shape"
                     )
             self._files[file] = opened
         return self._files[file]
@@ -171,48 +174,53 @@ class ModelArrays:
 
     def __init__(self, checkpoint: TrainingCheckpoint, prefix: str):
         self._checkpoint, self._prefix = checkpoint, prefix
-        names = (name for name in checkpoint.tensors if name.startswith(prefix))
-        self.names = [name.removeprefix(prefix) for name in names]
+        self.shapes = {
+            name.removeprefix(prefix): tensor.shape
+            for name, tensor in checkpoint.tensors.items()
+            if name.startswith(prefix)
+        }
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._checkpoint.read(self._prefix + name)
+        return self.part(name)
 
-    def part(self, name: str, index: tuple[slice, ...] | None) -> np.ndarray:
+    def part(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         return self._checkpoint.read(self._prefix + name, index)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.tensors[self._prefix + name].shape
+
+@dataclass(frozen=True)
+class _Piece:
+    box: tuple[tuple[int, int], ...]
+    file: str
+    crc32: int
 
 
+@dataclass(frozen=True)
 class _Tensor:
-    def __init__(self, name: str, entry: Any):
-        if not isinstance(entry, dict):
-            raise ValueError(f"tensor {name[:100]}: expected an object")
-        self.shape = tuple(_size(size, "shape") for size in _list(entry["shape"], 16))
-        self.dtype = {"float32": np.dtype(np.float32), "int32": np.dtype(np.int32)}[entry["dtype"]]
-        self.pieces: list[tuple[Box, str, int]] = []
-        for piece in _list(entry["pieces"]):
-            box = tuple(map(_interval, _list(piece["box"], 16)))
-            inside = len(box) == len(self.shape) and all(
-                start < stop <= size for (start, stop), size in zip(box, self.shape, strict=True)
-            )
-            if not inside or not re.fullmatch(r"[\w.-]+\.safetensors", piece["file"]):
-                raise ValueError(f"a piece of {name[:100]} lies outside the tensor or the folder")
-            self.pieces.append((box, piece["file"], _size(piece["crc32"], "crc32")))
-        if not self._is_covered():
-            raise ValueError(f"the pieces of {name[:100]} overlap, or some are missing")
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int32"]
+    pieces: tuple[_Piece, ...]
 
-    def _is_covered(self) -> bool:
-        """Whether the pieces form a grid over the tensor, each of them once."""
-        boxes = {box for box, _, _ in self.pieces}
-        count = 1
-        for axis, size in enumerate(self.shape):
-            intervals = sorted({box[axis] for box in boxes})
-            starts = [start for start, _ in intervals]
-            if [0, *(stop for _, stop in intervals)] != [*starts, size]:
-                return False
-            count *= len(intervals)
-        return len(boxes) == len(self.pieces) == count
+
+def _checked(name: str, tensor: _Tensor) -> _Tensor:
+    """`tensor` if its pieces form a grid over it, each of them once, in files of the folder."""
+    for piece in tensor.pieces:
+        inside = len(piece.box) == len(tensor.shape) and all(
+            len(interval) == 2 and 0 <= interval[0] < interval[1] <= size
+            for interval, size in zip(piece.box, tensor.shape, strict=True)
+        )
+        if not inside or not re.fullmatch(r"[\w.-]+\.safetensors", piece.file):
+            raise ValueError(f"a piece of {name[:100]} lies outside the tensor or the folder")
+    boxes = {piece.box for piece in tensor.pieces}
+    count = 1
+    for axis, size in enumerate(tensor.shape):
+        intervals = sorted({box[axis] for box in boxes})
+        starts = [start for start, _ in intervals]
+        if [0, *(stop for _, stop in intervals)] != [*starts, size]:
+            count = -1
+        count *= len(intervals)
+    if not len(boxes) == len(tensor.pieces) == count:
+        raise ValueError(f"the pieces of {name[:100]} overlap, or some are missing")
+    return tensor
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -230,24 +238,15 @@ def _check_cursor(cursor: Any) -> None:
     if not isinstance(cursor, dict):
         raise ValueError("cursor: expected an object")
     for position in cursor.values():
-        for number in _list(position, 16):
+        if not isinstance(position, list):
+            raise ValueError("cursor: expected lists")
+        for number in position:
             _size(number, "cursor")
 
 
 def _size(value: Any, name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**48:
         raise ValueError(f"{name}: expected a count")
-    return value
-
-
-def _interval(value: Any) -> tuple[int, int]:
-    start, stop = _list(value, 2)
-    return _size(start, "box"), _size(stop, "box")
-
-
-def _list(value: Any, longest: int | None = None) -> list[Any]:
-    if not isinstance(value, list) or (longest is not None and len(value) > longest):
-        raise ValueError("expected a list")
     return value
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import jax
 import ml_dtypes
@@ -55,18 +55,8 @@ _PATIENCE = 1800.0
 """Seconds that process 0 waits for the others' pieces."""
 
 
-@runtime_checkable
-class State(Protocol):
-    """A training state: a pytree with a step counter and a model."""
-
-    @property
-    def step(self) -> Any: ...
-
-    @property
-    def model(self) -> Any: ...
-
-
-StateLike = TypeVar("StateLike", bound=State)
+State = TypeVar("State", bound=Any)
+"""A training state: a pytree with a step counter `step` and a model `model`."""
 
 
 class CheckpointWriter:
@@ -92,7 +82,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, state: State, manifest: dict[str, Any], cursor: dict[str, Any]) -> None:
+    def save(self, state: Any, manifest: dict[str, Any], cursor: dict[str, Any]) -> None:
         """Copy `state` to the host and write it in the background, after the previous write.
 
         `manifest` describes the checkpoint, apart from its tensors, and is the same in all
@@ -126,7 +116,7 @@ class CheckpointWriter:
             self._thread = None
         self.poll()
 
-    def _check_room(self, state: State) -> None:
+    def _check_room(self, state: Any) -> None:
         if self._process != 0:
             return  # the folder is shared, and others may be writing already
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -204,7 +194,8 @@ class CheckpointWriter:
             if handle is None:
                 return
             # Later checkpoints can only be damaged ones, from before the run was resumed.
-            found = [step for step in _own_steps(self._folder) if step <= newest]
+            complete = find_checkpoints(self._folder)
+            found = [s for s, path in complete if s <= newest and not path.is_symlink()]
             for step in self._retention.drops(found):
                 name = step_folder(step)
                 _try_to_remove(self._folder / name, partial(remove_step, name, handle))
@@ -218,11 +209,6 @@ def _try_to_remove(path: Path, remove: Callable[[], object]) -> None:
         pass
     except OSError as error:
         logger.info(f"cannot delete {path}: {error.strerror}")
-
-
-def _own_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints that are folders, not links."""
-    return [step for step, path in find_checkpoints(folder) if not path.is_symlink()]
 
 
 def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None:
@@ -302,19 +288,15 @@ def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
         rest = (slice(None),) * (len(shape) - 1)
         return lambda: (arrays.part(name, (slice(i, i + 1), *rest)) for i in range(shape[0]))
 
-    shapes = {name: arrays.shape(name) for name in arrays.names}
-    tensors = [Tensor(name, bfloat16, shape, parts(name, shape)) for name, shape in shapes.items()]
+    shapes = arrays.shapes.items()
+    tensors = [Tensor(name, bfloat16, shape, parts(name, shape)) for name, shape in shapes]
     config = json.dumps(checkpoint.manifest["model"])
-    metadata = {
-        "format": FORMAT,
-        "kind": checkpoint.model_kind,
-        "config": config,
-        "step": str(checkpoint.step),
-    } | generation_metadata(checkpoint.generation())
+    metadata = {"format": FORMAT, "kind": checkpoint.model_kind, "config": config}
+    metadata |= {"step": str(checkpoint.step), **generation_metadata(checkpoint.generation())}
     write_whole(file, lambda path: write_safetensors(path, tensors, metadata))
 
 
-def restore_state(checkpoint: TrainingCheckpoint, abstract: StateLike) -> StateLike:
+def restore_state(checkpoint: TrainingCheckpoint, abstract: State) -> State:
     """The state in `checkpoint`; each device reads only its shards.
 
     `abstract` holds the shapes and shardings, and may have another mesh than the checkpoint. If the
@@ -347,7 +329,7 @@ def put_on_mesh(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _copy_to_host(state: State) -> list[tuple[str, Box, np.ndarray]]:
+def _copy_to_host(state: Any) -> list[tuple[str, Box, np.ndarray]]:
     """The pieces of `state` that this process owns; each is owned by one process."""
     owned = []
     for name, leaf in named_leaves(state).items():

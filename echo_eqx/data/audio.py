@@ -8,8 +8,8 @@ import soundfile as sf
 import soxr
 
 from echo_eqx.data.channels import SILENT_PEAK, mix_down
+from echo_eqx.data.decode import audio_seconds
 from echo_eqx.data.decode import decode as _decode
-from echo_eqx.data.decode import seconds_of
 from echo_eqx.data.ffmpeg import HEADERLESS, AudioSource
 from echo_eqx.data.reference import check_reference, load_reference, set_loudness
 from echo_eqx.errors import EchoError
@@ -81,16 +81,9 @@ def decode_audio(
     audio, rate = _decode(source, name, sample_rate, start, stop)
     if must_sound:
         _check_sound(audio, rate, name)
-    return _mono(audio, rate, sample_rate)
-
-
-def audio_seconds(source: AudioSource, name: str) -> float:
-    """Length in seconds of what `decode_audio` returns, whatever the header says.
-
-    **Raises**: `EchoError` naming `name` if it is missing, of no known kind, truncated or without
-    samples.
-    """
-    return seconds_of(source, name)
+    audio = mix_down(audio)
+    audio = audio / max(1.0, float(np.abs(audio).max()))
+    return soxr.resample(audio, rate, sample_rate).astype(np.float32)
 
 
 def _check_sound(audio: np.ndarray, rate: int, name: str) -> None:
@@ -105,12 +98,6 @@ def _check_sound(audio: np.ndarray, rate: int, name: str) -> None:
             f"{name} is {what}: expected speech, got sound in {sound:.2f} of "
             f"{len(audio) / rate:.2f} s; record it again or leave it out"
         )
-
-
-def _mono(audio: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
-    audio = mix_down(audio)
-    audio = audio / max(1.0, float(np.abs(audio).max()))
-    return soxr.resample(audio, rate, sample_rate).astype(np.float32)
 
 
 def save_audio(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:

@@ -42,6 +42,7 @@ class _Misread(Exception):
     """libsndfile opens a recording, but would not read all of it."""
 
 
+_UNKNOWN = "its kind is not recognised"
 _NOT_READ = (sf.LibsndfileError, OSError, RuntimeError, TypeError, ValueError, _Misread)
 
 
@@ -56,10 +57,10 @@ def decode(
     """
     _check_given(source, name)
     span = _Range(name, sample_rate, start, stop)
-    with _opened(source, name) as (file, parts, reason):
+    with _opened(source, name) as (file, parts):
         try:
             if parts is None:
-                raise _Misread(reason)
+                raise _Misread(_UNKNOWN)
             audio, rate = _from_parts(file, parts, name, span)
         except _NOT_READ as error:
             _check_for_ffmpeg(source, name, error, parts)
@@ -74,8 +75,8 @@ def decode(
     return audio, rate
 
 
-def seconds_of(source: AudioSource, name: str) -> float:
-    """Length in seconds of what `decode` returns.
+def audio_seconds(source: AudioSource, name: str) -> float:
+    """Length in seconds of what `decode` returns, whatever the header says.
 
     **Raises**: `EchoError` naming `name` if it is missing, of no known kind, truncated or without
     samples.
@@ -98,10 +99,10 @@ def _seconds_of_file(path: Path, name: str, changed: int, size: int) -> float:
 
 
 def _seconds(source: AudioSource, name: str) -> float:
-    with _opened(source, name) as (file, parts, reason):
+    with _opened(source, name) as (file, parts):
         try:
             if parts is None:
-                raise _Misread(reason)
+                raise _Misread(_UNKNOWN)
             rate = total = 0
             for part in parts:
                 with _sound(file, part, name) as sound:
@@ -227,8 +228,8 @@ def _is_text(file: io.BufferedIOBase) -> bool:
 @contextlib.contextmanager
 def _opened(
     source: AudioSource, name: str
-) -> Iterator[tuple[io.BufferedIOBase | Path, list[Part] | None, str]]:
-    """The file, its recordings if libsndfile can read them, and otherwise the reason."""
+) -> Iterator[tuple[io.BufferedIOBase | Path, list[Part] | None]]:
+    """The file, and its recordings if libsndfile can read them."""
     with contextlib.ExitStack() as stack:
         try:
             if isinstance(source, Path):
@@ -245,9 +246,8 @@ def _opened(
                 f"{name}: expected a recording ({READABLE}, or a kind that ffmpeg reads), got text"
             )
         is_plain = parts is not None and [part.pieces for part in parts] == [((0, size),)]
-        reason = "its kind is not recognised"
         # libsndfile reads faster from a path.
-        yield (source if isinstance(source, Path) and is_plain else file), parts, reason
+        yield (source if isinstance(source, Path) and is_plain else file), parts
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ def start_processes(
     `timeout` seconds.
     """
     explicit = (coordinator, num_processes, process_id)
+    options = {}
     if coordinator is not None:
         if num_processes is None or process_id is None:
             raise UsageError("--coordinator needs --num_processes and --process_id")
@@ -58,22 +59,16 @@ def start_processes(
         if not host or not port.isdigit():
             raise UsageError(f"coordinator is {coordinator!r}; expected HOST:PORT")
         # By default the coordinator would listen on every interface.
-        start = lambda: jax.distributed.initialize(  # noqa: E731
-            coordinator,
-            num_processes,
-            process_id,
-            cluster_detection_method="deactivate",
-            coordinator_bind_address=coordinator,
-            initialization_timeout=timeout,
-        )
+        options = {
+            "cluster_detection_method": "deactivate",
+            "coordinator_bind_address": coordinator,
+        }
     elif any(value is not None for value in explicit):
         raise UsageError("--num_processes and --process_id need --coordinator HOST:PORT")
-    elif _in_a_cluster():
-        start = lambda: jax.distributed.initialize(initialization_timeout=timeout)  # noqa: E731
-    else:
+    elif not _in_a_cluster():
         return
     try:
-        start()
+        jax.distributed.initialize(*explicit, initialization_timeout=timeout, **options)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and coordinator is None:
             return  # a TPU outside of any cluster

@@ -13,26 +13,10 @@ TAG = regex.compile(r"\[S[0-9]+\]\s*")
 """Speaker tag, such as `[S1] `: who speaks from here on."""
 _DEFAULT_TAG = "[S1] "
 _WIDE_TAG = regex.compile(r"［[SＳ]([0-9０-９]+)］")
-_REPLACED = str.maketrans(
-    {
-        "“": '"',
-        "”": '"',
-        "„": '"',
-        "‟": '"',
-        "‘": "'",
-        "’": "'",
-        "‚": "'",
-        "‛": "'",
-        "ʼ": "'",
-        "…": "...",
-        ":": ",",
-        ";": ",",
-        "‐": "-",
-        "‑": "-",
-        "‒": "-",
-        "−": "-",
-    }
-)
+_REPLACED = {
+    **str.maketrans(dict.fromkeys("“”„‟", '"') | dict.fromkeys("‘’‚‛ʼ", "'")),
+    **str.maketrans(dict.fromkeys(":;", ",") | dict.fromkeys("‐‑‒−", "-") | {"…": "..."}),
+}
 _EM_DASH = regex.compile(r"[—―⸺⸻]+")
 _LEADING_EM_DASH = regex.compile(r"^((?:\[S[0-9]+\]\s*)?)\s*[—―⸺⸻]+\s*")
 # The Greek semicolon is a question mark.

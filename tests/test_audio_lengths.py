@@ -12,8 +12,8 @@ from conftest import DATA, max_difference
 
 from echo_eqx import EchoError
 from echo_eqx.data import ogg
-from echo_eqx.data.audio import audio_seconds, decode_audio, load_audio
-from echo_eqx.data.decode import decode
+from echo_eqx.data.audio import decode_audio, load_audio
+from echo_eqx.data.decode import audio_seconds, decode
 
 RATE = 16_000
 VOICE, VOICE_RATE = sf.read(DATA / "speech.wav", dtype="float32")

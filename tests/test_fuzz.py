@@ -29,7 +29,8 @@ import echo_eqx
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig, DiTConfig, EncoderConfig
 from echo_eqx.data.audio import load_audio
-from echo_eqx.data.records import BrokenRecord, index_tar, load_silence, read_sample
+from echo_eqx.data.records import BrokenRecord, load_silence, read_sample
+from echo_eqx.data.tar_index import index_tar
 from echo_eqx.errors import EchoError
 from echo_eqx.json_data import to_json
 from echo_eqx.model.dit import EchoDiT

@@ -24,11 +24,11 @@ from echo_eqx.data.loader import (
 from echo_eqx.data.records import (
     MAX_JSON,
     BrokenRecord,
-    index_tar,
     load_silence,
     read_sample,
 )
 from echo_eqx.data.shards import Shard, ShardIndex, list_shards
+from echo_eqx.data.tar_index import index_tar
 from echo_eqx.errors import EchoError, UsageError
 
 WIDTH = 8

@@ -16,7 +16,8 @@ import soundfile as sf
 from conftest import DATA, max_difference
 
 from echo_eqx import EchoError
-from echo_eqx.data.audio import audio_seconds, decode_audio, load_audio
+from echo_eqx.data.audio import decode_audio, load_audio
+from echo_eqx.data.decode import audio_seconds
 from echo_eqx.prepare.clips import Clip, SkippedInput, list_clips
 from echo_eqx.prepare.segments import Segment, join_segments
 

@@ -8,25 +8,10 @@ import soundfile as sf
 import soxr
 
 from echo_eqx.data.channels import SILENT_PEAK, mix_down
-from echo_eqx.data.decode import audio_seconds
-from echo_eqx.data.decode import decode as _decode
+from echo_eqx.data.decode import decode
 from echo_eqx.data.ffmpeg import HEADERLESS, AudioSource
-from echo_eqx.data.reference import check_reference, load_reference, set_loudness
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
-
-__all__ = [
-    "AUDIO_SUFFIXES",
-    "SilentAudioError",
-    "audio_kind",
-    "audio_seconds",
-    "check_reference",
-    "decode_audio",
-    "load_audio",
-    "load_reference",
-    "save_audio",
-    "set_loudness",
-]
 
 # The usual suffixes of every readable kind, for searching folders.
 SOUNDFILE_SUFFIXES = (
@@ -78,7 +63,7 @@ def decode_audio(
     **Raises**: `EchoError` naming `name` as `load_audio` does, and if there is no audio after
     `start`; `SilentAudioError` if it is silent and `must_sound`.
     """
-    audio, rate = _decode(source, name, sample_rate, start, stop)
+    audio, rate = decode(source, name, sample_rate, start, stop)
     if must_sound:
         _check_sound(audio, rate, name)
     audio = mix_down(audio)

@@ -81,7 +81,23 @@ def ffmpeg_decoding(source: AudioSource, name: str) -> Iterator[Decoding]:
         out += ["-ac", str(channels), "-c:a", "pcm_f32le", "-f", "f32le", "pipe:1"]
         command = ["ffmpeg", "-nostdin", "-xerror", *given_as, *out]
         errors = stack.enter_context(tempfile.TemporaryFile())
-        process = stack.enter_context(_started(command, handles, errors, name))
+        _rewind(handles)
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                pass_fds=handles,
+            )
+        except (OSError, ValueError) as error:
+            raise EchoError(f"{name} cannot be decoded (ffmpeg: {error})") from None
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        timer = threading.Timer(_LIMIT_SECONDS, process.kill)
+        timer.daemon = True
+        timer.start()
+        stack.callback(timer.cancel)
         blocks = _blocks(process, errors, (rate, channels, seconds), name, place)
         yield Decoding(rate, channels, blocks)
 
@@ -110,35 +126,6 @@ def _blocks(
             f"{name} is truncated: its header says {seconds:.2f} s, got {count / rate:.2f} s; "
             "expected a whole recording"
         )
-
-
-@contextlib.contextmanager
-def _started(
-    command: list[str], handles: tuple[int, ...], errors: io.BufferedRandom, name: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The running `command`; it is killed when the block ends or it takes too long."""
-    _rewind(handles)
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            pass_fds=handles,
-        )
-    except (OSError, ValueError) as error:
-        raise EchoError(f"{name} cannot be decoded ({command[0]}: {error})") from None
-    timer = threading.Timer(_LIMIT_SECONDS, process.kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        with process:
-            try:
-                yield process
-            finally:
-                process.kill()
-    finally:
-        timer.cancel()
 
 
 def _probe(

@@ -4,7 +4,6 @@ A global batch takes the same number of samples from every stream, in the order 
 its content does not depend on which host reads which streams.
 """
 
-import os
 import queue
 import threading
 from collections import Counter
@@ -76,26 +75,20 @@ class LoadedBatch(NamedTuple):
     """What was skipped or cut so far in this process, by its name in `metrics.jsonl`."""
 
 
-def check_num_streams(batch_size: int, num_shards: int, num_streams: int) -> None:
-    """**Raises**: `UsageError` if `num_streams` does not divide the batch or exceeds the shards."""
-    if num_streams < 1 or batch_size % num_streams:
-        raise UsageError(
-            f"--num_streams: expected a divisor of the batch size {batch_size}, got {num_streams}"
-        )
-    if num_streams > num_shards:
-        raise UsageError(
-            f"--num_streams: expected at most one per shard, of {num_shards} shards, got "
-            f"{num_streams}"
-        )
-
-
 def choose_num_streams(batch_size: int, num_shards: int, given: int | None = None) -> int:
     """`given`, else the most streams with equal or nearly equal numbers of shards.
 
     **Raises**: `UsageError` if `given` does not divide the batch or exceeds the shards.
     """
     if given is not None:
-        check_num_streams(batch_size, num_shards, given)
+        if given < 1 or batch_size % given:
+            raise UsageError(
+                f"--num_streams: expected a divisor of the batch size {batch_size}, got {given}"
+            )
+        if given > num_shards:
+            raise UsageError(
+                f"--num_streams: expected at most one for each of {num_shards} shards, got {given}"
+            )
         return given
     return max(
         count
@@ -111,14 +104,11 @@ def first_width(shard_index: ShardIndex) -> int | None:
     if path is None:
         return None
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with path.open("rb") as file:
+            widths = (latent_width(file.fileno(), entry) for entry in index_tar(file.fileno()))
+            return next((width for width in widths if width is not None), None)
     except OSError as error:
-        raise EchoError(f"cannot open {path}: {error.strerror}") from None
-    try:
-        widths = (latent_width(descriptor, entry) for entry in index_tar(descriptor))
-        return next((width for width in widths if width is not None), None)
-    finally:
-        os.close(descriptor)
+        raise EchoError(f"cannot read {path}: {error.strerror}") from None
 
 
 class DataLoader:
@@ -152,7 +142,7 @@ class DataLoader:
         **Raises**: `EchoError` if cursor or silence do not fit, or the shards that are open at once
         exceed the cache. Errors of the background thread are raised while iterating.
         """
-        check_num_streams(batch_size, len(shard_index.shards), num_streams)
+        choose_num_streams(batch_size, len(shard_index.shards), num_streams)
         if seed < 0:
             raise UsageError(f"--seed: expected 0 or more, got {seed}")
         if silence.ndim != 2 or silence.shape[1] != lengths.latent_dim or not len(silence):

@@ -14,18 +14,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from echo_eqx.data.tar_index import RecordEntry, index_tar
+from echo_eqx.data.tar_index import RecordEntry
 from echo_eqx.errors import EchoError
-
-__all__ = [
-    "BrokenRecord",
-    "RecordEntry",
-    "Sample",
-    "index_tar",
-    "latent_width",
-    "load_silence",
-    "read_sample",
-]
 
 MAX_LATENTS = 1 << 30
 """Largest latents file, in bytes: 46 hours of 128 channels in float16."""

@@ -5,7 +5,6 @@ a key ends at the first dot of the file name, and suffixes are case-insensitive.
 dots if it has both `.npy` and `.json`, and the part before its first dot is not a key.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,11 +52,8 @@ def index_tar(source: Path | int, skipped: list[Skipped] | None = None) -> list[
     skipped = [] if skipped is None else skipped
     if isinstance(source, int):
         return _index(source, skipped)
-    descriptor = os.open(source, os.O_RDONLY)
-    try:
-        return _index(descriptor, skipped)
-    finally:
-        os.close(descriptor)
+    with source.open("rb") as file:
+        return _index(file.fileno(), skipped)
 
 
 def _index(descriptor: int, skipped: list[Skipped]) -> list[RecordEntry]:
@@ -82,7 +78,7 @@ def _index(descriptor: int, skipped: list[Skipped]) -> list[RecordEntry]:
             if part is None:
                 others.append(name)
                 continue
-            if _has_dot(key):
+            if "." in key.rpartition("/")[2]:
                 dotted.setdefault(key, []).append(name)
             entry = entries.setdefault(key, RecordEntry(key))
             if getattr(entry, part) is not None:
@@ -111,10 +107,6 @@ def _key_and_part(name: str) -> tuple[str, str | None]:
         if (suffix := next(ends, "")) and len(file) > len(suffix) + 1:
             stem, part = file[: -len(suffix) - 1], _PARTS[suffix]
     return f"{folder}{slash}{stem}", part if stem else None
-
-
-def _has_dot(key: str) -> bool:
-    return "." in key.rpartition("/")[2]
 
 
 def _first_key(name: str) -> str:

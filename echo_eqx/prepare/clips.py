@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from echo_eqx.data.audio import audio_seconds, decode_audio
+from echo_eqx.data.audio import decode_audio
+from echo_eqx.data.decode import audio_seconds
 from echo_eqx.data.text import check_text, normalize_text
 from echo_eqx.errors import EchoError, printable
 from echo_eqx.prepare.detect import find_recordings

@@ -244,10 +244,8 @@ def accept_peers(
 
 
 def _send(peer: socket.socket, data: bytes) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the thread that listens to this peer notices
         peer.sendall(data)
-    except OSError:
-        pass  # the thread that listens to this peer notices
 
 
 def _own_address() -> str:

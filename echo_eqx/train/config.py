@@ -12,12 +12,7 @@ from echo_eqx.config import DIT_PRESETS, DiTConfig
 from echo_eqx.errors import UsageError
 from echo_eqx.generation import REFERENCE_LUFS, SamplerSettings
 from echo_eqx.model.blocks import Remat
-from echo_eqx.train.settings import (
-    OptimizerConfig,
-    RunConfig,
-    check_positive,
-    check_shares,
-)
+from echo_eqx.train.settings import OptimizerConfig, RunConfig, check_positive, check_range
 
 __all__ = ["TRAIN_PRESETS", "ObjectiveConfig", "OptimizerConfig", "TrainConfig"]
 
@@ -123,15 +118,12 @@ class TrainConfig(RunConfig):
                 f"max_speaker_frames is {self.max_speaker_frames}; expected a multiple of {patch}"
             )
         objective = self.objective
-        check_shares(text_dropout=objective.text_dropout, speaker_dropout=objective.speaker_dropout)
-        if not -10 <= objective.timestep_logit_mean <= 10:
-            raise UsageError(
-                f"timestep_logit_mean is {objective.timestep_logit_mean}; expected -10 to 10"
-            )
+        dropout = {name: getattr(objective, name) for name in ("text_dropout", "speaker_dropout")}
+        check_range(0, 1, **dropout)
+        check_range(-10, 10, timestep_logit_mean=objective.timestep_logit_mean)
+        check_range(-70, 0, speaker_lufs=self.speaker_lufs)
         check_positive(cache_gb=self.cache_gb)
         self.sampler.check()
-        if not -70 <= self.speaker_lufs <= 0:
-            raise UsageError(f"speaker_lufs is {self.speaker_lufs}; expected -70 to 0")
         if self.sample_every and self.codec is None:
             raise UsageError("--sample_every needs --codec")
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,20 +39,6 @@ def owned_streams(mesh: Mesh, batch_size: int, num_streams: int) -> Sequence[int
     return streams
 
 
-@runtime_checkable
-class Source(Protocol):
-    """An endless iterator of host batches, with `batch`, `keys`, `cursor` and `counts` each."""
-
-    @property
-    def first(self) -> Mapping[str, str]:
-        """A message on the first occurrence of each thing counted."""
-        ...
-
-    def __next__(self) -> Any: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class DeviceBatch:
     """A batch on the mesh, the names of this host's rows, and the data cursor after the batch."""
@@ -63,9 +49,13 @@ class DeviceBatch:
 
 
 class DeviceLoader:
-    """Puts the batches of `source` on the mesh, each as a `kind`, and measures the time waited."""
+    """Puts the batches of `source` on the mesh, each as a `kind`, and measures the time waited.
 
-    def __init__(self, source: Source, kind: Callable[..., Any], mesh: Mesh, batch_size: int):
+    `source` is a `DataLoader` or `CropStream`: an endless iterator of host batches, with `batch`,
+    `keys`, `cursor` and `counts` each, and `first`, a message on the first of each thing counted.
+    """
+
+    def __init__(self, source: Any, kind: Callable[..., Any], mesh: Mesh, batch_size: int):
         self._source, self._kind = source, kind
         self._sharding = batch_sharding(mesh)
         self._rows = owned_rows(mesh, batch_size)

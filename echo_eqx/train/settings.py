@@ -115,7 +115,9 @@ class RunConfig:
                 if not least <= value < 2**31:
                     raise UsageError(f"{name} is {value}; expected at least {least}")
         optimizer = self.optimizer
-        check_shares(
+        check_range(
+            0,
+            1,
             warmup_ratio=optimizer.warmup_ratio,
             decay_ratio=optimizer.decay_ratio,
             b1=optimizer.b1,
@@ -144,10 +146,10 @@ class RunConfig:
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def check_shares(**values: float) -> None:
+def check_range(least: float, most: float, **values: float) -> None:
     for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise UsageError(f"{name} is {value}; expected 0 to 1")
+        if not least <= value <= most:
+            raise UsageError(f"{name} is {value}; expected {least} to {most}")
 
 
 def check_positive(**values: float) -> None:

@@ -293,8 +293,8 @@ def test_each_kind_of_broken_record_is_skipped_counted_and_named(tmp_path, opene
             sorted(step.keys) == ["a.tar:good0", "a.tar:good1", "a.tar:good2"] for step in steps
         )
         kinds = Counter(kind for kind, _ in BROKEN.values())
-        assert all(stream.broken[kind] >= 3 * count for kind, count in kinds.items())
-        assert set(stream.broken) == set(kinds)
+        assert all(stream.log.broken[kind] >= 3 * count for kind, count in kinds.items())
+        assert set(stream.log.broken) == set(kinds)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         assert {line["key"]: line["kind"] for line in lines} == {k: v[0] for k, v in BROKEN.items()}
         assert len(lines) == len(BROKEN)
@@ -392,7 +392,7 @@ def test_a_damaged_tar_gives_what_comes_before_and_says_so(tmp_path, opened, dam
     shard_index = list_shards(str(tmp_path / "data"), tmp_path)
     stream = opened(shard_index, num_streams=1, batch_size=4, max_broken=1.0)
     take(stream, 8)
-    assert stream.broken["tar"] >= 2
+    assert stream.log.broken["tar"] >= 2
 
 
 def test_what_is_longer_than_the_window_is_counted_and_told(dataset, opened):

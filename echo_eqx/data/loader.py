@@ -6,7 +6,6 @@ its content does not depend on which host reads which streams.
 
 import queue
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,11 +171,6 @@ class DataLoader:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-
-    @property
-    def broken(self) -> Counter[str]:
-        """Records that could not be read, by kind."""
-        return self.log.broken
 
     @property
     def first(self) -> dict[str, str]:

@@ -177,10 +177,13 @@ def check_cursor(
     for stream in streams:
         position: Any = cursor[str(stream.number)]
         is_position = isinstance(position, list | tuple) and len(position) == 3
-        is_position = is_position and all(type(n) is int and n >= 0 for n in position)
-        if not is_position or position[1] >= len(stream.shards):
+        if not is_position or not all(type(value) is int and value >= 0 for value in position):
             raise EchoError(
-                f"cursor of stream {stream.number}: expected [epoch, shard, record] with a shard "
-                f"below {len(stream.shards)}, got {str(position)[:100]}; is it the cursor of other "
-                "data?"
+                f"cursor of stream {stream.number}: expected [epoch, shard, record], got "
+                f"{str(position)[:100]}"
+            )
+        if position[1] >= len(stream.shards):
+            raise EchoError(
+                f"cursor of stream {stream.number}: expected a shard below {len(stream.shards)}, "
+                f"got {position[1]}; is it the cursor of other data?"
             )

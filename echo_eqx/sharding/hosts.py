@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import json
 import os
-import selectors
 import socket
 import sys
 import threading
@@ -210,36 +209,30 @@ def accept_peers(
     **Raises**: `EchoError` if not all processes connect within `seconds`.
     """
     peers: dict[int, socket.socket] = {}
+    connected: list[socket.socket] = []
+
+    def greet(peer: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            hello = peer.recv(36, socket.MSG_WAITALL)
+            if len(hello) == 36 and hmac.compare_digest(hello[:32], secret.encode()):
+                peers[int.from_bytes(hello[32:], "little")] = peer
+
     until = time.monotonic() + seconds
-    with selectors.DefaultSelector() as selector:
-        selector.register(server, selectors.EVENT_READ, None)
-        while len(peers) < count:
-            if time.monotonic() > until:
-                raise EchoError(
-                    f"timed out waiting for all processes to connect: expected {count}, got "
-                    f"{len(peers)} in {seconds:g} s"
-                )
-            for key, _ in selector.select(1.0):
-                if key.data is None:
-                    peer, _ = server.accept()
-                    selector.register(peer, selectors.EVENT_READ, bytearray())
-                    continue
-                peer, hello = key.fileobj, key.data
-                assert isinstance(peer, socket.socket)
-                with contextlib.suppress(OSError):
-                    if data := peer.recv(36 - len(hello)):
-                        hello += data
-                        if len(hello) < 36:
-                            continue
-                selector.unregister(peer)
-                index = int.from_bytes(hello[32:], "little")
-                if len(hello) == 36 and hmac.compare_digest(bytes(hello[:32]), secret.encode()):
-                    peers[index] = peer
-                else:
-                    peer.close()
-        for key in list(selector.get_map().values()):
-            if key.data is not None:
-                key.fileobj.close()  # type: ignore[union-attr]
+    server.settimeout(0.1)
+    while len(peers) < count:
+        if time.monotonic() > until:
+            raise EchoError(
+                f"timed out waiting for all processes to connect: expected {count}, got "
+                f"{len(peers)} in {seconds:g} s"
+            )
+        with contextlib.suppress(TimeoutError):
+            connected.append(server.accept()[0])
+            threading.Thread(target=greet, args=(connected[-1],), daemon=True).start()
+    for peer in connected:
+        if peer not in peers.values():
+            with contextlib.suppress(OSError):  # already disconnected
+                peer.shutdown(socket.SHUT_RDWR)
+            peer.close()
     return peers
 
 

@@ -91,15 +91,9 @@ class TrainConfig(RunConfig):
 
     def dit_config(self) -> DiTConfig:
         """Sizes of the model, with the maximum lengths of this run."""
-        preset = DIT_PRESETS[self.model]
-        lengths = {
-            "max_frames": self.max_frames,
-            "max_text_bytes": self.max_text_bytes,
-            "max_speaker_frames": self.max_speaker_frames,
-            "latent_dim": self.latent_dim,
-        }
-        given = {name: value for name, value in lengths.items() if value is not None}
-        return dataclasses.replace(preset, **given)
+        names = ("max_frames", "max_text_bytes", "max_speaker_frames", "latent_dim")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(DIT_PRESETS[self.model], **given)
 
     def check(self) -> None:
         """**Raises**: `UsageError` for settings that are wrong whatever the data is."""

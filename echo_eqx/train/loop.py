@@ -21,7 +21,7 @@ from echo_eqx.sharding.mesh import replicated
 from echo_eqx.train.device_loader import DeviceLoader
 from echo_eqx.train.distributed import StopSignal
 from echo_eqx.train.metrics import MetricsLog, ProgressLine, tensorboard_writer
-from echo_eqx.train.run_folder import MetricsFile, note_end
+from echo_eqx.train.run_folder import note_end, open_metrics
 from echo_eqx.train.settings import RunConfig
 from echo_eqx.weights.checkpoint.retention import Retention
 from echo_eqx.weights.checkpoint.writer import CheckpointWriter
@@ -70,7 +70,7 @@ def train_loop(trainer: Trainer, launch_id: str, heartbeat: Heartbeat) -> int:
         export=config.export,
     )
     log = MetricsLog(
-        MetricsFile(config.run_dir / "metrics.jsonl", step) if first else None,
+        open_metrics(config.run_dir / "metrics.jsonl", step) if first else None,
         config.run_dir / f"nonfinite-{jax.process_index()}.jsonl",
         step_flops=trainer.step_flops,
         batch_size=config.batch_size,

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import equinox as eqx
 import jax
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from echo_eqx.cli import on_terminal
 from echo_eqx.errors import EchoError
 from echo_eqx.train.flops import peak_flops
-from echo_eqx.train.run_folder import MetricsFile
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        file: MetricsFile | None,
+        file: TextIO | None,
         nonfinite_log: Path,
         *,
         step_flops: float,
@@ -108,7 +107,8 @@ class MetricsLog:
             **self._extra,
         }
         if self._file is not None:
-            self._file.write(lines)
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._file.flush()
         if self._tensorboard is not None:
             for line in lines:
                 for name, value in line.items():

@@ -11,7 +11,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from jax.experimental import multihost_utils
@@ -145,27 +145,11 @@ def note_end(run_dir: Path, step: int) -> None:
             write_whole(file, lambda path: path.write_text(json.dumps(history, indent=2) + "\n"))
 
 
-class MetricsFile:
-    """`metrics.jsonl`, a JSON object per step; on resuming, later lines are cut off."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        end = _end_of_step(path, step)
-        with path.open("ab") as file:
-            file.truncate(end)
-        self._file = path.open("a")
-
-    def write(self, lines: list[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._file.flush()
-
-
-def _end_of_step(path: Path, step: int) -> int:
-    """Bytes of the complete lines up to `step`."""
+def open_metrics(path: Path, step: int) -> TextIO:
+    """`metrics.jsonl`, a JSON object per step, to append to; lines after `step` are cut off."""
     end = 0
-    if not path.is_file():
-        return end
-    with path.open("rb") as file:
+    with path.open("a+b") as file:
+        file.seek(0)
         for line in file:
             try:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > step:
@@ -173,7 +157,8 @@ def _end_of_step(path: Path, step: int) -> int:
             except (ValueError, KeyError, TypeError):
                 break
             end += len(line)
-    return end
+        file.truncate(end)
+    return path.open("a")
 
 
 def _environment() -> dict[str, Any]:

@@ -160,11 +160,7 @@ def _discriminator_loss(nets: Discriminators, decoded: Array, audio: Array) -> A
 
 def abstract_batch(mesh: Mesh, batch_size: int, samples: int) -> AudioBatch:
     shape = jax.ShapeDtypeStruct((batch_size, samples), jnp.float32, sharding=batch_sharding(mesh))
-    return cast(AudioBatch, jax.tree.map(lambda _: shape, jax.eval_shape(_one_sample)))
-
-
-def _one_sample() -> AudioBatch:
-    return AudioBatch(jnp.zeros((1, 1)))
+    return jax.tree.map(lambda _: shape, jax.eval_shape(lambda: AudioBatch(jnp.zeros((1, 1)))))
 
 
 def signal_to_distortion(

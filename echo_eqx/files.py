@@ -1,5 +1,6 @@
 """Files that are replaced atomically, and paths as a user writes them."""
 
+import json
 import os
 import re
 import secrets
@@ -7,6 +8,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from echo_eqx.errors import EchoError
 
@@ -45,6 +47,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """`write_whole` of a JSON value."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
 
 
 def remove_leftovers(folder: Path, names: Collection[str]) -> None:

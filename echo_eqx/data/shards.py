@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError
-from echo_eqx.files import write_whole
+from echo_eqx.files import write_json
 from echo_eqx.hub import SCHEME, HubDataset, HubUnavailable, hub_errors
 
 FRAME_RATE = CodecConfig().frame_rate
@@ -154,7 +154,7 @@ def _list_hub(source: str, cache: Path) -> ShardIndex:
     facts = {"source": source, "commit": commit, "files": files}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, lambda path: path.write_text(json.dumps(facts)))
+        write_json(kept, facts)
     except OSError as error:
         raise EchoError(f"cannot write {kept}: {error}") from None
     return _listing(source, commit, files)

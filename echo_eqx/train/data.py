@@ -30,9 +30,11 @@ class TrainData:
         self.shard_index = list_shards(source, self._cache_dir)
         width = loader.first_width(self.shard_index)
         if width not in (None, sizes.latent_dim):
+            names = presets_of_width(width)
+            models = f"--model {' or '.join(names)} fits" if names else "no --model fits"
             raise EchoError(
                 f"expected latents of {sizes.latent_dim} channels, got {width} in {source} "
-                f"(--latent_dim); {_fitting(width)}"
+                f"(--latent_dim); {models}; --latent_dim {width} makes any model fit"
             )
         self.lengths = loader.SequenceLengths(
             latent_dim=sizes.latent_dim,
@@ -73,13 +75,6 @@ class TrainData:
             codec = beside_shards(self.shard_index, "codec.json")
             return (codec and frame_rate(codec.read_bytes())) or FRAME_RATE
         return FRAME_RATE
-
-
-def _fitting(width: int | None) -> str:
-    """Says how to train on latents of `width` channels."""
-    names = presets_of_width(width)
-    models = f"--model {' or '.join(names)} fits" if names else "no --model fits"
-    return f"{models}; --latent_dim {width} makes any model fit"
 
 
 def beside_shards(shard_index: ShardIndex, name: str) -> Path | None:

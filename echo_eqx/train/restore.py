@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,7 @@ def _all_processes(good: bool) -> bool:
 def _read_model(path: Path, source: str, config: TrainConfig, abstract: TrainState) -> EchoDiT:
     """The model in `path`, on the mesh. Checkpoints are read by shard, other files whole."""
     if not path.is_dir():
-        loaded = _on_host(lambda: load_dit(path))
-        _check_sizes(loaded.config, config.dit_config(), source)
-        return _place(loaded, abstract.model)
+        return _load_whole(lambda: load_dit(path), source, config, abstract.model)
     checkpoint = TrainingCheckpoint(path)
     if not isinstance(checkpoint.config, DiTConfig):
         raise EchoError(f"expected the weights of an EchoDiT, got a codec: {source}")
@@ -212,9 +211,8 @@ def _from_published(
         )
     trees = []
     for tensors in (published.params, published.mu, published.nu):
-        tree = _on_host(lambda tensors=tensors: dit_from_flax(tensors, path, jnp.float32))
-        _check_sizes(tree.config, config.dit_config(), str(path))
-        trees.append(_place(tree, abstract.model))
+        load = partial(dit_from_flax, tensors, path, jnp.float32)
+        trees.append(_load_whole(load, str(path), config, abstract.model))
     model, mu, nu = trees
 
     def counter(value: int | None, like: Any) -> jax.Array:
@@ -229,18 +227,18 @@ def _from_published(
     )
 
 
-def _on_host(load: Any) -> Any:
-    """Load whole weights into host memory, not onto the accelerator."""
+def _load_whole(
+    load: Callable[[], EchoDiT], source: str, config: TrainConfig, abstract: EchoDiT
+) -> EchoDiT:
+    """Load whole weights into host memory, not onto the accelerator, then put them on the mesh."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return load()
-
-
-def _place(model: EchoDiT, abstract: EchoDiT) -> EchoDiT:
-    def place(leaf: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
-        return put_on_mesh(np.asarray(leaf, np.float32), target.sharding)
-
+        model = load()
+    _check_sizes(model.config, config.dit_config(), source)
     leaves, treedef = jax.tree.flatten(abstract)
-    return treedef.unflatten(map(place, jax.tree.leaves(model), leaves))
+    return treedef.unflatten(
+        put_on_mesh(np.asarray(leaf, np.float32), target.sharding)
+        for leaf, target in zip(jax.tree.leaves(model), leaves, strict=True)
+    )
 
 
 def _check_sizes(found: DiTConfig, expected: DiTConfig, source: str) -> None:

@@ -17,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from echo_eqx.errors import EchoError
-from echo_eqx.files import write_whole
+from echo_eqx.files import write_json, write_whole
 from echo_eqx.json_data import to_json
 from echo_eqx.train.settings import RunConfig
 
@@ -120,13 +120,9 @@ class RunFolder:
 
     def describe(self, config: RunConfig) -> None:
         """Write settings, environment and README."""
-        write_whole(
-            self.path / "config.json",
-            lambda file: file.write_text(json.dumps(to_json(config), indent=2) + "\n"),
-        )
+        write_json(self.path / "config.json", to_json(config))
         starts = self.path / "environment.json"
-        history = [*_read_list(starts), _environment()]
-        write_whole(starts, lambda file: file.write_text(json.dumps(history, indent=2) + "\n"))
+        write_json(starts, [*_read_list(starts), _environment()])
         readme = self.path / "README.md"
         if not os.path.lexists(readme):  # an existing one may contain notes
             write_whole(readme, lambda file: file.write_text(_README))
@@ -142,7 +138,7 @@ def note_end(run_dir: Path, step: int) -> None:
     if history and isinstance(history[-1], dict):
         history[-1]["end"] = {"time": _now(), "step": step}
         with contextlib.suppress(OSError):  # the run is saved all the same
-            write_whole(file, lambda path: path.write_text(json.dumps(history, indent=2) + "\n"))
+            write_json(file, history)
 
 
 def open_metrics(path: Path, step: int) -> TextIO:

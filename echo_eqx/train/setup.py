@@ -35,7 +35,15 @@ def open_run(
     **Raises**: `EchoError` if the hosts differ in code, settings, data or devices, or the run in
     the folder is another one.
     """
-    launch_id = check_agreement(_fingerprint(config, data["digest"] + eval_digest))
+    launch_id = check_agreement(
+        {
+            "code": code_digest(),
+            "settings": json.dumps({**to_json(config), "process_id": None}),
+            "data": data["digest"] + eval_digest,
+            "version of jax": jax.__version__,
+            "number of processes and devices": f"{jax.process_count()} {jax.device_count()}",
+        }
+    )
     first = jax.process_index() == 0
     with RunFolder(config.run_dir, writes=first) as folder:
         folder.check_shared(launch_id)
@@ -66,14 +74,3 @@ def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:
         if warning := check_memory(compiled.memory_analysis(), jax.local_devices()[0]):
             logger.warning(warning)
     return compiled
-
-
-def _fingerprint(config: RunConfig, data_digest: str) -> dict[str, str]:
-    """What must be the same on all hosts, by the name used in error messages."""
-    return {
-        "code": code_digest(),
-        "settings": json.dumps({**to_json(config), "process_id": None}),
-        "data": data_digest,
-        "version of jax": jax.__version__,
-        "number of processes and devices": f"{jax.process_count()} {jax.device_count()}",
-    }

@@ -11,7 +11,7 @@ import numpy as np
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CONFIGS, CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.files import write_whole
+from echo_eqx.files import write_json, write_whole
 from echo_eqx.generation import GenerationConfig, generation_from_json
 from echo_eqx.json_data import from_json, parse_json, to_json
 from echo_eqx.model.dit import EchoDiT
@@ -75,8 +75,7 @@ def save(
                 name: json.loads(value) if name in ("config", GENERATION) else value
                 for name, value in metadata.items()
             }
-            text = json.dumps(readable, indent=2) + "\n"
-            write_whole(path / "config.json", lambda temporary: temporary.write_text(text))
+            write_json(path / "config.json", readable)
     except OSError as error:
         raise EchoError(f"{file} cannot be written: {error}") from None
 

@@ -63,11 +63,17 @@ class Retention:
 @contextlib.contextmanager
 def open_checkpoints(run_dir: Path) -> Iterator[int | None]:
     """A descriptor of a run's `checkpoints` folder, None if it is missing or a link."""
-    try:
-        handle = os.open(run_dir / FOLDER, _OPEN_FOLDER)
-    except OSError:
-        yield None
-        return
+    with contextlib.ExitStack() as stack:
+        handle = None
+        with contextlib.suppress(OSError):
+            handle = stack.enter_context(_folder(run_dir / FOLDER))
+        yield handle
+
+
+@contextlib.contextmanager
+def _folder(path: str | Path, inside: int | None = None) -> Iterator[int]:
+    """A descriptor of a folder, if it is not a link."""
+    handle = os.open(path, _OPEN_FOLDER, dir_fd=inside)
     try:
         yield handle
     finally:
@@ -77,14 +83,11 @@ def open_checkpoints(run_dir: Path) -> Iterator[int | None]:
 def is_leftover(name: str, handle: int) -> bool:
     """Whether the folder `name` in `handle` is empty or has files that the trainer wrote."""
     try:
-        inner = os.open(name, _OPEN_FOLDER, dir_fd=handle)
+        with _folder(name, handle) as inner:
+            files = os.listdir(inner)
+            return not files or any(_is_own_file(file, name, inner) for file in files)
     except OSError:
         return False
-    try:
-        files = os.listdir(inner)
-        return not files or any(_is_own_file(file, name, inner) for file in files)
-    finally:
-        os.close(inner)
 
 
 def remove_step(name: str, handle: int) -> None:
@@ -97,8 +100,7 @@ def remove_step(name: str, handle: int) -> None:
     """
     if _kind(name, handle) not in (stat.S_IFDIR, None):
         return
-    inner = os.open(name, _OPEN_FOLDER, dir_fd=handle)
-    try:
+    with _folder(name, handle) as inner:
         ours = [file for file in os.listdir(inner) if _is_own_file(file, name, inner)]
         if MANIFEST in ours:
             os.unlink(MANIFEST, dir_fd=inner)
@@ -109,8 +111,6 @@ def remove_step(name: str, handle: int) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file, dir_fd=inner)
         empty = not os.listdir(inner)
-    finally:
-        os.close(inner)
     if empty:
         os.rmdir(name, dir_fd=handle)
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from echo_eqx.errors import EchoError
-from echo_eqx.files import write_whole
+from echo_eqx.files import write_json, write_whole
 from echo_eqx.trees import leaf_names, named_leaves
 from echo_eqx.weights.checkpoint.reader import (
     FOLDER,
@@ -137,7 +137,7 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             listed = self._write_pieces(folder, pieces)
             del pieces
-            _write_json(self._list(folder, self._process), {"pieces": listed, "cursor": cursor})
+            write_json(self._list(folder, self._process), {"pieces": listed, "cursor": cursor})
             if self._process == 0:
                 self._complete(folder, shapes, manifest)
                 if self._export:
@@ -187,7 +187,7 @@ class CheckpointWriter:
                 tensors[piece.pop("tensor")]["pieces"].append(piece)
         whole = {"format": FORMAT, "kind": KIND, "version": VERSION, **manifest}
         whole |= {"cursor": cursors, "tensors": tensors}
-        _write_json(folder / MANIFEST, {**whole, "crc32": manifest_checksum(whole)})
+        write_json(folder / MANIFEST, {**whole, "crc32": manifest_checksum(whole)})
 
     def _prune(self, newest: int) -> None:
         with open_checkpoints(self._folder.parent) as handle:
@@ -340,7 +340,3 @@ def _copy_to_host(state: Any) -> list[tuple[str, Box, np.ndarray]]:
                 owned.append((name, tuple(s.indices(size)[:2] for s, size in index), shard.data))
     # Copied, as the next step reuses the device memory.
     return [(name, box, np.array(data)) for name, box, data in owned]
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(data, indent=1) + "\n"))

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,7 +67,8 @@ class HostBatch(NamedTuple):
 class LoadedBatch(NamedTuple):
     """A batch, "shard:key" of each row, and the cursor after it."""
 
-    batch: HostBatch
+    batch: Any
+    """`HostBatch`, or another named tuple of arrays (b, ...)."""
     keys: list[str]
     cursor: dict[str, list[int]]
     counts: Mapping[str, int] = {}

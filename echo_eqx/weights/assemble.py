@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import jax
 import ml_dtypes
@@ -19,13 +19,6 @@ from echo_eqx.trees import cast, leaf_names
 
 T = TypeVar("T")
 FLOATS = {np.dtype(kind) for kind in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)}
-
-
-@runtime_checkable
-class Arrays(Protocol):
-    """Tensors by name, read when they are asked for."""
-
-    def __getitem__(self, name: str, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -58,14 +51,14 @@ def abstract_model(
 def load_into(
     skeleton: T,
     sources: Callable[[str], Sources],
-    arrays: Arrays,
+    arrays: Any,
     names: Iterable[str],
     where: str,
 ) -> T:
     """`skeleton`, a module of `ShapeDtypeStruct`s, with each leaf read and cast to its type.
 
-    **Arguments**: `sources` says, for a leaf's name, which tensors it is made of; `arrays` holds
-    the tensors and `names` lists them all; `where` names the source in errors.
+    **Arguments**: `sources` says, for a leaf's name, which tensors it is made of; `arrays[name]`
+    reads a tensor and `names` lists them all; `where` names the source in errors.
 
     **Raises**: `EchoError` naming the tensor that is missing, left over, of another shape, of no
     floating type or not finite.
@@ -99,7 +92,7 @@ def load_into(
     return treedef.unflatten(filled)
 
 
-def _checked(name: str, known: set[str], arrays: Arrays, where: str) -> np.ndarray:
+def _checked(name: str, known: set[str], arrays: Any, where: str) -> np.ndarray:
     if name not in known:
         raise EchoError(f"{where}: tensor {name} is missing")
     array = arrays[name]

@@ -2,6 +2,7 @@
 
 import mmap
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,11 @@ _MAX_DEPTH = 64
 _MAX_LETTERS = 10_000_000
 
 
-def _record(name: str) -> Builder:
-    return lambda args: Record(name, args)
-
-
 KNOWN: dict[str, Builder] = {
     **NUMPY,
     "collections.OrderedDict": ordered_dict,
     **{
-        name: _record(name.rsplit(".", 1)[1])
+        name: partial(Record, name.rsplit(".", 1)[1])
         for name in (
             "flax.linen.spmd.LogicallyPartitioned",
             "flax.core.meta.Partitioned",

@@ -15,7 +15,6 @@ from echo_eqx.errors import EchoError
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.weights.assemble import (
-    Arrays,
     Sources,
     abstract_model,
     check_memory,
@@ -186,7 +185,7 @@ def _load(
     dtype: Any,
     path: Path,
     names: Iterable[str],
-    arrays: Arrays,
+    arrays: Any,
     sources: Callable[[str, Any], Sources] = lambda leaf, _: Sources([leaf], single),
     generation: GenerationConfig | None = None,
 ) -> Any:

@@ -5,11 +5,12 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from echo_eqx.data.loader import LoadedBatch
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import Clip
 
@@ -22,22 +23,12 @@ class Audio(NamedTuple):
     """(rows, samples) float32."""
 
 
-@dataclass(frozen=True)
-class Crops:
-    """One batch, and the names of its recordings. The cursor is empty: the step is enough."""
-
-    batch: Audio
-    keys: list[str]
-    cursor: dict[str, list[int]]
-    counts: dict[str, int]
-    """Crops skipped so far, by their key in `metrics.jsonl`."""
-
-
 class CropStream:
     """An endless iterator over batches from `step` on, each a function of seed, step and row.
 
     Crops are uniform over all audio, so longer recordings come up more often. Shorter recordings
-    are padded with silence. An undecodable crop is replaced by another one.
+    are padded with silence. An undecodable crop is replaced by another one. Cursors are empty: the
+    step is enough.
 
     **Raises**: `EchoError`, from `next`, if more than `max_broken` of the crops cannot be decoded.
     """
@@ -71,13 +62,13 @@ class CropStream:
         problem = next(iter(self.broken), None)
         return {} if problem is None else {"broken_records": f"skipped a crop: {problem}"}
 
-    def __next__(self) -> Crops:
+    def __next__(self) -> LoadedBatch:
         crops = [future.result() for future in self._prefetched.popleft()]
         self._submit()
         self._count(crops)
         audio = np.stack([audio for audio, _, _ in crops])
         counts = {"broken_records": sum(self.broken.values())}
-        return Crops(Audio(audio), [key for _, key, _ in crops], {}, counts)
+        return LoadedBatch(Audio(audio), [key for _, key, _ in crops], {}, counts)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

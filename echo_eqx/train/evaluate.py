@@ -44,10 +44,7 @@ def make_evaluate(mesh: Mesh, objective: ObjectiveConfig) -> Evaluate:
             return jax.lax.psum(jnp.matmul(of_rows, in_band, precision=exact), (DATA, FSDP))
 
         return jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(parameter_specs(model), BATCH_SPEC, P()),
-            out_specs=P(),
+            on_device, mesh=mesh, in_specs=(parameter_specs(model), BATCH_SPEC, P()), out_specs=P()
         )(model, batch, key)
 
     return jax.jit(sums)

@@ -80,10 +80,7 @@ def loss_and_gradients(
         return jax.lax.psum(value, (DATA, FSDP)), gradients
 
     return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(specs, BATCH_SPEC, P()),
-        out_specs=(P(), specs),
+        on_device, mesh=mesh, in_specs=(specs, BATCH_SPEC, P()), out_specs=(P(), specs)
     )(model, batch, key)
 
 

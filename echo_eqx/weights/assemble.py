@@ -49,11 +49,7 @@ def abstract_model(
 
 
 def load_into(
-    skeleton: T,
-    sources: Callable[[str], Sources],
-    arrays: Any,
-    names: Iterable[str],
-    where: str,
+    skeleton: T, sources: Callable[[str], Sources], arrays: Any, names: Iterable[str], where: str
 ) -> T:
     """`skeleton`, a module of `ShapeDtypeStruct`s, with each leaf read and cast to its type.
 

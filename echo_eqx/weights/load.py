@@ -26,12 +26,7 @@ from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.dacvae import load_dacvae_pth
 from echo_eqx.weights.find import find_candidates
 from echo_eqx.weights.flax import read_flax_checkpoint
-from echo_eqx.weights.names import (
-    flax_config,
-    flax_sources,
-    pytorch_config,
-    pytorch_sources,
-)
+from echo_eqx.weights.names import flax_config, flax_sources, pytorch_config, pytorch_sources
 from echo_eqx.weights.native import native_config, native_generation, native_kind
 from echo_eqx.weights.safetensors_reader import SafetensorsFile
 from echo_eqx.weights.sharded import INDEX_SUFFIX, ShardedSafetensors, WithoutPrefix

@@ -101,7 +101,7 @@ def _is_abbreviation(text: str, stop: int, following: str) -> bool:
 # it, and characters after it that may not begin a line in Chinese and Japanese.
 _CLUSTER = regex.compile(
     r"\[S[0-9]+\]\s*|\p{Nd}{1,4}[.,:/-]?"
-    r"|[\p{Ps}\p{Pi}]{0,3}\X(?:[\p{Pe}\p{Pf}、。，．！？…・：；ーヽヾゝゞ々〜ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ]){0,4}",
+    r"|[\p{Ps}\p{Pi}]{0,3}\X(?:[\p{Pe}\p{Pf}、。，．！？…・：；ーヽヾゝゞ々〜ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ]){0,4}"
 )
 # Scripts that write syllables without spaces, and where a syllable certainly begins. In Thai, Lao
 # and Khmer: before a vowel written first, or before a consonant with its own vowel after another

@@ -303,8 +303,7 @@ _RULES: list[tuple] = [
     _rule(r"(?:https?|ftp)://(?P<address>[^\s\"<>]*[\p{L}\p{N}])/?", _address),
     _rule(r"\b(?P<address>www\.[^\s\"<>]*[\p{L}\p{N}])/?", _address),
     _rule(
-        rf"\b(?P<address>(?:[\w-]+\.)+(?:{_ENDINGS})\b(?:/[^\s\"<>]*[\p{{L}}\p{{N}}])?)",
-        _address,
+        rf"\b(?P<address>(?:[\w-]+\.)+(?:{_ENDINGS})\b(?:/[^\s\"<>]*[\p{{L}}\p{{N}}])?)", _address
     ),
     _rule(r"(?<![^\s(])(?P<address>/[\w.-]*\w(?:/[\w.-]*\w)+)", _address),
     _rule(r"(?<!\w)@(?=\w)", "at "),
@@ -328,10 +327,7 @@ _RULES: list[tuple] = [
     _rule(rf"{_BEFORE}[0-9]{{3}}-[0-9]{{4}}(?![\p{{L}}\p{{N}}-])", _telephone),
     _rule(rf"{_BEFORE}0[0-9]{{2,4}}[ /-][0-9]{{3,}}(?:[ -][0-9]{{2,}})*{_AFTER}", _telephone),
     _rule(rf"{_BEFORE}[0-9]{{2,}}(?: [0-9]{{2,}}){{2,}}{_AFTER}", _telephone),
-    _rule(
-        rf"{_BEFORE}(?P<year>[0-9]{{4}})([-/]){_MM}\2{_DD}(?:T(?=[0-9]))?(?![0-9-])",
-        _date,
-    ),
+    _rule(rf"{_BEFORE}(?P<year>[0-9]{{4}})([-/]){_MM}\2{_DD}(?:T(?=[0-9]))?(?![0-9-])", _date),
     _rule(rf"{_BEFORE}{_MM}/{_DD}/(?P<year>[0-9]{{4}}|[0-9]{{2}})(?![0-9/])", _date),
     _rule(rf"{_BEFORE}{_DD}\.{_MM}\.{_YYYY}(?![0-9])", _date),
     _rule(rf"{_FREE}([vV])?\.?([0-9]+(?:\.[0-9]+){{2,}}){_AFTER}", _version),
@@ -349,10 +345,7 @@ _RULES: list[tuple] = [
         rf"(?:\s?{_HALF})?(?![0-9:])",
         _time,
     ),
-    _rule(
-        rf"{_BEFORE}(?P<hour>1[0-2]|0?[1-9])(?P<minute>)(?P<second>)\s?{_HALF}",
-        _time,
-    ),
+    _rule(rf"{_BEFORE}(?P<hour>1[0-2]|0?[1-9])(?P<minute>)(?P<second>)\s?{_HALF}", _time),
     _rule(rf"{_BEFORE}([0-9]+):([0-9]+)(?![0-9:])", r"\1 to \2"),
     _rule(rf"{_FREE}'?([0-9]{{2}}|[12][0-9]{{2}}0)'?s{_AFTER}", _decade),
     _rule(rf"{_FREE}({'|'.join(DAYS)})\.(?=,|\s|$)", lambda match: DAYS[match[1]]),

@@ -16,11 +16,7 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig
 from echo_eqx.sharding.mesh import batch_sharding, replicated
 from echo_eqx.train.codec.config import CodecTrainConfig
-from echo_eqx.train.codec.discriminators import (
-    Discriminators,
-    discriminator_loss,
-    generator_losses,
-)
+from echo_eqx.train.codec.discriminators import Discriminators, discriminator_loss, generator_losses
 from echo_eqx.train.codec.losses import kl_divergence, periodicity_distance, spectral_distances
 from echo_eqx.train.optimizer import adam, adamw_update, learning_rate
 from echo_eqx.train.update import apply_gradients, jit_step

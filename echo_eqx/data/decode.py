@@ -18,7 +18,6 @@ from echo_eqx.data.ffmpeg import (
     NEEDED,
     READABLE,
     AudioSource,
-    Decoding,
     ffmpeg_decoding,
     has_ffmpeg,
 )
@@ -64,8 +63,8 @@ def decode(
             audio, rate = _from_parts(file, parts, name, span)
         except _NOT_READ as error:
             _check_for_ffmpeg(source, name, error, parts)
-            with ffmpeg_decoding(source, name) as decoding:
-                audio, rate = _from_ffmpeg(decoding, name, span)
+            with ffmpeg_decoding(source, name) as (rate, channels, blocks):
+                audio = _from_ffmpeg(_checked_rate(rate, channels, name), channels, blocks, span)
     if len(audio) == 0 and start > 0:
         raise EchoError(f"{name} has no samples after {start:g} s")
     if len(audio) == 0:
@@ -111,9 +110,9 @@ def _seconds(source: AudioSource, name: str) -> float:
             return total / max(1, rate)
         except _NOT_READ as error:
             _check_for_ffmpeg(source, name, error, parts)
-    with ffmpeg_decoding(source, name) as decoding:
-        rate = _checked_rate(decoding.rate, decoding.channels, name)
-        return sum(map(len, decoding.blocks)) / rate
+    with ffmpeg_decoding(source, name) as (rate, channels, blocks):
+        rate = _checked_rate(rate, channels, name)
+        return sum(map(len, blocks)) / rate
 
 
 class _Range:
@@ -185,18 +184,19 @@ def _with_channels(audio: np.ndarray, channels: int) -> np.ndarray:
     return np.repeat(audio.mean(axis=1, keepdims=True), channels, axis=1)
 
 
-def _from_ffmpeg(decoding: Decoding, name: str, span: _Range) -> tuple[np.ndarray, int]:
-    rate = _checked_rate(decoding.rate, decoding.channels, name)
+def _from_ffmpeg(
+    rate: int, channels: int, blocks: Iterator[np.ndarray], span: _Range
+) -> np.ndarray:
     begin, at = span.begin(rate), 0
     found: list[np.ndarray] = []
-    for block in decoding.blocks:
+    for block in blocks:
         end = span.end(rate, at + len(block))
         found.append(block[max(0, begin - at) : max(0, end - at)])
         at += len(block)
-        span.check(at - begin, rate, decoding.channels)
+        span.check(at - begin, rate, channels)
         if end < at:
             break
-    return np.concatenate([*found, np.zeros((0, decoding.channels), np.float32)]), rate
+    return np.concatenate([*found, np.zeros((0, channels), np.float32)])
 
 
 def _check_given(source: AudioSource, name: str) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,24 +37,16 @@ AudioSource = Path | bytes | io.BufferedReader
 """A path, the bytes of a file, or an open seekable file."""
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """A decoder that is running."""
-
-    rate: int
-    channels: int
-    blocks: Iterator[np.ndarray]
-    """(samples, channels) float32 each."""
-
-
 def has_ffmpeg() -> bool:
     """Whether both programs are installed."""
     return bool(shutil.which("ffmpeg") and shutil.which("ffprobe"))
 
 
 @contextlib.contextmanager
-def ffmpeg_decoding(source: AudioSource, name: str) -> Iterator[Decoding]:
-    """The first audio stream of `source`, decoded from its start.
+def ffmpeg_decoding(
+    source: AudioSource, name: str
+) -> Iterator[tuple[int, int, Iterator[np.ndarray]]]:
+    """Rate, channels, and blocks (samples, channels) float32 of the first audio stream of `source`.
 
     **Raises**: `EchoError` naming `name` if decoding fails, or ends before the length that the
     header gives; at the latest with the last block.
@@ -98,8 +89,7 @@ def ffmpeg_decoding(source: AudioSource, name: str) -> Iterator[Decoding]:
         timer.daemon = True
         timer.start()
         stack.callback(timer.cancel)
-        blocks = _blocks(process, errors, (rate, channels, seconds), name, place)
-        yield Decoding(rate, channels, blocks)
+        yield rate, channels, _blocks(process, errors, (rate, channels, seconds), name, place)
 
 
 def _blocks(

@@ -101,16 +101,15 @@ class TrainingCheckpoint:
 
     def _check_complete(self) -> None:
         """Whether moments and average belong to the same weights as those that are here."""
-        groups: dict[str, set[str]] = {}
-        for name in self.tensors:
-            for prefix in _PARALLEL:
-                if name.startswith(prefix):
-                    groups.setdefault(prefix, set()).add(name.removeprefix(prefix))
-        model = groups.get(_PARALLEL[0], set())
+        groups = {
+            prefix: {name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)}
+            for prefix in _PARALLEL
+        }
+        model = groups[_PARALLEL[0]]
         if not model:
             raise ValueError("it lists no weights")
         for prefix, names in groups.items():
-            if names != model:
+            if names and names != model:
                 odd = min(names ^ model)
                 raise ValueError(f"it lists only one of {_PARALLEL[0]}{odd} and {prefix}{odd}")
 

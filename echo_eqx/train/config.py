@@ -113,9 +113,9 @@ class TrainConfig(RunConfig):
             )
         objective = self.objective
         dropout = {name: getattr(objective, name) for name in ("text_dropout", "speaker_dropout")}
-        check_range(0, 1, **dropout)
-        check_range(-10, 10, timestep_logit_mean=objective.timestep_logit_mean)
-        check_range(-70, 0, speaker_lufs=self.speaker_lufs)
+        check_range(0.0, 1.0, **dropout)
+        check_range(-10.0, 10.0, timestep_logit_mean=objective.timestep_logit_mean)
+        check_range(-70.0, 0.0, speaker_lufs=self.speaker_lufs)
         check_positive(cache_gb=self.cache_gb)
         self.sampler.check()
         if self.sample_every and self.codec is None:

@@ -116,8 +116,8 @@ class RunConfig:
                     raise UsageError(f"{name} is {value}; expected at least {least}")
         optimizer = self.optimizer
         check_range(
-            0,
-            1,
+            0.0,
+            1.0,
             warmup_ratio=optimizer.warmup_ratio,
             decay_ratio=optimizer.decay_ratio,
             b1=optimizer.b1,
@@ -149,7 +149,7 @@ Config = TypeVar("Config", bound=RunConfig)
 def check_range(least: float, most: float, **values: float) -> None:
     for name, value in values.items():
         if not least <= value <= most:
-            raise UsageError(f"{name} is {value}; expected {least} to {most}")
+            raise UsageError(f"{name} is {value}; expected {least:g} to {most:g}")
 
 
 def check_positive(**values: float) -> None:

@@ -27,6 +27,7 @@ from echo_eqx.train.config import (
 )
 from echo_eqx.train.data import TrainData
 from echo_eqx.train.flops import forward_flops, peak_flops, step_flops
+from echo_eqx.train.plan import lower_step
 from echo_eqx.train.restore import check_same_run, newest_restorable
 from echo_eqx.train.settings import parse_settings, settings_from_json
 from echo_eqx.train.setup import compile_step

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ def start_processes(
     `timeout` seconds.
     """
     explicit = (coordinator, num_processes, process_id)
-    options = {}
+    options: dict[str, Any] = {}
     if coordinator is not None:
         if num_processes is None or process_id is None:
             raise UsageError("--coordinator needs --num_processes and --process_id")

@@ -140,7 +140,7 @@ def test_two_processes_stop_together_and_go_on_where_eight_devices_were(home, un
     assert_close(losses_of(home, "spread"), uninterrupted)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_others_say_so_and_stop(home, victim):
     run = f"widowed{victim}"
     both = start_two(home, run, "--num_steps", "100000", "--log_every", "1")

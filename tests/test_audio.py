@@ -1,5 +1,6 @@
 """Recordings in and out: formats, damage, loudness."""
 
+import shutil
 import subprocess
 import sys
 
@@ -213,3 +214,8 @@ def test_a_folder_is_searched_for_every_kind_that_is_read(tmp_path, monkeypatch)
         assert refusal.kind == "audio" and "ffmpeg installed" in refusal.detail
     for clip in clips:
         assert len(clip.load(16_000)) == 16_000
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_flac_in_ogg_that_libsndfile_refuses_is_left_to_ffmpeg():
+    assert len(load_audio(DATA / "flac.oga", 24_000)) > 10_000

@@ -62,7 +62,7 @@ def decode(
                 raise _Misread(_UNKNOWN)
             audio, rate = _from_parts(file, parts, name, span)
         except _NOT_READ as error:
-            _check_for_ffmpeg(source, name, error, parts)
+            _check_for_ffmpeg(file, name, error, parts)
             with ffmpeg_decoding(source, name) as (rate, channels, blocks):
                 audio = _from_ffmpeg(_checked_rate(rate, channels, name), channels, blocks, span)
     if len(audio) == 0 and start > 0:
@@ -109,7 +109,7 @@ def _seconds(source: AudioSource, name: str) -> float:
                     total += round(sound.frames * rate / sound.samplerate)
             return total / max(1, rate)
         except _NOT_READ as error:
-            _check_for_ffmpeg(source, name, error, parts)
+            _check_for_ffmpeg(file, name, error, parts)
     with ffmpeg_decoding(source, name) as (rate, channels, blocks):
         rate = _checked_rate(rate, channels, name)
         return sum(map(len, blocks)) / rate
@@ -225,6 +225,12 @@ def _is_text(file: io.BufferedIOBase) -> bool:
     return bool(text.strip()) and all(char.isprintable() or char.isspace() for char in text)
 
 
+def _is_ogg(file: io.BufferedIOBase | Path) -> bool:
+    with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
+        opened.seek(0)
+        return opened.read(4) == b"OggS"
+
+
 @contextlib.contextmanager
 def _opened(
     source: AudioSource, name: str
@@ -297,7 +303,7 @@ def _without_samples(name: str) -> EchoError:
 
 
 def _check_for_ffmpeg(
-    source: AudioSource, name: str, error: Exception, parts: list[Part] | None
+    file: io.BufferedIOBase | Path, name: str, error: Exception, parts: list[Part] | None
 ) -> None:
     """Refuse what libsndfile does not read if it is damaged, or if ffmpeg is not installed.
 
@@ -308,8 +314,9 @@ def _check_for_ffmpeg(
         reason = error.error_string
     reason = reason.rstrip(". ") or "its header is damaged"
     is_counted = bool(parts) and all(part.frames is not None for part in parts or ())
-    if is_counted and isinstance(error, sf.LibsndfileError):
-        # libsndfile reads this kind, and ffmpeg would skip damaged frames silently.
+    if is_counted and isinstance(error, sf.LibsndfileError) and not _is_ogg(file):
+        # libsndfile reads this kind, and ffmpeg would skip damaged frames silently. In Ogg the
+        # checksums of all pages are right, and libsndfile does not read every FLAC.
         raise EchoError(f"{name} is damaged ({reason}); expected a whole recording") from None
     if has_ffmpeg():
         return

@@ -49,9 +49,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, indent: int = 2) -> None:
     """`write_whole` of a JSON value."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
+    text = json.dumps(data, indent=indent) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def remove_leftovers(folder: Path, names: Collection[str]) -> None:

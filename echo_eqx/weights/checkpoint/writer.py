@@ -137,7 +137,9 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             listed = self._write_pieces(folder, pieces)
             del pieces
-            write_json(self._list(folder, self._process), {"pieces": listed, "cursor": cursor})
+            write_json(
+                self._list(folder, self._process), {"pieces": listed, "cursor": cursor}, indent=1
+            )
             if self._process == 0:
                 self._complete(folder, shapes, manifest)
                 if self._export:
@@ -187,7 +189,7 @@ class CheckpointWriter:
                 tensors[piece.pop("tensor")]["pieces"].append(piece)
         whole = {"format": FORMAT, "kind": KIND, "version": VERSION, **manifest}
         whole |= {"cursor": cursors, "tensors": tensors}
-        write_json(folder / MANIFEST, {**whole, "crc32": manifest_checksum(whole)})
+        write_json(folder / MANIFEST, {**whole, "crc32": manifest_checksum(whole)}, indent=1)
 
     def _prune(self, newest: int) -> None:
         with open_checkpoints(self._folder.parent) as handle:

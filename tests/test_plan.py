@@ -203,6 +203,11 @@ def test_flops_of_a_step_are_what_the_compiler_counts(monkeypatch):
     assert 0.9 * counted < expected < counted
 
 
+def test_a_plan_is_of_the_remat_that_is_asked_for():
+    for remat in ("full", "none"):
+        assert plan.train_config(plan.Args(remat=remat)).objective.remat == remat
+
+
 # --- The trainer's check ------------------------------------------------------------------------
 
 

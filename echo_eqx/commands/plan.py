@@ -15,6 +15,7 @@ from typing import Any
 from echo_eqx.cli import parse
 from echo_eqx.config import CODEC_PRESETS
 from echo_eqx.errors import UsageError
+from echo_eqx.model.blocks import Remat
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
 from echo_eqx.train.plan import FULL, GIB, Plan, make_plan, use_virtual_devices
 
@@ -45,6 +46,8 @@ class Args:
     """Gradient-accumulation microbatches per batch."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
+    remat: Remat = "dots"
+    """What the backward pass recomputes to save memory, as in train."""
     codec: str = "48khz"
     """Preset of the codec that made the latents: 48khz, 24khz, tiny. Its frame rate gives the hours
     of audio."""
@@ -76,8 +79,9 @@ def train_config(args: Args) -> TrainConfig:
     optimizer = dataclasses.replace(
         preset.optimizer, grad_accum_steps=args.grad_accum_steps, ema_decay=args.ema_decay
     )
-    # A plan reads no data.
-    return dataclasses.replace(preset, data="", mesh=args.mesh, optimizer=optimizer, **given)
+    objective = dataclasses.replace(preset.objective, remat=args.remat)
+    settings = {"mesh": args.mesh, "optimizer": optimizer, "objective": objective, **given}
+    return dataclasses.replace(preset, data="", **settings)  # a plan reads no data
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

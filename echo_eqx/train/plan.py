@@ -274,8 +274,8 @@ def _memory_warning(needed: int, limit: int, name: str) -> str | None:
         return None
     return (
         f"the step needs {needed / GIB:.1f} GiB of the {limit / GIB:.1f} GiB on each {name}, "
-        f"{needed / limit:.0%}: expected at most {FULL:.0%}; use a smaller --batch_size, more "
-        "--grad_accum_steps or more devices"
+        f"{needed / limit:.0%}: expected at most {FULL:.0%}; use --remat full, a smaller "
+        "--batch_size, more --grad_accum_steps or more devices"
     )
 
 

@@ -18,7 +18,7 @@ ROOMS = [
     {"weights"},
     {"speech"},
     {"cli"},
-    {"prepare", "voice"},
+    {"prepare", "voice", "export"},
     {"train"},
     {"ops"},
     {"__init__"},

@@ -18,6 +18,7 @@ COMMANDS = (
     "watchdog",
     "tpu",
     "benchmark",
+    "export",
     "make_corpus",
     "eval_voice",
     "build_voice",

@@ -157,13 +157,10 @@ print(task.num_nodes, resources.job_recovery)
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (
-            "skypilot --accelerators tpu-v4-8 --max_hourly_cost 0",
-            "expected --max_hourly_cost",
-        ),
+        ("skypilot --accelerators tpu-v4-8 --max_hourly_cost 0", "--max_hourly_cost: expected"),
         ("kubernetes --image i --tpu tpu-v4-podslice", "expected --tpu and --topology together"),
-        ("kubernetes --image i --nodes 0", "expected --nodes of at least 1, got 0"),
-        ("slurm --name Echo", "expected --name of a letter"),
+        ("kubernetes --image i --nodes 0", "--nodes: expected at least 1, got 0"),
+        ("slurm --name Echo", "--name: expected a letter"),
         ("slurm --sbatch_flags='", "cannot split --sbatch_flags"),
     ],
 )

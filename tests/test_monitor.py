@@ -536,10 +536,10 @@ def test_a_token_is_given_once_and_kept_in_a_cookie(tmp_path: Path):
 
 
 def test_what_cannot_be_served_is_one_sentence(tmp_path: Path):
-    with pytest.raises(EchoError, match="expected --runs to be a folder of runs"):
+    with pytest.raises(EchoError, match="--runs: expected a folder of runs"):
         MonitorServer(tmp_path / "missing", "127.0.0.1", 0, None)
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
-        with pytest.raises(UsageError, match="lets other machines in; add --token"):
+        with pytest.raises(UsageError, match="can be reached from other machines; add --token"):
             MonitorServer(tmp_path, host, 0, None)
     with pytest.raises(EchoError, match=r"cannot bind 127.0.0.1:70000 .*port must be 0-65535"):
         MonitorServer(tmp_path, "127.0.0.1", 70000, None)
@@ -564,7 +564,7 @@ def test_the_command_reports_errors_in_one_line(
     monkeypatch.setattr(sys, "argv", [script, "--runs", str(tmp_path / "missing")])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_path(script, run_name="__main__")
-    said = f"error: expected --runs to be a folder of runs, or a run, got {tmp_path}/missing\n"
+    said = f"error: --runs: expected a folder of runs, or a run, got {tmp_path}/missing\n"
     assert capsys.readouterr().err == said
 
 

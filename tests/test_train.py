@@ -166,7 +166,7 @@ def test_hosts_that_differ_are_named(home):
         start(home, "differ", *together, "--process_id", "1", "--max_grad_norm", "2.0", devices=4),
     ]
     said = "".join(out for process in both for out in process.communicate(timeout=120))
-    assert re.search(r"host \S+ \(process [01]\) differs from the rest in: settings", said)
+    assert re.search(r"host \S+ \(process [01]\): expected the same settings on all hosts", said)
     assert all(process.returncode != 0 for process in both)
 
 

@@ -358,19 +358,19 @@ def test_stopped_and_started_again_the_losses_are_the_same_bits(whole, home, rec
 
 def test_what_cannot_be_used_is_one_sentence(whole, home, recordings, tmp_path):
     refusals = {
-        "model is 'big'": {"model": "big"},
+        "model: expected one of .*, got 'big'": {"model": "big"},
         "--data is missing": {"data": None},
-        "crop_seconds is 0": {"crop_seconds": 0.0},
-        "loss.mel is -1": {"loss": CodecLossConfig(mel=-1.0)},
+        "crop_seconds: expected a positive number, got 0.0": {"crop_seconds": 0.0},
+        "loss.mel: expected 0 or more, got -1.0": {"loss": CodecLossConfig(mel=-1.0)},
         "--freeze_encoder needs the trained encoder of --init_from": {"freeze_encoder": True},
-        "batch_size is 0": {"batch_size": 0},
-        "encoder_rates is": {"encoder_rates": (4, 0)},
+        "batch_size: expected at least 1, got 0": {"batch_size": 0},
+        "encoder_rates: expected factors": {"encoder_rates": (4, 0)},
     }
     for message, changes in refusals.items():
         with pytest.raises(UsageError, match=message):
             config(**changes).check()
     short = train(home, recordings, "short", "--crop_seconds", "0.001", code=2)
-    assert "expected at least 128, the shortest STFT window" in short
+    assert "expected at least 128 samples, the shortest STFT window, got 0.001 s" in short
     said = train(home, tmp_path, "none", code=1)
     assert said.count("\n") == 1 and "holds no recordings; expected" in said
     dit = train(home, recordings, "whole", "--latent_dim", "4", "--num_steps", "7", code=1)

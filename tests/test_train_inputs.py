@@ -87,9 +87,10 @@ def test_data_that_cannot_be_used_is_named(config, tmp_path):
 
 
 def test_meshes_and_batches_that_do_not_divide(config):
-    assert "batch_size 12 does not divide over data x fsdp = 8" in refusal(config, batch_size=12)
+    message = refusal(config, batch_size=12)
+    assert "batch_size: expected a multiple of data x fsdp = 8" in message and "got 12" in message
     assert "expected a mesh of 8 devices" in refusal(config, mesh="fsdp=4")
-    assert "do not split over tensor=8" in refusal(config, mesh="tensor=8")
+    assert "expected tensor to divide the" in refusal(config, mesh="tensor=8")
 
 
 def test_streams_that_do_not_divide_over_hosts(monkeypatch):
@@ -98,7 +99,7 @@ def test_streams_that_do_not_divide_over_hosts(monkeypatch):
     mesh = make_mesh(mesh_shape("fsdp=8", 8))
     monkeypatch.setattr(device_loader, "owned_rows", lambda mesh, size: np.arange(0, 4))
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(UsageError, match="2 streams do not divide over 4 hosts"):
+    with pytest.raises(UsageError, match="expected a multiple of the 4 hosts, got 2"):
         device_loader.owned_streams(mesh, 16, 2)
     assert device_loader.owned_streams(mesh, 16, 4) == [0]
     assert device_loader.owned_streams(mesh, 16, 8) == [0, 1]
@@ -106,15 +107,17 @@ def test_streams_that_do_not_divide_over_hosts(monkeypatch):
 
 def test_flags_out_of_range(config):
     cases = {
-        "num_steps is 0": {"num_steps": 0},
-        "max_speaker_frames is 10": {"max_speaker_frames": 10},
-        "model is '3B'": {"model": "3B"},
+        "num_steps: expected at least 1, got 0": {"num_steps": 0},
+        "max_speaker_frames: expected a multiple of 4, got 10": {"max_speaker_frames": 10},
+        "got '3B'": {"model": "3B"},
         "--data is missing": {"data": None},
         "--sample_every needs --codec": {"sample_every": 5},
-        "max_broken is 2.0": {"max_broken": 2.0},
-        "seed is -1": {"seed": -1},
-        "text_dropout is -0.1": {"objective": ObjectiveConfig(text_dropout=-0.1)},
-        "timestep_logit_mean is nan": {
+        "max_broken: expected 0 to 1, got 2.0": {"max_broken": 2.0},
+        "seed: expected at least 0, got -1": {"seed": -1},
+        "text_dropout: expected 0 to 1, got -0.1": {
+            "objective": ObjectiveConfig(text_dropout=-0.1)
+        },
+        "timestep_logit_mean: expected -10 to 10, got nan": {
             "objective": ObjectiveConfig(timestep_logit_mean=float("nan"))
         },
         "--resume_from": {"init_from": "a", "resume_from": "b"},
@@ -122,9 +125,9 @@ def test_flags_out_of_range(config):
     for message, changes in cases.items():
         assert message in refusal(config, **changes)
     optimizer = {
-        "max_grad_norm is 0.0": {"max_grad_norm": 0.0},
-        "learning_rate is nan": {"learning_rate": float("nan")},
-        "b2 is 1.0": {"b2": 1.0},
+        "max_grad_norm: expected a positive number, got 0.0": {"max_grad_norm": 0.0},
+        "learning_rate: expected a positive number, got nan": {"learning_rate": float("nan")},
+        "b2: expected less than 1, got 1.0": {"b2": 1.0},
         "at most 1, got 1.1": {"schedule": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6},
     }
     for message, changes in optimizer.items():
@@ -193,7 +196,7 @@ def test_flags_override_a_file_and_the_command_says_one_sentence(tmp_path):
     assert "(default: 7)" in done.stdout and "(default: 16)" in done.stdout
     for flags, code, said in [
         ((), 1, "none does not exist"),
-        (("--num_steps", "-3"), 2, "num_steps is -3"),
+        (("--num_steps", "-3"), 2, "num_steps: expected at least 1, got -3"),
         (("--mesh", "rows=1"), 2, "expected mesh sizes such as"),
     ]:
         done = call("train", *file, *flags)

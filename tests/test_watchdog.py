@@ -359,11 +359,11 @@ def test_bad_input_is_one_sentence(command, tmp_path):
         ),
         (["--cache_dir", SCRIPT], 1, f"--cache_dir {SCRIPT}: expected a folder, got a file"),
         (["--hub_cache", link], 1, f"--hub_cache {link}: expected a folder, got a link"),
-        (["--runs", tmp_path, "--free_gb", "0"], 2, "expected --free_gb to be positive, got 0.0"),
-        (["--runs", tmp_path, "--free_gb", "nan"], 2, "expected --free_gb to be positive, got nan"),
-        (["--runs", tmp_path, "--free_gb", "1e9"], 2, "expected --free_gb below the size of the"),
-        (["--runs", tmp_path, "--keep_last", "0"], 2, "expected --keep_last of at least 1, got 0"),
-        (["--runs", tmp_path, "--every", "0"], 2, "expected --every to be positive, got 0.0"),
+        (["--runs", tmp_path, "--free_gb", "0"], 2, "--free_gb: expected a positive number, got 0"),
+        (["--runs", tmp_path, "--free_gb", "nan"], 2, "--free_gb: expected a positive number, got"),
+        (["--runs", tmp_path, "--free_gb", "1e9"], 2, "--free_gb: expected less than "),
+        (["--runs", tmp_path, "--keep_last", "0"], 2, "--keep_last: expected at least 1, got 0"),
+        (["--runs", tmp_path, "--every", "0"], 2, "--every: expected a positive number, got 0.0"),
         (["--runs", tmp_path, "--log", tmp_path / "no" / "log"], 1, "cannot write the log"),
     ]:
         found, out, err = command(*flags)

@@ -62,7 +62,7 @@ def main() -> None:
     config = train_config(args)
     config.check()
     if args.codec not in CODEC_PRESETS:
-        raise UsageError(f"codec is {args.codec!r}; expected one of {', '.join(CODEC_PRESETS)}")
+        raise UsageError(f"codec: expected one of {', '.join(CODEC_PRESETS)}, got {args.codec!r}")
     frame_rate = CODEC_PRESETS[args.codec].frame_rate
     use_virtual_devices(args.devices)
     plan = make_plan(config, args.devices, args.chip, args.efficiency, frame_rate)

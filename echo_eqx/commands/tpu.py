@@ -136,9 +136,9 @@ def check_numbers(args: object) -> None:
     for name, value in vars(args).items():
         least = 1 if name in at_least_1 else 0
         if isinstance(value, int | float) and not least <= value < float("inf"):
-            raise UsageError(f"expected --{name} of at least {least}, got {value}")
+            raise UsageError(f"--{name}: expected at least {least}, got {value}")
         if name in positive and value == 0:
-            raise UsageError(f"expected --{name} to be positive, got {value}")
+            raise UsageError(f"--{name}: expected a positive number, got {value}")
 
 
 def show_status(args: Status, shell: Shell) -> None:
@@ -158,9 +158,7 @@ def show_logs(args: Logs, shell: Shell) -> None:
     if args.worker is not None and not shell.dry_run:
         ids = tuple(worker for worker in ids if worker == str(args.worker))
         if not ids:
-            raise UsageError(
-                f"expected --worker from 0 to {len(workers.ids) - 1}, got {args.worker}"
-            )
+            raise UsageError(f"--worker: expected 0 to {len(workers.ids) - 1}, got {args.worker}")
     if args.follow:
         for worker, code in follow(workers, ids, args.lines, args.poll).items():
             logger.info(

@@ -49,10 +49,10 @@ class MonitorServer(ThreadingHTTPServer):
 
     def __init__(self, root: Path, host: str, port: int, token: str | None):
         if not root.is_dir():
-            raise EchoError(f"expected --runs to be a folder of runs, or a run, got {root}")
+            raise EchoError(f"--runs: expected a folder of runs, or a run, got {root}")
         self.host_names = {"localhost", "127.0.0.1", "::1"}
         if not token and host not in self.host_names:
-            raise UsageError(f"--host {host} lets other machines in; add --token TEXT")
+            raise UsageError(f"--host {host} can be reached from other machines; add --token TEXT")
         self.runs = Runs(root)
         self.plotly = _read_plotly()
         self.token = token

@@ -1,8 +1,8 @@
 """Runs of several processes: connecting, agreement, and the heartbeat between them.
 
-If a process dies, the others would wait for ever in a collective. So each process exchanges
-heartbeats with process 0; if a connection closes or goes silent, all processes exit with one
-message and `EXIT_PEER_LOST`.
+If a process dies, the others would hang in a collective. So each process exchanges heartbeats with
+process 0; if a connection closes or goes silent, all processes exit with one message and
+`EXIT_PEER_LOST`.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ EXIT_PREEMPTED = 76
 """Exit code: stopped by SIGTERM, and saved."""
 
 _INTERVAL, _TIMEOUT = 1.0, 100.0
-"""Seconds between heartbeats, and without one until a process counts as dead: JAX's default."""
+"""Seconds between heartbeats, and without one before a process counts as dead (JAX's default)."""
 _CONNECT_TIMEOUT = 300.0
 """Seconds for all processes to connect."""
 
@@ -41,8 +41,8 @@ def start_processes(
 ) -> None:
     """Connect the processes of a run. Call it before any other use of JAX.
 
-    With `coordinator` HOST:PORT, the other two are needed as well. Without it, the processes of a
-    TPU pod or SLURM job find each other; otherwise there is a single process.
+    `coordinator` (HOST:PORT) needs `num_processes` and `process_id`. Without it, the processes of a
+    TPU pod or SLURM job find each other; anywhere else this is a single-process run.
 
     **Raises**: `UsageError` for inconsistent flags; `EchoError` if not all processes connect within
     `timeout` seconds.
@@ -53,10 +53,10 @@ def start_processes(
         if num_processes is None or process_id is None:
             raise UsageError("--coordinator needs --num_processes and --process_id")
         if not 0 <= process_id < num_processes:
-            raise UsageError(f"process_id is {process_id}; expected 0 to {num_processes - 1}")
+            raise UsageError(f"process_id: expected 0 to {num_processes - 1}, got {process_id}")
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise UsageError(f"coordinator is {coordinator!r}; expected HOST:PORT")
+            raise UsageError(f"coordinator: expected HOST:PORT, got {coordinator!r}")
         # By default the coordinator would listen on every interface.
         options = {
             "cluster_detection_method": "deactivate",
@@ -70,7 +70,7 @@ def start_processes(
         jax.distributed.initialize(*explicit, initialization_timeout=timeout, **options)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and coordinator is None:
-            return  # a TPU outside of any cluster
+            return  # a TPU that is not part of a cluster
         raise EchoError(
             f"the processes of this run could not connect: {str(error).splitlines()[0][:200]}"
         ) from None
@@ -105,7 +105,8 @@ def check_agreement(fingerprint: Mapping[str, str]) -> str:
             if digest != usual:
                 other = bytes(rows[process][8:72]).rstrip(b"\0").decode(errors="replace")
                 raise EchoError(
-                    f"host {other} (process {process}) differs from the rest in: {name}"
+                    f"host {other} (process {process}): expected the same {name} on all hosts, got "
+                    "a difference; run the same command and version on all of them"
                 )
     return bytes(rows[0][:8]).hex()
 
@@ -163,8 +164,8 @@ class Heartbeat:
         for peer in self._peers.values():
             _send(peer, b"bye\n")
 
-    def wait_for_news(self) -> None:
-        """Call it when a collective has failed: if a process died, this does not return."""
+    def wait_for_peer_error(self) -> None:
+        """Call it when a collective has failed: if another process died, this does not return."""
         if self._peers:
             time.sleep(5)
 
@@ -242,7 +243,7 @@ def _send(peer: socket.socket, data: bytes) -> None:
 
 
 def _own_address() -> str:
-    """The address of this host for other hosts: the source of its default route."""
+    """The address at which other hosts reach this one: the source of its default route."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
         try:
             probe.connect(("192.0.2.1", 9))

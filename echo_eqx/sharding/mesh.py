@@ -47,12 +47,15 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
 
 
 def check_batch(batch_size: int, grad_accum_steps: int, sizes: dict[str, int]) -> None:
-    """Check that each device along `data` and `fsdp` gets as many samples in each microbatch."""
+    """Check that the batch divides evenly over the devices and gradient-accumulation steps.
+
+    **Raises**: `UsageError` if it does not.
+    """
     devices = sizes[DATA] * sizes[FSDP]
     if grad_accum_steps < 1 or batch_size < 1 or batch_size % (devices * grad_accum_steps):
         raise UsageError(
-            f"batch_size {batch_size} does not divide over data x fsdp = {devices} devices "
-            f"in {grad_accum_steps} gradient-accumulation steps"
+            f"batch_size: expected a multiple of data x fsdp = {devices} devices times "
+            f"{grad_accum_steps} gradient-accumulation steps, got {batch_size}"
         )
 
 

@@ -69,7 +69,8 @@ def check_mesh(model: Any, sizes: Mapping[str, int]) -> None:
             if axis is not None and dim % sizes[axis]:
                 what = "heads" if "norm" in name else "rows or columns"
                 raise UsageError(
-                    f"the {dim} {what} of {name} do not split over {axis}={sizes[axis]}"
+                    f"mesh: expected {axis} to divide the {dim} {what} of {name}, got "
+                    f"{axis}={sizes[axis]}"
                 )
 
 

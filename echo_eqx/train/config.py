@@ -98,7 +98,7 @@ class TrainConfig(RunConfig):
     def check(self) -> None:
         """**Raises**: `UsageError` for settings that are wrong whatever the data is."""
         if self.model not in DIT_PRESETS:
-            raise UsageError(f"model is {self.model!r}; expected one of {', '.join(DIT_PRESETS)}")
+            raise UsageError(f"model: expected one of {', '.join(DIT_PRESETS)}, got {self.model!r}")
         if self.data is None:
             raise UsageError(
                 "--data is missing; expected a folder of tar shards, a glob or hf://datasets/..."
@@ -109,7 +109,7 @@ class TrainConfig(RunConfig):
         patch = DIT_PRESETS[self.model].patch_size
         if self.max_speaker_frames is not None and self.max_speaker_frames % patch:
             raise UsageError(
-                f"max_speaker_frames is {self.max_speaker_frames}; expected a multiple of {patch}"
+                f"max_speaker_frames: expected a multiple of {patch}, got {self.max_speaker_frames}"
             )
         objective = self.objective
         dropout = {name: getattr(objective, name) for name in ("text_dropout", "speaker_dropout")}

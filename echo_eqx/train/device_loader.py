@@ -33,8 +33,8 @@ def owned_streams(mesh: Mesh, batch_size: int, num_streams: int) -> Sequence[int
     streams = sorted(set((rows // per_stream).tolist()))
     if len(rows) != len(streams) * per_stream:
         raise UsageError(
-            f"{num_streams} streams do not divide over {jax.process_count()} hosts; set "
-            "--num_streams to a multiple of that, with at least as many shards"
+            f"--num_streams: expected a multiple of the {jax.process_count()} hosts, got "
+            f"{num_streams}; set one, with at least as many shards"
         )
     return streams
 

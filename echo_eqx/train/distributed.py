@@ -41,7 +41,7 @@ def _fail(heartbeat: Heartbeat, error: BaseException) -> NoReturn:
     process = f"process {jax.process_index()}"
     if isinstance(error, EchoError):
         heartbeat.fail(f"{process}: {error}", error.exit_code)
-    heartbeat.wait_for_news()
+    heartbeat.wait_for_peer_error()
     traceback.print_exception(error)
     heartbeat.fail(f"{process}: {type(error).__name__}", 1)
 

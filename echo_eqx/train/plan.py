@@ -122,7 +122,7 @@ def use_virtual_devices(count: int) -> None:
     **Raises**: `UsageError` if `count` is out of range.
     """
     if not 1 <= count <= MAX_DEVICES:
-        raise UsageError(f"devices is {count}; expected 1 to {MAX_DEVICES}")
+        raise UsageError(f"devices: expected 1 to {MAX_DEVICES}, got {count}")
     flags = (
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={count}",
@@ -144,10 +144,10 @@ def make_plan(
     **Raises**: `UsageError` for an unknown chip, or if mesh, batch and model do not divide.
     """
     if chip_name not in CHIPS:
-        raise UsageError(f"chip is {chip_name[:50]!r}; expected one of {', '.join(CHIPS)}")
+        raise UsageError(f"chip: expected one of {', '.join(CHIPS)}, got {chip_name[:50]!r}")
     chip = CHIPS[chip_name]
     if not 0 < efficiency <= 1:
-        raise UsageError(f"efficiency is {efficiency}; expected more than 0 and at most 1")
+        raise UsageError(f"efficiency: expected more than 0 and at most 1, got {efficiency}")
     sizes = mesh_shape(config.mesh, devices)
     grad_accum_steps = config.optimizer.grad_accum_steps
     check_batch(config.batch_size, grad_accum_steps, sizes)

@@ -113,7 +113,7 @@ class RunConfig:
             if type(value) is int and name != "process_id":
                 least = 0 if name in ("keep_every", "sample_every", "seed") else 1
                 if not least <= value < 2**31:
-                    raise UsageError(f"{name} is {value}; expected at least {least}")
+                    raise UsageError(f"{name}: expected at least {least}, got {value}")
         optimizer = self.optimizer
         check_range(
             0.0,
@@ -127,7 +127,7 @@ class RunConfig:
         )
         for name in ("b1", "b2", "ema_decay"):
             if getattr(optimizer, name) == 1:
-                raise UsageError(f"{name} is 1.0; expected less than 1")
+                raise UsageError(f"{name}: expected less than 1, got 1.0")
         decay_ratio = optimizer.decay_ratio if optimizer.schedule == "wsd" else 0.0
         if optimizer.warmup_ratio + decay_ratio > 1:
             raise UsageError(
@@ -140,7 +140,7 @@ class RunConfig:
             max_grad_norm=optimizer.max_grad_norm,
         )
         if not 0 <= optimizer.weight_decay < float("inf"):
-            raise UsageError(f"weight_decay is {optimizer.weight_decay}; expected 0 or more")
+            raise UsageError(f"weight_decay: expected 0 or more, got {optimizer.weight_decay}")
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -149,13 +149,13 @@ Config = TypeVar("Config", bound=RunConfig)
 def check_range(least: float, most: float, **values: float) -> None:
     for name, value in values.items():
         if not least <= value <= most:
-            raise UsageError(f"{name} is {value}; expected {least:g} to {most:g}")
+            raise UsageError(f"{name}: expected {least:g} to {most:g}, got {value}")
 
 
 def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
-            raise UsageError(f"{name} is {value}; expected a positive number")
+            raise UsageError(f"{name}: expected a positive number, got {value}")
 
 
 # What training does not depend on, or what is compared by itself: the data by their digest, the

@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 def open_run(
     config: RunConfig, sizes: DiTConfig | CodecConfig, data: dict[str, Any], eval_digest: str = ""
 ) -> Iterator[tuple[str, TrainingCheckpoint | None]]:
-    """Lock the run folder; the id of this launch, and the checkpoint to resume from.
+    """Lock the run folder, and yield the id of this launch and the checkpoint to resume from.
 
     `data` identifies the data in checkpoints, `eval_digest` the held-out data. Only after all
-    checks the folder is cleaned up and this launch's settings are written.
+    checks have passed is the folder cleaned up and this launch's settings written.
 
-    **Raises**: `EchoError` if the hosts differ in code, settings, data or devices, or the run in
-    the folder is another one.
+    **Raises**: `EchoError` if the hosts differ in code, settings, data or devices, or if the folder
+    holds another run.
     """
     launch_id = check_agreement(
         {
             "code": code_digest(),
             "settings": json.dumps({**to_json(config), "process_id": None}),
             "data": data["digest"] + eval_digest,
-            "version of jax": jax.__version__,
+            "jax version": jax.__version__,
             "number of processes and devices": f"{jax.process_count()} {jax.device_count()}",
         }
     )

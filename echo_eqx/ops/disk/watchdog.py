@@ -71,8 +71,8 @@ class DiskWatchdog:
         total = shutil.disk_usage(path).total
         if self._required >= total:
             raise UsageError(
-                f"expected --free_gb below the size of the disk of {path}, {total / 1e9:g}, got "
-                f"{self._required / 1e9:g}"
+                f"--free_gb: expected less than {total / 1e9:g}, the size of the disk that holds "
+                f"{path}, got {self._required / 1e9:g}"
             )
         return path.resolve()
 
@@ -172,6 +172,6 @@ def _check_numbers(args: WatchdogArgs) -> None:
     for name, bound in least.items():
         value = getattr(args, name)
         if bound is None and not 0 < value < float("inf"):
-            raise UsageError(f"expected --{name} to be positive, got {value}")
+            raise UsageError(f"--{name}: expected a positive number, got {value}")
         if bound is not None and not bound <= value < float("inf"):
-            raise UsageError(f"expected --{name} of at least {bound}, got {value}")
+            raise UsageError(f"--{name}: expected at least {bound}, got {value}")

@@ -108,7 +108,7 @@ def check_name(name: str) -> None:
     """**Raises**: `UsageError` for a name that no pod or job can have."""
     if re.fullmatch(r"[a-z]([-a-z0-9]{0,60}[a-z0-9])?", name) is None:
         raise UsageError(
-            f"expected --name of a letter and up to 61 of a-z, 0-9 and -, got {name!r}"
+            f"--name: expected a letter, then up to 61 of a-z, 0-9 and -, got {name!r}"
         )
 
 
@@ -118,8 +118,8 @@ def runtime_version(args: CreateArgs) -> str:
     runtime = args.runtime_version or RUNTIMES.get(generation)
     if runtime is None:
         raise UsageError(
-            f"expected --accelerator_type such as v4-64, of {', '.join(RUNTIMES)}, got "
-            f"{args.accelerator_type!r}; for another one add --runtime_version"
+            f"--accelerator_type: expected one of {', '.join(RUNTIMES)}, such as v4-64, got "
+            f"{args.accelerator_type!r}; for another type add --runtime_version"
         )
     return runtime
 

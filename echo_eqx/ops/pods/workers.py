@@ -150,12 +150,12 @@ def find_workers(shell: Shell, args: WorkerArgs) -> Workers:
         hosts = tuple(args.hosts.split(","))
         for host in hosts:
             if re.fullmatch(r"(\w[\w.-]*@)?\w[\w.-]*", host) is None:
-                raise UsageError(f"expected --hosts such as a,me@b,c, got {host!r} in it")
+                raise UsageError(f"--hosts: expected names such as a,me@b,c, got {host!r}")
         if len(set(hosts)) < len(hosts):
-            raise UsageError(f"expected each of --hosts once, got {args.hosts}")
+            raise UsageError(f"--hosts: expected each host once, got {args.hosts}")
         coordinator = args.coordinator or f"{hosts[0].rpartition('@')[2]}:{PORT}"
         if re.fullmatch(r".+:\d+", coordinator) is None:
-            raise UsageError(f"expected --coordinator HOST:PORT, got {coordinator!r}")
+            raise UsageError(f"--coordinator: expected HOST:PORT, got {coordinator!r}")
         ids = tuple(map(str, range(len(hosts))))
         return Workers(shell, args, ids, ssh_flags, args.timeout, hosts, coordinator)
     if args.coordinator is not None:

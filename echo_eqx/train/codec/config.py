@@ -89,23 +89,27 @@ class CodecTrainConfig(RunConfig):
 
     def check(self) -> None:
         if self.model not in CODEC_PRESETS:
-            raise UsageError(f"model is {self.model!r}; expected one of {', '.join(CODEC_PRESETS)}")
+            raise UsageError(
+                f"model: expected one of {', '.join(CODEC_PRESETS)}, got {self.model!r}"
+            )
         if self.data is None:
             raise UsageError("--data is missing; expected recordings: a folder, a manifest or tars")
         super().check()
         check_positive(crop_seconds=self.crop_seconds)
         rates = self.encoder_rates
         if rates is not None and not (rates and all(0 < rate < 1000 for rate in rates)):
-            raise UsageError(f"encoder_rates is {rates}; expected factors such as 4 5 6 8")
+            raise UsageError(f"encoder_rates: expected factors such as 4 5 6 8, got {rates}")
         for name, value in dataclasses.asdict(self.loss).items():
             if not 0 <= value < float("inf"):
-                raise UsageError(f"loss.{name} is {value}; expected 0 or more")
+                raise UsageError(f"loss.{name}: expected 0 or more, got {value}")
         if self.optimizer.grad_accum_steps != 1:
             raise UsageError("--grad_accum_steps is for EchoDiT only; use a smaller --batch_size")
         if self.freeze_encoder and self.init_from is None:
             raise UsageError("--freeze_encoder needs the trained encoder of --init_from")
         if self.freeze_encoder and self.optimizer.weight_decay:
-            raise UsageError("--freeze_encoder needs --weight_decay 0, or the encoder decays")
+            raise UsageError(
+                "--freeze_encoder needs --weight_decay 0; otherwise the encoder's weights decay"
+            )
 
 
 CODEC_TRAIN_PRESETS: dict[str, CodecTrainConfig] = {

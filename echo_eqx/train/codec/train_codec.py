@@ -49,8 +49,8 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
     samples = config.crop_frames(sizes) * sizes.hop
     if samples < WINDOWS[-1]:
         raise UsageError(
-            f"crop_seconds is {config.crop_seconds}, or {samples} samples; expected at least "
-            f"{WINDOWS[-1]}, the shortest STFT window"
+            f"crop_seconds: expected at least {WINDOWS[-1]} samples, the shortest STFT window, got "
+            f"{config.crop_seconds} s ({samples} samples)"
         )
     assert config.data is not None
     clips = find_recordings(config.data)
@@ -98,10 +98,10 @@ def find_recordings(source: str) -> list[Clip]:
     **Raises**: `EchoError` if there are none.
     """
     cache = expand(Path("~/.cache/echo_eqx/recordings"))
-    clips, refused = list_clips(source, max_seconds=MAX_SECONDS, cache=cache)
+    clips, skipped = list_clips(source, max_seconds=MAX_SECONDS, cache=cache)
     if not clips:
         raise EchoError(
-            f"no usable recordings in {source} ({len(refused)} skipped); expected recordings with "
+            f"no usable recordings in {source} ({len(skipped)} skipped); expected recordings with "
             "transcripts, as for prepare"
         )
     return clips

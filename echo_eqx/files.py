@@ -55,7 +55,7 @@ def write_json(path: Path, data: Any, indent: int = 2) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
-def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+def remove_temporary_files(folder: Path, names: Collection[str]) -> None:
     """Remove temporary files that a killed `write_whole` of one of `names` left in `folder`.
 
     Only regular files with exactly such a name are removed.

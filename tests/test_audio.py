@@ -177,11 +177,11 @@ def test_a_recording_without_sound_is_refused_where_speech_is_expected(tmp_path)
     for name, audio in cases.items():
         sf.write(tmp_path / f"{name}.wav", audio, rate)
         with pytest.raises(SilentAudioError, match=rf"{name}\.wav is (constant or )?silent"):
-            decode_audio(tmp_path / f"{name}.wav", f"{name}.wav", 48_000, must_sound=True)
+            decode_audio(tmp_path / f"{name}.wav", f"{name}.wav", 48_000, reject_silence=True)
         assert len(load_audio(tmp_path / f"{name}.wav", rate)) == rate
     for name, audio in {"quiet": sound(0.02), "cancels": sound(0.5, -0.5)}.items():
         sf.write(tmp_path / f"{name}.wav", audio + 0.2, rate)
-        loaded = decode_audio(tmp_path / f"{name}.wav", name, rate, must_sound=True)
+        loaded = decode_audio(tmp_path / f"{name}.wav", name, rate, reject_silence=True)
         assert loaded.std() > 0.001
 
 

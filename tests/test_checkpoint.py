@@ -37,8 +37,8 @@ from echo_eqx.weights.checkpoint.reader import (
 from echo_eqx.weights.checkpoint.retention import Retention
 from echo_eqx.weights.checkpoint.writer import (
     CheckpointWriter,
+    clean_checkpoints,
     make_missing_export,
-    remove_leftovers,
     restore_state,
 )
 
@@ -271,7 +271,7 @@ def test_damaged_later_ones_are_set_aside_and_push_nothing_out(tmp_path):
     retention = Retention(last=1)
     save(tmp_path, 2, make_state(seed=2), retention=retention)
     assert newest_restorable(tmp_path).step == 2
-    remove_leftovers(tmp_path, newest_restorable(tmp_path))
+    clean_checkpoints(tmp_path, newest_restorable(tmp_path))
     assert [step for step, _ in find_checkpoints(tmp_path / "checkpoints")] == [2]
     assert len(list((tmp_path / "checkpoints").glob("damaged_step_*"))) == 2
     exports = list((tmp_path / "checkpoints").glob("*.safetensors"))
@@ -349,7 +349,7 @@ def test_only_what_the_trainer_wrote_is_ever_deleted(tmp_path, state, capsys):
     (checkpoints / ".step_000000003.safetensors.ab_12cde").write_text("half")
     before, at_home = tree(checkpoints), tree(home)
 
-    remove_leftovers(run, newest_restorable(run))
+    clean_checkpoints(run, newest_restorable(run))
     said = capsys.readouterr().err
     after = tree(checkpoints)
     gone = {name for name in before if name not in after}
@@ -362,7 +362,7 @@ def test_only_what_the_trainer_wrote_is_ever_deleted(tmp_path, state, capsys):
 
     # Retention: the first goes, but for the notes in it.
     save(run, 4, state, retention=Retention(last=1))
-    remove_leftovers(run, newest_restorable(run))
+    clean_checkpoints(run, newest_restorable(run))
     assert [step for step, _ in find_checkpoints(checkpoints)] == [4]
     first, third = checkpoints / "step_000000001", "step_000000003"
     assert sorted(path.name for path in first.iterdir()) == [".hidden", "why.txt"]
@@ -384,7 +384,7 @@ def test_checkpoints_behind_links_are_read_but_never_deleted(tmp_path, state, co
     save(run, 3, state)
     (run / "checkpoints" / there.name).symlink_to(there)
     before = tree(other)
-    remove_leftovers(run, newest_restorable(run))
+    clean_checkpoints(run, newest_restorable(run))
     for step in (4, 5):
         save(run, step, state, retention=Retention(last=1))
     assert tree(other) == before
@@ -393,7 +393,7 @@ def test_checkpoints_behind_links_are_read_but_never_deleted(tmp_path, state, co
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "checkpoints").symlink_to(other / "checkpoints")
-    remove_leftovers(linked, newest_restorable(linked))
+    clean_checkpoints(linked, newest_restorable(linked))
     save(linked, 6, state, retention=Retention(last=1))
     assert before.items() <= tree(other).items()
 
@@ -411,7 +411,7 @@ def test_a_checkpoint_is_not_written_through_a_link(tmp_path, state):
 def test_something_else_in_the_place_of_the_folder_is_named(tmp_path, make):
     make(tmp_path / "checkpoints")
     with pytest.raises(EchoError, match=r"checkpoints: expected a folder, got something else"):
-        remove_leftovers(tmp_path, None)
+        clean_checkpoints(tmp_path, None)
 
 
 def test_an_export_that_a_kill_prevented_is_made(tmp_path, state):
@@ -497,7 +497,7 @@ def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_
         checkpoint = newest_restorable(folder)
         for name, leaf in named_leaves(states[checkpoint.step]).items():
             assert checkpoint.read(name).tobytes() == np.asarray(leaf).tobytes(), name
-        remove_leftovers(folder, checkpoint)
+        clean_checkpoints(folder, checkpoint)
         left = {path for path in (folder / "checkpoints").iterdir() if path.is_dir()}
         assert left == {path for _, path in find_checkpoints(folder / "checkpoints")}
         steps.append(checkpoint.step)
@@ -564,7 +564,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_older_ones(small_disk, mo
     with pytest.raises(EchoError, match=r"No space left on device; earlier .* are untouched"):
         save(small_disk, 2, state)
     assert newest_restorable(small_disk).step == 1
-    remove_leftovers(small_disk, None)
+    clean_checkpoints(small_disk, None)
     assert [p.name for p in (small_disk / "checkpoints").iterdir() if p.is_dir()] == [
         "step_000000001"
     ]

@@ -407,9 +407,9 @@ def test_what_is_longer_than_the_window_is_counted_and_told(dataset, opened):
             expected["cropped_references"] += reference is not None and len(reference) > 20
         assert step.counts == {**expected, "broken_records": 0}
     assert min(expected.values()) > 0
-    assert set(stream.first) == set(expected)
-    assert "its text stays whole" in stream.first["cut_recordings"]
-    assert "24" in stream.first["cut_recordings"] and "31" in stream.first["cut_texts"]
+    assert set(stream.examples) == set(expected)
+    assert "its text stays whole" in stream.examples["cut_recordings"]
+    assert "24" in stream.examples["cut_recordings"] and "31" in stream.examples["cut_texts"]
 
 
 def test_longer_samples_are_left_out_on_request(tmp_path, opened):
@@ -445,7 +445,7 @@ def test_members_in_no_record_are_counted_once_and_listed(tmp_path, opened):
         ("b.tar", "READ\x1bME", "member"),
         ("b.tar", "a\x1b.b.npy", "member"),
     ]
-    sentence = stream.first["skipped_members"]
+    sentence = stream.examples["skipped_members"]
     assert (
         "2 members of b.tar that belong to no record" in sentence
         and "such as a\\x1b.b.npy" in sentence

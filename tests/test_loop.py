@@ -21,7 +21,7 @@ def test_a_checkpoint_that_fails_still_closes_the_loader_and_the_progress_line(
 
     class Source:
         def __init__(self) -> None:
-            self.first: dict[str, str] = {}
+            self.examples: dict[str, str] = {}
 
         def __next__(self) -> None: ...
 

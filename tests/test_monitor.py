@@ -24,7 +24,7 @@ pytest.importorskip("plotly")
 pytest.importorskip("pyarrow")
 
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.ops.curves import MAX_BUCKETS, Metrics
+from echo_eqx.ops.curves import MAX_BUCKETS, MetricsFile
 from echo_eqx.ops.monitor import MonitorServer, _read_plotly
 from echo_eqx.ops.runs import MAX_SAMPLES, Run
 from echo_eqx.train.run_folder import note_end
@@ -98,7 +98,7 @@ class Page:
     """What a page holds of one file's curves after each refresh."""
 
     def __init__(self, path: Path):
-        self.metrics = Metrics(path)
+        self.metrics = MetricsFile(path)
         self.version, self.curves, self.sent, self.unreadable = 0, {}, 0, 0
 
     def refresh(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def test_a_long_run_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / "metrics.jsonl"
     n = 50_000
     file.write_text("".join(line(step, loss=1 + step / n) for step in range(1, n + 1)))
-    metrics = Metrics(file)
+    metrics = MetricsFile(file)
     first = metrics.update(0, {}, 0.0)
     assert 0 < first["read"] < 1 and first["curves"]["loss"]["step"][0] < n / 100
     second = metrics.update(first["version"], {}, 0.0)

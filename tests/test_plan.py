@@ -19,7 +19,7 @@ from echo_eqx.sharding.mesh import make_mesh, mesh_shape
 from echo_eqx.sharding.specs import parameter_spec
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig
 from echo_eqx.train.flops import CHIPS, step_flops
-from echo_eqx.train.plan import Memory, Plan, Traffic, check_memory, make_plan, step_traffic
+from echo_eqx.train.plan import Memory, Plan, Traffic, make_plan, step_memory_warning, step_traffic
 from echo_eqx.train.state import abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
 from echo_eqx.trees import named_leaves
@@ -99,7 +99,7 @@ def test_the_table_says_what_the_json_says(printed):
     memory, traffic = printed["memory"], printed["traffic"]
     del memory["total"], traffic["total"]
     facts = {**printed, "memory": Memory(**memory), "traffic": Traffic(**traffic)}
-    table = "\n".join(plan.lines_of(Plan(**facts)))
+    table = "\n".join(plan.as_text(Plan(**facts)))
     assert "temporaries as the CPU compiler counts them" in table
     assert f"{printed['largest_batch']}  at most 90% of memory" in table
     assert f"{printed['step_time_s']:.3f} s  the largest of the three" in table
@@ -222,12 +222,13 @@ def test_the_trainer_is_warned_of_a_step_that_hardly_fits():
     def device(stats: Any) -> Any:
         return SimpleNamespace(memory_stats=lambda: stats, device_kind="NVIDIA H100")
 
-    warning = check_memory(analysis, device({"bytes_limit": 80 * 2**30}))
+    warning = step_memory_warning(analysis, device({"bytes_limit": 80 * 2**30}))
     assert warning is not None
     assert "the step needs 73.0 GiB of the 80.0 GiB on each NVIDIA H100, 91%" in warning
-    assert check_memory(analysis, device({"bytes_limit": 82 * 2**30})) is None
+    assert step_memory_warning(analysis, device({"bytes_limit": 82 * 2**30})) is None
     assert (
-        check_memory(analysis, device({})) is None and check_memory(analysis, device(None)) is None
+        step_memory_warning(analysis, device({})) is None
+        and step_memory_warning(analysis, device(None)) is None
     )
-    assert check_memory(None, device({"bytes_limit": 1})) is None
-    assert check_memory(analysis, jax.devices()[0]) is None
+    assert step_memory_warning(None, device({"bytes_limit": 1})) is None
+    assert step_memory_warning(analysis, jax.devices()[0]) is None

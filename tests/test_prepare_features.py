@@ -267,7 +267,7 @@ def test_what_does_not_match_is_refused_and_nothing_of_it_is_kept():
 
 
 def test_without_a_recogniser_long_recordings_are_told_at_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cut, "aligner", lambda: None)
+    monkeypatch.setattr(cut, "installed_recognizer", lambda: None)
     clips = [clip("a.wav", seconds=90.0), clip("b.wav", seconds=5.0)]
     cuts = cut.cut_long(
         clips,
@@ -291,7 +291,7 @@ SENTENCES = (
 )
 
 
-@pytest.mark.skipif(align.aligner() is None, reason="pocketsphinx is not installed")
+@pytest.mark.skipif(align.installed_recognizer() is None, reason="pocketsphinx is not installed")
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_a_long_recording_is_cut_where_its_sentences_end(tmp_path, monkeypatch):
     parts, ends = [], []

@@ -36,7 +36,7 @@ from echo_eqx.train.codec.losses import (
     spectral_distances,
     spectrum,
 )
-from echo_eqx.train.codec.standardise import rescaled
+from echo_eqx.train.codec.standardize import rescaled
 from echo_eqx.train.codec.step import (
     AudioBatch,
     init_train_state,

@@ -177,7 +177,7 @@ def test_four_voices_are_told_apart(spoken):
     assert all(high > 1.2 * low for low, high in pairwise(pitches))
     for name, clips in spoken.items():
         for audio, rate in clips[4:]:
-            assert similarity.nearest_voice(audio, rate, prints) == name
+            assert similarity.identify_voice(audio, rate, prints) == name
 
 
 @needs_espeak

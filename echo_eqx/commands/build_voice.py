@@ -23,7 +23,7 @@ from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import list_clips
-from echo_eqx.train.codec.standardise import standardise
+from echo_eqx.train.codec.standardize import standardize
 from echo_eqx.voice.espeak import MANIFEST, REFERENCE_TEXT, VOICES, speak
 from echo_eqx.voice.evaluate import generation_config, reference_files
 
@@ -75,7 +75,7 @@ def main() -> None:
     if not codec.is_file():
         clips, _ = list_clips(str(phrases), max_seconds=30.0, cache=work)
         trained = echo_eqx.load_codec(work / "codec")
-        echo_eqx.save(standardise(trained, clips[:STANDARD_CLIPS]), codec)
+        echo_eqx.save(standardize(trained, clips[:STANDARD_CLIPS]), codec)
     decoder = work / "decoder"  # the encoder is frozen: the same latents, but better sound
     command(
         "train_codec",

@@ -66,7 +66,7 @@ def main() -> None:
     frame_rate = CODEC_PRESETS[args.codec].frame_rate
     use_virtual_devices(args.devices)
     plan = make_plan(config, args.devices, args.chip, args.efficiency, frame_rate)
-    print(json.dumps(as_json(plan), indent=2) if args.json else "\n".join(lines_of(plan)))
+    print(json.dumps(as_json(plan), indent=2) if args.json else "\n".join(as_text(plan)))
     for warning in plan.warnings:
         logger.warning(warning)
 
@@ -91,7 +91,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return data
 
 
-def lines_of(plan: Plan) -> list[str]:
+def as_text(plan: Plan) -> list[str]:
     memory, traffic = plan.memory, plan.traffic
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     per_device = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])

@@ -13,7 +13,7 @@ import echo_eqx
 from echo_eqx.cli import parse
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import EchoError, printable
-from echo_eqx.files import remove_leftovers
+from echo_eqx.files import remove_temporary_files
 from echo_eqx.prepare.make import CODEC, SILENCE, PrepareConfig, describe_codec, make_dataset
 from echo_eqx.prepare.push import push
 
@@ -30,7 +30,7 @@ def main() -> None:
                 make_dataset(config, codec, config.input, config.output)
             else:
                 config.output.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(config.output, {SILENCE, CODEC})
+                remove_temporary_files(config.output, {SILENCE, CODEC})
                 describe_codec(codec, config.output)
                 print(f"{printable(str(config.output / SILENCE))}; to make shards, give --input")
     except OSError as error:

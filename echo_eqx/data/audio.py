@@ -53,7 +53,7 @@ def decode_audio(
     start: float = 0.0,
     stop: float | None = None,
     *,
-    must_sound: bool = False,
+    reject_silence: bool = False,
 ) -> np.ndarray:
     """`load_audio` of the seconds [start, stop); only these are held in memory.
 
@@ -61,10 +61,10 @@ def decode_audio(
     the suffix of kinds that nothing else identifies, such as g722.
 
     **Raises**: `EchoError` naming `name` as `load_audio` does, and if there is no audio after
-    `start`; `SilentAudioError` if it is silent and `must_sound`.
+    `start`; `SilentAudioError` if it is silent and `reject_silence`.
     """
     audio, rate = decode(source, name, sample_rate, start, stop)
-    if must_sound:
+    if reject_silence:
         _check_sound(audio, rate, name)
     audio = mix_down(audio)
     audio = audio / max(1.0, float(np.abs(audio).max()))

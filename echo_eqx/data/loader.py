@@ -174,9 +174,9 @@ class DataLoader:
         self._thread.start()
 
     @property
-    def first(self) -> dict[str, str]:
+    def examples(self) -> dict[str, str]:
         """A sentence about the first case of everything that is counted."""
-        return self.log.first
+        return self.log.examples
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         return self

@@ -23,7 +23,7 @@ _NAMES = {
 }
 
 
-def describe(counts: Mapping[str, int]) -> str:
+def describe_counts(counts: Mapping[str, int]) -> str:
     """Counts as words, such as "3 broken records skipped"; empty where nothing was counted."""
     return "; ".join(name.format(counts[key]) for key, name in _NAMES.items() if counts.get(key))
 
@@ -40,7 +40,7 @@ class RecordLog:
         Broken records and members of no record are listed once in `path`, a JSON lines file."""
         self.broken: Counter[str] = Counter()
         self.seen = 0
-        self.first: dict[str, str] = {}
+        self.examples: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
         self._source, self._max_broken, self._path = source, max_broken, path
         self._listed = _read_log(path)
@@ -53,7 +53,7 @@ class RecordLog:
 
     def count(self, name: str, sentence: str) -> None:
         self._counts[name] += 1
-        self.first.setdefault(name, sentence)
+        self.examples.setdefault(name, sentence)
 
     def add(self, read: ReadResult) -> None:
         """Count a record.
@@ -65,14 +65,14 @@ class RecordLog:
             broken = read.result
             self.broken[broken.kind] += 1
             sentence = f"skipped broken record {read.shard.name}:{read.key}: {broken.detail}"
-            self.first.setdefault("broken_records", printable(sentence))
+            self.examples.setdefault("broken_records", printable(sentence))
             self._list(read.shard, read.key, broken.kind, broken.detail)
         total = self.broken.total()
         if self.seen >= MIN_SEEN and total > self._max_broken * self.seen:
             kinds = ", ".join(f"{kind} {count}" for kind, count in self.broken.most_common())
             raise EchoError(
                 f"expected at most {self._max_broken:.1%} broken records (--max_broken), got "
-                f"{total} of {self.seen} ({kinds}); the first: {self.first['broken_records']}"
+                f"{total} of {self.seen} ({kinds}); the first: {self.examples['broken_records']}"
             )
 
     def add_skipped(self, shard: Shard, members: list[Skipped]) -> None:
@@ -90,7 +90,7 @@ class RecordLog:
             f"skipped {len(members)} members of {shard.name} that belong to no record, such as "
             f"{members[0].name[:100]}: {members[0].detail}"
         )
-        self.first.setdefault("skipped_members", printable(sentence))
+        self.examples.setdefault("skipped_members", printable(sentence))
         for member in members:
             self._list(shard, member.name, member.kind, member.detail)
         many = self._counts["skipped_members"] >= MIN_SEEN and self._max_broken < 1
@@ -102,9 +102,9 @@ class RecordLog:
         reasons = {**self._counts, "broken_records": self.broken.total()}
         for used in ("cut_recordings", "cut_texts", "cropped_references"):
             reasons.pop(used, None)
-        first = "".join(f"; {sentence}" for sentence in self.first.values())
+        first = "".join(f"; {sentence}" for sentence in self.examples.values())
         return (
-            f"{printable(self._source)}: {what}: {describe(reasons) or 'the shards are empty'}"
+            f"{printable(self._source)}: {what}: {describe_counts(reasons) or 'the shards are empty'}"
             f"{first}; `echo-eqx inspect_shards` lists them all"
         )
 

@@ -63,7 +63,7 @@ def sample(
     padded = -(-num_frames // FRAME_BUCKET) * FRAME_BUCKET
     if noise is None:
         assert key is not None
-        noise = sample_noise(key, batch, padded, latent_dim)
+        noise = initial_noise(key, batch, padded, latent_dim)
     elif noise.shape == (batch, num_frames, latent_dim):
         noise = jnp.pad(noise, ((0, 0), (0, padded - num_frames), (0, 0)))
     else:
@@ -133,7 +133,7 @@ def sample_blockwise(
     total_steps = settings.steps * len(block_sizes)
     for index, size in enumerate(block_sizes):
         if key is not None:
-            block = sample_noise(jr.fold_in(key, index), batch, size, latent_dim)
+            block = initial_noise(jr.fold_in(key, index), batch, size, latent_dim)
         else:
             assert noise is not None
             block = noise[index]
@@ -150,7 +150,7 @@ def sample_blockwise(
     return latents
 
 
-def sample_noise(key: PRNGKeyArray, batch: int, num_frames: int, latent_dim: int) -> Array:
+def initial_noise(key: PRNGKeyArray, batch: int, num_frames: int, latent_dim: int) -> Array:
     """Standard normal (batch, num_frames, latent_dim); a row is the same in any batch size."""
     keys = jax.vmap(lambda row: jr.fold_in(key, row))(jnp.arange(batch))
     return jax.vmap(lambda key: jr.normal(key, (num_frames, latent_dim)))(keys)

@@ -130,7 +130,7 @@ def _read_all(chunk: bytes) -> Columns:
     return found
 
 
-class Metrics:
+class MetricsFile:
     """Follows one `metrics.jsonl`. What was read is not read again, unless the file was cut."""
 
     def __init__(self, path: Path):

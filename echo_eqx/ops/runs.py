@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from echo_eqx.ops.curves import LARGEST_STEP, Metrics
+from echo_eqx.ops.curves import LARGEST_STEP, MetricsFile
 from echo_eqx.ops.run_files import find_inside, open_inside
 
 MAX_SAMPLES = 64
@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = path.resolve()
-        self.metrics = Metrics(self.path / "metrics.jsonl")
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self._newest: tuple[tuple[int, int], dict[str, Any]] = (0, 0), {}
 
     def text(self, name: str) -> str | None:

@@ -57,7 +57,7 @@ class Aligned:
     """Segments whose speech does not match their text, with that text."""
 
 
-def aligner() -> str | None:
+def installed_recognizer() -> str | None:
     """The installed recogniser with its version, such as `pocketsphinx 5.1.1`, or None."""
     if importlib.util.find_spec("pocketsphinx") is None:
         return None

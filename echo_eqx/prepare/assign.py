@@ -22,7 +22,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import Clip
 from echo_eqx.prepare.index import FORMAT, write_json
 from echo_eqx.prepare.parquet import ParquetRow
-from echo_eqx.prepare.records import Audio
+from echo_eqx.prepare.records import AudioLocation
 
 CLUSTER = 8
 """Approximate number of a speaker's recordings that stay together."""
@@ -150,7 +150,7 @@ def listed_sources(folder: Path) -> set[str]:
     return {item.source for run in _read_lists(folder) for item in run}
 
 
-def _fingerprint(audio: Audio) -> str | None:
+def _fingerprint(audio: AudioLocation) -> str | None:
     """Hash of the size and of 16 evenly spaced blocks of 4 KiB.
 
     It reveals a recording that was replaced by another of the same size, and unlike the time of

@@ -19,10 +19,10 @@ from echo_eqx.prepare.records import (
     LANGUAGE_FIELDS,
     SPEAKER_FIELDS,
     TEXT_FIELDS,
-    Audio,
+    AudioLocation,
     Recording,
     SkippedInput,
-    opened,
+    open_audio,
     pop,
 )
 from echo_eqx.prepare.segments import Segment, join_segments, read_segments
@@ -38,7 +38,7 @@ class Clip:
     key: str
     """Unique in the source; letters, digits, `_` and `-`."""
     text: str
-    audio: Audio
+    audio: AudioLocation
     start: float
     """Seconds from the start of the audio."""
     stop: float | None
@@ -58,9 +58,9 @@ class Clip:
         """
         name = self.metadata["source"]
         try:
-            with opened(self.audio) as source:
+            with open_audio(self.audio) as source:
                 return decode_audio(
-                    source, name, sample_rate, self.start, self.stop, must_sound=True
+                    source, name, sample_rate, self.start, self.stop, reject_silence=True
                 )
         except OSError as error:
             raise EchoError(f"{name} cannot be read: {error.strerror}") from None
@@ -136,7 +136,7 @@ def _clips_of(
     if segments and (not isinstance(text, str) or not text.strip()):
         text = " ".join(segment.text for segment in segments)
     try:
-        with opened(recording.audio) as audio:
+        with open_audio(recording.audio) as audio:
             length = audio_seconds(audio, printable(source))
     except (EchoError, OSError) as error:
         yield SkippedInput("audio", source, str(error))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_eqx.errors import EchoError
-from echo_eqx.prepare.align import Aligner, aligner
+from echo_eqx.prepare.align import Aligner, installed_recognizer
 from echo_eqx.prepare.clips import MIN_SECONDS, Clip
 from echo_eqx.prepare.index import write_json
 from echo_eqx.prepare.pauses import RATE, find_pauses
@@ -48,7 +48,7 @@ def cut_long(
         return cuts
     seconds = sum(clip.seconds for clip in long)
     what = f"{len(long)} recordings ({seconds / 3600:.2f} hours) are longer than {max_seconds:g} s"
-    by = aligner()
+    by = installed_recognizer()
     if by is None:
         logger.warning(
             "%s, have no times to cut at, and are left out: give segments with times in a manifest,"
@@ -95,7 +95,7 @@ def _cut_all(
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         path = folder / f"{digest[:24]}.json"
         cut = _read(path)
-        if cut is None and aligner() is None:
+        if cut is None and installed_recognizer() is None:
             cut = {
                 "by": None,
                 "reason": "it has no segments with times, and no recogniser is there",
@@ -123,9 +123,9 @@ def _cut(clip: Clip, align: Aligner) -> dict[str, Any]:
     text = " ".join(_SPEAKER_TAG.sub(" ", clip.text).split())
     result = align(audio, find_pauses(audio), text)
     if isinstance(result, str):
-        return {"by": aligner(), "reason": result}
+        return {"by": installed_recognizer(), "reason": result}
     return {
-        "by": aligner(),
+        "by": installed_recognizer(),
         "segments": [[round(s.start, 3), round(s.end, 3), s.text] for s in result.segments],
         "mismatched": [[round(s.start, 3), round(s.end, 3), s.text] for s in result.mismatched],
     }

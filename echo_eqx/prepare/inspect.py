@@ -26,7 +26,7 @@ from echo_eqx.prepare.sidecars import (
     find_frame_rate,
     folder_of,
     list_sidecars,
-    opened,
+    open_shard,
     read_indexes,
     sha256,
 )
@@ -141,7 +141,7 @@ def inspect_shards(
     for number, shard in enumerate(shard_index.shards):
         if number + 1 < len(shard_index.shards):
             cache.request(shard_index.shards[number + 1])
-        with opened(cache, shard) as descriptor:
+        with open_shard(cache, shard) as descriptor:
             if shard.name in sums:
                 report.compared += 1
                 digest = sha256(descriptor)
@@ -214,7 +214,7 @@ def find_sample(shard_index: ShardIndex, cache: ShardCache, key: str) -> Sample:
     """
     example = None
     for shard in shard_index.shards:
-        with opened(cache, shard) as descriptor:
+        with open_shard(cache, shard) as descriptor:
             for entry in index_tar(descriptor):
                 if entry.damage is not None:
                     continue

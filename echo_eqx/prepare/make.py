@@ -15,7 +15,7 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError, UsageError, printable
-from echo_eqx.files import remove_leftovers
+from echo_eqx.files import remove_temporary_files
 from echo_eqx.prepare.assign import ShardEntry, ShardPlan, plan_shards
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.cut import CUTS, Cuts, count_long_texts, cut_long
@@ -181,7 +181,7 @@ def _make_shards(
     shards = list(enumerate(plan.shards))[index.part :: index.parts]
     # Other machines may be writing the other parts.
     own = {index.path.name, *(_shard_name(number) for number, _ in shards)}
-    remove_leftovers(folder, own | ({SILENCE, CODEC} if index.part == 0 else set()))
+    remove_temporary_files(folder, own | ({SILENCE, CODEC} if index.part == 0 else set()))
     lufs = encode.settings.lufs
     common = {"codec": index.codec["id"][:16]} | ({} if lufs is None else {"lufs": lufs})
     frame_rate = encode.codec.config.frame_rate

@@ -73,11 +73,11 @@ class _RangeReader(io.RawIOBase):
         super().close()
 
 
-Audio = Path | FileRange | ParquetRow
+AudioLocation = Path | FileRange | ParquetRow
 
 
 @contextlib.contextmanager
-def opened(audio: Audio) -> Iterator[AudioSource]:
+def open_audio(audio: AudioLocation) -> Iterator[AudioSource]:
     """The audio in a form that can be decoded.
 
     **Raises**: `EchoError`, and `OSError` for a file range.
@@ -110,7 +110,7 @@ class Recording:
     """What the keys of its clips are made from."""
     source: str
     """Path as in `SkippedInput.name`, but without the line where the audio is a file."""
-    audio: Audio
+    audio: AudioLocation
     fields: dict[str, Any]
     """`text` and whatever else the source says."""
 

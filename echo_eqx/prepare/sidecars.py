@@ -39,7 +39,7 @@ class Broken:
 
 
 @contextmanager
-def opened(cache: ShardCache, shard: Shard) -> Iterator[int]:
+def open_shard(cache: ShardCache, shard: Shard) -> Iterator[int]:
     descriptor = cache.open(shard)
     try:
         yield descriptor
@@ -90,7 +90,7 @@ def find_frame_rate(sidecars: list[Shard], cache: ShardCache, broken: list[Broke
 
 
 def _content(file: Shard, cache: ShardCache) -> bytes:
-    with opened(cache, file) as descriptor, open(descriptor, "rb", closefd=False) as content:
+    with open_shard(cache, file) as descriptor, open(descriptor, "rb", closefd=False) as content:
         return content.read()
 
 

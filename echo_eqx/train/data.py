@@ -72,12 +72,12 @@ class TrainData:
     def frame_rate(self) -> float:
         """Latent frames per second, from the shards' codec.json, or else of the published codec."""
         with contextlib.suppress(EchoError, OSError):
-            codec = beside_shards(self.shard_index, "codec.json")
+            codec = find_next_to_shards(self.shard_index, "codec.json")
             return (codec and frame_rate(codec.read_bytes())) or FRAME_RATE
         return FRAME_RATE
 
 
-def beside_shards(shard_index: ShardIndex, name: str) -> Path | None:
+def find_next_to_shards(shard_index: ShardIndex, name: str) -> Path | None:
     """The file `name` next to the shards, None if there is none."""
     shard = shard_index.shards[0]
     if shard.path is not None:
@@ -98,7 +98,7 @@ def _find_silence(flag: str | None, shard_index: ShardIndex, latent_dim: int) ->
     paths = (
         [expand(Path(flag))]
         if flag is not None
-        else [beside_shards(shard_index, name) for name in names]
+        else [find_next_to_shards(shard_index, name) for name in names]
     )
     for path in paths:
         if path is not None:
@@ -114,7 +114,7 @@ def _find_silence(flag: str | None, shard_index: ShardIndex, latent_dim: int) ->
 def check_codec(silence: Path, shard_index: ShardIndex) -> None:
     """Check that silence and data are from the same codec, if both say which: the silence of one
     codec is noise to another."""
-    codec = beside_shards(shard_index, "codec.json")
+    codec = find_next_to_shards(shard_index, "codec.json")
     if codec is None or silence.suffix != ".safetensors":
         return
     made_silence = SafetensorsFile(silence).metadata.get("codec")

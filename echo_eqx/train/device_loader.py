@@ -76,9 +76,9 @@ class DeviceLoader:
 
     def log_warnings(self, prefix: str = "") -> None:
         """Log each thing that the source has skipped or truncated, the first time it happens."""
-        for name in list(self._source.first):
+        for name in list(self._source.examples):
             if name not in self._logged:
-                logger.warning(f"{prefix}{self._source.first[name]}")
+                logger.warning(f"{prefix}{self._source.examples[name]}")
                 self._logged.add(name)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from echo_eqx.config import CodecConfig, DiTConfig
-from echo_eqx.data.record_log import describe
+from echo_eqx.data.record_log import describe_counts
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.json_data import to_json
 from echo_eqx.sharding.hosts import Heartbeat
@@ -139,7 +139,7 @@ def train_loop(trainer: Trainer, launch_id: str, heartbeat: Heartbeat) -> int:
     if first:
         note_end(config.run_dir, step)
         logger.info(f"saved step {step} in {config.run_dir}")
-        if counted := describe(loader.counts):
+        if counted := describe_counts(loader.counts):
             logger.info(f"data read since this launch: {counted}")
     heartbeat.close()
     return 0 if step >= config.num_steps else stop.exit_code

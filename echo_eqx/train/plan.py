@@ -216,7 +216,7 @@ def make_plan(
     )
 
 
-def check_memory(memory_analysis: Any, device: Any) -> str | None:
+def step_memory_warning(memory_analysis: Any, device: Any) -> str | None:
     """A warning if a compiled step needs more than 90 % of `device`'s memory, else None.
 
     `memory_analysis` is the result of the compiled step's method of that name. Also None if the

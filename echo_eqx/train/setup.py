@@ -13,12 +13,12 @@ from jax.experimental import multihost_utils
 from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.json_data import to_json
 from echo_eqx.sharding.hosts import check_agreement, code_digest
-from echo_eqx.train.plan import check_memory
+from echo_eqx.train.plan import step_memory_warning
 from echo_eqx.train.restore import check_same_run, newest_restorable
 from echo_eqx.train.run_folder import RunFolder
 from echo_eqx.train.settings import RunConfig
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
-from echo_eqx.weights.checkpoint.writer import make_missing_export, remove_leftovers
+from echo_eqx.weights.checkpoint.writer import clean_checkpoints, make_missing_export
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def open_run(
         if checkpoint is not None:
             check_same_run(checkpoint, sizes, config, data)
         if first:
-            remove_leftovers(config.run_dir, checkpoint)
+            clean_checkpoints(config.run_dir, checkpoint)
             if checkpoint is not None and config.export:
                 make_missing_export(checkpoint)
             folder.describe(config)
@@ -71,6 +71,6 @@ def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:
     compiled = lower().compile()
     if first:
         logger.info(f"compiled the step in {time.perf_counter() - started:.1f} s")
-        if warning := check_memory(compiled.memory_analysis(), jax.local_devices()[0]):
+        if warning := step_memory_warning(compiled.memory_analysis(), jax.local_devices()[0]):
             logger.warning(warning)
     return compiled

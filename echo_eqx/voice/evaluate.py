@@ -27,8 +27,8 @@ from echo_eqx.voice.grammar import Kind, held_out_texts
 from echo_eqx.voice.similarity import (
     DECIBELS,
     dtw_distances,
+    identify_voice,
     mel_cepstra,
-    nearest_voice,
     voice_print,
 )
 
@@ -167,7 +167,7 @@ def measure(
                 DECIBELS * distances[i],
                 DECIBELS * dtw_distances(coded, own)[0],
                 DECIBELS * dtw_distances(cepstra[other][i], own)[0],
-                float(nearest_voice(audio, rate, prints) == name),
+                float(identify_voice(audio, rate, prints) == name),
                 float(abs(len(audio) / rate / seconds - 1) < 0.25),
             )
         )
@@ -230,7 +230,7 @@ def word_error_rates(
     decoder.add_jsgf_string("texts", grammar)
     decoder.activate_search("texts")
 
-    def recognise(audio: np.ndarray, rate: int) -> str:
+    def recognize(audio: np.ndarray, rate: int) -> str:
         audio = soxr.resample(audio, rate, 16_000)
         peak = float(np.abs(audio).max(initial=1e-9))
         samples = (audio * (16_000 / peak)).astype(np.int16)
@@ -240,10 +240,10 @@ def word_error_rates(
         found = decoder.hyp()
         return "" if found is None else found.hypstr
 
-    recognised = [recognise(generated[i], rate) for i in said]
-    original = [recognise(*originals.audio[voice_of(i)][i]) for i in said]
+    recognized = [recognize(generated[i], rate) for i in said]
+    original = [recognize(*originals.audio[voice_of(i)][i]) for i in said]
     return {
-        "word_error_rate": jiwer.wer(texts, recognised),
+        "word_error_rate": jiwer.wer(texts, recognized),
         "original_word_error_rate": jiwer.wer(texts, original),
         "word_texts": len(said),
     }

@@ -107,7 +107,7 @@ def voice_print(recordings: Sequence[tuple[np.ndarray, int]]) -> VoicePrint:
     return VoicePrint(float(np.median(voiced)) if voiced else math.nan, np.mean(spectra, 0))
 
 
-def nearest_voice(audio: np.ndarray, rate: int, references: Mapping[str, VoicePrint]) -> str:
+def identify_voice(audio: np.ndarray, rate: int, references: Mapping[str, VoicePrint]) -> str:
     """Name of the voice nearest to that in (samples,) `audio`, by pitch and spectrum."""
     here = voice_print([(audio, rate)])
 

@@ -18,7 +18,7 @@ _PREFETCH = 8
 """Batches that are decoded in advance."""
 
 
-class Audio(NamedTuple):
+class HostAudioBatch(NamedTuple):
     audio: np.ndarray
     """(rows, samples) float32."""
 
@@ -57,7 +57,7 @@ class CropStream:
             self._submit()
 
     @property
-    def first(self) -> dict[str, str]:
+    def examples(self) -> dict[str, str]:
         """A message about the first recording that could not be read."""
         problem = next(iter(self.broken), None)
         return {} if problem is None else {"broken_records": f"skipped a crop: {problem}"}
@@ -68,7 +68,7 @@ class CropStream:
         self._count(crops)
         audio = np.stack([audio for audio, _, _ in crops])
         counts = {"broken_records": sum(self.broken.values())}
-        return LoadedBatch(Audio(audio), [key for _, key, _ in crops], {}, counts)
+        return LoadedBatch(HostAudioBatch(audio), [key for _, key, _ in crops], {}, counts)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -213,7 +213,7 @@ def _try_to_remove(path: Path, remove: Callable[[], object]) -> None:
         logger.info(f"cannot delete {path}: {error.strerror}")
 
 
-def remove_leftovers(run_dir: Path, restored: TrainingCheckpoint | None) -> None:
+def clean_checkpoints(run_dir: Path, restored: TrainingCheckpoint | None) -> None:
     """Clean the checkpoints folder to resume after `restored`, before anything is written.
 
     Deletes incomplete checkpoints of killed launches. Renames later checkpoints, which are damaged,

@@ -12,7 +12,7 @@ from echo_eqx.prepare.clips import Clip
 from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings
 
 
-def standardise(codec: DACVAE, clips: Sequence[Clip], batch_size: int = 8) -> DACVAE:
+def standardize(codec: DACVAE, clips: Sequence[Clip], batch_size: int = 8) -> DACVAE:
     """`codec` with its latents of `clips` standardised; unreadable clips are skipped."""
     encoded = ClipEncoder(codec, EncodeSettings(batch_size=batch_size))(clips, lambda _: None)
     latents = [x.astype(np.float64) for x in encoded.values() if isinstance(x, np.ndarray)]

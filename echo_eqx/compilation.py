@@ -11,9 +11,9 @@ from jax.experimental.compilation_cache import compilation_cache
 def use_compilation_cache(folder: str | Path | None = None) -> None:
     """Cache compiled programs in `folder`, by default `echo_eqx/xla` in the user's cache folder.
 
-    `synthesize` and every command call this without a folder. That never replaces a cache
-    configured before (by `JAX_COMPILATION_CACHE_DIR`, `jax.config`, or this function), and does
-    nothing with `JAX_ENABLE_COMPILATION_CACHE=false`, or if the default folder cannot be written.
+    `synthesize` and every command call this without a folder. Such a call keeps a cache that is
+    already configured (by `JAX_COMPILATION_CACHE_DIR`, `jax.config`, or this function), and does
+    nothing if `JAX_ENABLE_COMPILATION_CACHE=false` or the default folder is not writable.
     """
     if folder is None:
         if _option("jax_compilation_cache_dir") or not _option("jax_enable_compilation_cache"):

@@ -14,7 +14,7 @@ from echo_eqx.errors import EchoError
 
 
 class _Sizes:
-    """Checks that every integer of a config can be a size: configs are also read from files."""
+    """Checks that every integer of a config is a plausible size; configs also come from files."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -34,13 +34,17 @@ class EncoderConfig(_Sizes):
 
 
 MAX_LENGTH = 2**16
-"""Longest text or target of a model: attention over more does not fit any memory."""
+"""Longest text or target of any model; attention over more would not fit in memory."""
 MAX_SAMPLE_RATE = 768_000
 
 
 @dataclass(frozen=True)
 class DiTConfig(_Sizes):
-    """Sizes of an EchoDiT; the published models differ in nothing else."""
+    """Sizes of an EchoDiT; the published models differ in nothing else.
+
+    **Raises**: `EchoError` naming a size that is out of range, or a width that the heads do not
+    divide.
+    """
 
     model_dim: int
     num_layers: int
@@ -48,11 +52,14 @@ class DiTConfig(_Sizes):
     mlp_dim: int
     text: EncoderConfig
     speaker: EncoderConfig
+    """Sizes of the reference encoder, and of the latent encoder of block-wise models."""
     latent_dim: int = 128
+    """Channels of a latent frame."""
     patch_size: int = 4
     """Reference latents per token."""
     vocab_size: int = 256
     time_embed_dim: int = 256
+    """Width of the sinusoidal timestep embedding."""
     adaln_rank: int = 256
     norm_eps: float = 1e-5
     speaker_proj_scale: float = 1.0
@@ -62,7 +69,9 @@ class DiTConfig(_Sizes):
     max_frames: int = 768
     """Longest target seen in training, in latent frames."""
     max_text_bytes: int = 768
+    """Longest text seen in training, in bytes with the leading 0."""
     max_speaker_frames: int = 512
+    """Longest reference seen in training, in latent frames."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,18 +116,27 @@ class WatermarkConfig(_Sizes):
 
 @dataclass(frozen=True)
 class CodecConfig(_Sizes):
-    """Sizes of a DACVAE. Defaults are the published 48 kHz codec."""
+    """Sizes of a DACVAE. Defaults are the published 48 kHz codec.
+
+    **Raises**: `EchoError` naming a size that is out of range, or sizes that do not fit together.
+    """
 
     encoder_dim: int = 64
+    """Channels at the sample rate; each downsampling doubles them."""
     encoder_rates: tuple[int, ...] = (2, 8, 10, 12)
+    """Downsampling factors, from samples to latents."""
     hidden_dim: int = 1024
     """Width around the bottleneck (`latent_dim` in the published file)."""
     latent_dim: int = 128
     """Channels of a latent (`codebook_dim` in the published file)."""
     decoder_dim: int = 1536
+    """Channels at the rate of latents; each upsampling halves them."""
     decoder_rates: tuple[int, ...] = (12, 10, 8, 2)
+    """Upsampling factors, from latents to samples."""
     sample_rate: int = 48_000
+    """In Hz."""
     watermark: WatermarkConfig | None = WatermarkConfig()
+    """None for a codec that cannot embed watermarks."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""The two errors a user can cause; scripts turn them into one line and an exit code."""
+"""The two errors a user can cause. Commands print them as one line and exit with their code."""
 
 import importlib
 from typing import Any
@@ -17,8 +17,8 @@ class UsageError(EchoError):
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what cannot be printed: names in files may hold commands to a
-    terminal."""
+    """`text` with unprintable characters escaped: names in files may contain terminal escape
+    sequences."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

@@ -16,7 +16,7 @@ from echo_eqx.errors import EchoError
 def expand(path: Path) -> Path:
     """Replace `~` by the home folder; `~name` of an unknown user is left as it is.
 
-    For a user without a home folder, `~/.cache` becomes a folder for temporary files.
+    For a user without a home folder, `~/.cache` becomes a folder in the system's temporary folder.
 
     **Raises**: `EchoError` for any other `~` of such a user.
     """
@@ -26,8 +26,8 @@ def expand(path: Path) -> Path:
     if path.parts[1:2] == (".cache",):
         return Path(tempfile.gettempdir(), f"cache-{os.getuid()}", *path.parts[2:])
     raise EchoError(
-        f"{path}: expected a home folder in place of ~, but this user has none; set HOME, or write "
-        "the path without ~"
+        f"{path}: cannot expand ~, because this user has no home folder; set HOME, or write the "
+        "path without ~"
     )
 
 

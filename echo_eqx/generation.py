@@ -14,7 +14,7 @@ REFERENCE_LUFS = -23.0
 
 @dataclass(frozen=True)
 class Range:
-    """The values allowed for a number, both ends included; an annotation of fields."""
+    """Allowed values of a numeric field, both ends included; used as its annotation."""
 
     low: int | float
     high: int | float
@@ -92,8 +92,8 @@ class KnownVoice:
 class GenerationConfig:
     """What a checkpoint recommends for generation.
 
-    It is `EchoDiT.generation`, `save` writes it, and `synthesize` and the command `infer` take
-    their defaults from it.
+    Models carry it as `EchoDiT.generation` and `save` writes it; `synthesize` and the command
+    `infer` take their defaults from it.
     """
 
     sampler: SamplerSettings = SamplerSettings()
@@ -102,11 +102,11 @@ class GenerationConfig:
     expand_text: bool = False
     """Write out numbers, dates, money and abbreviations in English."""
     reference_lufs: float = REFERENCE_LUFS
-    """Integrated loudness of the references in training."""
+    """Integrated loudness of the references in training, in LUFS."""
     codec: str | None = None
     """The codec of the latents, as for `load_codec`."""
     codec_silence: tuple[float, ...] | None = None
-    """The latent of silence by that codec, by which another codec is recognized."""
+    """That codec's latent of silence; a codec with another one is not the same codec."""
     voices: tuple[KnownVoice, ...] = ()
     """The voices of the training data, if they are few; empty if the model takes any voice."""
     voice_whitening: tuple[tuple[float, ...], ...] = ()
@@ -116,21 +116,22 @@ class GenerationConfig:
         """**Raises**: `EchoError` naming the first setting that is out of its range."""
         self.sampler.check()
         duration, lufs, codec = self.duration, self.reference_lufs, self.codec
-        _expect(duration is None or 0 < duration < 1e6, "duration", "a number of seconds")
-        _expect(-70 <= lufs <= 0, "reference_lufs", "a number from -70 to 0")
+        _expect(duration is None or 0 < duration < 1e6, "duration", "0 to 10^6 seconds", duration)
+        _expect(-70 <= lufs <= 0, "reference_lufs", "-70 to 0", lufs)
         named = codec is None or (0 < len(codec) < 4096 and codec.isprintable())
-        _expect(named, "codec", "the name of a codec")
-        _expect(self.codec_silence != (), "codec_silence", "a number per channel")
-        _expect(len(self.voices) <= 1000, "voices", "at most 1000 voices")
+        _expect(named, "codec", "the name of a codec", codec)
+        _expect(self.codec_silence != (), "codec_silence", "a number per channel", ())
+        _expect(len(self.voices) <= 1000, "voices", "at most 1000", len(self.voices))
         for voice in self.voices:
-            _expect(voice.name.isprintable() and len(voice.name) < 200, "voices", "a short name")
-            _expect(voice.radius > 0, f"radius of voice {voice.name}", "a positive number")
+            is_name = voice.name.isprintable() and len(voice.name) < 200
+            _expect(is_name, "voices", "short printable names", voice.name)
+            _expect(voice.radius > 0, f"radius of voice {voice.name}", "above 0", voice.radius)
         rows = self.voice_whitening
         lengths = {len(row) for row in (*rows, *(voice.mean for voice in self.voices))}
-        _expect(
-            lengths in (set(), {len(rows)}), "voices and voice_whitening", "as many numbers in all"
-        )
-        _expect(bool(self.voices) == bool(rows), "voices", "voice_whitening with them")
+        expected = f"means and rows of {len(rows)} numbers"
+        _expect(lengths in (set(), {len(rows)}), "voice_whitening", expected, sorted(lengths))
+        both = bool(self.voices) == bool(rows)
+        _expect(both, "voices, voice_whitening", "both or neither", "one of them")
 
 
 def generation_from_json(data: Any) -> GenerationConfig:
@@ -147,6 +148,6 @@ def generation_from_json(data: Any) -> GenerationConfig:
     return generation
 
 
-def _expect(good: bool, name: str, expected: str) -> None:
+def _expect(good: bool, name: str, expected: str, got: Any) -> None:
     if not good:
-        raise EchoError(f"{name}: expected {expected}")
+        raise EchoError(f"{name}: expected {expected}, got {ascii(got)[:50]}")

@@ -1,4 +1,4 @@
-"""JSON that may be damaged or hostile, and dataclasses written to it and read from it."""
+"""Parsing JSON that may be damaged or hostile, and converting dataclasses to and from JSON."""
 
 import dataclasses
 import json
@@ -19,15 +19,18 @@ _MAX_LIST = 2**16
 
 
 def parse_json(data: bytes) -> Any:
-    """The value in a JSON file, whatever the file holds.
+    """The value in an untrusted JSON file.
 
-    Refused: NaN and infinities, the same name twice in an object, and JSON that would take far more
-    memory than its bytes.
+    NaN, infinities, duplicate names in an object, and JSON that would take far more memory than its
+    bytes are refused.
 
-    **Raises**: `ValueError` with the reason, and nothing else.
+    **Raises**: only `ValueError`, with the reason.
     """
     if len(data) > MAX_JSON_BYTES or data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS:
-        raise ValueError("its JSON is larger than any that is expected here")
+        raise ValueError(
+            f"expected JSON of at most {MAX_JSON_BYTES} bytes and {_MAX_CONTAINERS} arrays and "
+            "objects, got more"
+        )
     try:
         return json.loads(
             data,
@@ -42,7 +45,7 @@ def parse_json(data: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("its JSON has the same name twice in an object")
+        raise ValueError("its JSON has a duplicate name in an object")
     return found
 
 
@@ -71,7 +74,7 @@ def from_json(kind: type[T], data: Any, *, base: T | None = None, where: str = "
     wrong type.
     """
     if not isinstance(data, Mapping):
-        raise EchoError(f"{where or 'the whole'}: expected an object, got {_shown(data)}")
+        raise EchoError(f"{where and f'{where}: '}expected an object, got {_shown(data)}")
     prefix = where and f"{where}."
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(data) - set(hints)):
@@ -99,7 +102,7 @@ def _read(hint: Any, value: Any, base: Any, where: str) -> Any:
         return from_json(hint, value, base=base, where=where)  # type: ignore[arg-type]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = number and abs(value) < _MAX_NUMBER  # which infinities and NaN are not
+    number = number and abs(value) < _MAX_NUMBER  # false for infinities and NaN
     if origin is tuple:
         if isinstance(value, list | tuple) and len(value) <= _MAX_LIST:
             return tuple(
@@ -125,7 +128,7 @@ _NAMES[Path] = "a path"
 
 
 def _shown(value: Any) -> str:
-    """Only plain values are printed: others may take for ever, in a file that means harm."""
+    """Only plain values are printed; in a malicious file, printing others could take forever."""
     plain = isinstance(value, bool | float | str) or value is None
     plain = plain or (isinstance(value, int) and abs(value) < 2**64)
     return repr(value)[:50] if plain else f"a {type(value).__name__}"

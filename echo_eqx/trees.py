@@ -21,15 +21,15 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def num_parameters(tree: Any) -> int:
-    """Total size of the leaves of `tree`, which may be abstract."""
+    """Number of parameters: the total size of the leaves of `tree`, which may be abstract."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def cast(tree: T, dtype: Any) -> T:
-    """`tree` with its matrices, embeddings and kernels in `dtype`.
+    """A copy of the model `tree` with its matrices, embeddings and kernels in `dtype`.
 
-    Norm weights, biases and the Snake's alpha stay in float32: they are small and are used in
-    float32 arithmetic.
+    `dtype` is anything that `jnp.dtype` takes, such as "bfloat16". Norm weights, biases and the
+    Snake's alpha are float32 whatever `dtype` is: they are small and used in float32 arithmetic.
     """
     dtype = jnp.dtype(dtype)
 

@@ -226,7 +226,7 @@ def test_what_libsndfile_does_not_read_is_asked_of_ffmpeg(tmp_path, monkeypatch)
         subprocess.run(command, check=True)
         made[name] = (tmp_path / name).read_bytes()
         assert len(samples(made[name], name)) == pytest.approx(len(VOICE), abs=1500)
-    refused(made["a.m4a"] * 2, "joined from several", "a.m4a")
+    refused(made["a.m4a"] * 2, "got several files joined together", "a.m4a")
     refused(made["a.m4a"][:-2000], "cannot be decoded by ffmpeg|truncated", "a.m4a")
     monkeypatch.setenv("PATH", "")
     for name, data in made.items():
@@ -245,7 +245,7 @@ def test_streams_joined_by_cat_are_refused():
     place = data.index(b"data") + 4
     piped = put(put(data, place, b"\xff" * 4), 4, b"\xff" * 4)
     assert len(samples(piped))
-    refused(piped + piped, "is joined from several files")
+    refused(piped + piped, "got several files joined together")
 
 
 @needs_ffmpeg
@@ -256,7 +256,7 @@ def test_joined_files_of_which_ffmpeg_reads_the_first_are_refused(tmp_path, kind
     subprocess.run(command, check=True)
     data = path.read_bytes()
     assert audio_seconds(data, path.name) == pytest.approx(3.0, abs=0.1)
-    refused(data + data, "is joined from several files", name=path.name)
+    refused(data + data, "got several files joined together", name=path.name)
 
 
 @needs_ffmpeg

@@ -199,7 +199,7 @@ def test_room_that_others_hold_is_waited_for_and_then_refused(server, tmp_path, 
     threading.Timer(0.4, os.close, [held]).start()
     assert contents(second, two) == original(server, two)
     held = first.open(one)
-    with pytest.raises(UsageError, match=r"bb.tar: no room .* --cache_gb"):
+    with pytest.raises(UsageError, match=r"bb.tar: no space .* --cache_gb"):
         second.open(two)
     os.close(held)
 

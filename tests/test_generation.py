@@ -91,7 +91,7 @@ def test_files_that_say_nothing_have_the_defaults(tmp_path, dit):
         ({"codec": "a\x1b[2J"}, "codec"),
         ({"codec_silence": ["x"]}, "codec_silence"),
         ({"voices": [{"name": "eve"}]}, "voices"),
-        ({"voice_whitening": [[1.0]]}, "as many numbers"),
+        ({"voice_whitening": [[1.0]]}, "voice_whitening: expected means and rows of 1 numbers"),
         ({"tempo": 1}, "tempo"),
     ],
 )

@@ -195,7 +195,7 @@ def test_without_a_home_folder_commands_work_or_say_so(monkeypatch, no_cache):
     assert jax.config.jax_compilation_cache_dir is None
     config = cli.parse(TrainConfig, None, arguments=[])
     assert config.cache_dir.is_absolute() and config.cache_dir.name == "shards"
-    with pytest.raises(EchoError, match="~/x: expected a home folder in place of ~"):
+    with pytest.raises(EchoError, match="~/x: cannot expand ~, because this user has no home"):
         cli.parse(TrainConfig, None, arguments=["--run_dir=~/x"])
 
 

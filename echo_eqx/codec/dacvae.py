@@ -30,7 +30,10 @@ ACCELERATOR_CHUNK_FRAMES = 1024
 
 
 class DACVAE(eqx.Module):
-    """The codec. Methods take one recording; use `jax.vmap` for batches."""
+    """The codec. `DACVAE.init(config, key=key)` returns one with random weights.
+
+    `encode` and `decode` take one recording; use `jax.vmap` for batches.
+    """
 
     encoder: Encoder
     bottleneck: Bottleneck
@@ -56,7 +59,7 @@ class DACVAE(eqx.Module):
     ) -> tuple[Float[Array, "t c"], Float[Array, "t c"]]:
         """Mean and standard deviation of the latents, (frames, latent_dim) each.
 
-        `audio` is mono at `config.sample_rate`, full scale 1. If it ends within a frame, that frame
+        `audio` is mono at `config.sample_rate`, in [-1, 1]. If it ends within a frame, that frame
         is filled by reflection.
 
         **Raises**: `EchoError` if `audio` is empty or not one-dimensional.
@@ -84,8 +87,8 @@ class DACVAE(eqx.Module):
     ) -> Float[Array, " samples"]:
         """Audio of `t * config.hop` samples at `config.sample_rate`, mono.
 
-        `message` is embedded as a watermark, as many zeros and ones as `config.watermark.num_bits`.
-        The sum of audio and watermark is not clipped.
+        `message`, a sequence of `config.watermark.num_bits` zeros and ones, is embedded as a
+        watermark. The sum of audio and watermark is not clipped.
 
         **Raises**: `EchoError` if a shape or the number of bits is wrong, or if the codec cannot
         embed watermarks.
@@ -124,7 +127,7 @@ class DACVAE(eqx.Module):
                 f"message: expected {self.watermark.num_bits} bits, got shape {np.shape(message)}"
             )
         if not isinstance(message, Tracer) and not np.isin(message, (0, 1)).all():
-            raise EchoError("message: expected only 0 and 1")
+            raise EchoError("message: expected only 0 and 1, got other values")
 
 
 @eqx.filter_jit
@@ -153,7 +156,7 @@ def _chunk_frames() -> int:
 
 
 def _chunks(frames: int, context_frames: int) -> Iterator[tuple[int, int, slice]]:
-    """The frames each chunk reads, `start` to `stop`, and the part of its output to keep.
+    """The frames that each chunk reads, `start` to `stop`, and the slice of its output to keep.
 
     All chunks of a long signal read the same number of frames, so they share one compiled program.
     The first and the last chunk end where the signal ends, so that the codec pads there.

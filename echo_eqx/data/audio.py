@@ -27,8 +27,8 @@ FFMPEG_SUFFIXES = (
     *HEADERLESS,
 )
 AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
-_LEAST_SOUND = 0.05
-"""Shortest speech in seconds."""
+_MIN_SOUND = 0.05
+"""Least sound in a recording of speech, in seconds."""
 
 
 class SilentAudioError(EchoError):
@@ -41,7 +41,7 @@ def load_audio(path: str | Path, sample_rate: int, max_seconds: float | None = N
     Channels are mixed by `mix_down`; audio above full scale is scaled down to it.
 
     **Raises**: `EchoError` naming the file if it is missing, of no known kind, damaged, truncated,
-    without samples, not finite, or too long to decode at once.
+    without samples, not finite, or too long to decode in one go.
     """
     return decode_audio(Path(path), str(path), sample_rate, stop=max_seconds)
 
@@ -57,8 +57,8 @@ def decode_audio(
 ) -> np.ndarray:
     """`load_audio` of the seconds [start, stop); only these are held in memory.
 
-    Kinds that libsndfile cannot read are decoded by `ffmpeg` if it is installed. `name` must have
-    the suffix of kinds that nothing else identifies, such as g722.
+    Kinds that libsndfile cannot read are decoded by `ffmpeg` if it is installed. If only the suffix
+    identifies a kind, as for g722, `name` must have that suffix.
 
     **Raises**: `EchoError` naming `name` as `load_audio` does, and if there is no audio after
     `start`; `SilentAudioError` if it is silent and `reject_silence`.
@@ -72,12 +72,12 @@ def decode_audio(
 
 
 def _check_sound(audio: np.ndarray, rate: int, name: str) -> None:
-    """Refuse (samples, channels) with hardly any sound."""
+    """Reject (samples, channels) audio that is silent or nearly silent."""
     block = max(1, rate // 100)
     whole = audio[: len(audio) // block * block].reshape(-1, block, audio.shape[1])
     ranges = np.ptp(whole, axis=1).max(axis=1, initial=0.0)
     sound = block / rate * np.count_nonzero(ranges >= 2 * SILENT_PEAK)
-    if sound < _LEAST_SOUND:
+    if sound < _MIN_SOUND:
         what = "silent" if np.abs(audio).max() < SILENT_PEAK else "constant or silent"
         raise SilentAudioError(
             f"{name} is {what}: expected speech, got sound in {sound:.2f} of "

@@ -18,7 +18,7 @@ from echo_eqx.errors import EchoError
 
 _MAX_CHUNKS = 10_000
 _MAX_PADDING = 65_536
-# ASF (wma), TTA, FLV, Monkey's Audio: of joined files ffmpeg reads only the first.
+# ASF (wma), TTA, FLV, Monkey's Audio: if files are concatenated, ffmpeg reads only the first.
 _READ_TO_FIRST_END = (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"TTA1", b"FLV\x01", b"MAC ")
 _RECORDINGS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff", b"riff")
 
@@ -141,8 +141,8 @@ def _chunked_part(
         is_wav = layout.audio == b"data" and layout.first == 12
         if is_wav and any(find_bytes(file, begin, size, b"WAVEfmt ")):
             raise EchoError(
-                f"{name} is joined from several files whose headers have no length; expected one "
-                "recording; write each again with sox or ffmpeg before joining them"
+                f"{name}: expected one recording, got several files joined together whose headers "
+                "have no length; convert each with sox or ffmpeg before joining them"
             )
     if layout.total is not None:
         at, form = start + layout.total[0], layout.total[1]
@@ -154,7 +154,7 @@ def _chunked_part(
 
 
 def _is_placeholder(length: int) -> bool:
-    """Whether a program that writes to a pipe states this length because it cannot know it.
+    """Whether this is a length that programs write to a pipe because they cannot know the real one.
 
     SoX writes about 0x7F000000 or 0x7FFFF000, arecord 2^31, ffmpeg 2^32 - 1 or -1.
     """
@@ -180,7 +180,7 @@ def _is_rest(file: io.BufferedIOBase, layout: _Layout, at: int, size: int) -> bo
 
 
 def _check_boxes(file: io.BufferedIOBase, name: str, at: int, size: int) -> None:
-    """Refuse MP4 files of which ffmpeg would read only the first part."""
+    """Reject joined MP4 files: ffmpeg would read only the first."""
     for number in range(_MAX_CHUNKS):
         head = read_at(file, at, 16).ljust(16, b"\0")
         length, kind = struct.unpack(">I4s", head[:8])
@@ -199,16 +199,16 @@ def _check_length(name: str, length: int, found: int) -> None:
 
 def _followed(name: str, rest: int) -> EchoError:
     return EchoError(
-        f"{name} has {rest} bytes after its audio that its header does not count; expected one "
-        "whole recording; if it is joined from several, or its header was never completed, convert "
+        f"{name}: expected one whole recording, got {rest} bytes after the audio that the header "
+        "does not count; if several files were joined, or the header was never completed, convert "
         "it with sox or ffmpeg"
     )
 
 
 def _joined(name: str) -> EchoError:
     return EchoError(
-        f"{name} is joined from several files, of which players read only the first; expected one "
-        "whole recording; join them with ffmpeg instead"
+        f"{name}: expected one whole recording, got several files joined together, and players "
+        "read only the first; join them with ffmpeg instead"
     )
 
 
@@ -241,7 +241,7 @@ def _nist_part(file: io.BufferedIOBase, name: str, start: int, size: int) -> Par
 
 
 def _check_whole(name: str, length: int, found: int) -> None:
-    """Refuse audio that is shorter than its header says, or followed by other data."""
+    """Reject audio that is shorter than its header says, or followed by other data."""
     _check_length(name, length, found)
     if found - length >= 8:
         raise _followed(name, found - length)

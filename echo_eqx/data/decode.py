@@ -29,7 +29,7 @@ MAX_CHANNELS = 64
 MAX_SAMPLES = 2**29
 """Most samples decoded at once, over all channels: 2 GiB."""
 _BLOCK = 2**20
-_RUN_UP = 0.5
+_PREROLL = 0.5
 """Seconds decoded and dropped before the start: an mp3 or Vorbis frame needs earlier ones."""
 _SAMPLE_BYTES = {
     **{"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4},
@@ -41,7 +41,7 @@ class _Misread(Exception):
     """libsndfile opens a recording, but would not read all of it."""
 
 
-_UNKNOWN = "its kind is not recognised"
+_UNKNOWN = "its kind is not recognized"
 _NOT_READ = (sf.LibsndfileError, OSError, RuntimeError, TypeError, ValueError, _Misread)
 
 
@@ -82,8 +82,8 @@ def audio_seconds(source: AudioSource, name: str) -> float:
     """
     _check_given(source, name)
     if isinstance(source, Path):
-        facts = source.stat()
-        seconds = _seconds_of_file(source, name, facts.st_mtime_ns, facts.st_size)
+        stat = source.stat()
+        seconds = _seconds_of_file(source, name, stat.st_mtime_ns, stat.st_size)
     else:
         seconds = _seconds(source, name)
     if not seconds > 0:
@@ -164,11 +164,11 @@ def _from_parts(
 
 def _samples(sound: sf.SoundFile, begin: int, end: int, name: str) -> np.ndarray:
     """(end - begin, channels) float32; seeks if the file can."""
-    run_up = min(begin, round(_RUN_UP * sound.samplerate)) if sound.seekable() else begin
-    if begin > run_up:
-        sound.seek(begin - run_up)
+    preroll = min(begin, round(_PREROLL * sound.samplerate)) if sound.seekable() else begin
+    if begin > preroll:
+        sound.seek(begin - preroll)
     audio = np.empty((end - begin, sound.channels), np.float32)
-    at = -run_up
+    at = -preroll
     while at < len(audio):
         block = sound.read(min(_BLOCK, len(audio) - at), dtype="float32", always_2d=True)
         if len(block) == 0:
@@ -272,8 +272,8 @@ def _sound(file: io.BufferedIOBase | Path, part: Part, name: str) -> Iterator[sf
         yield sound
 
 
-class _Forward(sf.SoundFile):
-    """For kinds where libsndfile claims it can seek, but cannot."""
+class _Unseekable(sf.SoundFile):
+    """For kinds that libsndfile wrongly reports as seekable."""
 
     def seekable(self) -> bool:
         return False
@@ -287,7 +287,7 @@ def _open(given: Any) -> sf.SoundFile:
     sound.close()
     if not isinstance(given, bytes):
         given.seek(0)
-    return _Forward(cast(Any, given))
+    return _Unseekable(cast(Any, given))
 
 
 def _checked_rate(rate: int, channels: int, name: str) -> int:
@@ -305,7 +305,9 @@ def _without_samples(name: str) -> EchoError:
 def _check_for_ffmpeg(
     file: io.BufferedIOBase | Path, name: str, error: Exception, parts: list[Part] | None
 ) -> None:
-    """Refuse what libsndfile does not read if it is damaged, or if ffmpeg is not installed.
+    """Check that a recording that libsndfile cannot read can be passed on to ffmpeg.
+
+    A damaged one cannot, and ffmpeg has to be installed.
 
     **Raises**: `EchoError` naming `name`, the reason and what to install.
     """
@@ -315,8 +317,9 @@ def _check_for_ffmpeg(
     reason = reason.rstrip(". ") or "its header is damaged"
     is_counted = bool(parts) and all(part.frames is not None for part in parts or ())
     if is_counted and isinstance(error, sf.LibsndfileError) and not _is_ogg(file):
-        # libsndfile reads this kind, and ffmpeg would skip damaged frames silently. In Ogg the
-        # checksums of all pages are right, and libsndfile does not read every FLAC.
+        # libsndfile reads this kind, so it is damaged, and ffmpeg would skip damaged frames
+        # silently. Ogg is different: all page checksums are right by now, and libsndfile does not
+        # read every FLAC in Ogg.
         raise EchoError(f"{name} is damaged ({reason}); expected a whole recording") from None
     if has_ffmpeg():
         return

@@ -1,12 +1,12 @@
-"""A bounded cache folder for shards from the Hub, filled ahead and shared by processes.
+"""A size-bounded cache folder for shards from the Hub, prefetched and shared between processes.
 
-An open, locked file descriptor holds a shard or a download, so a process that dies releases it. A
-download is `NAME.SIZE.part` until it is complete, and takes up its full size from the start. A
-shard's modification time is when it was fetched or requested, and 0 once it was opened, so shards
-already read are dropped first.
+A shard or download in use is held by a locked file descriptor, so a process that dies releases it.
+A download is `NAME.SIZE.part` until it is complete, and counts with its full size from the start.
+A shard's modification time is when it was fetched or last requested, and 0 once it was opened, so
+shards already read are dropped first.
 
-Downloads are our own, not `hf_hub_download`: that one starts over after a killed process, does not
-check where a resumed response starts, and knows no bound.
+`hf_hub_download` is not used, because it starts over after a process was killed, does not check
+where a resumed response starts, and has no size limit.
 """
 
 import contextlib
@@ -31,32 +31,32 @@ from echo_eqx.hub import HubOffline, HubUnavailable, hub_errors
 
 NUM_THREADS = 4
 MAX_ATTEMPTS = 8
-"""Attempts in a row without progress before a download is given up."""
+"""Consecutive attempts without progress before a download fails."""
 MAX_DOWNLOADS = 3
-"""Downloads of a file whose content is wrong, before that is an error."""
+"""Complete downloads with the wrong content before that is an error."""
 BACKOFF = 1.0
 """Seconds before the second attempt; doubles from there, with jitter."""
 MAX_BACKOFF = 60.0
 TIMEOUT = 30.0
 ROOM_WAIT = 600.0
-"""Seconds to wait for room that other readers of the folder take up."""
+"""Seconds to wait for space that other readers of the folder occupy."""
 CLOSE_WAIT = 5.0
-"""Seconds that closing waits for the threads; later they end with the process."""
+"""Seconds that `close` waits for the threads; any still running end with the process."""
 UNUSED = 3600.0
-"""Seconds after which a shard that nobody requested is dropped for a prefetched one."""
+"""Seconds since its last request after which a shard may be dropped for a prefetched one."""
 _CACHED = re.compile(r"[0-9a-f]{24}\.[0-9]+\.(tar|part)")
 """File names of this cache. Other files in the folder are never dropped."""
 _POLL = 0.1
 
 
 class CorruptDownload(EchoError):
-    """The downloaded bytes are not the file that is listed."""
+    """The downloaded bytes differ from the listed file."""
 
 
 class ShardCache:
     """Shards as open files; those on the Hub are kept in `folder`, within `max_bytes`.
 
-    Each `DataLoader` has its own; several, also in other processes, may share the folder.
+    Each `DataLoader` has its own; several may share the folder, also in different processes.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -79,7 +79,7 @@ class ShardCache:
             )
 
     def request(self, shard: Shard) -> None:
-        """Fetch a shard in the background if there is room that is not needed sooner.
+        """Fetch a shard in the background, if there is space that is not needed sooner.
 
         Cheap to repeat; errors are raised by `open`.
         """
@@ -99,7 +99,7 @@ class ShardCache:
         self._waiting.put((future, shard))
 
     def open(self, shard: Shard) -> int:
-        """Descriptor of a complete shard. The cache keeps it until `os.close`.
+        """Descriptor of a complete shard, which the cache keeps until the descriptor is closed.
 
         **Raises**: `EchoError` if it cannot be fetched or opened.
         """
@@ -128,9 +128,9 @@ class ShardCache:
                 deadline = time.monotonic() + ROOM_WAIT
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"shard {shard.name}: no room for its {shard.size} bytes in {ROOM_WAIT:.0f} s, "
-                    f"because other readers of {self.folder} hold it or the room; raise --cache_gb "
-                    "or set a lower --num_streams"
+                    f"shard {shard.name}: no space for its {shard.size} bytes within "
+                    f"{ROOM_WAIT:.0f} s, because other readers of {self.folder} hold the shard or "
+                    "the space; raise --cache_gb or set a lower --num_streams"
                 )
             self._closed.wait(_POLL)
 
@@ -167,7 +167,8 @@ class ShardCache:
             raise EchoError(f"shard {shard.name} was not fetched because the loader was closed")
 
     def _fetch(self, shard: Shard, demanded: bool) -> bool:
-        """Whether the shard is here now; not if there is no room or another process fetches it."""
+        """Whether the shard is complete now; false if there is no space for it, or another process
+        is fetching it."""
         self._check_open(shard)
         whole = self._whole(shard)
         try:
@@ -184,7 +185,7 @@ class ShardCache:
         return True
 
     def _reserve(self, shard: Shard, demanded: bool) -> int | None:
-        """Locked descriptor of the shard's download, with room for its full size."""
+        """Locked descriptor of the shard's download, with space reserved for its full size."""
         self.check_fits(shard.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self._whole(shard).with_suffix(".part")
@@ -203,8 +204,8 @@ class ShardCache:
             yield
 
     def _make_room(self, size: int, demanded: bool) -> bool:
-        """Drop shards until `size` more bytes fit: never one that is held, and for a prefetch
-        (not `demanded`) none that is still to be read."""
+        """Drop shards until `size` more bytes fit; never one that is held, and for a prefetch (not
+        `demanded`) none that is still to be read."""
         files = []
         total = 0
         for path in self.folder.iterdir():

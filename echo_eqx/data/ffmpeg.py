@@ -95,11 +95,11 @@ def ffmpeg_decoding(
 def _blocks(
     process: subprocess.Popen[bytes],
     errors: io.BufferedRandom,
-    facts: tuple[int, int, float | None],
+    stream: tuple[int, int, float | None],
     name: str,
     place: str,
 ) -> Iterator[np.ndarray]:
-    rate, channels, seconds = facts
+    rate, channels, seconds = stream
     width, count = 4 * channels, 0
     assert process.stdout is not None
     while data := process.stdout.read(_BLOCK_BYTES // width * width):
@@ -110,7 +110,7 @@ def _blocks(
     errors.seek(0)
     # After some kinds of damage ffmpeg continues and only prints a message.
     if (said := errors.read(4096).decode(errors="replace").strip()) or code:
-        raise _refusal(name, place, said or f"exit {code}")
+        raise _decoding_error(name, place, said or f"exit {code}")
     if seconds is not None and count / rate < 0.99 * seconds - 0.1:
         raise EchoError(
             f"{name} is truncated: its header says {seconds:.2f} s, got {count / rate:.2f} s; "
@@ -142,9 +142,9 @@ def _probe(
         rate, channels = int(audio["sample_rate"]), int(audio["channels"])
     except (StopIteration, KeyError, ValueError):
         said = done.stderr.decode(errors="replace").strip() or "it has no audio"
-        raise _refusal(name, place, said) from None
+        raise _decoding_error(name, place, said) from None
     if rate < 1 or channels < 1:
-        raise _refusal(name, place, f"{channels} channels at {rate} Hz")
+        raise _decoding_error(name, place, f"{channels} channels at {rate} Hz")
     format_ = found.get("format", {})
     is_guess = format_.get("format_name") in (*_LENGTH_IS_A_GUESS, *HEADERLESS.values())
     said = audio.get("duration") or (format_.get("duration") if len(streams) == 1 else None)
@@ -157,7 +157,7 @@ def _rewind(handles: tuple[int, ...]) -> None:
         os.lseek(handle, 0, os.SEEK_SET)
 
 
-def _refusal(name: str, place: str, said: str) -> EchoError:
+def _decoding_error(name: str, place: str, said: str) -> EchoError:
     reason = re.sub(r" @ 0x[0-9a-f]+", "", said.splitlines()[0].replace(place, name))
     if "whitelist" in reason:  # followed by the whole list
         reason = "this kind is not decoded"

@@ -1,4 +1,4 @@
-"""FLAC (RFC 9639): the length by the last frame, because streams do not give it in the header."""
+"""FLAC (RFC 9639): the length is read from the last frame, since streams lack it in the header."""
 
 import io
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ def _part(file: io.BufferedIOBase, name: str, start: int, end: int) -> Part:
     if len(info) < 18:
         raise truncated(name, "its header is incomplete")
     block_size = int.from_bytes(info[:2])
-    facts = int.from_bytes(info[10:18])
-    claimed = facts & (2**36 - 1)
+    packed = int.from_bytes(info[10:18])  # sample rate, channels, bits per sample, total samples
+    claimed = packed & (2**36 - 1)
     longest = int.from_bytes(info[7:10])
     window = min(end - start, max(longest + 16, 2**14) if longest else _MAX_FRAME)
     tail = read_at(file, end - window, window)
@@ -51,7 +51,7 @@ def _part(file: io.BufferedIOBase, name: str, start: int, end: int) -> Part:
         raise truncated(name, reason)
     if whole.end >= 2**36:
         raise EchoError(f"{name} is damaged: its last frame has the number {whole.end}")
-    right = (facts >> 36 << 36 | whole.end).to_bytes(8)
+    right = (packed >> 36 << 36 | whole.end).to_bytes(8)
     return Part.patched(start, end, {start + 18: right}, frames=whole.end)
 
 

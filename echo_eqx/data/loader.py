@@ -38,7 +38,7 @@ PREFETCH = 2
 
 @dataclass(frozen=True)
 class SequenceLengths:
-    """Lengths that every sample is cut or padded to; frames are latent frames."""
+    """Lengths that every sample is truncated or padded to; frames are latent frames."""
 
     latent_dim: int
     max_frames: int
@@ -48,7 +48,10 @@ class SequenceLengths:
 
 
 class HostBatch(NamedTuple):
-    """This host's rows of a batch, as NumPy arrays; axes as in `echo_eqx.config`."""
+    """This host's rows of a `Batch` (`echo_eqx.flow.objective`), as NumPy arrays with its fields.
+
+    Axes as in `echo_eqx.config`.
+    """
 
     latents: np.ndarray
     """(b, t, c) float32, the recording, padded with silence."""
@@ -65,18 +68,18 @@ class HostBatch(NamedTuple):
 
 
 class LoadedBatch(NamedTuple):
-    """A batch, "shard:key" of each row, and the cursor after it."""
+    """A batch, the "shard:key" of each row, and the cursor after the batch."""
 
     batch: Any
     """`HostBatch`, or another named tuple of arrays (b, ...)."""
     keys: list[str]
     cursor: dict[str, list[int]]
     counts: Mapping[str, int] = {}
-    """What was skipped or cut so far in this process, by its name in `metrics.jsonl`."""
+    """Samples skipped or truncated so far in this process, by their key in `metrics.jsonl`."""
 
 
 def choose_num_streams(batch_size: int, num_shards: int, given: int | None = None) -> int:
-    """`given`, else the most streams with equal or nearly equal numbers of shards.
+    """`given`, or else the largest number of streams that get (nearly) the same number of shards.
 
     **Raises**: `UsageError` if `given` does not divide the batch or exceeds the shards.
     """
@@ -98,8 +101,8 @@ def choose_num_streams(batch_size: int, num_shards: int, given: int | None = Non
 
 
 def first_width(shard_index: ShardIndex) -> int | None:
-    """Latent width of the first readable record; None if the first shard, the only one that is
-    looked at, has none or is not on this machine."""
+    """Latent width of the first readable record in the first shard; None if there is none, or the
+    shard is not on this machine."""
     path = shard_index.shards[0].path
     if path is None:
         return None
@@ -112,9 +115,9 @@ def first_width(shard_index: ShardIndex) -> int | None:
 
 
 class DataLoader:
-    """Endless batches of the rows that `streams` have in the global batch.
+    """An endless iterator over this host's rows of global batches: those that `streams` fill.
 
-    Closing it closes `cache` too. `log` counts what is skipped or cut.
+    Closing it closes `cache` too. `log` counts what is skipped or truncated.
     """
 
     def __init__(
@@ -133,11 +136,11 @@ class DataLoader:
         broken_log: Path | None = None,
         skip_longer: bool = False,
     ):
-        """`batch_size` is global; `silence` (n, c) pads recordings, its last frame repeated.
+        """`batch_size` is global. `silence` (n, c) pads recordings; its last frame is repeated.
 
-        `cursor` is that of a `LoadedBatch`, or those of all hosts merged. It is an error if more
-        than the share `max_broken` of the records is broken; each is listed once in `broken_log`, a
-        JSON lines file. Longer recordings and texts are cut, or left out with `skip_longer`.
+        `cursor` is that of a `LoadedBatch`, or those of all hosts merged. More than a fraction
+        `max_broken` of broken records is an error; each is listed once in `broken_log`, a JSON
+        lines file. Samples that are too long are truncated, or left out with `skip_longer`.
 
         **Raises**: `EchoError` if cursor or silence do not fit, or the shards that are open at once
         exceed the cache. Errors of the background thread are raised while iterating.
@@ -175,7 +178,7 @@ class DataLoader:
 
     @property
     def examples(self) -> dict[str, str]:
-        """A sentence about the first case of everything that is counted."""
+        """For each counter, a sentence about its first case."""
         return self.log.examples
 
     def __iter__(self) -> Iterator[LoadedBatch]:

@@ -1,4 +1,4 @@
-"""MP3 (MPEG layer III, and II): the length by counting frames, because few headers give it."""
+"""MP3 (MPEG layers II and III): frames are counted, because few headers give the length."""
 
 import io
 from collections.abc import Callable
@@ -16,9 +16,9 @@ _BITRATES = {  # kbit/s by index, of a layer in MPEG 1 or in MPEG 2 and 2.5
 }
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _EMPTY_TAG = b"ID3\x04" + bytes(5) + b"\x40" + bytes(64)
-"""libsndfile does not recognise every first frame, but always recognises this."""
+"""libsndfile does not recognize every first frame, but always recognizes this tag."""
 _Read = Callable[[int, int], bytes]
-"""Reads up to so many bytes from an offset."""
+"""`(offset, count)`: reads up to `count` bytes."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def _side_info(version: int, is_mono: bool) -> int:
 
 
 def _claimed_frames(frame: bytes, header: _Header) -> int | None:
-    """Number of frames by a Xing, Info or VBRI header: 0 if it has none, None without header."""
+    """Number of frames according to a Xing, Info or VBRI header: 0 if it gives none, None if there
+    is no such header."""
     at = 4 + _side_info(header.version, header.is_mono)
     if frame[at : at + 4] in (b"Xing", b"Info"):
         has_count = int.from_bytes(frame[at + 4 : at + 8]) & 1

@@ -39,7 +39,7 @@ class _Link:
 
 
 def ogg_parts(file: io.BufferedIOBase, name: str, start: int, size: int) -> list[Part] | None:
-    """The recordings from `start` on; None if libsndfile does not know what is in them.
+    """The recordings from `start` on; None if libsndfile does not read what is in them.
 
     A stream without an end flag is complete if its last page is and no packet continues after it,
     because a recorded live stream has no end flag.

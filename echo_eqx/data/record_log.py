@@ -1,4 +1,4 @@
-"""What a data loader skips, cuts or leaves out: counted, and the first case of each named."""
+"""Counts of what a data loader skips, truncates or leaves out, with an example of each."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from echo_eqx.data.tar_index import Skipped
 from echo_eqx.errors import EchoError, printable
 
 MIN_SEEN = 100
-"""Records read before the share of broken ones is judged."""
+"""Records read before the fraction of broken ones is checked."""
 _NAMES = {
     "broken_records": "{} broken records skipped",
     "skipped_members": "{} shard members that belong to no record",
@@ -24,20 +24,20 @@ _NAMES = {
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
-    """Counts as words, such as "3 broken records skipped"; empty where nothing was counted."""
+    """Counts as words, such as "3 broken records skipped"; empty if nothing was counted."""
     return "; ".join(name.format(counts[key]) for key, name in _NAMES.items() if counts.get(key))
 
 
 class RecordLog:
-    """Counts since this process started; they run ahead of the batches already used.
+    """Counts since this process started, including records prefetched but not used yet.
 
-    `broken` counts broken records by kind, `seen` all records read. `first` has a sentence about
-    the first case of everything that is counted, in order of appearance.
+    `broken` counts broken records by kind, and `seen` all records read. `examples` has, for each
+    counter, a sentence about its first case, in order of appearance.
     """
 
     def __init__(self, source: str, max_broken: float, path: Path | None):
-        """It is an error if more than the share `max_broken` of the records of `source` is broken.
-        Broken records and members of no record are listed once in `path`, a JSON lines file."""
+        """More than a fraction `max_broken` of broken records in `source` is an error. They, and
+        members that belong to no record, are listed once each in `path`, a JSON lines file."""
         self.broken: Counter[str] = Counter()
         self.seen = 0
         self.examples: dict[str, str] = {}
@@ -98,14 +98,15 @@ class RecordLog:
             raise EchoError(self.nothing_used("the shards read so far have no record"))
 
     def nothing_used(self, what: str) -> str:
-        """Why there is nothing to train on, with counts and first cases."""
+        """Why there is nothing to train on, with counts and examples."""
         reasons = {**self._counts, "broken_records": self.broken.total()}
         for used in ("cut_recordings", "cut_texts", "cropped_references"):
             reasons.pop(used, None)
-        first = "".join(f"; {sentence}" for sentence in self.examples.values())
+        counted = describe_counts(reasons) or "the shards are empty"
+        examples = "".join(f"; {sentence}" for sentence in self.examples.values())
         return (
-            f"{printable(self._source)}: {what}: {describe_counts(reasons) or 'the shards are empty'}"
-            f"{first}; `echo-eqx inspect_shards` lists them all"
+            f"{printable(self._source)}: {what}: {counted}{examples}; "
+            "`echo-eqx inspect_shards` lists them all"
         )
 
     def _list(self, shard: Shard, key: str, kind: str, detail: str) -> None:
@@ -121,7 +122,7 @@ class RecordLog:
 
 
 def _read_log(path: Path | None) -> set[tuple[str, str]]:
-    """What earlier starts have listed."""
+    """What earlier launches have listed."""
     listed = set()
     if path is not None and path.is_file():
         for line in path.read_text(errors="replace").splitlines():

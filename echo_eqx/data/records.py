@@ -25,8 +25,8 @@ _DTYPES = (np.dtype("<f2"), np.dtype("<f4"))
 
 
 class BrokenRecord(Exception):
-    """A record that is skipped. `kind` is one of tar, missing, size, dtype, shape, nan, json, text,
-    utf8, and `detail` says what was found.
+    """A record that cannot be used. `kind` is one of tar, missing, size, dtype, shape, nan, json,
+    text, utf8, and `detail` says what was found.
     """
 
     def __init__(self, kind: str, detail: str):
@@ -65,7 +65,7 @@ def read_sample(descriptor: int, entry: RecordEntry, latent_dim: int) -> Sample:
 
 
 def latent_width(descriptor: int, entry: RecordEntry) -> int | None:
-    """Channels of a record by the header of its latents; None if the header is invalid."""
+    """Channels of a record, from the header of its latents; None if the header is invalid."""
     if entry.latents is None:
         return None
     offset, size = entry.latents

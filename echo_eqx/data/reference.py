@@ -14,7 +14,7 @@ MAX_SEARCH_SECONDS = 600.0
 """How far into a recording to look for speech."""
 CLIPPED_SHARE = 0.01
 _LOWEST_HERTZ, _LOWEST_OF_SPEECH = 20.0, 80.0
-# Activity is measured in blocks of 10 ms. A block far below the loudest half second, or hardly
+# Activity is measured in blocks of 10 ms. A block far below the loudest half second, or barely
 # above the quietest fifth of the two seconds around it, is not speech. In decibels:
 _BLOCK = 0.01
 _RANGE_DB, _ABOVE_FLOOR_DB, _ALWAYS_DB, _BELOW_PEAK_DB = 26.0, 6.0, 6.0, 50.0
@@ -29,9 +29,9 @@ _BEFORE, _AFTER = 10, 30
 def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np.ndarray:
     """Speech of a recording: (samples,) float32, mono, at `sample_rate`, up to `max_seconds`.
 
-    See `speech_of` for what counts as speech. The first ten minutes are searched.
+    See `extract_speech` for what counts as speech. The first ten minutes are searched.
 
-    **Raises**: `EchoError` naming the file if it cannot be read, or as `speech_of` does.
+    **Raises**: `EchoError` naming the file if it cannot be read, or as `extract_speech` does.
     """
     name, seconds = str(path), max_seconds + 10.0
     while True:
@@ -41,7 +41,8 @@ def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np
         try:
             # Before resampling, which smooths clipped edges.
             check_reference(channels, rate, name)
-            speech = speech_of(soxr.resample(channels, rate, sample_rate), sample_rate, name)
+            resampled = soxr.resample(channels, rate, sample_rate)
+            speech = extract_speech(resampled, sample_rate, name)
         except EchoError:
             if at_end:
                 raise
@@ -52,7 +53,7 @@ def load_reference(path: str | Path, sample_rate: int, max_seconds: float) -> np
         seconds *= 4
 
 
-def speech_of(audio: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
+def extract_speech(audio: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
     """(samples,): the speech in (samples,) or (samples, channels), joined.
 
     A constant offset and rumble below 20 Hz are removed, and channels mixed by `mix_down`. Silence
@@ -75,8 +76,8 @@ def speech_of(audio: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
     if spoken < MIN_SPEECH_SECONDS:
         silent = ", ".join(f"{start:.1f} to {end:.1f} s" for start, end in _stretches(~active)[:4])
         raise EchoError(
-            f"{name} is silent or steady noise from {silent}; expected at least "
-            f"{MIN_SPEECH_SECONDS} s of speech, got {spoken:.2f} s"
+            f"{name}: expected at least {MIN_SPEECH_SECONDS} s of speech, got {spoken:.2f} s; it "
+            f"is silent or steady noise from {silent}"
         )
     return speech
 
@@ -142,7 +143,7 @@ def _active_blocks(audio: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _is_steady(audio: np.ndarray) -> bool:
-    """Whether the level of (samples,) hardly changes, as in noise but not in speech."""
+    """Whether the level of (samples,) is nearly constant, as in noise but not in speech."""
     blocks = audio[: len(audio) // 1000 * 1000].reshape(-1, 1000)
     levels = 10 * np.log10(np.mean(np.square(blocks), axis=1) + 1e-12)
     return float(np.percentile(levels, 95) - np.percentile(levels, 10)) < _STEADY_DB

@@ -4,8 +4,8 @@ Shards are assigned to streams once per run. A stream reads its own shards at it
 order each epoch, and the records of each shard in a new order. The position of a stream is (epoch,
 shard, record); the cursor of a run is the position of every stream.
 
-This is our own, not a library's, because resuming must give the same samples in the same order on
-any number of hosts, without replaying what was read before.
+No library is used, because resuming must give the same samples in the same order on any number of
+hosts, without replaying what was read before.
 """
 
 import os
@@ -21,7 +21,7 @@ from echo_eqx.data.tar_index import RecordEntry, Skipped, index_tar
 from echo_eqx.errors import EchoError
 
 ASSIGN, SHARDS, RECORDS, CROP = range(4)
-"""What a random number is used for; part of its seed."""
+"""What random numbers are used for; part of their seed."""
 
 
 def random_bits(count: int, *entropy: int) -> np.ndarray:
@@ -42,7 +42,7 @@ class ReadResult(NamedTuple):
     key: str
     result: Sample | BrokenRecord
     is_used: bool
-    """Whether `result` is a sample that the reader accepts."""
+    """Whether `result` is a sample that the stream's `accepts` accepted."""
     place: tuple[int, int, int]
     """Index of the shard, epoch, and index of the record in its shard."""
 
@@ -50,8 +50,8 @@ class ReadResult(NamedTuple):
 class SampleStream:
     """The records of the shards with indices `shards`. Not thread-safe.
 
-    Samples that `accepts` rejects are skipped. Each time a shard is opened, `on_skipped` gets its
-    members that belong to no record.
+    Samples that `accepts` rejects are skipped. Each time a shard is opened, `on_skipped` is called
+    with its members that belong to no record.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class SampleStream:
         if self.record >= max(len(self._entries), 1):
             raise EchoError(
                 f"cursor of stream {self.number}: expected a record below {len(self._entries)} in "
-                f"shard {shard.name}, got {self.record}; were the shards changed?"
+                f"shard {shard.name}, got {self.record}; check that the shards did not change"
             )
         if not self._entries:
             self._leave()
@@ -185,5 +185,5 @@ def check_cursor(
         if position[1] >= len(stream.shards):
             raise EchoError(
                 f"cursor of stream {stream.number}: expected a shard below {len(stream.shards)}, "
-                f"got {position[1]}; is it the cursor of other data?"
+                f"got {position[1]}; check that the cursor belongs to this data"
             )

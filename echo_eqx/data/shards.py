@@ -52,8 +52,8 @@ class ShardIndex:
 
     def digest(self) -> str:
         """SHA-256 of names, sizes and revision, but not of where the folder is mounted."""
-        facts = [self.revision, [[shard.name, shard.size] for shard in self.shards]]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        content = [self.revision, [[shard.name, shard.size] for shard in self.shards]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def frame_rate(codec_json: bytes) -> float | None:
@@ -102,7 +102,7 @@ def list_shards(source: str, cache: Path) -> ShardIndex:
 
 
 def _as_stored(path: Path) -> Path:
-    """`path`, or the existing one of its spellings in NFC and NFD."""
+    """`path`, or whichever of its NFC and NFD spellings exists."""
     spellings = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
     return next((found for found in (path, *spellings) if found.exists()), path)
 
@@ -126,8 +126,8 @@ def _local(source: str, folder: Path, names: list[str]) -> ShardIndex:
                 shards.append(Shard(name, path.stat().st_size, path=path.absolute()))
             elif not path.is_dir():
                 raise EchoError(
-                    f"{path}: expected a file, got a link to nothing, a pipe or the like; "
-                    "repair or remove it"
+                    f"{path}: expected a file, got a broken link, a pipe or the like; repair or "
+                    "remove it"
                 )
     except OSError as error:
         raise EchoError(f"cannot read {error.filename}: {error.strerror}") from None
@@ -138,8 +138,8 @@ def _local(source: str, folder: Path, names: list[str]) -> ShardIndex:
 
 def _list_hub(source: str, cache: Path) -> ShardIndex:
     dataset = HubDataset.parse(source)
-    kept = cache / f"listing-{hashlib.sha256(source.encode()).hexdigest()[:24]}.json"
-    known = _read_listing(kept, source)
+    saved = cache / f"listing-{hashlib.sha256(source.encode()).hexdigest()[:24]}.json"
+    known = _read_listing(saved, source)
     if known is not None and dataset.revision and _COMMIT.fullmatch(dataset.revision):
         return known
     try:
@@ -148,15 +148,14 @@ def _list_hub(source: str, cache: Path) -> ShardIndex:
     except HubUnavailable as error:
         if known is not None:
             return known
-        raise EchoError(f"{error}; no earlier listing of it is in {cache}") from None
+        raise EchoError(f"{error}; {cache} has no earlier listing of it either") from None
     if not files:
         raise _no_shards(source)
-    facts = {"source": source, "commit": commit, "files": files}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(kept, facts)
+        write_json(saved, {"source": source, "commit": commit, "files": files})
     except OSError as error:
-        raise EchoError(f"cannot write {kept}: {error}") from None
+        raise EchoError(f"cannot write {saved}: {error}") from None
     return _listing(source, commit, files)
 
 
@@ -177,11 +176,11 @@ def _ask_hub(dataset: HubDataset) -> tuple[str, list[Any]]:
     return commit, sorted(files)
 
 
-def _read_listing(kept: Path, source: str) -> ShardIndex | None:
+def _read_listing(saved: Path, source: str) -> ShardIndex | None:
     try:
-        facts = json.loads(kept.read_text())
-        if facts["source"] == source:
-            return _listing(source, facts["commit"], facts["files"])
+        listing = json.loads(saved.read_text())
+        if listing["source"] == source:
+            return _listing(source, listing["commit"], listing["files"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None

@@ -36,7 +36,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/
 
 
 class TarError(Exception):
-    """The rest of a tar cannot be read; the members before are good."""
+    """The rest of a tar cannot be read; the members before it are intact."""
 
 
 class Member(NamedTuple):

@@ -1,4 +1,4 @@
-"""The records of a tar shard, the offsets of their files, and the members of no record.
+"""The records of a tar shard, the offsets of their files, and members that belong to no record.
 
 A record `key` has the members `key.npy`, `key.json` and optionally `key.ref.npy`. As in WebDataset,
 a key ends at the first dot of the file name, and suffixes are case-insensitive. A key may contain
@@ -13,7 +13,7 @@ from echo_eqx.data.tar import FILE, FOLDER, HARD_LINK, TarError, read_members
 
 _PARTS = {"npy": "latents", "ref.npy": "reference", "json": "json"}
 _MAX_NAME = 4096
-"""Bytes of a path on Linux. Longer names would only cost time."""
+"""Longest path on Linux in bytes. Longer names are not worth the time."""
 
 
 @dataclass(slots=True)
@@ -44,8 +44,8 @@ class Skipped(NamedTuple):
 def index_tar(source: Path | int, skipped: list[Skipped] | None = None) -> list[RecordEntry]:
     """All records of a shard in file order; a last one with `damage` if the shard is damaged.
 
-    `source` is a path or the descriptor of an open file, which stays open. Members of no record
-    are added to `skipped`.
+    `source` is a path or the descriptor of an open file, which stays open. Members that belong to
+    no record are added to `skipped`.
 
     **Raises**: `OSError` if the file cannot be read.
     """
@@ -98,7 +98,7 @@ def _index(descriptor: int, skipped: list[Skipped]) -> list[RecordEntry]:
 
 
 def _key_and_part(name: str) -> tuple[str, str | None]:
-    """The key of a member, and which file of the record it is, or None if it is none."""
+    """The key of a member, and which file of the record it is; None if it is none of them."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     part = _PARTS.get(suffix.lower())

@@ -7,7 +7,7 @@ from typing import TextIO
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".json")
 """Suffixes, in lower case, of files with one JSON object per line."""
 MAX_LINE = 2**24
-"""Longest line in characters. A longer one is damage, and would fill the memory."""
+"""Longest line in characters. A longer one means a damaged file, and could exhaust memory."""
 
 _MARKS = (
     (b"\xef\xbb\xbf", "utf-8-sig"),

@@ -44,10 +44,14 @@ def sample(
 ) -> Float[Array, "b t c"]:
     """Latents (b, num_frames, latent_dim) for a batch of texts, float32.
 
-    **Arguments**: text and reference as in `EchoDiT.__call__` with a leading batch axis, no
-    reference for an arbitrary voice; `num_frames` defaults to the longest seen in training; either
-    `key`, from which each row gets its own noise, or `noise`, standard normal; `progress` is called
-    after every step.
+    **Arguments**:
+    - Text and reference as in `EchoDiT.__call__`, with a leading batch axis. Without a reference
+      the voice is arbitrary.
+    - `num_frames`: by default the longest seen in training.
+    - `settings`: by default `SamplerSettings()`, not what the checkpoint recommends.
+    - Either `key`, from which each row gets its own noise, or standard normal `noise` of shape
+      (b, num_frames, latent_dim).
+    - `progress`: called after every step.
 
     **Raises**: `UsageError` if a setting is out of range or shapes do not match.
     """
@@ -92,13 +96,16 @@ def sample_blockwise(
     progress: Progress | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "b t c"]:
-    """Latents generated block by block, each conditioned on those before it; block-wise models.
+    """Latents generated block by block, each conditioned on the previous ones.
 
-    **Arguments**: as in `sample`; `block_sizes` in frames, multiples of `config.patch_size`;
-    `continuation` f frames of latents to continue, also such a multiple; `noise` one array per
-    block, if no `key` is given.
+    Only for models with `config.blockwise`.
 
-    **Returns**: (b, f + sum(block_sizes), latent_dim), the continuation included.
+    **Arguments**: as in `sample`, and
+    - `block_sizes`: in frames, multiples of `config.patch_size`.
+    - `continuation`: (b, f, c) latents to continue, f a multiple of `config.patch_size`.
+    - `noise`: one (b, block_size, c) array per block, if no `key` is given.
+
+    **Returns**: (b, f + sum(block_sizes), latent_dim) float32, including the continuation.
 
     **Raises**: `UsageError` if the model has no block-wise weights, or sizes do not match.
     """
@@ -170,7 +177,7 @@ def _offset(progress: Progress, done: int, total: int) -> Progress:
 
 
 def _branches(guidance: Guidance, has_speaker: bool) -> tuple[str, ...]:
-    """The condition that each guidance branch drops. No reference, no branch without it."""
+    """The condition that each guidance branch drops. Without a reference, only the text is."""
     if guidance == "joint":
         return ("both",)
     if not has_speaker:

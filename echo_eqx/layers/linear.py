@@ -34,7 +34,8 @@ class Linear(eqx.Module):
     def __call__(
         self, x: Float[Array, "*n i"], *, row_parallel: bool = False
     ) -> Float[Array, "*n o"]:
-        """`row_parallel`: under tensor parallelism, `x` and the rows of `weight` are shards."""
+        """`row_parallel`: under tensor parallelism `x` and the rows of `weight` are shards, so the
+        product is summed over the devices."""
         y = jnp.matmul(x, self.weight.astype(x.dtype), precision=matmul_precision(x.dtype))
         if row_parallel:
             y = psum_tensor(y)
@@ -44,7 +45,7 @@ class Linear(eqx.Module):
 
 
 class Embedding(eqx.Module):
-    """One row per token; ids out of range take the nearest row."""
+    """One row per token id; ids out of range are clipped."""
 
     weight: Float[Array, "v d"]
 
@@ -53,8 +54,8 @@ class Embedding(eqx.Module):
         return cls(INIT_STD * jr.truncated_normal(key, -2.0, 2.0, (vocab_size, dim)))
 
     def __call__(self, ids: Int[Array, " s"]) -> Float[Array, "s d"]:
-        # A product with one-hot rows picks rows exactly, and its gradient is a product too. That of
-        # a gather would be a scatter: slow on TPU, and not deterministic on GPU.
+        # A product with one-hot rows picks rows exactly, and its gradient is a product too. The
+        # gradient of a gather is a scatter: slow on TPU, and not deterministic on GPU.
         rows = self.weight.shape[0]
         one_hot = jax.nn.one_hot(jnp.clip(ids, 0, rows - 1), rows, dtype=self.weight.dtype)
         return jnp.matmul(one_hot, self.weight, precision=jax.lax.Precision.HIGHEST)

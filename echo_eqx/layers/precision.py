@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 
 def matmul_precision(dtype: Any) -> str | None:
-    """What `jax.default_matmul_precision` asks for; float32 products are exact by default.
+    """The precision set by `jax.default_matmul_precision`, or else full precision for float32.
 
-    JAX by itself rounds float32 operands to TF32 on GPU and to bfloat16 on TPU. Here that has to be
-    asked for: `with jax.default_matmul_precision("tensorfloat32"): ...`.
+    JAX's own default rounds float32 operands to TF32 on GPU and to bfloat16 on TPU. Here that is
+    opt-in: `with jax.default_matmul_precision("tensorfloat32"): ...`.
     """
     if dtype != jnp.float32:
         return None

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.data.reference import load_reference, set_loudness, speech_of
+from echo_eqx.data.reference import extract_speech, load_reference, set_loudness
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.flow.sampler import FRAME_BUCKET
 from echo_eqx.model.dit import EchoDiT
@@ -31,15 +31,17 @@ def speaker_latents(
 ) -> Float[np.ndarray, "r c"]:
     """Latents (r, c) of a reference voice, cropped to whole patches.
 
-    Of a recording only the speech is used, without leading silence or steady noise and without DC
-    offset, at the loudness that the model was trained with. Latents are used as they are.
+    Only the speech of a recording is used: silence, steady noise and DC offset are removed, and the
+    loudness is set to that of the training data. Latents are used as they are.
 
-    **Arguments**: `speaker` as in `synthesize`; `max_seconds` of speech to use, by default the
-    longest seen in training; `lufs` integrated loudness to normalize a recording to, by default
-    `dit.generation.reference_lufs`.
+    **Arguments**:
+    - `speaker`: as in `synthesize`.
+    - `max_seconds`: seconds of speech to use, by default the longest seen in training.
+    - `lufs`: integrated loudness to normalize a recording to, by default
+      `dit.generation.reference_lufs`.
 
     **Raises**: `EchoError` naming the reference if it is unreadable, too short, silent, clipped,
-    not finite, or has the wrong shape.
+    not finite, or has the wrong shape; `UsageError` if `max_seconds` or `lufs` is out of range.
     """
     rate, hop = codec.config.sample_rate, codec.config.hop
     trained = dit.config.max_speaker_frames / codec.config.frame_rate
@@ -66,7 +68,7 @@ def speaker_latents(
     if not np.isfinite(array).all():
         raise EchoError(f"{name}: expected finite values, got NaN or infinity")
     if array.ndim == 1:
-        speech = array if is_clean else speech_of(array, rate, name)
+        speech = array if is_clean else extract_speech(array, rate, name)
         speech = speech[: max_frames * hop]
         # The loudness meter ignores everything below -70 LUFS, so quiet speech is scaled up first.
         speech = speech * (0.5 / float(np.abs(speech).max()))
@@ -147,12 +149,14 @@ def trim_to_patches(latents: np.ndarray, dit: EchoDiT) -> np.ndarray:
 
 
 def nearest_voice(dit: EchoDiT, latents: Float[np.ndarray, "r c"]) -> tuple[str, float] | None:
-    """The voice of the model's training data nearest to a reference, and its distance.
+    """Name of the voice in the model's training data nearest to a reference, and its distance.
 
-    The distance is the Mahalanobis distance of mean latents, divided by that of the voice's
-    farthest own recording: above 1 it is another voice. None if the model takes any voice.
+    None if the model takes any voice.
 
-    **Arguments**: `latents` from `speaker_latents`.
+    The distance is the Mahalanobis distance between mean latents, divided by that of the voice's
+    own farthest recording, so above 1 the reference is another voice.
+
+    **Arguments**: `latents` (r, c), from `speaker_latents`.
     """
     known, whitening = dit.generation.voices, np.asarray(dit.generation.voice_whitening)
     if not known or whitening.shape[0] != latents.shape[1]:

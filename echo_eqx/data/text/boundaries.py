@@ -5,8 +5,8 @@ import regex
 from echo_eqx.data.text.clean import TAG
 
 SENTENCE, CLAUSE, WORD, CLOSE_WORDS, UNIT = 0.0, 1.0, 3.0, 6.0, 8.0
-"""Cost of a cut: after a sentence, a clause, a word, between words that belong together such as
-`Dr. Smith`, and inside a word."""
+"""Cost of a cut after a sentence, after a clause, after a word, between words that belong together
+such as `Dr. Smith`, and inside a word."""
 
 # Abbreviations after which a sentence continues, without their last full stop.
 _ABBREVIATIONS = frozenset(
@@ -24,7 +24,8 @@ _BEFORE_NUMBERS = frozenset(
     jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun
     """.split()
 )
-# Myanmar's little section is a comma, although a terminal in Unicode; shad ends in Tibetan.
+# Unicode calls Myanmar's little section a sentence terminal, but it is a comma. In Tibetan, shad
+# ends a sentence.
 _END = regex.compile(
     r"""(?P<ends>[[\p{STerm}…།༎߸]--[၊]]+)[\p{Pe}\p{Pf}"'»]*(?P<space>\s*)""", regex.VERSION1
 )

@@ -19,38 +19,38 @@ from echo_eqx.data.text.clean import TAG, says_something
 from echo_eqx.data.text.width import character_widths, width_of
 
 _TAGS_AT_END = regex.compile(r"(\[S[0-9]+\]\s*)+$")
-# The cost of a cut is in boundaries.py. A piece has a cost too, which grows the emptier it is: at a
-# tenth of what fits, as much as a cut between two words. So pieces have similar lengths.
+# The cost of a cut is in boundaries.py. A chunk has a cost too, the higher the emptier it is: if it
+# fills a tenth of the limit, as much as a cut between two words. So chunks have similar lengths.
 _UNSPACED = regex.compile(
     r"(?<=[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}])\p{L}"
 )
-_PIECE, _EMPTY, _SAYS_NOTHING = 0.3, 4.0, 10.0
+_CHUNK, _EMPTY, _SAYS_NOTHING = 0.3, 4.0, 10.0
 
 _Place = int | np.integer | np.ndarray
 
 
 def split_text(text: str, max_bytes: int, max_width: float) -> list[str]:
-    """`text` in pieces of at most `max_bytes` of UTF-8 and `max_width` of `speaking_width`.
+    """`text` in chunks of at most `max_bytes` of UTF-8 and `max_width` of `speaking_width`.
 
     Text is cut at ends of sentences. A sentence that is too long is cut at commas or between words
-    into pieces of similar length, and a word that is too long between its syllables or characters;
-    a single character may be wider than `max_width`. The joined pieces equal the text, except for
-    white space at the cuts. If the text has speaker tags, each piece begins with the current tag.
+    into chunks of similar length, and a word that is too long between its syllables or characters;
+    a single character may be wider than `max_width`. The joined chunks equal the text, except for
+    white space at the cuts. If the text has speaker tags, each chunk begins with the current tag.
     """
     tags = TAG.findall(text)
-    room = max((len(tag.encode()) + 1 for tag in tags), default=0)
-    limits = _Limits(max(max_bytes - room, 4), max(max_width, 2.0))
-    pieces = []
-    holds = ""
-    for piece in _best_pieces(text, limits):
-        tag = TAG.match(piece)
-        tagged = f"{tag[0].strip()} {piece[tag.end() :]}" if tag else holds + piece
+    tag_bytes = max((len(tag.encode()) + 1 for tag in tags), default=0)
+    limits = _Limits(max(max_bytes - tag_bytes, 4), max(max_width, 2.0))
+    chunks = []
+    current_tag = ""
+    for chunk in _best_chunks(text, limits):
+        tag = TAG.match(chunk)
+        tagged = f"{tag[0].strip()} {chunk[tag.end() :]}" if tag else current_tag + chunk
         tagged = _TAGS_AT_END.sub("", tagged).strip()
         if tagged:
-            pieces.append(tagged)
-        if found := TAG.findall(piece):
-            holds = found[-1].strip() + " "
-    return pieces
+            chunks.append(tagged)
+        if found := TAG.findall(chunk):
+            current_tag = found[-1].strip() + " "
+    return chunks
 
 
 def halve_text(text: str) -> list[str]:
@@ -114,10 +114,10 @@ class _Text:
         return (num_bytes <= limits.num_bytes) & (self.width(start, stop) <= limits.width)
 
     def cost(self, start: _Place, stop: _Place, limits: _Limits) -> Any:
-        """Cost of a piece, which is higher the emptier it is."""
+        """Cost of a chunk: the emptier, the higher."""
         empty = np.maximum(0, 1 - self.width(start, stop) / limits.width)
         is_silent = self.sounds[stop] == self.sounds[start]
-        return _PIECE + _EMPTY * empty**4 + _SAYS_NOTHING * is_silent
+        return _CHUNK + _EMPTY * empty**4 + _SAYS_NOTHING * is_silent
 
 
 def _sums(values: list[int] | list[float]) -> np.ndarray:
@@ -126,7 +126,7 @@ def _sums(values: list[int] | list[float]) -> np.ndarray:
 
 
 def _places(text: str, whole: _Text, limits: _Limits) -> dict[int, float]:
-    """Places to cut and the cost of each; what fits between two places is not cut further."""
+    """Places to cut and the cost of each; text between two places that fits is not cut further."""
     places = dict.fromkeys([0, len(text), *cuts_after_sentences(text)], SENTENCE)
     for start, stop in pairwise(sorted(places)):
         if whole.fits(start, stop, limits):
@@ -148,9 +148,8 @@ def _places_inside(text: str, start: int, stop: int, whole: _Text, limits: _Limi
             cuts += _cuts_by_bytes(whole, cuts[-1], cut, limits.num_bytes)
         cuts.append(cut)
 
-    def load(
-        a: int, b: int
-    ) -> float:  # share of what fits; their sum is at least that of the whole range
+    def load(a: int, b: int) -> float:
+        """Fraction of the limits that the range takes; parts add up to at least the whole range."""
         width = whole.said[b] - whole.said[a] + whole.pauses[b] - whole.pauses[a]
         num_bytes = whole.num_bytes[b] - whole.num_bytes[a]
         return max(width / limits.width, num_bytes / limits.num_bytes)
@@ -176,21 +175,21 @@ def _cuts_by_bytes(whole: _Text, start: int, stop: int, max_bytes: int) -> list[
     return cuts
 
 
-def _best_pieces(text: str, limits: _Limits) -> list[str]:
-    """The pieces with the least total cost (dynamic programming)."""
+def _best_chunks(text: str, limits: _Limits) -> list[str]:
+    """The chunks with the least total cost (dynamic programming)."""
     whole = _Text(text)
     places = _places(text, whole, limits)
     cuts = np.array(sorted(places))
     best, came_from = np.zeros(len(cuts)), [0]
-    first = 0  # the piece from here to the next cut fits
+    first = 0  # the chunk from here to the next cut fits
     for j in range(1, len(cuts)):
         fits = whole.fits(cuts[first:j], cuts[j], limits)
         first = first + int(np.argmax(fits)) if fits.any() else j - 1
         costs = best[first:j] + whole.cost(cuts[first:j], cuts[j], limits)
         best[j] = costs.min() + places[int(cuts[j])]
         came_from.append(first + int(np.argmin(costs)))
-    pieces, j = [], len(cuts) - 1
+    chunks, j = [], len(cuts) - 1
     while j > 0:
-        pieces.append(text[cuts[came_from[j]] : cuts[j]].strip())
+        chunks.append(text[cuts[came_from[j]] : cuts[j]].strip())
         j = came_from[j]
-    return [piece for piece in reversed(pieces) if piece]
+    return [chunk for chunk in reversed(chunks) if chunk]

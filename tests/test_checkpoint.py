@@ -551,7 +551,7 @@ def test_no_room_is_said_before_writing_and_costs_nothing(small_disk):
     state = make_state()
     save(small_disk, 1, state)
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**20))
-    with pytest.raises(EchoError, match=r"takes 0\.00 GiB and \S+ has 0\.00 GiB free"):
+    with pytest.raises(EchoError, match=r"expected 0\.00 GiB free in \S+ for a checkpoint, got"):
         save(small_disk, 2, state)
     assert newest_restorable(small_disk).step == 1
 

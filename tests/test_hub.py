@@ -177,7 +177,7 @@ def test_revisions_and_files_are_told_apart(hub, tmp_path, blockwise_dit):
 
 
 def test_an_empty_name_is_not_the_current_folder():
-    with pytest.raises(EchoError, match="is named ''"):
+    with pytest.raises(EchoError, match="got ''"):
         find_weights("")
 
 

@@ -513,14 +513,14 @@ def test_our_own_codec_in_parts_loads(tmp_path, golden_codec):
     [
         (lambda index: index.write_text("{}"), "weight_map"),
         (lambda index: index.write_text("[" * 9000), "nested too deeply"),
-        (lambda index: index.write_text('{"weight_map": {"a": 5}}'), "expected files"),
+        (lambda index: index.write_text('{"weight_map": {"a": 5}}'), "next to it, got '5'"),
         (lambda index: index.write_text('{"weight_map": {"a": "../x.safetensors"}}'), "got '../x"),
         (lambda index: index.write_text('{"weight_map": {"a": "/etc/x.safetensors"}}'), "got '/e"),
         (lambda index: index.write_text('{"weight_map": {"a": "x.safetensors"}}'), "x.safetensors"),
         (lambda index: next(index.parent.glob("*-00002-*")).unlink(), "00002-of-00003"),
         (
             lambda index: save_file({"x": np.ones(2)}, next(index.parent.glob("*-00002-*"))),
-            "it is not there",
+            "-00002-of-00003.safetensors, got none",
         ),
         (
             lambda index: index.write_text(index.read_text().replace('"out_proj.bias"', '"other"')),

@@ -23,7 +23,7 @@ FLOATS = {np.dtype(kind) for kind in (np.float16, np.float32, np.float64, ml_dty
 
 @dataclass(frozen=True)
 class Sources:
-    """The tensors that make up a leaf, and how."""
+    """The names of the tensors that make up a leaf, and a function that assembles it from them."""
 
     names: list[str]
     assemble: Callable[[list[np.ndarray]], np.ndarray]
@@ -56,8 +56,8 @@ def load_into(
     **Arguments**: `sources` says, for a leaf's name, which tensors it is made of; `arrays[name]`
     reads a tensor and `names` lists them all; `where` names the source in errors.
 
-    **Raises**: `EchoError` naming the tensor that is missing, left over, of another shape, of no
-    floating type or not finite.
+    **Raises**: `EchoError` naming the tensor that is missing, left over, of another shape, not
+    floating-point or not finite.
     """
     abstract, treedef = jax.tree.flatten(skeleton)
     known = set(names)
@@ -78,7 +78,7 @@ def load_into(
                 f"(from {source.names[0]} of shape {shapes})"
             )
         unused.difference_update(source.names)
-        # A copy of its own, cast here: views of the file stay behind and nothing is compiled.
+        # Copied and cast on the host, so that no view of the file is kept and nothing is compiled.
         filled.append(jax.device_put(array.astype(leaf.dtype)))
     if unused:
         raise EchoError(
@@ -100,13 +100,13 @@ def _checked(name: str, known: set[str], arrays: Any, where: str) -> np.ndarray:
 
 
 def check_sizes(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse, before any work is done with it, a config with numbers that no tensor can have.
+    """Reject a config with sizes that none of its tensors has, before any work is done with it.
 
-    `shapes` are those of the source's tensors, which take as many bytes as they say.
+    `shapes` are those of the source's tensors, which are backed by as many bytes in the file.
     """
     largest = max((max(shape, default=0) for shape in shapes.values() if 0 not in shape), default=0)
     for name, value in _sizes(dataclasses.asdict(config), ""):
-        # A layer of an LSTM is a tensor of its own; all others are along an axis.
+        # Each LSTM layer has tensors of its own; all other sizes are along an axis.
         limit = len(shapes) if name.endswith("num_lstm_layers") else largest
         if value > limit:
             raise EchoError(
@@ -116,7 +116,7 @@ def check_sizes(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) 
 
 
 def _sizes(fields: Mapping[str, Any], where: str) -> Iterator[tuple[str, int]]:
-    """Sizes of a config that are in the shape of some tensor."""
+    """Sizes in a config that occur in the shape of some tensor."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from _sizes(value, f"{where}{name}.")
@@ -127,7 +127,7 @@ def _sizes(fields: Mapping[str, Any], where: str) -> Iterator[tuple[str, int]]:
 
 
 def check_memory(skeleton: Any, where: str) -> None:
-    """Refuse, before anything is allocated, a model that does not fit the free memory."""
+    """Reject a model that does not fit into free memory, before anything is allocated."""
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(skeleton))
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None

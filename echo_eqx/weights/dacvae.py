@@ -54,7 +54,7 @@ def _config(content: dict, source: Tensors, path: Path) -> CodecConfig:
 
 
 def _watermark(config: CodecConfig, source: Tensors) -> dict[str, Any]:
-    """Sizes of the watermark path, which no metadata says."""
+    """Sizes of the watermark path, read from shapes because the metadata lacks them."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in source or source[name].ndim != rank:
@@ -117,7 +117,7 @@ def _module_name(module: str, config: CodecConfig) -> str:
 
 
 def _sources(leaf: str, config: CodecConfig) -> Sources:
-    """Tensors behind one of our leaves, and how they make it up."""
+    """The published tensors that make up one of our leaves, and how."""
     if leaf == "watermark.message_embedding":
         return Sources(["decoder.wm_model.msg_processor.msg_processor.weight"], single)
     if lstm := re.fullmatch(r"watermark\.(encoder|decoder)_lstm\.layers\.(\d+)\.(\w+)", leaf):

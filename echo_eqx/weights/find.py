@@ -44,15 +44,15 @@ def find_candidates(
 ) -> list[Path]:
     """Where the weights of `source` are, downloaded once if it is on the Hub. Nothing is verified.
 
-    "voice" is the small voice in the package; `kind` says which of its two models is meant. Any
-    other file, or the path of a checkpoint, is itself. A folder or repository is searched for the
-    usual names, then for its only file of weights. Of a run folder it is each complete checkpoint,
-    newest first, and before each the file of weights that was exported from it, with `exports`.
+    "voice" is the small voice in the package; `kind` says which of its two models is meant. The
+    path of a file or checkpoint is returned as it is. A folder or repository is searched for the
+    usual names, then for its only file of weights. A run folder gives all its complete checkpoints,
+    newest first, each preceded by the file of weights exported from it, if `exports`.
 
     **Raises**: `EchoError` if there is nothing, or several files to choose from.
     """
     if not str(source):
-        raise EchoError(f"the {kind} is named '': expected a file, a folder, a Hub id or voice")
+        raise EchoError(f"{kind}: expected a file, a folder, a Hub id or voice, got ''")
     if str(source) in SHIPPED:
         return [SHIPPED[str(source)][kind]]
     try:
@@ -91,8 +91,11 @@ def _index_of(path: Path) -> Path | None:
 
 
 def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
-    """A cached file is used without asking the Hub: name a revision to get other weights. The
-    repository is listed if its file of weights has none of the usual names."""
+    """The file of weights in a repository.
+
+    A cached file is used without asking the Hub; name a revision to get other weights. The
+    repository is listed only if none of the usual names is found.
+    """
     where = f"{repo}@{revision}" if revision else repo
     cached = _cached_snapshot(repo, revision or "main")
     names = _files_below(cached)

@@ -57,7 +57,7 @@ class FlaxCheckpoint:
 
 
 def read_flax_checkpoint(path: Path) -> FlaxCheckpoint:
-    """Read a checkpoint without Flax, optax or running anything it names.
+    """Read a checkpoint without Flax or optax, and without running any code that it names.
 
     **Raises**: `EchoError` naming the file and what is wrong in it.
     """
@@ -105,7 +105,7 @@ def _counter(tree: dict, name: str, path: Path) -> int:
 
 
 def _unwrap(value: Any) -> Any:
-    """The array behind an array record or a partitioning wrapper, or the dict of a FrozenDict."""
+    """The array in an array record or a partitioning wrapper, or the dict in a FrozenDict."""
     for _ in range(_MAX_DEPTH):
         if not isinstance(value, Record):
             return value
@@ -118,7 +118,7 @@ def _unwrap(value: Any) -> Any:
             value = value.args[0] if value.args else state.get("_dict", {})
         else:
             return value
-    raise EchoError("records are nested without end")
+    raise EchoError("records are nested too deeply")
 
 
 def _state_dict(record: Record) -> dict:
@@ -152,7 +152,7 @@ def _flatten(tree: Any, path: Path) -> dict[str, np.ndarray]:
 
 
 def _find_adam(opt_state: Any, path: Path) -> dict[str, Any] | None:
-    """The Adam state wherever optimizer chains have put it."""
+    """The Adam state, wherever it is in a chain of optimizers."""
     visits = 0
 
     def search(value: Any, depth: int) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""`load_dit` and `load_codec`: any known file of weights. Its content tells which kind it is."""
+"""`load_dit` and `load_codec`: any known file of weights. Its content tells its format."""
 
 import contextlib
 import logging
@@ -39,12 +39,16 @@ _NAMES = {"dit": "an EchoDiT", "codec": "a codec"}
 def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
     """Load an EchoDiT.
 
-    **Arguments**: `source` "voice" for the small voice in the package, or a file, a folder or a Hub
-    id `owner/name[@revision][:file]` with our safetensors, a Flax checkpoint of the published
-    trainer (pickle), or the community's PyTorch safetensors, which may be sharded or have a prefix
-    that all names share; or a training checkpoint, of which the moving average is read if there is
-    one; or a run folder, of which the newest intact checkpoint is taken, by its export in bfloat16
-    if there is one; `dtype` of the matrices, and so of the computation.
+    **Arguments**:
+    - `source`: "voice" for the small voice in the package, or a file, a folder or a Hub id
+      `owner/name[@revision][:file]` with
+      - our safetensors,
+      - a Flax checkpoint of the published trainer (pickle), or
+      - the community's PyTorch safetensors, possibly sharded or with a prefix on all names;
+
+      or a training checkpoint (its EMA if it has one); or a run folder (its newest intact
+      checkpoint, read from the bfloat16 export if there is one).
+    - `dtype`: of the matrices, and so of the computation.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
@@ -54,9 +58,11 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
 def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
     """Load a DACVAE.
 
-    **Arguments**: `source` "voice" for the codec of the small voice in the package, or a file, a
-    folder or a Hub id `owner/name[@revision][:file]`, holding our safetensors or the published
-    `weights.pth`, or a training checkpoint or run folder, as in `load_dit`; `dtype` of the kernels.
+    **Arguments**:
+    - `source`: "voice" for the codec of the small voice in the package, or a file, a folder or a
+      Hub id `owner/name[@revision][:file]` with our safetensors or the published `weights.pth`, or
+      a training checkpoint or run folder, as in `load_dit`.
+    - `dtype`: of the kernels, and so of the computation.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
@@ -81,7 +87,7 @@ def load_model(source: str | Path, kind: Kind, *, dtype: Any = jnp.float32) -> t
                 raise
             first = first or error
             logger.warning(f"{path} cannot be used ({error}); trying the previous one")
-    raise EchoError(f"no checkpoint in {source} can be used; of the newest, {first}")
+    raise EchoError(f"no checkpoint in {source} can be used; the newest: {first}")
 
 
 def _load_dit(path: Path, dtype: Any) -> EchoDiT:
@@ -151,7 +157,7 @@ def _kind(path: Path) -> str:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name `path` in errors."""
+    """Prefix errors with `path`."""
     try:
         yield
     except EchoError as error:

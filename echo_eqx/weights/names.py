@@ -36,7 +36,7 @@ def _is_matrix(leaf: str) -> bool:
 
 
 def pytorch_sources(leaf: str, config: DiTConfig) -> Sources:
-    """Tensors of the community's PyTorch EchoDiT behind one of our leaves."""
+    """The tensors of the community's PyTorch EchoDiT that make up one of our leaves."""
     name = re.sub(r"time_conditioner\.dense(\d)", lambda m: f"cond_module.{2 * int(m[1])}", leaf)
     name = re.sub(r"_adaln\.(shift|scale|gate)\.(down|up)\.", r"_adaln.\1_\2.", name)
     if not _STACK.search(name):
@@ -83,8 +83,8 @@ def pytorch_config(tensors: Shapes) -> DiTConfig:
 def to_pytorch(leaves: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
     """Our leaves under the names and in the layout of the PyTorch EchoDiT.
 
-    That implementation divides the reference projection by 6: the layer is multiplied by
-    `6 * config.speaker_proj_scale`, which is 1 for the models that came from there.
+    That implementation divides the reference projection by 6, so the layer is multiplied by
+    `6 * config.speaker_proj_scale`, which is 1 for models that came from it.
     """
     out = {}
     for leaf, array in leaves.items():
@@ -108,7 +108,7 @@ _FLAX_GLOBALS = ("shift", "scale", "gate")
 
 
 def flax_sources(leaf: str, config: DiTConfig) -> Sources:
-    """Arrays of a Flax checkpoint behind one of our leaves."""
+    """The arrays of a Flax checkpoint that make up one of our leaves."""
     if leaf == "time_conditioner.dense2.weight":
         names = [f"cond_dense_global_{kind}/kernel" for kind in _FLAX_GLOBALS]
         return Sources(names, lambda arrays: np.concatenate(arrays, axis=1))
@@ -191,13 +191,16 @@ class _CheckedShapes:
 
 
 def _with_limits(config: DiTConfig) -> DiTConfig:
-    """Training lengths are in no shape: those of the preset of the same sizes, if there is one."""
+    """`config` with the training lengths, which no shape reveals, of the preset of the same sizes.
+
+    If there is no such preset, they keep their defaults.
+    """
     for preset in DIT_PRESETS.values():
         limits = {
             name: getattr(preset, name)
             for name in ("max_frames", "max_text_bytes", "max_speaker_frames")
         }
-        # Block-wise parts can be cut off a model.
+        # The block-wise parts of a model may have been left out.
         candidate = dataclasses.replace(config, **limits)
         if candidate == dataclasses.replace(preset, blockwise=config.blockwise):
             return candidate

@@ -1,4 +1,4 @@
-"""Our own safetensors: leaves by name, and metadata that says what the file is and its sizes."""
+"""Our own safetensors: leaves by name, with the kind of model and its sizes in the metadata."""
 
 import json
 from pathlib import Path
@@ -38,14 +38,17 @@ def save(
     layout: Literal["echo_eqx", "pytorch"] = "echo_eqx",
     generation: GenerationConfig | None = None,
 ) -> None:
-    """Write a model as safetensors; the file appears whole or not at all.
+    """Write a model as safetensors, atomically.
 
-    **Arguments**: `path` a file `*.safetensors`, or a folder, which gets `model.safetensors` and
-    `config.json`; `dtype` of the numbers on disk; `layout` "pytorch" writes an EchoDiT under the
-    names of the community's PyTorch model; `generation` how to speak with
-    an EchoDiT, by default as `model.generation` says.
+    **Arguments**:
+    - `path`: a file `*.safetensors`, or a folder, which gets `model.safetensors` and `config.json`.
+    - `dtype`: of the numbers on disk.
+    - `layout`: "pytorch" writes an EchoDiT with the names and shapes of the community's PyTorch
+      model.
+    - `generation`: recommended settings to store with an EchoDiT, by default `model.generation`.
 
-    **Raises**: `EchoError` if the place cannot be written or a number does not fit `dtype`.
+    **Raises**: `EchoError` if `path` cannot be written or a number does not fit `dtype`;
+    `UsageError` for an unknown `dtype` or `layout`, or a codec with `layout="pytorch"`.
     """
     path = Path(path)
     array_dtype(dtype)
@@ -54,7 +57,7 @@ def save(
     leaves = {name: np.asarray(leaf, np.float32) for name, leaf in named_leaves(model).items()}
     if layout == "pytorch":
         if not isinstance(model, EchoDiT):
-            raise UsageError("only an EchoDiT has a PyTorch layout; a codec has none")
+            raise UsageError("layout: expected echo_eqx for a codec, got 'pytorch'")
         leaves = to_pytorch(leaves, model.config)
         metadata = {"format": "pt"}
     else:
@@ -89,7 +92,7 @@ def _to_disk(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def native_kind(file: SafetensorsFile | ShardedSafetensors) -> str | None:
-    """ "dit" or "codec" for a file of ours, None for another."""
+    """ "dit" or "codec" for one of our files, None for any other."""
     if file.metadata.get("format") != FORMAT:
         return None
     kind = file.metadata.get("kind")
@@ -99,7 +102,7 @@ def native_kind(file: SafetensorsFile | ShardedSafetensors) -> str | None:
 
 
 def native_config(file: SafetensorsFile | ShardedSafetensors) -> DiTConfig | CodecConfig:
-    """The config that a file of ours carries."""
+    """The config in one of our files."""
     try:
         data = parse_json(file.metadata["config"].encode("utf-8", "surrogatepass"))
         return from_json(CONFIGS[native_kind(file) or ""], data)
@@ -110,7 +113,7 @@ def native_config(file: SafetensorsFile | ShardedSafetensors) -> DiTConfig | Cod
 
 
 def native_generation(file: SafetensorsFile | ShardedSafetensors) -> GenerationConfig:
-    """How to speak with the model of a file of ours, as far as the file says."""
+    """The recommended generation settings in one of our files; defaults if it has none."""
     try:
         return generation_from_json(json.loads(file.metadata.get(GENERATION, "{}")))
     except (EchoError, ValueError, RecursionError) as error:
@@ -118,14 +121,14 @@ def native_generation(file: SafetensorsFile | ShardedSafetensors) -> GenerationC
 
 
 def generation_metadata(generation: GenerationConfig) -> dict[str, str]:
-    """What a file says of `generation`: nothing where it is the default."""
+    """`generation` as metadata of a file; empty if it is the default."""
     if generation == GenerationConfig():
         return {}
     return {GENERATION: json.dumps(to_json(generation))}
 
 
 def array_dtype(name: str) -> Any:
-    """A dtype of parameters by name, for `load_dit` and `load_codec`."""
+    """The dtype called `name`, for `load_dit` and `load_codec`."""
     if name not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     return jnp.dtype(DTYPES[name])

@@ -1,9 +1,9 @@
 """A pickle reader that cannot run code.
 
-It is our own because `pickle` runs whatever a file names, even with a list of allowed classes: it
-calls those. This one interprets the opcodes itself and builds only numbers, strings,
-containers, arrays and inert records. A file that names an unknown class is refused. Array bytes are
-views of the file, so memory is needed only for the arrays that are read.
+Python's `pickle` runs whatever a file names, and even with an allowlist it calls the allowed
+classes. This reader interprets the opcodes itself and builds only numbers, strings, containers,
+arrays and inert records. A file that names an unknown class is refused. Array bytes are views of
+the file, so memory is needed only for the arrays that are read.
 
 The format: https://github.com/python/cpython/blob/3.12/Lib/pickletools.py
 """
@@ -26,7 +26,7 @@ Buffer = bytes | memoryview
 
 @dataclass
 class Record:
-    """What stands for an object: the name of its class, its arguments and its state."""
+    """A stand-in for an object: the name of its class, its arguments and its state."""
 
     name: str
     args: tuple = ()
@@ -51,7 +51,7 @@ PARSE_ERRORS = (
     ValueError,
     struct.error,
 )
-"""What Python raises where a file is not what it should be."""
+"""What Python raises on malformed data."""
 
 Builder = Callable[[tuple], Any]
 """What a known class or function does with its arguments."""
@@ -124,7 +124,7 @@ class _Machine:
         raise EchoError("the pickle is truncated: it has no end")
 
     def _argument(self, op, position: int) -> tuple[Any, int]:
-        """The raw argument of an opcode, as bytes, and where the next one begins."""
+        """The raw argument of an opcode, as bytes, and where the next opcode begins."""
         if op.arg is None:
             return b"", position
         if op.arg.n >= 0:
@@ -219,7 +219,7 @@ class _Machine:
                 args, target = _expect(stack.pop(), tuple), _expect(stack.pop(), Global)
                 value = self.known[target.name](args)
                 if isinstance(value, bytes):
-                    # A file may hold a string once and have it encoded a million times.
+                    # A file may contain a string once and have it encoded a million times.
                     self.copied += len(value)
                     if self.copied > len(self.data):
                         raise EchoError("its arrays are larger than the file")
@@ -235,7 +235,7 @@ class _Machine:
                 raise EchoError(f"opcode {op} is refused: only plain data and arrays are read")
 
     def _pop_to_mark(self) -> list:
-        """Values above the last mark, which goes too."""
+        """Pop the values above the last mark, and the mark."""
         values = []
         while (value := self.stack.pop()) is not _MARK:
             values.append(value)
@@ -259,7 +259,7 @@ class _Machine:
         if isinstance(target, Record):
             target.state = state
             if target.name == "ndarray":
-                # The memo may hold the record: it turns into the array in place.
+                # The memo may refer to the record, so it is turned into the array in place.
                 _, shape, dtype, fortran, data = state
                 target.args = (array_from_bytes(data, dtype_of(dtype), shape, fortran),)
             return target
@@ -292,7 +292,7 @@ _DTYPES = {
 
 
 def dtype_of(value: Any) -> np.dtype:
-    """The dtype that a record stands for; only plain numeric ones."""
+    """The dtype that a record stands for; only plain numeric dtypes are allowed."""
     if not (isinstance(value, Record) and value.name == "dtype"):
         raise EchoError("an array has no dtype")
     dtype = _DTYPES[value.args[0]]
@@ -310,7 +310,7 @@ def is_shape(value: Any) -> bool:
 
 
 def array_from_bytes(data: Any, dtype: np.dtype, shape: Any, fortran: Any) -> np.ndarray:
-    """An array over `data`, whose length has to be what shape and type say."""
+    """An array over `data`, whose length must match shape and dtype."""
     if not isinstance(data, bytes | memoryview):
         raise EchoError("an array has no bytes")
     if not is_shape(shape):
@@ -352,9 +352,9 @@ def _encode(args: tuple) -> bytes:
 
 
 def ordered_dict(args: tuple) -> dict:
-    """`collections.OrderedDict()`, which is pickled empty and filled then."""
+    """`collections.OrderedDict()`, which is pickled empty and then filled."""
     if args:
-        raise EchoError("an OrderedDict of something is refused")
+        raise EchoError("an OrderedDict with arguments is refused")
     return {}
 
 

@@ -48,7 +48,7 @@ class _Entry:
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
-    """Of its first byte in the file."""
+    """Offset of its first byte in the file."""
     num_bytes: int
 
 
@@ -93,7 +93,7 @@ class SafetensorsFile:
         return entry is not None and (entry.dtype, entry.shape) == (dtype, shape)
 
     def verify(self, name: str) -> None:
-        """Read a tensor in small blocks and compare it with its checksum, unless that was done.
+        """Read a tensor in blocks and compare it with its checksum, unless that was already done.
 
         **Raises**: `EchoError` if the tensor is missing, unreadable or not what was written.
         """
@@ -112,7 +112,7 @@ class SafetensorsFile:
         return data.view(entry.dtype).reshape(entry.shape)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A box of a tensor, which is verified whole the first time.
+        """A slice of a tensor. The whole tensor is verified the first time.
 
         **Raises**: `EchoError` if the tensor is missing, unreadable or not what was written.
         """
@@ -199,7 +199,7 @@ def _metadata(found: Any) -> dict[str, str]:
 
 
 def _entries(header: dict[str, Any], base: int, size: int) -> dict[str, _Entry]:
-    """Tensors in the order of the file. Together they cover it, from the header to the end."""
+    """Tensors in file order. Together they must cover the file from the header to its end."""
     entries = {name: _entry(name, found, base) for name, found in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].num_bytes)))
     position = base

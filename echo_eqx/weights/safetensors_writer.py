@@ -1,13 +1,13 @@
-"""Writing safetensors piece by piece.
+"""A streaming safetensors writer.
 
-It is our own because the library's writer needs all tensors in memory first, while this one writes
-a model larger than that, adds checksums, and gives the same bytes for the same content.
+The library's writer needs all tensors in memory at once. This one can write a model larger than
+memory, adds checksums, and gives the same bytes for the same content.
 
-The format: 8 bytes with the length of a JSON header, the header with type, shape and place of every
-tensor, then the numbers (https://github.com/huggingface/safetensors).
+The format: 8 bytes with the length of a JSON header, the header with dtype, shape and offsets of
+every tensor, then the numbers (https://github.com/huggingface/safetensors).
 
-The metadata gets one entry more, `CHECKSUMS`: CRC-32s in hexadecimal, of the header (in which its
-own eight digits are zeros) and of each tensor in the order of the file.
+The metadata gets one more entry, `CHECKSUMS`: CRC-32s in hexadecimal, of the header (with its own
+eight digits zeroed) and of each tensor in file order.
 """
 
 import json
@@ -32,7 +32,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to write: what it is, and its numbers in order, in parts of any size."""
+    """A tensor to write; `parts()` yields its numbers in order, in arrays of any size."""
 
     name: str
     dtype: np.dtype
@@ -74,7 +74,7 @@ def write_safetensors(
 
 
 def header_checksum(text: bytes, checksums: str) -> int:
-    """CRC-32 of a header with zeros for its own in `checksums`, the value of `CHECKSUMS`."""
+    """CRC-32 of a header whose own checksum in `checksums`, the value of `CHECKSUMS`, is zeroed."""
     blank = _BLANK + checksums[len(_BLANK) :]
     return zlib.crc32(text.replace(checksums.encode(), blank.encode(), 1))
 

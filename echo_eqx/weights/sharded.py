@@ -1,4 +1,4 @@
-"""Weights as other programs arrange them: in several files with an index, and under one prefix."""
+"""Weights as other programs lay them out: in several files with an index, or under one prefix."""
 
 import re
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ _MAX_PARTS = 1000
 class ShardedSafetensors:
     """The files that an index `*.safetensors.index.json` lists, as one.
 
-    The index is that of the Hugging Face Hub: `weight_map` says for each tensor which file beside
-    the index holds it (https://huggingface.co/docs/transformers/big_models).
+    The index is that of the Hugging Face Hub: `weight_map` names, for each tensor, the file next to
+    the index that holds it (https://huggingface.co/docs/transformers/big_models).
 
     **Raises**: `EchoError` naming the index or a file that cannot be used.
     """
@@ -32,7 +32,7 @@ class ShardedSafetensors:
         }
         for name, file in self._where.items():
             if name not in self._files[file].names:
-                raise EchoError(f"{path}: expected tensor {name[:100]} in {file}; it is not there")
+                raise EchoError(f"{path}: expected tensor {name[:100]} in {file}, got none")
         for file, opened in self._files.items():
             if extra := next((n for n in opened.names if self._where.get(n) != file), None):
                 raise EchoError(f"{path}: tensor {extra[:100]} of {file} is not in the index")
@@ -48,8 +48,8 @@ class ShardedSafetensors:
 
 
 class WithoutPrefix:
-    """Tensors without a prefix that all their names share, as wrappers of a model add: `module.`,
-    `_orig_mod.`, `ema_model.`, also one in the other."""
+    """Tensors with the prefix removed that all their names share. Wrappers of a model add such
+    prefixes: `module.`, `_orig_mod.`, `ema_model.`, also nested."""
 
     def __init__(self, weights: SafetensorsFile | ShardedSafetensors):
         self._weights, self.path = weights, weights.path
@@ -65,7 +65,7 @@ class WithoutPrefix:
 
 
 def shared_prefix(names: Iterable[str], separator: str = ".") -> str:
-    """The longest beginning that all names share, of whole parts."""
+    """The longest prefix of whole parts that all names share."""
     names = list(names)
     first, last = min(names, default=""), max(names, default="")  # all others lie between them
     same = next(
@@ -88,7 +88,7 @@ def weight_map(index: Path) -> dict[str, str]:
         for file in found.values():
             # Nothing outside of the folder is ever read.
             if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-                raise ValueError(f"expected files *.safetensors beside it, got {str(file)[:100]!r}")
+                raise ValueError(f"expected *.safetensors next to it, got {str(file)[:100]!r}")
         if len(shard_files(found)) > _MAX_PARTS:
             raise ValueError(f"it lists more than {_MAX_PARTS} files")
     except OSError as error:

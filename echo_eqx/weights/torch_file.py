@@ -37,8 +37,8 @@ _STORAGES = {
 }
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
-_MAX_LIST = 2**24
-"""Bytes of the list of entries in a zip. One entry takes some 60, and 1 kB in memory."""
+_MAX_DIRECTORY = 2**24
+"""Largest central directory of a zip in bytes. An entry takes some 60, and 1 kB in memory."""
 
 
 KNOWN: dict[str, Builder] = {
@@ -66,13 +66,16 @@ def read_torch_file(path: Path) -> dict[str, Any]:
 
 
 class _Opening(io.FileIO):
-    """Bounds what is read while a zip is opened, which is its list of entries."""
+    """Bounds what is read while a zip is opened: its central directory."""
 
     is_open = False
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if not self.is_open and size is not None and size > _MAX_LIST:
-            raise EchoError(f"{self.name}: its list of entries has {size} bytes")
+        if not self.is_open and size is not None and size > _MAX_DIRECTORY:
+            raise EchoError(
+                f"{self.name}: expected a zip directory of at most {_MAX_DIRECTORY} bytes, got "
+                f"{size}"
+            )
         return super().read(size) or b""
 
 

@@ -48,7 +48,7 @@ def step_of(name: str) -> int | None:
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints in `folder` as (step, path), newest first. None is opened.
+    """Complete checkpoints in `folder` as (step, path), newest first, without opening any.
 
     **Raises**: `EchoError` if `folder` cannot be read.
     """
@@ -66,7 +66,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> int:
 
 
 class TrainingCheckpoint:
-    """A complete checkpoint. Any part of any tensor can be read, and is verified when it is.
+    """A complete checkpoint. Any slice of any tensor can be read, and is verified on reading.
 
     **Raises**: `EchoError` naming the folder if the manifest cannot be used.
     """
@@ -100,7 +100,7 @@ class TrainingCheckpoint:
         self._files: dict[str, SafetensorsFile] = {}
 
     def _check_complete(self) -> None:
-        """Whether moments and average belong to the same weights as those that are here."""
+        """Check that the moments and the EMA have the same tensors as the weights."""
         groups = {
             prefix: {name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)}
             for prefix in _PARALLEL
@@ -116,16 +116,16 @@ class TrainingCheckpoint:
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read share `part` of `parts` of the files, and compare every tensor with its checksum.
 
-        **Raises**: `EchoError` naming the first thing that is wrong.
+        **Raises**: `EchoError` naming the first problem found.
         """
         for file in sorted(self._pieces)[part::parts]:
             for name, piece in self._pieces[file]:
                 self._file(file).verify(piece_name(name, piece.box))
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The part `index` (by default all) of a tensor, from the pieces that overlap it.
+        """The slice `index` of a tensor, by default all of it, from the pieces that overlap it.
 
-        **Raises**: `EchoError` if one of these is missing or damaged.
+        **Raises**: `EchoError` if one of those pieces is missing or damaged.
         """
         tensor = self.tensors[name]
         index = index or (slice(None),) * len(tensor.shape)
@@ -142,12 +142,12 @@ class TrainingCheckpoint:
         return out
 
     def model_arrays(self) -> "ModelArrays":
-        """The weights to generate with: the moving average if there is one."""
+        """The weights to generate with: the EMA if there is one."""
         averaged = any(name.startswith("ema.") for name in self.tensors)
         return ModelArrays(self, "ema." if averaged else "model.")
 
     def generation(self) -> GenerationConfig:
-        """How to generate speech with this model, as far as the run's settings and data say."""
+        """The recommended generation settings that the run recorded."""
         try:
             return generation_from_json(self.manifest.get("generation") or {})
         except EchoError as error:
@@ -201,7 +201,7 @@ class _Tensor:
 
 
 def _checked(name: str, tensor: _Tensor) -> _Tensor:
-    """`tensor` if its pieces form a grid over it, each of them once, in files of the folder."""
+    """`tensor`, if its pieces tile it exactly once and lie in files of the checkpoint's folder."""
     for piece in tensor.pieces:
         inside = len(piece.box) == len(tensor.shape) and all(
             len(interval) == 2 and 0 <= interval[0] < interval[1] <= size
@@ -265,9 +265,9 @@ def _reason(error: Exception) -> str:
 
 
 def open_verified(step: int, path: Path, part: int = 0, parts: int = 1) -> TrainingCheckpoint:
-    """The checkpoint at `path`, whose name says `step`, once share `part` of `parts` is verified.
+    """The checkpoint at `path`, whose name says `step`, with share `part` of `parts` verified.
 
-    **Raises**: `EchoError` naming the first thing that is wrong.
+    **Raises**: `EchoError` naming the first problem found.
     """
     checkpoint = TrainingCheckpoint(path)
     if checkpoint.step != step:

@@ -1,4 +1,4 @@
-"""Which checkpoints to keep, and the safe deletion of others.
+"""Which checkpoints to keep, and how to delete the others safely.
 
 A `checkpoints` folder may hold other things: copies, notes, links. Only regular files and folders
 with exactly the names that the trainer writes are deleted. Everything is opened relative to the run
@@ -29,7 +29,7 @@ def export_name(folder_name: str) -> str:
 
 
 def set_aside_name(name: str) -> str:
-    """A new name for something in the place of a checkpoint."""
+    """A new name for something that is in a checkpoint's place."""
     return f"damaged_{name}_{os.urandom(3).hex()}"
 
 
@@ -81,7 +81,7 @@ def _folder(path: str | Path, inside: int | None = None) -> Iterator[int]:
 
 
 def is_leftover(name: str, handle: int) -> bool:
-    """Whether the folder `name` in `handle` is empty or has files that the trainer wrote."""
+    """Whether the folder `name` in `handle` is empty or contains files that the trainer wrote."""
     try:
         with _folder(name, handle) as inner:
             files = os.listdir(inner)

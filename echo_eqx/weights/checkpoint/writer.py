@@ -51,7 +51,7 @@ from echo_eqx.weights.safetensors_writer import Tensor, write_safetensors
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 1800.0
+_PIECES_TIMEOUT = 1800.0
 """Seconds that process 0 waits for the others' pieces."""
 
 
@@ -126,8 +126,8 @@ class CheckpointWriter:
         free = shutil.disk_usage(self._folder).free
         if needed + 2**20 > free:
             raise EchoError(
-                f"a checkpoint takes {needed / 2**30:.2f} GiB and {self._folder} has "
-                f"{free / 2**30:.2f} GiB free; earlier checkpoints are untouched"
+                f"expected {needed / 2**30:.2f} GiB free in {self._folder} for a checkpoint, got "
+                f"{free / 2**30:.2f} GiB; free some space (earlier checkpoints are untouched)"
             )
 
     def _write(self, folder: Path, pieces, shapes, manifest, cursor) -> None:
@@ -174,13 +174,13 @@ class CheckpointWriter:
         """Wait for the lists of all processes, then write the manifest."""
         tensors = {name: {**entry, "pieces": []} for name, entry in shapes.items()}
         cursors: dict[str, Any] = {}
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _PIECES_TIMEOUT
         for process in range(self._num_processes):
             path = self._list(folder, process)
             while not path.is_file():
                 if time.monotonic() > deadline:
                     raise EchoError(
-                        f"timed out waiting for {path}; do all hosts share {self._folder}?"
+                        f"timed out waiting for {path}; check that all hosts share {self._folder}"
                     )
                 time.sleep(0.02)
             listed = json.loads(path.read_bytes())
@@ -195,7 +195,7 @@ class CheckpointWriter:
         with open_checkpoints(self._folder.parent) as handle:
             if handle is None:
                 return
-            # Later checkpoints can only be damaged ones, from before the run was resumed.
+            # Later checkpoints are damaged ones from before the run was resumed.
             complete = find_checkpoints(self._folder)
             found = [s for s, path in complete if s <= newest and not path.is_symlink()]
             for step in self._retention.drops(found):
@@ -204,7 +204,7 @@ class CheckpointWriter:
 
 
 def _try_to_remove(path: Path, remove: Callable[[], object]) -> None:
-    """Failing to delete an old checkpoint does not stop the run."""
+    """Call `remove`. A failure is only logged: an old checkpoint must not stop the run."""
     try:
         remove()
     except FileNotFoundError:
@@ -214,13 +214,13 @@ def _try_to_remove(path: Path, remove: Callable[[], object]) -> None:
 
 
 def clean_checkpoints(run_dir: Path, restored: TrainingCheckpoint | None) -> None:
-    """Clean the checkpoints folder to resume after `restored`, before anything is written.
+    """Clean the checkpoints folder before a launch that resumes after `restored` writes anything.
 
-    Deletes incomplete checkpoints of killed launches. Renames later checkpoints, which are damaged,
-    and anything else in the place of a checkpoint. Only names that the trainer writes are deleted,
-    never through a link.
+    Incomplete checkpoints of killed launches are deleted. Later checkpoints, which are damaged, are
+    renamed, as is anything else in a checkpoint's place. Only names that the trainer writes are
+    deleted, and never through a link.
 
-    **Raises**: `EchoError` if the path of the checkpoints folder is taken.
+    **Raises**: `EchoError` if the checkpoints folder is something other than a folder.
     """
     folder = run_dir / FOLDER
     if os.path.lexists(folder) and not folder.is_dir():
@@ -266,7 +266,7 @@ def _set_aside(path: Path, aside: Path) -> None:
 
 
 def make_missing_export(checkpoint: TrainingCheckpoint) -> None:
-    """Export `checkpoint` if its launch was killed before it did.
+    """Export `checkpoint` if its launch was killed before the export was written.
 
     **Raises**: `EchoError` if the file cannot be written.
     """
@@ -301,8 +301,8 @@ def export_weights(checkpoint: TrainingCheckpoint, file: Path) -> None:
 def restore_state(checkpoint: TrainingCheckpoint, abstract: State) -> State:
     """The state in `checkpoint`; each device reads only its shards.
 
-    `abstract` holds the shapes and shardings, and may have another mesh than the checkpoint. If the
-    checkpoint has no EMA, the EMA starts from the weights.
+    `abstract` has the shapes and shardings, on any mesh. If it has an EMA and the checkpoint has
+    none, the EMA starts from the weights.
     """
 
     def source(name: str) -> str:
@@ -332,7 +332,7 @@ def put_on_mesh(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _copy_to_host(state: Any) -> list[tuple[str, Box, np.ndarray]]:
-    """The pieces of `state` that this process owns; each is owned by one process."""
+    """The pieces of `state` that this process owns; every piece has exactly one owner."""
     owned = []
     for name, leaf in named_leaves(state).items():
         for shard in leaf.addressable_shards:

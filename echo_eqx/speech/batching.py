@@ -21,7 +21,7 @@ TEXT_BUCKETS = (64, 128, 256, 512)
 
 
 class BatchSampler:
-    """Samples latents of chunks, with one progress count over all batches."""
+    """Samples the latents of chunks, and reports progress over all batches together."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class BatchSampler:
     ) -> dict[tuple[int, ...], np.ndarray]:
         """Latents (num_frames, c) of each chunk by its index.
 
-        `later` are chunks known to follow; they count towards the total of the progress.
+        `later` are chunks that will follow; they count towards the total of the progress.
         """
         batches = list(_batches(chunks, self._batch_size))
         num_later = sum(1 for _ in _batches(later, self._batch_size))
@@ -108,14 +108,14 @@ def _block_sizes(num_frames: int, block_frames: int | None, patch_size: int) -> 
     if block_frames < 1 or block_frames % patch_size or num_frames % patch_size:
         raise UsageError(
             f"block_frames, duration: expected multiples of {patch_size} frames, got blocks of "
-            f"{block_frames} and {num_frames} frames in all"
+            f"{block_frames} and a total of {num_frames}"
         )
     whole, rest = divmod(num_frames, block_frames)
     return [block_frames] * whole + [rest] * (rest > 0)
 
 
 def _buckets(chunk: Chunk) -> tuple[int, int]:
-    """Padded lengths of text and reference. Chunks with the same ones share a program."""
+    """Padded lengths of text and reference. Chunks with equal ones share a compiled program."""
     size = len(chunk.ids)
     text = next((n for n in TEXT_BUCKETS if size <= n), round_up(size, 256))
     return text, 0 if chunk.speaker is None else round_up(len(chunk.speaker), FRAME_BUCKET)

@@ -21,8 +21,8 @@ from echo_eqx.model.dit import EchoDiT
 
 DEFAULT_SECONDS = 15.0
 RETRY_FILL = 0.5
-"""If the speech of a chunk does not end within its length, the chunk is halved, provided that its
-text needs at least this share of the length, by estimate. Otherwise halves would not end either."""
+"""A chunk whose speech does not end within its length is halved if its text is estimated to need at
+least this fraction of the length. For a shorter text, the halves would not end either."""
 
 _MAX_NAMED = 5
 _log = logging.getLogger("echo_eqx.speech")
@@ -49,8 +49,8 @@ class Chunk:
 
 
 def target_seconds(dit: EchoDiT, codec: DACVAE, duration: float | None = None) -> float:
-    """Length generated for each chunk: `duration`, or by default what the model recommends, or else
-    15 s, but at most the longest seen in training.
+    """Seconds generated for each chunk: `duration`, by default what the model recommends, or else
+    15, but at most the longest seen in training.
 
     **Raises**: `UsageError` if `duration` is not positive or longer than that.
     """
@@ -85,7 +85,7 @@ def split_into_chunks(
 def halve_chunk(chunk: Chunk, speaker: np.ndarray, seconds: float) -> list[Chunk]:
     """Two shorter chunks in the same voice.
 
-    Empty if the text cannot be split, or is so short that `seconds` must have been enough for it.
+    Empty if the text cannot be split, or is so short that `seconds` should have been enough.
     """
     if speaking_width(chunk.text) < RETRY_FILL * seconds * CHARACTERS_PER_SECOND:
         return []

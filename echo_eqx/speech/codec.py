@@ -14,8 +14,8 @@ from echo_eqx.weights.find import find_weights
 
 PUBLISHED_CODEC, PUBLISHED_WIDTH = "facebook/dacvae-watermarked", 128
 TOLERANCE = 0.05
-"""RMS difference between the silence latents of one codec, at most. Rounding weights to bfloat16
-changes them by less; latents have a standard deviation of about 1."""
+"""Largest RMS difference between silence latents that still counts as the same codec. Rounding
+weights to bfloat16 changes them by less; latents have a standard deviation of about 1."""
 
 
 def silence_latent(codec: DACVAE) -> Float[np.ndarray, " c"]:
@@ -29,14 +29,13 @@ def check_latent_dim(dit: EchoDiT, codec: DACVAE) -> None:
     """**Raises**: `EchoError` if the codec cannot decode what the model generates."""
     if dit.config.latent_dim != codec.config.latent_dim:
         raise EchoError(
-            f"expected a codec with {dit.config.latent_dim} latent channels, as the checkpoint "
-            f"generates, got one with {codec.config.latent_dim}; use the codec that the model was "
-            "trained with"
+            f"expected a codec with {dit.config.latent_dim} latent channels for this checkpoint, "
+            f"got one with {codec.config.latent_dim}; use the codec that the model was trained with"
         )
 
 
 def codec_mismatch(generation: GenerationConfig, silence: Float[np.ndarray, " c"]) -> str | None:
-    """A warning if a model was trained on latents of another codec, None if nothing shows that.
+    """A warning if a model was trained on latents of another codec, None if there is no sign of it.
 
     **Arguments**: `generation` of the model; `silence` the `silence_latent` of the codec.
     """
@@ -49,7 +48,7 @@ def codec_mismatch(generation: GenerationConfig, silence: Float[np.ndarray, " c"
         return None
     return (
         "expected the codec that the model's training data was encoded with, got another one: its "
-        f"silence latent differs by {rms:.2f} RMS; speech may be noise, see --codec"
+        f"silence latent differs by {rms:.2f} RMS; the speech may be noise, see --codec"
     )
 
 

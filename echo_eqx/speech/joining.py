@@ -35,10 +35,10 @@ def decode_with_silence(
     message: Message = None,
     silence: Float[np.ndarray, " c"] | None = None,
 ) -> Float[np.ndarray, " samples"]:
-    """`codec.decode(latents, message)` as if the latents were preceded and followed by silence.
+    """`codec.decode(latents, message)` as if silence preceded and followed the latents.
 
-    The codec itself pads with zeros, which do not decode to silence: audio would start and end with
-    a click.
+    The codec itself pads with zeros, which do not decode to silence, so audio would start and end
+    with a click.
     """
     silence = silence_latent(codec) if silence is None else silence
     frames = decoder_context_frames(codec.config)

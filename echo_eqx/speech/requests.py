@@ -30,7 +30,7 @@ class Request:
 
     @property
     def metadata(self) -> Path:
-        """Where the settings are described."""
+        """The JSON file that describes the settings."""
         return self.output.with_suffix(".json")
 
 
@@ -62,7 +62,7 @@ def make_requests(
             raise UsageError(f"seed: expected 0 to {MAX_SEED}, got {request.seed}")
     paths = {request.metadata if metadata else request.output for request in requests}
     if len(paths) < len(requests):
-        raise UsageError("expected a different output for each utterance, got one file for two")
+        raise UsageError("expected a different output for each utterance, got the same file twice")
     return requests
 
 
@@ -109,7 +109,7 @@ def _read_lines(path: Path, base: Request) -> list[Request]:
     lines = [(number, line) for number, line in numbered_lines if line.strip()]
     if not lines:
         raise EchoError(f"{path}: expected one utterance per line, got an empty file")
-    # A first line that is a JSON object counts whatever the suffix: nobody wants braces spoken.
+    # If the first line is a JSON object, the suffix does not matter: nobody wants braces spoken.
     is_json = path.suffix.lower() in JSON_LINES or isinstance(_parse(lines[0][1]), dict)
     requests = []
     for index, (number, line) in enumerate(lines, 1):

@@ -90,7 +90,7 @@ def speaker_latents(
 def read_speakers(
     dit: EchoDiT, codec: DACVAE, speakers: Sequence[Speaker | None]
 ) -> list[np.ndarray | None]:
-    """`speaker_latents` of each speaker; a recording named several times is read once."""
+    """`speaker_latents` of each speaker. A recording that is named several times is read once."""
     by_path: dict[str, np.ndarray] = {}
     latents: list[np.ndarray | None] = []
     for speaker in speakers:
@@ -118,7 +118,7 @@ def longest_reference(dit: EchoDiT, codec: DACVAE) -> float:
 
 
 def encode_padded(codec: DACVAE, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
-    """Mean latents of the whole frames in `audio`; padding to a bucket saves compilations."""
+    """Mean latents of the whole frames in `audio`, padded to a bucket to save compilations."""
     hop = codec.config.hop
     frames = len(audio) // hop
     samples = round_up(max(frames, 1), FRAME_BUCKET) * hop
@@ -171,7 +171,7 @@ def nearest_voice(dit: EchoDiT, latents: Float[np.ndarray, "r c"]) -> tuple[str,
 
 
 def describe_reference(dit: EchoDiT, codec: DACVAE, latents: Float[np.ndarray, "r c"]) -> str:
-    """Length of a reference and the voice it resembles, for a person to read."""
+    """A sentence about the length of a reference and the voice it resembles."""
     used = f"{len(latents) / codec.config.frame_rate:.2f} s of speech"
     nearest = nearest_voice(dit, latents)
     if nearest is None:

@@ -34,6 +34,7 @@ class Utterance:
     speaker: Speaker | None = None
     """The reference voice, as in `synthesize`."""
     seed: int = 42
+    """Seed of the noise, from 0 to 2^32 - 1."""
 
 
 def synthesize(
@@ -54,17 +55,19 @@ def synthesize(
     """Speak `text`: mono audio (samples,), float32, at `codec.config.sample_rate`.
 
     **Arguments**:
-    - `speaker`: the reference voice, a recording or its latents; None for an arbitrary voice.
+    - `speaker`: the reference voice: the path of a recording or of `*.npy` latents, audio
+      (samples,) at `codec.config.sample_rate`, or latents (r, c). None for an arbitrary voice.
     - `duration`: seconds generated for each chunk of text, which the model fills with speech and
       then silence. None for `dit.generation.duration`, or else 15 s or the longest the model was
       trained with.
-    - `settings`: None for `dit.generation.sampler`.
+    - `seed`: seed of the noise, from 0 to 2^32 - 1.
+    - `settings`: of the sampler; None for `dit.generation.sampler`.
     - `message`: bits to embed as a watermark; None for no watermark.
     - `trim`: cut the silence at the end.
     - `normalize_text`: clean the text as in training.
     - `expand_text`: write out numbers, dates, money, addresses and abbreviations in English. None
       for `dit.generation.expand_text`.
-    - `progress`: called after each sampling step.
+    - `progress`: called after each sampling step with the steps done and the total.
 
     Texts that are too long are split into chunks at the ends of sentences; the chunks are spoken in
     one voice and joined. If the speech of a chunk does not end within `duration`, the chunk is
@@ -108,7 +111,10 @@ def synthesize_all(
 ) -> list[Float[np.ndarray, " samples"]]:
     """`synthesize` for many utterances, in batches of at most `batch_size` chunks.
 
-    `block_frames` makes block-wise models generate each chunk in blocks of that many frames.
+    Returns one array (samples,) per utterance, in order. `block_frames` makes block-wise models
+    generate each chunk in blocks of that many frames.
+
+    **Raises**: `EchoError` naming the argument that cannot be used.
     """
     use_compilation_cache()
     settings = settings or dit.generation.sampler
@@ -129,7 +135,7 @@ def synthesize_all(
     def end_of(latents: np.ndarray) -> int:
         return speech_end(latents, silence, codec.config.frame_rate)
 
-    # Without a reference the first chunk settles on a voice, which the others then take.
+    # Without a reference, the first chunk settles on a voice, which becomes the others' reference.
     first, second = [], []
     for i, (utterance, parts) in enumerate(zip(utterances, texts, strict=True)):
         for j, part in enumerate(parts):

@@ -84,12 +84,11 @@ def speak_corpus(
     max_seconds: float = 5.0,
     workers: int = 2,
 ) -> list[dict[str, Any]]:
-    """Record the first `count` of `texts` that take at most `max_seconds`, in alternating voices.
+    """Record the first `count` of `texts` that last at most `max_seconds`, in alternating voices.
 
     Text number `n` becomes `folder/NNNNNN.wav`, 16 bit. Each line of `folder/manifest.jsonl` has
     `audio`, `text` (normalized), `speaker` and `duration`; these rows are returned. Clips that the
-    manifest already lists are kept if nothing about them differs. The same texts give the same
-    files.
+    manifest already lists are kept if they are unchanged. The same texts give the same files.
 
     **Raises**: `EchoError` as `speak` does.
     """

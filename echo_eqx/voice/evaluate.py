@@ -35,7 +35,7 @@ from echo_eqx.voice.similarity import (
 
 @dataclass(frozen=True)
 class Originals:
-    """Speech of espeak-ng, by voice and then text."""
+    """Speech of espeak-ng, by voice and text."""
 
     texts: list[str]
     audio: dict[str, list[tuple[np.ndarray, int]]]
@@ -58,7 +58,7 @@ def generate(
     settings: SamplerSettings,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """Speech (samples,) of each text, with the references in turn; without any, in any voice."""
+    """Speech (samples,) of each text, cycling through the references; in any voice without them."""
     voices: list[np.ndarray | None] = [None]
     if references is not None:
         voices = [speaker_latents(dit, codec, path) for path in references.values()]
@@ -71,8 +71,8 @@ def generate(
 def generation_config(
     dit: EchoDiT, codec: DACVAE, references: Mapping[str, Path], name: str, count: int = 32
 ) -> GenerationConfig:
-    """Generation settings of a small voice: sampler, codec `name`, and its known voices, each by
-    `count` recordings."""
+    """Generation settings of a small voice: sampler, codec `name`, and its known voices, each
+    measured on `count` recordings."""
     rate = codec.config.sample_rate
 
     def mean(speaker: Speaker) -> np.ndarray:
@@ -121,14 +121,14 @@ def reconstruct(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Results for one kind of texts."""
+    """Results for one kind of text."""
 
     retrieval_accuracy: float
     """Share of texts whose own original is the nearest of all originals in the same voice."""
     mcd_db: float
     """Median mel-cepstral distortion to the original of the same text in the same voice."""
     codec_mcd_db: float
-    """Median distortion by the codec alone."""
+    """Median distortion from the codec alone."""
     other_voice_mcd_db: float
     """Median distortion between the originals of the same text in two voices."""
     voice_accuracy: float
@@ -222,8 +222,8 @@ def word_error_rates(
             said[i] = " ".join(words)
     if not said:
         raise EchoError(
-            f"PocketSphinx's dictionary has all words of none of {len(originals.texts)} texts; "
-            "give a larger --count"
+            f"expected texts with all words in PocketSphinx's dictionary, got none among "
+            f"{len(originals.texts)}; give a larger --count"
         )
     texts = list(said.values())
     grammar = f"#JSGF V1.0;\ngrammar g;\npublic <s> = {' | '.join(texts)};"

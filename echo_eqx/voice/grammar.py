@@ -29,7 +29,7 @@ _SAID_WITH_VOWEL = re.compile(r"(?!uni|use|usu|eur|one\b|once\b)[aeiou]|hour|hon
 
 
 def training_texts(seed: int, small_share: float = SMALL_SHARE) -> Iterator[str]:
-    """Endless different texts, the same for the same seed.
+    """An endless sequence of distinct texts; the same seed gives the same sequence.
 
     A share of `small_share` is of the small domain: numbers, dates, times, prices and household
     commands. The others are sentences, questions, commands, lists and phrases of the whole lexicon.
@@ -96,12 +96,13 @@ def lexicon_forms() -> dict[str, set[str]]:
 class Writer:
     """Expands the rules of the grammar.
 
-    The words of a section are dealt from a shuffled pack, so that all are used about equally often.
+    Words are drawn from a section like cards from a shuffled deck, so that all are used about
+    equally often.
     """
 
     def __init__(self, rng: random.Random):
         self._rng = rng
-        self._packs: dict[str, list[str]] = {}
+        self._decks: dict[str, list[str]] = {}
         self._drawn: list[tuple[str, str]] = []
 
     def write(self, rule: str) -> str:
@@ -114,10 +115,10 @@ class Writer:
             self.put_back()
 
     def put_back(self, keep: Container[str] = ()) -> None:
-        """Put the words of the last text back under their packs, except those in `keep`."""
+        """Put the words of the last text back under their decks, except those in `keep`."""
         for section, word in self._drawn:
             if word.lower() not in keep:
-                self._packs[section].insert(0, word)
+                self._decks[section].insert(0, word)
 
     def _expand(self, name: str) -> str:
         name, _, form = name.partition(".")
@@ -127,10 +128,10 @@ class Writer:
             return re.sub(r"<([\w.]+)>", lambda slot: self._expand(slot[1]), line)
         if name in ("cardinal", "ordinal", "digits", "digit", "year"):
             return self._number(name)
-        if not self._packs.get(name):
-            self._packs[name] = list(_words()[name])
-            self._rng.shuffle(self._packs[name])
-        word = self._packs[name].pop()
+        if not self._decks.get(name):
+            self._decks[name] = list(_words()[name])
+            self._rng.shuffle(self._decks[name])
+        word = self._decks[name].pop()
         self._drawn.append((name, word))
         return inflect(word, form)
 

@@ -224,7 +224,7 @@ def test_other_folders_of_speech(tmp_path):
     clips, _ = list_clips(str(listed), max_seconds=30.0, cache=tmp_path)
     assert [clip.text for clip in clips] == ["One."]
     put(listed / "test.tsv", "path\tsentence\na.wav\tOne.\n")
-    with pytest.raises(EchoError, match="several lists"):
+    with pytest.raises(EchoError, match="expected one manifest or table, got several"):
         list_clips(str(listed), max_seconds=30.0, cache=tmp_path)
     put(listed / "wav.scp", "a clips/a.wav\n")
     with pytest.raises(EchoError, match="is a Kaldi folder"):

@@ -178,7 +178,7 @@ def test_the_same_codec_in_another_format_is_the_same_codec(tmp_path):
 
 def test_other_settings_in_the_same_folder_are_refused(recordings, prepared):
     said = prepare(recordings, prepared, "--latents", "sample", code=1)
-    assert "latents mean there, sample here" in said and len(said.splitlines()) == 1
+    assert "latents was mean, is sample now" in said and len(said.splitlines()) == 1
 
 
 def test_batches_and_loudness_and_samples(recordings, prepared, tmp_path):
@@ -196,7 +196,7 @@ def test_batches_and_loudness_and_samples(recordings, prepared, tmp_path):
 
 def test_bad_usage_is_one_sentence(recordings, tmp_path):
     cases = [
-        (["--part", "3/2"], 2, "--part: expected a share such as 2/8, got '3/2'"),
+        (["--part", "3/2"], 2, "--part: expected a part such as 2/8, got '3/2'"),
         (["--shard_samples", "0"], 2, "--shard_samples: expected a positive number, got 0"),
         (["--lufs", "3"], 2, "--lufs: expected -70 to 0, got 3.0"),
         (["--codec", str(tmp_path / "none.pth")], 1, "does not exist"),
@@ -268,7 +268,7 @@ def test_texts_are_written_as_a_model_is_given_them_and_the_index_says_so(oddly_
     index = prepare_here(oddly_named, tmp_path / "raw", normalize_text=False)
     texts = [json.loads(parts["json"])["text"] for parts in samples_of(tmp_path / "raw").values()]
     assert set(texts) == {TYPED} and index["settings"]["normalize_text"] is False
-    with pytest.raises(EchoError, match="normalize_text False there, True here"):
+    with pytest.raises(EchoError, match="normalize_text was False, is True now"):
         prepare_here(oddly_named, tmp_path / "raw")
 
 
@@ -313,7 +313,7 @@ def test_an_output_inside_the_input_resumes_and_leaves_no_temporary_files(oddly_
         clips, _ = list_clips(str(source), max_seconds=30.0, cache=tmp_path, output=output_here)
         assert len(clips) == count
     for source, message in (
-        (output, "holds shards that prepare made"),
+        (output, "expected recordings, got shards made by prepare"),
         (oddly_named, "expected another folder for --output"),
     ):
         with pytest.raises(EchoError, match=message):

@@ -61,7 +61,7 @@ def test_clips_are_added_without_touching_what_exists(tmp_path, caplog):
     for i in range(6):
         write_clip(source / f"{i}.wav", 200 + 20 * i)
     run(source, output, holdout="1")
-    assert "assumed: all 6 clips are of one speaker, 'in'" in caplog.text
+    assert "assuming that all 6 clips are of one speaker, 'in'" in caplog.text
     before, held = bytes_of(output), samples_of(output / "holdout")
     samples = samples_of(output)
     assert len(samples) == 5 and len(held) == 1 and not samples.keys() & held.keys()
@@ -137,7 +137,7 @@ def test_a_recording_replaced_by_another_of_the_same_size_is_told(tmp_path, capl
     assert (source / "1.wav").stat().st_size == size
     run(source, output)
     assert "1 clips are changed (text, times, metadata or audio)" in caplog.text
-    assert "(1): existing shards keep them as they were" in caplog.text
+    assert "(1): existing shards are not updated" in caplog.text
     assert bytes_of(output) == before
 
 

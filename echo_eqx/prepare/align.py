@@ -1,8 +1,8 @@
-"""Align text and speech with the recogniser pocketsphinx (English only).
+"""Align text and speech with the speech recognizer PocketSphinx (English only).
 
-Speech between pauses is recognised with a language model of the text alone, and the recognised
+Speech between pauses is recognized with a language model of the text alone, and the recognized
 words are matched to the text in order. A cut between two words is trusted only if both were
-recognised, one on each side of a pause. Text is never divided by guessing.
+recognized, one on each side of a pause. Text is never divided by guessing.
 """
 
 import difflib
@@ -23,9 +23,9 @@ from echo_eqx.prepare.pauses import RATE
 from echo_eqx.prepare.segments import Segment
 
 MAX_UNKNOWN = 0.25
-"""Largest share of words that may be missing from the dictionary of English."""
+"""Largest fraction of words that may be missing from the English dictionary."""
 MAX_UNMATCHED = 0.3
-"""Largest share of a segment's words, spoken or written, that may have no match."""
+"""Largest fraction of a segment's words, spoken or written, that may have no match."""
 MAX_RUN = 6
 """Most consecutive words, spoken or written, that may have no match."""
 MIN_RUN = 3
@@ -39,7 +39,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
 
 @dataclass(frozen=True)
 class _Heard:
-    """A recognised word, its times in seconds, and the index of the matching word of the text."""
+    """A recognized word, its times in seconds, and the index of the matching word of the text."""
 
     word: str
     start: float
@@ -58,7 +58,7 @@ class Aligned:
 
 
 def installed_recognizer() -> str | None:
-    """The installed recogniser with its version, such as `pocketsphinx 5.1.1`, or None."""
+    """The installed recognizer with its version, such as `pocketsphinx 5.1.1`, or None."""
     if importlib.util.find_spec("pocketsphinx") is None:
         return None
     return f"pocketsphinx {importlib.metadata.version('pocketsphinx')}"
@@ -81,7 +81,8 @@ class Aligner:
     def __call__(
         self, audio: np.ndarray, pauses: Sequence[tuple[float, float]], text: str
     ) -> Aligned | str:
-        """Divide `text`, spoken in `audio` (samples,) at `RATE`, at `pauses`; or say why not."""
+        """Divide `text`, spoken in `audio` (samples,) at `RATE`, at `pauses`; or a string with the
+        reason why that is not possible."""
         tokens = text.split()
         # Words, each with the index of the token it belongs to.
         words = [(w, i) for i, token in enumerate(tokens) for w in _words(token)]
@@ -199,7 +200,7 @@ def _divide(chunks: list[list[_Heard]], words: list[tuple[str, int]], tokens: li
 
 
 def _is_match(heard: list[_Heard], words: list[str], first: int) -> bool:
-    """Whether the speech `heard` is that of `words`, the first of which has the index `first`."""
+    """Whether the speech `heard` is that of `words`, whose first word has the index `first`."""
     spoken = [word.index is not None for word in heard]
     indices = {word.index for word in heard}
     written = [first + i in indices for i in range(len(words))]

@@ -69,7 +69,7 @@ def _read_tar(tar_name: str, path: Path) -> Recordings:
 def _read_sample(
     full_name: str, name: str, path: Path, members: dict[str, tar.Member]
 ) -> Recordings:
-    """The recording that members of the same name make, and what of them is not used."""
+    """The recording made of the members with the same name, and those that are not used."""
     audio = members.get("audio")
     if audio is None:
         got = " and ".join(sorted(members))

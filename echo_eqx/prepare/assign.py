@@ -25,7 +25,7 @@ from echo_eqx.prepare.parquet import ParquetRow
 from echo_eqx.prepare.records import AudioLocation
 
 CLUSTER = 8
-"""Approximate number of a speaker's recordings that stay together."""
+"""Approximate number of a speaker's recordings that are assigned together."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _shuffled(items: Sequence, seed: int, name: str) -> list:
 
 @dataclass(frozen=True)
 class ListedClip:
-    """A clip as a run listed it."""
+    """A clip as an earlier run listed it."""
 
     key: str
     speaker: str | None
@@ -106,15 +106,15 @@ class ListedClip:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """All shards of a folder, in the order of their numbers."""
+    """All shards of a folder, in numerical order."""
 
     shards: list[list[ShardEntry]]
     added: int
     """Clips that no earlier run listed; 0 in the first run."""
     missing: frozenset[str]
-    """Keys of listed clips that are gone, or have another speaker now."""
+    """Keys of listed clips that are gone, or whose speaker has changed."""
     changed: frozenset[str]
-    """Keys of listed clips that differ from what was listed."""
+    """Keys of listed clips that have changed since they were listed."""
 
 
 def plan_shards(folder: Path, clips: Sequence[Clip], *, seed: int, per_shard: int) -> ShardPlan:
@@ -180,7 +180,7 @@ def _read_list(path: Path) -> list[ListedClip]:
     try:
         rows: Any = json.loads(path.read_bytes())["clips"]
         if not all(x is None or isinstance(x, str) for row in rows for x in row):
-            raise ValueError("something else than a string")
+            raise ValueError("a value that is not a string")
         return [ListedClip(*row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EchoError(f"{path}: expected the clips of an earlier run, got {error}") from None

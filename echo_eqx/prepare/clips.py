@@ -33,7 +33,7 @@ MAX_KEY = 200
 
 @dataclass(frozen=True)
 class Clip:
-    """A stretch of a recording, and its text."""
+    """A section of a recording, and its text."""
 
     key: str
     """Unique in the source; letters, digits, `_` and `-`."""
@@ -44,7 +44,7 @@ class Clip:
     stop: float | None
     """Seconds from the start of the audio; None is the end."""
     seconds: float
-    """Length of the clip, by the header of the audio."""
+    """Length of the clip."""
     speaker: str | None
     language: str | None
     metadata: dict[str, Any]
@@ -77,14 +77,14 @@ def list_clips(
 ) -> tuple[list[Clip], list[SkippedInput]]:
     """All clips of `source`, sorted by key, and the inputs that were skipped.
 
-    `source` is a folder of audio and transcripts, a list in columns (LJSpeech and others), a
-    manifest (*.jsonl), tars, Parquet files, or `hf://datasets/owner/name[@revision][/folder]`,
-    whose Parquet files are kept in `cache`. The result does not depend on where the source is.
+    `source` is a folder of audio and transcripts, a table (LJSpeech and others), a manifest
+    (*.jsonl), tars, Parquet files, or `hf://datasets/owner/name[@revision][/folder]`, whose Parquet
+    files are kept in `cache`. The result does not depend on where the source is.
 
-    Recordings longer than `max_seconds` are cut between their `segments`, if they have any. What is
-    still longer is skipped, or with `keep_long` kept as one clip. `normalize_text` writes texts as
-    a model is given them. Files in the folder `output` are ignored. Only the headers of audio are
-    read; `Clip.load` raises what decoding finds.
+    Recordings longer than `max_seconds` are cut between their `segments`, if they have any. Clips
+    that are still longer are skipped, or kept whole with `keep_long`. `normalize_text` normalizes
+    texts as for a model. Files in the folder `output` are ignored. Audio is only measured here;
+    errors found while decoding it are raised by `Clip.load`.
 
     **Raises**: `EchoError` if the kind of source is unknown, or it cannot be read at all.
     """
@@ -119,7 +119,7 @@ def list_clips(
 def _clips_of(
     recording: Recording, max_seconds: float, keep_long: bool
 ) -> Iterator[Clip | SkippedInput]:
-    """The clips of a recording, with keys that are not checked yet, and what is skipped."""
+    """The clips of a recording, whose keys are not checked yet, and what is skipped."""
     fields, source = dict(recording.fields), recording.source
     text = pop(fields, TEXT_FIELDS)
     speaker, language = pop(fields, SPEAKER_FIELDS), pop(fields, LANGUAGE_FIELDS)
@@ -180,7 +180,7 @@ def _clips_of(
 
 
 def _normalized(clip: Clip) -> Clip | SkippedInput:
-    """`clip` with its text as a model is given it, or why nothing of the text is left."""
+    """`clip` with normalized text, or the reason if none of the text is left."""
     text = normalize_text(clip.text)
     if problem := _text_problem(text):
         kind, detail = problem
@@ -214,7 +214,7 @@ def _text_problem(text: str) -> tuple[str, str] | None:
 def _with_keys(
     recordings: list[tuple[Recording, list[Clip]]],
 ) -> tuple[list[Clip], list[SkippedInput]]:
-    """Clips with safe and unique keys, and those for which that is not possible."""
+    """Clips with safe and unique keys, and those that cannot have one."""
     kept: dict[str, Clip] = {}
     skipped = []
     names = set()

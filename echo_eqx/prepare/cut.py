@@ -1,4 +1,4 @@
-"""Cut recordings that are too long at pauses, dividing their text with a recogniser."""
+"""Cut recordings that are too long at pauses, dividing their text with a speech recognizer."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ class Cuts:
     clips: list[Clip]
     skipped: list[SkippedInput] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
-    """For the index: what cut them, how many recordings and pieces, seconds before and after."""
+    """For the index: the recognizer, numbers of recordings and pieces, seconds before and after."""
 
 
 def cut_long(
@@ -38,8 +38,8 @@ def cut_long(
 ) -> Cuts:
     """Replace clips longer than `max_seconds` by pieces cut at pauses.
 
-    The cuts of each recording are kept in a file in `folder` and never redone, so another version
-    of the recogniser does not change them. Machines that share the folder share the work: each
+    The cuts of each recording are saved to a file in `folder` and never redone, so another version
+    of the recognizer does not change them. Machines that share the folder share the work: each
     starts at a different position, the fraction `begin` of the recordings.
     """
     long = [clip for clip in clips if clip.seconds > max_seconds]
@@ -52,7 +52,7 @@ def cut_long(
     if by is None:
         logger.warning(
             "%s, have no times to cut at, and are left out: give segments with times in a manifest,"
-            " install a recogniser (pip install 'echo_eqx[cutting]', English only), or raise "
+            " install a recognizer (pip install 'echo_eqx[cutting]', English only), or raise "
             "--max_seconds",
             what,
         )
@@ -98,12 +98,13 @@ def _cut_all(
         if cut is None and installed_recognizer() is None:
             cut = {
                 "by": None,
-                "reason": "it has no segments with times, and no recogniser is there",
+                "reason": "it has no segments with times, and no recognizer is installed",
             }
         elif cut is None and clip.language and not re.match(r"en\b|english", clip.language, re.I):
-            cut = {"by": None, "reason": f"it is in {clip.language}; the recogniser knows English"}
+            reason = f"it is in {clip.language}, but the recognizer only knows English"
+            cut = {"by": None, "reason": reason}
         elif cut is None and len(set(_SPEAKER_TAG.findall(clip.text))) > 1:
-            cut = {"by": None, "reason": "it has speaker tags of several speakers"}
+            cut = {"by": None, "reason": "it has the speaker tags of several speakers"}
         elif cut is None:
             align = align or Aligner()
             try:
@@ -143,7 +144,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _pieces(
     clip: Clip, cut: dict[str, Any], max_seconds: float, max_bytes: int, keys: set[str]
 ) -> list[Clip | SkippedInput]:
-    """The pieces of a clip by its `cut`, with keys that are not in `keys`, and what is lost."""
+    """The pieces of a clip according to `cut`, with keys that are not in `keys`, and what is
+    skipped."""
     source = clip.metadata["source"]
     if "reason" in cut:
         detail = cut["reason"]
@@ -161,7 +163,7 @@ def _pieces(
         text = f"{tag[0]} {part.text}" if tag else part.text
         name, seconds = f"{source}[{part.start:g}-{part.end:g} s]", part.end - part.start
         if not MIN_SECONDS <= seconds <= max_seconds:
-            detail = f"is {seconds:.2f} s long, without a pause at which the text divides for sure"
+            detail = f"is {seconds:.2f} s long, without a pause where the text divides reliably"
             kind = "long" if seconds > max_seconds else "short"
             pieces.append(SkippedInput(kind, name, detail))
             continue
@@ -171,11 +173,11 @@ def _pieces(
         start, stop = clip.start + part.start, clip.start + part.end
         pieces.append(replace(clip, key=key, text=text, start=start, stop=stop, seconds=seconds))
     if not pieces:
-        detail = f"is {clip.seconds:.2f} s long, and none of its text was recognised"
+        detail = f"is {clip.seconds:.2f} s long, and none of its text was recognized"
         pieces.append(SkippedInput("alignment", source, detail))
     return pieces
 
 
 def count_long_texts(clips: Sequence[Clip], max_text_bytes: int) -> int:
-    """Clips whose text, with the leading 0 that models are given, is over `max_text_bytes`."""
+    """Number of clips whose text, with the leading 0 of model inputs, exceeds `max_text_bytes`."""
     return sum(len(clip.text.encode("utf-8", "replace")) >= max_text_bytes for clip in clips)

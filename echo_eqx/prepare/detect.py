@@ -18,8 +18,8 @@ from echo_eqx.prepare.records import Recordings, stem
 from echo_eqx.prepare.tables import TABLE_SUFFIXES
 
 _KINDS = (
-    "a folder, *.tar, *.parquet, *.jsonl, a list in columns (*.csv, *.tsv, *.txt), a glob of tars "
-    "or Parquet files, or hf://..."
+    "a folder, *.tar, *.parquet, *.jsonl, a table (*.csv, *.tsv, *.txt), a glob of tars or Parquet "
+    "files, or hf://..."
 )
 
 
@@ -49,7 +49,7 @@ def find_recordings(source: str, cache: Path, output: Path | None = None) -> Rec
 
 
 def _download(source: str, cache: Path) -> Path:
-    """Download the Parquet files of a dataset on the Hub; the folder that has them."""
+    """Download the Parquet files of a dataset on the Hub; returns the folder that has them."""
     dataset = HubDataset.parse(source)
     pattern = f"{dataset.folder}/*.parquet" if dataset.folder else "*.parquet"
     with hub_errors(f"cannot download {source}"):
@@ -101,12 +101,12 @@ def _read_folder(path: Path, output: Path | None) -> Recordings:
             f"one, such as {path / 'shards'}"
         )
     if any(map(INDEX.fullmatch, os.listdir(path))):
-        raise EchoError(f"{shown} holds shards that prepare made; expected recordings")
-    # Files that are not lists also end in .json and .txt.
+        raise EchoError(f"{shown}: expected recordings, got shards made by prepare")
+    # Files other than manifests and tables also end in .json and .txt.
     suffixes = tuple({*JSON_LINES, *TABLE_SUFFIXES} - {".json", ".txt"})
     top = sorted(file for file in path.iterdir() if file.name.lower().endswith(suffixes))
-    if lists := [file for file in top if file.stem.lower() == "metadata" and file.is_file()]:
-        return read_manifest(_only(shown, lists))
+    if manifests := [file for file in top if file.stem.lower() == "metadata" and file.is_file()]:
+        return read_manifest(_only(shown, manifests))
     names, unreadable = files_below(path, output)
     tars = _with_suffix(path, names, (".tar",))
     tables = _with_suffix(path, names, (".parquet",))
@@ -136,11 +136,14 @@ def _read_folder(path: Path, output: Path | None) -> Recordings:
     )
 
 
-def _only(folder: str, lists: Sequence[Path]) -> Path:
-    if len(lists) > 1:
-        named = ", ".join(printable(path.name) for path in lists[:5])
-        raise EchoError(f"{folder} holds several lists ({named}); give one of them as --input")
-    return lists[0]
+def _only(folder: str, manifests: Sequence[Path]) -> Path:
+    if len(manifests) > 1:
+        named = ", ".join(printable(path.name) for path in manifests[:5])
+        raise EchoError(
+            f"{folder}: expected one manifest or table, got several ({named}); give one of them as "
+            "--input"
+        )
+    return manifests[0]
 
 
 def _with_suffix(folder: Path, names: Sequence[str], suffixes: tuple[str, ...]) -> Files:

@@ -29,12 +29,13 @@ class EncodeSettings:
     latents: str = "mean"
     """`mean`, or `sample`: drawn from the bottleneck's normal distribution, seeded by the key."""
     lufs: float | None = None
+    """Integrated loudness to normalize to; None leaves it as it is."""
     batch_size: int = 1
     seed: int = 0
 
 
 class ClipEncoder:
-    """Encodes clips with one codec on all local devices."""
+    """Encodes clips with a codec, on all local devices."""
 
     def __init__(self, codec: DACVAE, settings: EncodeSettings):
         self.codec, self.settings = codec, settings
@@ -72,7 +73,7 @@ class ClipEncoder:
         return results
 
     def _decoded(self, clips: Sequence[Clip]) -> Iterator[tuple[Clip, np.ndarray | EchoError]]:
-        """Clips in order, decoded by a few threads that run ahead."""
+        """Clips in order, decoded ahead by a few threads."""
 
         def load(clip: Clip) -> np.ndarray | EchoError:
             try:

@@ -1,4 +1,4 @@
-"""Guess the columns of a list without a header from the values in them."""
+"""Guess the columns of a table without a header from their values."""
 
 import re
 from collections import Counter
@@ -8,9 +8,9 @@ from echo_eqx.errors import EchoError, printable
 from echo_eqx.prepare.records import AUDIO_FIELDS, TEXT_FIELDS
 
 _ENOUGH = 8
-"""With fewer rows, how often a value repeats says nothing."""
+"""With fewer rows, how often a value repeats means nothing."""
 _TOO_FEW = 20
-"""With fewer rows, raw and normalized text need not share words to be recognised."""
+"""With fewer rows, raw and normalized text need not share words to be recognized."""
 _LONGEST_LABEL = 64
 _DECIMAL = re.compile(r"-?\d+\.\d+")
 _WORD = re.compile(r"[\w.@:/+-]+")
@@ -22,7 +22,7 @@ _LANGUAGES = set(
 
 
 def guess_columns(
-    rows: Sequence[list[str]], count_audio: Callable[[Sequence[str]], int], list_name: str
+    rows: Sequence[list[str]], count_audio: Callable[[Sequence[str]], int], table_name: str
 ) -> list[str]:
     """Names of the columns; two columns of text are `raw_text` and `text`.
 
@@ -35,12 +35,12 @@ def guess_columns(
     width = max((n for n in lengths if lengths[n] * 5 >= len(rows)), default=0)
     whole = [row for row in rows if len(row) == width]
     values = [[row[i] for row in whole] for i in range(width)]
-    audio = _audio_column(values, count_audio, list_name)
+    audio = _audio_column(values, count_audio, table_name)
     columns = [""] * width
     columns[audio] = "audio"
     rest = [i for i in range(width) if i != audio and any(values[i])]
     if not rest:
-        raise EchoError(f"{list_name}: expected a column of text, got only audio")
+        raise EchoError(f"{table_name}: expected a column of text, got only audio")
     text = max(rest, key=lambda i: sum(map(len, set(values[i]))))
     texts = [i for i in rest if i == text or _is_same_text(values[i], values[text])]
     labels = [i for i in rest if i not in texts and _is_label(values[i], values[text])]
@@ -58,7 +58,7 @@ def guess_columns(
     if doubtful:
         example = next((value for value in values[doubtful[0]] if value), "")
         raise EchoError(
-            f"{list_name}: cannot tell what column {doubtful[0] + 1} is (example: "
+            f"{table_name}: cannot tell what column {doubtful[0] + 1} is (example: "
             f"{printable(example[:40])!r}); name the columns in the first line, such as "
             "audio|text|speaker"
         )
@@ -71,7 +71,7 @@ def guess_columns(
 
 
 def _audio_column(
-    values: Sequence[list[str]], count_audio: Callable[[Sequence[str]], int], list_name: str
+    values: Sequence[list[str]], count_audio: Callable[[Sequence[str]], int], table_name: str
 ) -> int:
     """The column in which most values name existing files."""
     hits = [count_audio(column) for column in values]
@@ -80,18 +80,18 @@ def _audio_column(
         example = next((value for column in values for value in column if value), "")
         if len(values) == 1:
             raise EchoError(
-                f"{list_name}: expected a header, or columns separated by |, tab, ; or comma, got "
-                f"{printable(example[:60])!r}; lists separated by spaces (Kaldi) are not supported"
+                f"{table_name}: expected a header, or columns separated by |, tab, ; or comma, got "
+                f"{printable(example[:60])!r}; separation by spaces (Kaldi) is not supported"
             )
         raise EchoError(
-            f"{list_name}: expected a header with one of {', '.join(AUDIO_FIELDS[:4])} and one of "
+            f"{table_name}: expected a header with one of {', '.join(AUDIO_FIELDS[:4])} and one of "
             f"{', '.join(TEXT_FIELDS[:4])}, or a column of existing audio files relative to the "
-            f"list, got {printable(example[:60])!r}"
+            f"table, got {printable(example[:60])!r}"
         )
     likely = [i for i, count in enumerate(hits) if 2 * count > best]
     if len(likely) > 1:
         raise EchoError(
-            f"{list_name}: columns {likely[0] + 1} and {likely[1] + 1} both name existing audio; "
+            f"{table_name}: columns {likely[0] + 1} and {likely[1] + 1} both name existing audio; "
             "name the columns in the first line, such as audio|text|speaker"
         )
     return likely[0]

@@ -1,6 +1,7 @@
-"""The index of the shards of a folder, `index-I-of-N.json`: one file for each part of the work.
+"""The index of the shards in a folder, `index-I-of-N.json`: one file for each part of the work.
 
-A shard that the index of its part lists is complete. Any other is made again, with the same bytes.
+A shard that the index of its part lists is complete. Any other shard is made again, with the same
+bytes.
 """
 
 import json
@@ -33,8 +34,8 @@ class PartIndex:
         if not indexes and not list(folder.glob("clips-*.json")):
             for path in sorted(folder.glob(f"{'[0-9]' * 6}.tar")):
                 raise EchoError(
-                    f"{path} would be replaced, but no index says that it was made by this "
-                    "command; give another --output"
+                    f"{path} would be replaced, but no index lists it, so this command may not "
+                    "have made it; give another --output"
                 )
         for path in indexes:
             found = _read(path)
@@ -42,8 +43,8 @@ class PartIndex:
                 if found.get(name) != self._head[name]:
                     difference = _difference(found.get(name), self._head[name])
                     raise EchoError(
-                        f"{path}: expected the same {name} as before, got another: {difference}; "
-                        "give the same, or another --output"
+                        f"{path}: expected the same {name} as before, but {difference}; give the "
+                        "same, or another --output"
                     )
             if path == self.path:
                 self.shards, self.skipped = found["shards"], found.get("skipped", {})
@@ -70,7 +71,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def parse_index(data: bytes, counts: Sequence[str] = ()) -> dict[str, Any] | None:
     """The content of an index; None if it is JSON of another kind.
 
-    Of each shard, `sha256` and the `counts` (such as `samples`) are checked.
+    For each shard, `sha256` and the `counts` (such as `samples`) are checked.
 
     **Raises**: `ValueError` with the reason if it is damaged.
     """
@@ -87,7 +88,7 @@ def parse_index(data: bytes, counts: Sequence[str] = ()) -> dict[str, Any] | Non
                 if not all(isinstance(item[key], str) for key in ("kind", "name", "detail")):
                     raise ValueError(f"{name[:50]!r} has a skipped input that is not text")
     except KeyError as error:
-        raise ValueError(f"no {error}") from None
+        raise ValueError(f"{error} is missing") from None
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is damaged ({type(error).__name__})") from None
     return index
@@ -110,5 +111,5 @@ def _difference(there: Any, here: dict[str, Any]) -> str:
     for name in sorted({*there, *here}) if isinstance(there, dict) else ():
         if there.get(name) != here.get(name):
             ours, theirs = str(here.get(name))[:100], str(there.get(name))[:100]
-            return printable(f"{name[:50]} {theirs} there, {ours} here")
-    return "unlike these"
+            return printable(f"{name[:50]} was {theirs}, is {ours} now")
+    return "they differ"

@@ -1,7 +1,7 @@
-"""What a set of shards holds, and what of it is broken.
+"""What a set of shards contains, and what in them is broken.
 
-Every record is read once. Memory holds only the key and three lengths per record, and what is
-broken.
+Every record is read once. Only the key and three lengths per record, and descriptions of what is
+broken, are kept in memory.
 """
 
 import json
@@ -32,12 +32,12 @@ from echo_eqx.prepare.sidecars import (
 )
 
 DEFAULT_WIDTH = 128
-"""Expected channels where no record says how many there are."""
+"""Channels to expect if no record says how many there are."""
 
 
 @dataclass
 class Report:
-    """Counts over the usable records of `source`; `broken` are not among them."""
+    """Counts over the usable records of `source`, without the `broken` ones."""
 
     source: str
     revision: str | None
@@ -63,7 +63,7 @@ class Report:
     languages: dict[str, int] = field(default_factory=dict)
     """Samples per language, the most frequent first."""
     mean: Float[np.ndarray, " c"] = field(default_factory=lambda: np.zeros(0))
-    """Of each latent channel, over all frames; no channels where there is no sample."""
+    """Mean of each latent channel over all frames; empty if there are no samples."""
     std: Float[np.ndarray, " c"] = field(default_factory=lambda: np.zeros(0))
     silence: str | None = None
     """Name of the silence file next to the shards."""
@@ -100,9 +100,9 @@ class Report:
         return mean, float(np.sqrt(np.mean(self.std**2 + (self.mean - mean) ** 2)))
 
     def fit(self, config: DiTConfig) -> dict[str, int]:
-        """How many samples fit a model uncut, and what of the others training cuts."""
+        """How many samples fit a model untruncated, and how much training cuts off the others."""
         longer = self.frames > config.max_frames
-        longer_texts = self.text_bytes >= config.max_text_bytes  # one byte is in front
+        longer_texts = self.text_bytes >= config.max_text_bytes  # one byte goes in front
         return {
             "fitting": int((~longer & ~longer_texts).sum()),
             "longer_recordings": int(longer.sum()),
@@ -136,7 +136,7 @@ def inspect_shards(
     languages: Counter[str | None] = Counter()
     extras: Counter[str] = Counter()
     width: int | None = None
-    # Sums are taken of differences from the first sample's mean, or they would lose precision.
+    # Sums are of differences from the first sample's mean; otherwise they would lose precision.
     shift, sums_of_powers = np.zeros(0), np.zeros((2, 0))
     for number, shard in enumerate(shard_index.shards):
         if number + 1 < len(shard_index.shards):
@@ -182,7 +182,7 @@ def inspect_shards(
                 languages[language] += 1
         if progress is not None:
             progress(number + 1, len(shard_index.shards))
-    # A glob or a single file picks some of a folder's shards; otherwise all must be there.
+    # A glob or a single file picks some of a folder's shards; otherwise all must exist.
     if shard_index.shards[0].path is None or Path(shard_index.source).expanduser().is_dir():
         for name in sorted(set(sums) - {shard.name for shard in shard_index.shards}):
             broken.append(Broken(name, "", "missing", "an index lists it, but it does not exist"))

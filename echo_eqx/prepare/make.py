@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class PrepareConfig:
     input: str | None = None
-    """Recordings: a folder, a manifest (*.jsonl), a list (*.csv, *.tsv, *.txt), tars, Parquet
+    """Recordings: a folder, a manifest (*.jsonl), a table (*.csv, *.tsv, *.txt), tars, Parquet
     files, or hf://datasets/owner/name[@revision]. Without it, only silence.safetensors is made:
     30 s of encoded digital silence, which training pads with."""
     output: Path | None = None
@@ -47,17 +47,17 @@ class PrepareConfig:
     """DACVAE weights to encode with: a file, a folder, a Hub id, or voice."""
     model: str | None = None
     """Preset of the model that will be trained, such as voice: --max_seconds, --max_speaker_seconds
-    and the longest text are set to what it holds. Clips with longer texts are counted."""
+    and the longest text are set to its limits. Clips with longer texts are counted."""
     max_seconds: float | None = None
-    """Longest clip; by default what the model holds (768 frames, 30.72 s at 25 frames/s). Longer
-    recordings are cut between segments if the transcript has times, else at pauses if a recogniser
+    """Longest clip; by default the model's limit (768 frames, 30.72 s at 25 frames/s). Longer
+    recordings are cut between segments if the transcript has times, else at pauses if a recognizer
     is installed (pip install 'echo_eqx[cutting]'), else left out."""
     max_speaker_seconds: float | None = None
-    """Longest reference, joined from other recordings of the speaker; by default what the model
-    holds (512 frames, 20.48 s at 25 frames/s)."""
+    """Longest reference, joined from other recordings of the speaker; by default the model's limit
+    (512 frames, 20.48 s at 25 frames/s)."""
     speaker: str | None = None
-    """Speaker of all recordings for which the source names none. Without it, recordings in a
-    single folder, none with a speaker, are assumed to be of one speaker; '' leaves them without."""
+    """Speaker of all recordings for which the source names none. By default, if all recordings are
+    in a single folder and none has a speaker, one speaker is assumed; '' assigns no speaker."""
     holdout: str | None = None
     """Share (5%) or number of recordings to hold out, in OUTPUT/holdout, for train --eval_data.
     Training on OUTPUT does not read that folder."""
@@ -66,15 +66,15 @@ class PrepareConfig:
     lufs: float | None = None
     """Normalize the loudness of every recording, such as to -16, as far as its peak allows."""
     normalize_text: bool = True
-    """Write texts as infer gives them to a model: cleaned, with a speaker tag [S1] in front.
-    With --no-normalize_text they stay as they are."""
+    """Normalize texts as infer does for a model: cleaned, with a speaker tag [S1] in front. With
+    --no_normalize_text they are written unchanged."""
     shard_samples: int = 256
     """Approximate samples per shard. If the command is killed, you lose at most the shard that was
     being made."""
     batch_size: int | None = None
     """Recordings encoded at once on each device; by default 1 on CPU, 8 elsewhere."""
     part: str = "1/1"
-    """Which share of the shards to make, such as 2/8."""
+    """Which part of the shards to make, such as 2/8."""
     seed: int = 0
     """Seed of the order of samples and the choice of references."""
     push: str | None = None
@@ -98,10 +98,10 @@ class PrepareConfig:
             parse_holdout(self.holdout)
 
     def part_of(self) -> tuple[int, int]:
-        """The part from 0, and the number of parts."""
+        """The index of the part, from 0, and the number of parts."""
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--part: expected a share such as 2/8, got {self.part!r}")
+            raise UsageError(f"--part: expected a part such as 2/8, got {self.part!r}")
         return int(match[1]) - 1, int(match[2])
 
 
@@ -122,7 +122,7 @@ def make_dataset(config: PrepareConfig, codec: DACVAE, source: str, output: Path
     indexes = {}
     for folder in sets:
         folder.mkdir(exist_ok=True)
-        indexes[folder] = PartIndex(folder, part, parts, _codec_facts(codec), settings)
+        indexes[folder] = PartIndex(folder, part, parts, _codec_info(codec), settings)
     if part == 0:
         describe_codec(codec, *sets)
         indexes[output].cuts = cuts.counts
@@ -218,7 +218,7 @@ def _encode(
         else:
             latents[key] = result
     skipped += [
-        {"kind": "missing", "name": clip.key, "detail": "was listed by an earlier run, but is gone"}
+        {"kind": "missing", "name": clip.key, "detail": "listed by an earlier run, but gone now"}
         for clip in clips
         if clip.key in plan.missing
     ]
@@ -233,8 +233,8 @@ def _log_changes(plan: ShardPlan) -> None:
         if keys:
             examples = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
             logger.warning(
-                "%d clips are %s since an earlier run (%s): existing shards keep them as they "
-                "were; to make all shards again, give another --output",
+                "%d clips are %s since an earlier run (%s): existing shards are not updated; to "
+                "make all shards again, give another --output",
                 *(len(keys), what, examples),
             )
 
@@ -243,19 +243,19 @@ def _shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
-def _codec_facts(codec: DACVAE) -> dict[str, Any]:
-    """Identity and sizes of a codec, as codec.json and the index have them."""
+def _codec_info(codec: DACVAE) -> dict[str, Any]:
+    """Identity and sizes of a codec, as in codec.json and the index."""
     sizes = {name: getattr(codec.config, name) for name in ("sample_rate", "hop", "latent_dim")}
     return {"id": codec_identity(codec), **sizes}
 
 
 def describe_codec(codec: DACVAE, *folders: Path) -> None:
-    """Write what training must know of the codec, and its latents of silence, into `folders`."""
-    facts = _codec_facts(codec)
+    """Write codec.json, which training reads, and the codec's latents of silence to `folders`."""
+    info = _codec_info(codec)
     latents = encode_silence(codec, round(SILENCE_SECONDS * codec.config.frame_rate))
     for folder in folders:
-        write_silence(folder / SILENCE, latents, facts)
-        write_json(folder / CODEC, facts)
+        write_silence(folder / SILENCE, latents, info)
+        write_json(folder / CODEC, info)
 
 
 def _report(index: PartIndex, frame_rate: float) -> None:

@@ -1,4 +1,4 @@
-"""Recordings in a folder next to their transcripts, or named by a manifest or list."""
+"""Recordings in a folder next to their transcripts, or named by a manifest or table."""
 
 import json
 import logging
@@ -67,9 +67,9 @@ def _transcripts(name: str) -> Iterator[str]:
 
 
 def read_manifest(path: Path) -> Recordings:
-    """The recordings of a JSON manifest or a list in columns; paths are relative to the file.
+    """The recordings of a JSON manifest or a table; paths are relative to the file.
 
-    **Raises**: `EchoError` if the columns of a list cannot be determined.
+    **Raises**: `EchoError` if the columns of a table cannot be determined.
     """
     audio = AudioFiles(path.parent.absolute())
     is_json = path.suffix.lower() in JSON_LINES
@@ -112,8 +112,8 @@ def _recordings(
     rows: Sequence[tuple[str, str, dict[str, Any]]],
     files: dict[str, str | None],
 ) -> Recordings:
-    # Names must not depend on where files are mounted: outside the folder, they are relative to
-    # the deepest folder that all share.
+    # Names must not depend on where files are mounted. Outside the folder, they are relative to the
+    # deepest folder that all of them share.
     places = {given: Path(file or given) for given, file in files.items()}
     places = {
         given: place.relative_to(folder) if place.is_relative_to(folder) else place

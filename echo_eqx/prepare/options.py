@@ -1,4 +1,4 @@
-"""What the options --model, --speaker and --holdout decide."""
+"""What the options --model, --speaker and --holdout mean."""
 
 import hashlib
 import re
@@ -13,7 +13,7 @@ from echo_eqx.prepare.assign import listed_sources
 from echo_eqx.prepare.clips import Clip
 
 MAX_WITHOUT_REFERENCE = 0.2
-"""Share of samples without a reference above which there is a warning."""
+"""Warn if more than this fraction of samples has no reference."""
 
 
 def model_preset(model: str | None) -> DiTConfig:
@@ -41,7 +41,7 @@ class Limits:
         max_seconds: float | None = None,
         max_speaker_seconds: float | None = None,
     ) -> "Limits":
-        """What the preset `model` holds of latents of `codec`, unless seconds are given.
+        """The limits of the preset `model` with latents of `codec`, unless seconds are given.
 
         **Raises**: `UsageError` if there is no such preset, and `EchoError` if it is for latents
         of another width.
@@ -69,9 +69,9 @@ def with_speakers(
 ) -> tuple[list[Clip], str | None]:
     """`clips` with their speakers filled in, and a note for the user.
 
-    `speaker` is assigned to all clips that have none; if empty, they stay without. If it is None,
-    and recordings without speakers all lie in one folder, they are assumed to be of one speaker,
-    called `folder`.
+    `speaker` is assigned to all clips that have none; if it is empty, they keep none. If it is
+    None, and no clip has a speaker and all are in one folder, one speaker called `folder` is
+    assumed.
     """
     named = sum(clip.speaker is not None for clip in clips)
     note = None
@@ -83,9 +83,9 @@ def with_speakers(
     elif speaker is None and _is_one_folder(clips):
         speaker = folder
         note = (
-            f"assumed: all {len(clips)} clips are of one speaker, {folder!r}, because they are in "
-            "one folder and no speaker is named; otherwise name speakers (a folder for each, or a "
-            "column 'speaker'), or give --speaker '' for unknown speakers"
+            f"assuming that all {len(clips)} clips are of one speaker, {folder!r}: they are in one "
+            "folder and no speaker is named; if that is wrong, name speakers (a folder for each, or "
+            "a column 'speaker'), or give --speaker '' for unknown speakers"
         )
     return [replace(clip, speaker=clip.speaker or speaker or None) for clip in clips], note
 
@@ -99,7 +99,7 @@ def _is_one_folder(clips: Sequence[Clip]) -> bool:
 
 
 def reference_warning(samples: int, with_reference: int) -> str | None:
-    """What to do about samples without a reference, if there are many."""
+    """A warning about samples without a reference, if there are many."""
     without = samples - with_reference
     if without <= MAX_WITHOUT_REFERENCE * samples:
         return None
@@ -115,7 +115,7 @@ def reference_warning(samples: int, with_reference: int) -> str | None:
 
 
 def parse_holdout(given: str) -> float | int:
-    """A share from 0 to 1 from `5%`, or a count of recordings from `20`.
+    """A fraction from 0 to 1, from `5%`, or a number of recordings, from `20`.
 
     **Raises**: `UsageError` if it is neither.
     """
@@ -126,11 +126,11 @@ def parse_holdout(given: str) -> float | int:
 
 
 def hold_out(clips: Sequence[Clip], holdout: float | int, seed: int, output: Path) -> set[str]:
-    """Names of the recordings to hold out, a share or a count of them. Those that earlier runs
-    assigned in `output` stay.
+    """Names of the recordings to hold out, a fraction or a number of them.
 
-    Each recording is chosen by a hash of its name and `seed`, so the choice does not depend on
-    which others there are. At least one recording is held out, and at least one is left.
+    Recordings that earlier runs assigned in `output` keep their assignment. Each one is chosen by a
+    hash of its name and `seed`, so the choice does not depend on the others. At least one recording
+    is held out, and at least one is left.
     """
     training, held = listed_sources(output), listed_sources(output / HOLDOUT)
     sources = {clip.metadata["source"] for clip in clips}

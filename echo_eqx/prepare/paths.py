@@ -1,4 +1,4 @@
-"""Find files: all files below a folder, and the audio files that a list names."""
+"""Find files: all files below a folder, and the audio files that a manifest or table names."""
 
 import os
 import re
@@ -13,17 +13,17 @@ from echo_eqx.prepare.records import SkippedInput
 INDEX = re.compile(r"index-\d{3,}-of-\d{3,}\.json")
 """The shard index that prepare writes next to its shards."""
 _AUDIO_FOLDERS = ("", "wavs", "wav", "clips", "audio")
-"""Where the audio usually is if a list gives only a file name."""
+"""Where the audio usually is if a manifest or table gives only a file name."""
 _SAMPLE = 200
 
 
 def nfc(name: str) -> str:
-    """Composed Unicode (`é` as one character), so that names that look the same are equal."""
+    """`name` in composed Unicode (`é` as one character), so that spellings compare equal."""
     return unicodedata.normalize("NFC", name)
 
 
 def without_audio_suffix(name: str) -> str:
-    """`name` without `.wav` and the like; other dots in it stay."""
+    """`name` without its `.wav` or the like; other dots are kept."""
     found = next((end for end in AUDIO_SUFFIXES if name.lower().endswith(end)), "")
     return name[: len(name) - len(found)]
 
@@ -32,7 +32,7 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
     """Sorted relative names of all files below `folder`, and what cannot be read.
 
     Hidden files and folders, the folder `output`, and folders of shards made by prepare are left
-    out. A folder that several links lead to is read once.
+    out. A folder with several links to it is read once.
     """
     names: list[str] = []
     skipped: list[SkippedInput] = []
@@ -48,7 +48,7 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
         real = os.path.realpath(folder / inside)
         if real in seen:
             if real != own:
-                skip(inside, "links to a folder that is read already")
+                skip(inside, "links to a folder that has already been read")
             continue
         seen.add(real)
         try:
@@ -72,7 +72,7 @@ def files_below(folder: Path, output: Path | None = None) -> tuple[list[str], li
 
 
 class AudioFiles:
-    """Resolves the paths or ids by which a list in `folder` names its audio."""
+    """Resolves the paths or ids by which a manifest or table in `folder` names its audio."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -100,16 +100,16 @@ class AudioFiles:
         return None
 
     def count(self, names: Sequence[str]) -> int:
-        """How many of `names` are found here; if none is, after `moved`."""
+        """How many of `names` are found; if none is, how many are found after `moved`."""
         found = sum(self.find(name) is not None for name in names)
         if not found and (moved := self.moved([name for name in names if name])):
             found = sum(self.find_moved(name, *moved) is not None for name in names)
         return found
 
     def unused(self, used: Iterable[str]) -> Iterator[str]:
-        """Audio in the `wavs/` folder in which ids were found that is not among the paths `used`.
+        """Audio that is not among the paths `used`, in the `wavs/` folder where ids were found.
 
-        Other folders may belong to several lists, so their unused files mean nothing.
+        Other folders may belong to several tables, so their unused files mean nothing.
         """
         known = {nfc(name) for name in used}
         for folder in sorted(self._folders_of_ids):
@@ -120,8 +120,8 @@ class AudioFiles:
     def moved(self, missing: Sequence[str]) -> tuple[str, str] | None:
         """The prefix of paths written on another machine, and the folder here that replaces it.
 
-        None unless one prefix finds most of the missing files. Only one prefix is replaced: two
-        could lead to the same file.
+        None unless replacing one prefix finds most of the missing files. Only one is replaced,
+        because two could lead to the same file.
         """
         sample = missing[:_SAMPLE]
         votes: Counter[tuple[str, str]] = Counter()
@@ -179,5 +179,5 @@ def _spellings(given: str) -> Iterable[str]:
 
 
 def _parts(given: str) -> tuple[str, ...]:
-    """Folders and file name of a path, of this or another system."""
+    """Folders and file name of a path, from this or another operating system."""
     return tuple(part for part in given.replace("\\", "/").split("/") if part not in ("", "."))

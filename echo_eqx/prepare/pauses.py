@@ -3,9 +3,9 @@
 import numpy as np
 
 RATE = 16_000
-"""Sample rate that speech is analysed at."""
+"""Sample rate at which speech is analyzed."""
 MIN_PAUSE = 0.2
-"""Seconds; shorter gaps are within words as often as between them."""
+"""In seconds; shorter gaps occur within words as often as between them."""
 _FRAME = 320
 
 

@@ -1,10 +1,10 @@
 """Upload a folder of shards to the Hub: a dataset with a card.
 
-Why not `HfApi.upload_large_folder`: shards are checked against the SHA-256 in their index before
-they are sent, and indexes and card follow in the last commit, so whatever is on the Hub is listed
-correctly at any time. Nothing is written into the folder, and what was uploaded is known by its
-SHA-256, so the same call on any machine continues an upload that was interrupted. The large upload
-has no such order, keeps its state in the folder and does not know of indexes.
+Shards are checked against the SHA-256 in their index before they are sent, and indexes and card
+follow in the last commit, so the listing on the Hub is correct at all times. Nothing is written to
+the folder, and uploaded files are recognized by their SHA-256, so the same call on any machine
+continues an interrupted upload. `HfApi.upload_large_folder` guarantees no order, keeps its state in
+the folder and knows nothing of indexes.
 """
 
 import hashlib
@@ -38,17 +38,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Dataset:
-    """What is to be uploaded. Names are relative to the folder.
+    """What to upload. Names are relative to the folder.
 
-    Small files are read once: an index that is updated meanwhile would list other shards.
+    Small files are read once, because an index that is updated meanwhile would list other shards.
     """
 
     shards: dict[str, dict]
-    """What the index says of each shard, sorted by name."""
+    """The index entry of each shard, sorted by name."""
     small_files: dict[str, bytes]
     """Silence, codec, indexes and lists of clips."""
     codec: dict[str, Any]
-    """The codec that made the latents, by the indexes."""
+    """The codec that made the latents, according to the indexes."""
 
 
 def push(folder: Path, repo: str) -> None:
@@ -110,7 +110,7 @@ def _create(api: HfApi, repo: str) -> None:
 
 
 def _read(repo: str, name: str) -> bytes | None:
-    """The content of a file as it is now, None if it does not exist."""
+    """The current content of a file, None if it does not exist."""
     response = http_backoff("GET", HubDataset(repo).file_url(name), headers=build_hf_headers())
     if response.status_code == 404:
         return None
@@ -182,7 +182,7 @@ def _read_dataset(folder: Path) -> _Dataset:
 
 
 def _read_index(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, dict]]:
-    """The codec, and what the index says of each shard."""
+    """The codec, and the entry of each shard."""
     try:
         index = parse_index(data, ("samples", "frames"))
         if index is None:
@@ -216,8 +216,7 @@ def _is_same(remote: RepoFile | None, data: bytes) -> bool:
 
 
 def _card(repo: str, dataset: _Dataset, old: bytes | None) -> bytes:
-    """The card; everything of an old one except the block between the markers stays, byte for
-    byte."""
+    """The card. An old card is kept byte for byte, except for the block between the markers."""
     block = _BEGIN + b"\n" + _description(repo, dataset).encode() + _END
     if old is None:
         return f"{_HEADER}\n# {repo.split('/')[1]}\n\n".encode() + block + b"\n"

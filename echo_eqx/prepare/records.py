@@ -1,4 +1,4 @@
-"""Recordings as a source lists them: where the audio is, the fields next to it, what is skipped."""
+"""Recordings as a source lists them: where the audio is, its other fields, and what is skipped."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from echo_eqx.data.text_file import decode
 from echo_eqx.prepare.parquet import ParquetRow
 
 MAX_TEXT_BYTES = 2**24
-# Different lists use different names for the same field. If several are present, the first counts.
+# Sources use different names for the same field. If several are present, the first one is used.
 AUDIO_FIELDS = (
     *("audio", "audio_filepath", "audio_file", "audio_path", "path", "file", "file_name"),
     *("filename", "file_path", "filepath", "wav", "wav_path", "wav_file", "wav_filename"),
@@ -94,7 +94,7 @@ class SkippedInput:
     """An input that is not used, and why."""
 
     kind: str
-    """Category that skipped inputs are counted by."""
+    """Category by which skipped inputs are counted."""
     name: str
     """Path relative to the source, with the line, member or row."""
     detail: str
@@ -107,12 +107,12 @@ class Recording:
     name: str
     """Identifies the recording: two with the same name are duplicates."""
     key: str
-    """What the keys of its clips are made from."""
+    """The base of its clips' keys."""
     source: str
-    """Path as in `SkippedInput.name`, but without the line where the audio is a file."""
+    """Path as in `SkippedInput.name`, but without the line if the audio is a file."""
     audio: AudioLocation
     fields: dict[str, Any]
-    """`text` and whatever else the source says."""
+    """`text` and all other fields that the source gives."""
 
 
 Recordings = Iterator[Recording | SkippedInput]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_EDGE = 0.5
-"""Most seconds of a pause that stay on each side of a cut; longer pauses may be music."""
+"""Seconds of a pause, at most, that are kept on each side of a cut; longer pauses may be music."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Segment:
 
 
 def read_segments(given: Any) -> tuple[list[Segment], list[Segment]]:
-    """Segments {start, end, text} of a manifest, sorted by start, and those of no length.
+    """Segments {start, end, text} of a manifest, sorted by start, and those of zero length.
 
     Both lists are empty if `given` is None.
 
@@ -40,7 +40,7 @@ def read_segments(given: Any) -> tuple[list[Segment], list[Segment]]:
         if not are_times or not isinstance(segment.text, str):
             raise ValueError(f"bad times or text: segment from {segment.start} to {segment.end} s")
     segments.sort(key=lambda segment: (segment.start, segment.end))
-    # Recognisers write segments of no length for words that they could not place.
+    # Recognizers write segments of zero length for words that they could not place.
     return [s for s in segments if s.end > s.start], [s for s in segments if s.end <= s.start]
 
 
@@ -53,8 +53,8 @@ def join_segments(
 ) -> list[Segment]:
     """Join consecutive segments within [start, end) up to `max_seconds` and `max_bytes` of UTF-8.
 
-    Cuts are in the middle of pauses. A segment without text separates its neighbours. One that is
-    too long by itself stays as it is.
+    Cuts are in the middle of pauses. A segment without text separates its neighbors. A segment that
+    is too long by itself is kept as it is.
     """
     inside = [s for s in segments if s.start < end and s.end > start]
     # Running maximum, since segments may overlap.

@@ -80,7 +80,7 @@ def list_sidecars(shard_index: ShardIndex) -> tuple[list[Shard], str | None]:
 
 
 def find_frame_rate(sidecars: list[Shard], cache: ShardCache, broken: list[Broken]) -> float | None:
-    """Frames per second by the first valid codec.json, or None."""
+    """Frames per second from the first valid codec.json, or None."""
     for file in sidecars:
         if PurePosixPath(file.name).name == "codec.json":
             if (rate := frame_rate(_content(file, cache))) is not None:

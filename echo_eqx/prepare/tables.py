@@ -1,7 +1,7 @@
-"""Lists of recordings in columns: detect the separator, and name the columns.
+"""Tables of recordings: detect the separator, and name the columns.
 
-Lists with a header are read (Common Voice, F5-TTS, XTTS, any CSV), and lists without one (LJSpeech,
-VITS, Piper, StyleTTS 2, GPT-SoVITS), whose columns are guessed from their values.
+A table may have a header (Common Voice, F5-TTS, XTTS, any CSV). If it has none (LJSpeech, VITS,
+Piper, StyleTTS 2, GPT-SoVITS), its columns are guessed from their values.
 """
 
 import csv
@@ -44,9 +44,9 @@ def read_table(
     """The place and fields of each row: `audio`, `text`, and if present `speaker`, `language` and
     the other columns of the header.
 
-    `count_audio` tells how many values of a column name existing audio.
+    `count_audio` counts the values of a column that name existing audio.
 
-    **Raises**: `EchoError` naming the list if its columns cannot be determined.
+    **Raises**: `EchoError` naming the table if its columns cannot be determined.
     """
     head = [line or "" for line in itertools.islice(lines_of(path), 100)]
     filled = [line for line in head if line.strip() and not line.startswith("sep=")]
@@ -90,7 +90,7 @@ def _detect_separator(path: Path, head: Sequence[str]) -> tuple[str, bool]:
         return sum(count == counts[0] > 1 for count in counts) / len(counts)
 
     if not head:
-        raise EchoError(f"{path}: expected a list of recordings, got neither a header nor rows")
+        raise EchoError(f"{path}: expected a table of recordings, got neither a header nor rows")
     # A tab or bar in the first line is always a separator; ; and , also occur in texts.
     certain = "\t|" if path.suffix.lower() == ".tsv" else "|\t"
     separator = next((mark for mark in certain if mark in head[0]), None)
@@ -99,7 +99,7 @@ def _detect_separator(path: Path, head: Sequence[str]) -> tuple[str, bool]:
             return max(";,", key=regularity), True
         except csv.Error:
             return ",", True
-    # Lists with bars and tabs may be quoted as CSV or not; texts may begin with quotes too.
+    # Tables with bars and tabs may be quoted as CSV or not; texts may begin with quotes too.
     if not any(f'{separator}"' in line or line.startswith('"') for line in head):
         return separator, False
     if 2 * sum(line.startswith('"') for line in head) >= len(head):
@@ -115,7 +115,7 @@ def _irregular(counts: Sequence[int]) -> int:
 
 
 def _rows(path: Path, separator: str, is_quoted: bool) -> Rows:
-    """The rows of a list, except blank lines and comments."""
+    """The rows of a table, without blank lines and comments."""
     try:
         for place, row in (_quoted_rows if is_quoted else _plain_rows)(path, separator):
             if isinstance(row, SkippedInput):
@@ -134,13 +134,13 @@ def _plain_rows(path: Path, separator: str) -> Rows:
     for number, line in enumerate(lines_of(path), 1):
         place = f"{path.name}:{number}"
         if line is None:
-            yield place, SkippedInput("manifest", place, "is too long for a line of a list")
+            yield place, SkippedInput("manifest", place, "is too long for a line of a table")
         else:
             yield place, [_unquoted(field.strip()) for field in line.split(separator)]
 
 
 def _unquoted(field: str) -> str:
-    """Without quotes if they are certainly those of CSV, which doubles the quotes inside."""
+    """`field` without its quotes, if they are clearly those of CSV, which doubles inner quotes."""
     inside = field[1:-1]
     is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '""' in inside
     return inside.replace('""', '"') if is_quoted and '"' not in inside.replace('""', "") else field
@@ -177,7 +177,7 @@ def _header(row: list[str] | SkippedInput) -> list[str]:
 
 
 def _name_columns(names: Sequence[str], table_name: str) -> list[str]:
-    """The names of a header, with the column of each role renamed to that role."""
+    """The names in a header, with the column of each role renamed to the role."""
     columns = list(names)
     for role, known in _ROLES.items():
         found = next((name for name in known if name in columns), None)

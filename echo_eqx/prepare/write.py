@@ -25,8 +25,8 @@ def write_shard(
     common: dict[str, Any],
     frame_rate: float,
 ) -> dict[str, Any]:
-    """Write the clips of a shard that have latents, each with its reference; what the index says
-    of the shard.
+    """Write the clips of a shard that have latents, each with its reference, and return the shard's
+    entry in the index.
 
     The fields of `common` go into the JSON of every sample. If no clip has latents, no file is
     written.

@@ -91,7 +91,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(printed):
 def test_a_plan_that_does_not_fit_is_warned_of(done, printed):
     memory, links = done.stderr.splitlines()
     assert memory.startswith("warning: the step needs ") and "80.0 GiB on each A100" in memory
-    assert links.startswith("warning: fast links connect only 8 A100: with 10, traffic")
+    assert links.startswith("warning: fast links connect only 8 A100: with 10, communication")
     assert [f"warning: {said}" for said in printed["warnings"]] == [memory, links]
 
 

@@ -183,7 +183,7 @@ def test_a_run_folder_in_use_is_refused(home, uninterrupted):
 def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(home):
     flags = ["--learning_rate", "1e30", "--max_nonfinite", "3", "--log_every", "2"]
     said = finish(start(home, "wild", *flags), code=1)
-    assert "loss or gradient was not finite in 3 steps in a row" in said
+    assert "loss or gradient was not finite in 3 consecutive steps" in said
     lines = lines_of(home, "wild")
     assert [line["updated"] for line in lines][-3:] == [False] * 3
     assert lines[-3]["param_norm"] == lines[-1]["param_norm"]
@@ -242,7 +242,7 @@ def test_a_run_folder_that_hosts_do_not_share_is_refused(home, tmp_path):
         flags = ["--num_processes", "2", "--process_id", str(i), "--run_dir", "relative"]
         both.append(start(home, "x", *together, *flags, devices=4, folder=tmp_path / str(i)))
     said = "".join(out for process in both for out in process.communicate(timeout=120))
-    assert "is not the folder that process 0 writes to" in said
+    assert "expected the folder that process 0 writes to, got another" in said
     assert all(process.returncode == 1 for process in both)
 
 

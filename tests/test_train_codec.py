@@ -227,7 +227,7 @@ def test_a_damaged_recording_is_replaced_and_many_are_refused(recordings, tmp_pa
     assert "1" not in keys and len(keys) == 40 and sum(patient.broken.values()) > 0
     patient.close()
     strict = CropStream(clips, max_broken=0.01, **sizes)
-    with pytest.raises(EchoError, match=r"could not read \d+ of \d+ crops; 1\.wav is truncated"):
+    with pytest.raises(EchoError, match=r"got \d+ of \d+; the first: 1\.wav is truncated"):
         for _ in range(10):
             next(strict)
     strict.close()

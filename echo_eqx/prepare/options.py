@@ -84,8 +84,8 @@ def with_speakers(
         speaker = folder
         note = (
             f"assuming that all {len(clips)} clips are of one speaker, {folder!r}: they are in one "
-            "folder and no speaker is named; if that is wrong, name speakers (a folder for each, or "
-            "a column 'speaker'), or give --speaker '' for unknown speakers"
+            "folder and no speaker is named; if this is wrong, name speakers (a folder for each, "
+            "or a column 'speaker'), or give --speaker '' for unknown speakers"
         )
     return [replace(clip, speaker=clip.speaker or speaker or None) for clip in clips], note
 

@@ -27,14 +27,15 @@ class ObjectiveConfig:
     """Mean of the logit-normal distribution of timesteps. Above 0 there is more noise, so the model
     has to rely on the text: a small model learns to read sooner at 1."""
     loss_frames: Literal["all", "valid"] = "all"
-    """all: also learn the silence after a recording, so that the model learns when to stop."""
+    """all: the loss includes the silence after a recording, so that the model learns when to stop;
+    valid: only the frames of the recording."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of the model: auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters,
     moments, norms and the loss are float32 always."""
     remat: Remat = "dots"
-    """What the backward pass computes again to save memory: full (one activation per layer is kept:
-    least memory, a third more arithmetic), dots (the results of linear layers and attention are
-    kept, elementwise operations are repeated) or none (everything is kept)."""
+    """What the backward pass recomputes to save memory: full (one activation per layer is kept:
+    least memory, a third more arithmetic), dots (the outputs of linear layers and attention are
+    kept, elementwise operations are recomputed) or none (everything is kept)."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,15 @@ class TrainConfig(RunConfig):
     sample_count: int = 4
     """How many samples to generate."""
     codec: str | None = None
-    """DACVAE weights that made the shards: a file, a folder, a Hub id, or voice. Used to decode
-    samples, and by infer with this run's weights."""
+    """DACVAE weights that the shards were encoded with: a file, a folder, a Hub id, or voice. Used
+    to decode samples, and by infer with this run's weights."""
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
-    """Sampler of the samples, and the default of infer with this run's weights."""
+    """Sampler settings for samples, and the defaults of infer with this run's weights."""
     expand_text: bool = False
     """Whether infer, with this run's weights, spells out English numbers, dates, money and
     abbreviations by default."""
     speaker_lufs: float = REFERENCE_LUFS
-    """Loudness of the references in the data (prepare --lufs), to which infer brings others."""
+    """Loudness of the references in the data (prepare --lufs), to which infer normalizes others."""
     num_streams: int | None = None
     """Sample streams that the shards are assigned to and that are read in parallel, each by one
     host. By default as many as batch size and number of shards allow, up to 64."""
@@ -96,7 +97,7 @@ class TrainConfig(RunConfig):
         return dataclasses.replace(DIT_PRESETS[self.model], **given)
 
     def check(self) -> None:
-        """**Raises**: `UsageError` for settings that are wrong whatever the data is."""
+        """**Raises**: `UsageError` for settings that are wrong with any data."""
         if self.model not in DIT_PRESETS:
             raise UsageError(f"model: expected one of {', '.join(DIT_PRESETS)}, got {self.model!r}")
         if self.data is None:
@@ -122,7 +123,7 @@ class TrainConfig(RunConfig):
             raise UsageError("--sample_every needs --codec")
 
 
-# A laptop's model trains on a laptop's batches.
+# The tiny model is for a laptop, so its batches are small too.
 TRAIN_PRESETS: dict[str, TrainConfig] = {
     **{name: TrainConfig(model=name) for name in DIT_PRESETS},
     "tiny": TrainConfig(

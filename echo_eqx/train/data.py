@@ -1,4 +1,4 @@
-"""The data of a run, checked before anything is downloaded."""
+"""The data of a training run, checked before anything is downloaded."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ class TrainData:
 
     @property
     def frame_rate(self) -> float:
-        """Latent frames per second, from the shards' codec.json, or else of the published codec."""
+        """Latent frames per second: from the shards' codec.json, or else the published codec's."""
         with contextlib.suppress(EchoError, OSError):
             codec = find_next_to_shards(self.shard_index, "codec.json")
             return (codec and frame_rate(codec.read_bytes())) or FRAME_RATE
@@ -106,14 +106,14 @@ def _find_silence(flag: str | None, shard_index: ShardIndex, latent_dim: int) ->
             check_codec(path, shard_index)
             return silence
     raise EchoError(
-        f"expected {' or '.join(names)} next to the shards of {shard_index.source}, found neither; "
+        f"expected {' or '.join(names)} next to the shards of {shard_index.source}, got neither; "
         "give --silence FILE (encoded silence, used as padding) or --silence zeros"
     )
 
 
 def check_codec(silence: Path, shard_index: ShardIndex) -> None:
-    """Check that silence and data are from the same codec, if both say which: the silence of one
-    codec is noise to another."""
+    """Check that silence and data are from the same codec, if both name it: one codec's silence is
+    noise to another."""
     codec = find_next_to_shards(shard_index, "codec.json")
     if codec is None or silence.suffix != ".safetensors":
         return

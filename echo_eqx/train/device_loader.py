@@ -51,8 +51,8 @@ class DeviceBatch:
 class DeviceLoader:
     """Puts the batches of `source` on the mesh, each as a `kind`, and measures the time waited.
 
-    `source` is a `DataLoader` or `CropStream`: an endless iterator of host batches, with `batch`,
-    `keys`, `cursor` and `counts` each, and `first`, a message on the first of each thing counted.
+    `source` is a `DataLoader` or `CropStream`: an endless iterator of `LoadedBatch`es, whose
+    `examples` has, for each counter, a sentence about its first case.
     """
 
     def __init__(self, source: Any, kind: Callable[..., Any], mesh: Mesh, batch_size: int):
@@ -61,7 +61,7 @@ class DeviceLoader:
         self._rows = owned_rows(mesh, batch_size)
         self._batch_size = batch_size
         self.waited = 0.0
-        """Seconds."""
+        """Seconds spent waiting for data."""
         self.counts: Mapping[str, int] = {}
         """Samples skipped or truncated so far, by their key in `metrics.jsonl`."""
         self._logged: set[str] = set()
@@ -75,7 +75,7 @@ class DeviceLoader:
         return DeviceBatch(self._kind(**arrays), loaded.keys, loaded.cursor)
 
     def log_warnings(self, prefix: str = "") -> None:
-        """Log each thing that the source has skipped or truncated, the first time it happens."""
+        """Log an example of everything that the source has skipped or truncated, once per kind."""
         for name in list(self._source.examples):
             if name not in self._logged:
                 logger.warning(f"{prefix}{self._source.examples[name]}")

@@ -47,7 +47,8 @@ def _fail(heartbeat: Heartbeat, error: BaseException) -> NoReturn:
 
 
 class StopSignal:
-    """SIGTERM or SIGHUP, seen by all hosts at the same step; also Ctrl-C in a single process.
+    """A request to stop, seen by all hosts at the same step: SIGTERM or SIGHUP, and Ctrl-C if there
+    is a single process.
 
     A signal that was ignored at the start, as SIGHUP is under nohup, stays ignored.
     """
@@ -55,7 +56,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.exit_code = EXIT_PREEMPTED
         self._received = False
-        # With several processes JAX handles SIGTERM itself, and must keep its handler.
+        # With several processes, JAX handles SIGTERM itself, so its handler is kept.
         handlers = {signal.SIGHUP: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         if jax.process_count() == 1:
             handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), self._handle)

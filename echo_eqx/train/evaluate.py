@@ -51,7 +51,7 @@ def make_evaluate(mesh: Mesh, objective: ObjectiveConfig) -> Evaluate:
 
 
 def evaluate(run: Evaluate, model: EchoDiT, batches: list[Batch]) -> dict[str, object]:
-    """`eval_loss` and `eval_loss_by_time` over `batches`; a band without timesteps is None."""
+    """`eval_loss` and `eval_loss_by_time` over `batches`; None for bands without timesteps."""
     total = sum(run(model, batch, jr.fold_in(jr.key(0), i)) for i, batch in enumerate(batches))
     errors, weights = jax.device_get(total)
     return {

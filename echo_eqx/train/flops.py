@@ -20,7 +20,7 @@ class Chip:
     link_bandwidth: float
     """Bytes/s to other chips, one way, over all links of a chip."""
     linked: int
-    """Most chips that these links connect; beyond that, a slower network is used."""
+    """Number of chips that these links connect, at most; beyond it, a slower network is used."""
 
 
 # Vendors quote links for both directions together, except for v4. Their GB of memory are GiB,
@@ -78,8 +78,8 @@ def _encoder(config: EncoderConfig, length: int) -> int:
 
 
 def step_flops(config: DiTConfig, batch_size: int) -> int:
-    """FLOPs of a training step: the backward pass counts twice the forward pass.
+    """FLOPs of a training step: the backward pass counts as two forward passes.
 
-    Recomputation is not counted, as is usual for MFU.
+    Rematerialization is not counted, as is usual for MFU.
     """
     return 3 * batch_size * forward_flops(config)

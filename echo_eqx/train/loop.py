@@ -100,7 +100,7 @@ def train_loop(trainer: Trainer, launch_id: str, heartbeat: Heartbeat) -> int:
             manifest["generation"] = to_json(trainer.generation)
         writer.save(state, manifest, cursor)
 
-    with contextlib.ExitStack() as cleanup:  # in reverse order, each even if one before raises
+    with contextlib.ExitStack() as cleanup:  # runs in reverse order, even if one of them raises
         cleanup.callback(loader.close)
         cleanup.callback(progress.close)
         cleanup.callback(writer.wait)  # an error elsewhere does not lose a checkpoint in progress

@@ -30,7 +30,7 @@ class StepMetrics(eqx.Module):
     param_norm: Float[Array, ""]
     lr: Float[Array, ""]
     updated: Bool[Array, ""]
-    """False if loss or gradient was not finite, so that nothing changed."""
+    """False if the update was skipped because loss or gradient was not finite."""
     skipped: Int[Array, ""]
     """Updates skipped since the start of training."""
     frames: Int[Array, ""]
@@ -42,7 +42,7 @@ class StepMetrics(eqx.Module):
 class MetricsLog:
     """Collects the metrics of steps. Only `flush` waits for the device.
 
-    Every process counts; only process 0 writes.
+    Every process collects; only process 0 writes metrics.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MetricsLog:
         self.samples_seen += self._batch_size
 
     def attach(self, values: dict[str, Any]) -> None:
-        """Add values to the line of the last step."""
+        """Add values to the line of the most recent step."""
         self._extra |= values
 
     def flush(self, waited: float, counts: Mapping[str, int]) -> dict[str, Any]:
@@ -159,13 +159,13 @@ class MetricsLog:
                 file.write(json.dumps({"step": step, "keys": keys}) + "\n")
             if self._nonfinite_in_a_row >= self._max_nonfinite:
                 raise EchoError(
-                    f"loss or gradient was not finite in {self._nonfinite_in_a_row} steps in a "
-                    f"row, up to step {step}; their samples are listed in {self._nonfinite_log}"
+                    f"loss or gradient was not finite in {self._nonfinite_in_a_row} consecutive "
+                    f"steps, up to step {step}; their samples are listed in {self._nonfinite_log}"
                 )
 
 
 class ProgressLine:
-    """A bar on a terminal, plain lines elsewhere; silent on all hosts but the first."""
+    """A progress bar on a terminal, plain lines elsewhere; only the first host shows it."""
 
     def __init__(self, num_steps: int, step: int, shown: bool):
         self._shown = shown

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int, step: Int[Array, ""]) -> Array:
-    """Learning rate of step `step`, counted from 0; 0 in the first one if there is a warm-up."""
+    """Learning rate of step `step`, counted from 0; with a warm-up, that of step 0 is 0."""
     warmup = int(num_steps * config.warmup_ratio)
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(
@@ -73,8 +73,8 @@ def adamw_update(
 
 
 def update_ema(ema: T, model: T, decay: float, step: Int[Array, ""]) -> T:
-    """`decay * ema + (1 - decay) * model`. The decay starts low and rises with the step, so that
-    the initial weights are forgotten quickly."""
+    """`decay * ema + (1 - decay) * model`, with a decay that starts low and rises with the step, so
+    that the initial weights are forgotten quickly."""
     n = step.astype(jnp.float32)
     decay_now = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
     return cast(T, optax.incremental_update(cast(Any, model), cast(Any, ema), 1.0 - decay_now))

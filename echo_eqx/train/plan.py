@@ -31,13 +31,13 @@ FULL = 0.9
 estimation errors."""
 
 MAX_DEVICES = 2048
-"""Above this, JAX takes the devices of one CPU for several processes."""
+"""With more, JAX takes the devices of one CPU for those of several processes."""
 
 QUICK = (
     "--xla_backend_optimization_level=0 "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
-"""The program never runs, so it is compiled without optimisation: the same buffers in a third of
+"""The program never runs, so it is compiled without optimization: the same buffers in a third of
 the time."""
 
 GIB = 2**30
@@ -50,6 +50,7 @@ class Memory:
     parameters: int
     moments: int
     average: int
+    """The EMA of the weights."""
     gradients: int
     batch: int
     temporaries: int
@@ -62,7 +63,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that each device sends per step; it receives as many."""
+    """Bytes that each device sends per step; it receives the same amount."""
 
     gathers: int
     """All-gathers of parameters over fsdp."""
@@ -100,8 +101,9 @@ class Plan:
     largest_batch: int
     """The largest batch size that fits 90 % of the memory; 0 if none does."""
     largest_batch_memory: int
-    """Bytes per device of the largest batch size; below, of the next larger one."""
+    """Bytes per device with the largest batch size."""
     next_batch_memory: int
+    """Bytes per device with the next larger batch size."""
     step_flops: int
     traffic: Traffic
     arithmetic_seconds: float
@@ -117,7 +119,7 @@ class Plan:
 
 
 def use_virtual_devices(count: int) -> None:
-    """Give JAX `count` CPU devices. Call it before JAX is initialised.
+    """Give JAX `count` CPU devices. Call it before JAX is initialized.
 
     **Raises**: `UsageError` if `count` is out of range.
     """
@@ -139,9 +141,9 @@ def make_plan(
 
     JAX must have that many devices: see `use_virtual_devices`. `efficiency` is the fraction of the
     chip's peak FLOP/s that compute reaches when nothing else limits it, not counting
-    rematerialisation. `frame_rate` is that of the latents, in frames per second.
+    rematerialization. `frame_rate` is that of the latents, in frames per second.
 
-    **Raises**: `UsageError` for an unknown chip, or if mesh, batch and model do not divide.
+    **Raises**: `UsageError` for an unknown chip, or if the mesh does not divide batch or model.
     """
     if chip_name not in CHIPS:
         raise UsageError(f"chip: expected one of {', '.join(CHIPS)}, got {chip_name[:50]!r}")
@@ -181,8 +183,8 @@ def make_plan(
     warnings = [] if warning is None else [warning]
     if devices > chip.linked:
         warnings.append(
-            f"fast links connect only {chip.linked} {chip_name}: with {devices}, traffic takes "
-            "longer than estimated"
+            f"fast links connect only {chip.linked} {chip_name}: with {devices}, communication "
+            "takes longer than estimated"
         )
     return Plan(
         model=config.model,
@@ -289,7 +291,7 @@ def step_traffic(
 
     Assumes ring algorithms, which send the least: an all-gather or reduce-scatter of B bytes over n
     devices sends B (n - 1) / n from each, an all-reduce twice that (Patarasuk & Yuan, 2009,
-    doi:10.1016/j.jpdc.2008.09.002). Scalars are left out. With `--remat none` it is a little less.
+    doi:10.1016/j.jpdc.2008.09.002). Scalars are left out. `--remat none` sends a little less.
     """
     gathers = scatters = gradient_sums = 0.0
     for name, leaf in named_leaves(model).items():

@@ -61,7 +61,7 @@ def newest_restorable(run_dir: Path) -> TrainingCheckpoint | None:
 
 
 def pinned_source(config: TrainConfig) -> str:
-    """`config.data`; a dataset on the Hub at the commit that the run started with, if it has."""
+    """`config.data`; if it is a dataset on the Hub and the run has started, at the run's commit."""
     assert config.data is not None
     if not config.data.startswith(SCHEME):
         return config.data
@@ -87,7 +87,11 @@ def check_same_run(
     """
     path = checkpoint.path
     if type(checkpoint.config) is not type(sizes):
-        raise EchoError(f"checkpoint {path} is of a {checkpoint.model_kind}; use another --run_dir")
+        expected = "dit" if isinstance(sizes, DiTConfig) else "codec"
+        raise EchoError(
+            f"checkpoint {path}: expected a model of kind {expected}, got "
+            f"{checkpoint.model_kind}; use another --run_dir"
+        )
     for name, there in vars(checkpoint.config).items():
         if (here := getattr(sizes, name)) != there:
             raise EchoError(
@@ -109,17 +113,17 @@ def check_same_run(
     ):
         decay = changed.get("ema_decay", (0.999, 0))[0]
         raise EchoError(
-            f"checkpoint {path} has a moving average of the weights, which exports are made from, "
-            f"but --ema_decay is 0; continue with --ema_decay {decay}, or start another --run_dir "
-            f"with --init_from {config.run_dir}"
+            f"checkpoint {path} has an EMA of the weights, which exports are made from, but "
+            f"--ema_decay is 0; continue with --ema_decay {decay}, or start another --run_dir with "
+            f"--init_from {config.run_dir}"
         )
     if jax.process_index() == 0:
-        for line in _sentences(changed, config, checkpoint.step):
+        for line in _warnings(changed, config, checkpoint.step):
             logger.warning(line)
 
 
-def _sentences(changed: dict[str, tuple[Any, Any]], config: RunConfig, step: int) -> Iterator[str]:
-    """What changes for a run that resumes after `step`, a line per setting."""
+def _warnings(changed: dict[str, tuple[Any, Any]], config: RunConfig, step: int) -> Iterator[str]:
+    """What changes for a run that resumes after `step`, one line per setting."""
     if step >= config.num_steps:
         yield f"the run has done {step} steps and --num_steps is {config.num_steps}: nothing to do"
         return
@@ -133,7 +137,7 @@ def _sentences(changed: dict[str, tuple[Any, Any]], config: RunConfig, step: int
                 f"{now} instead of {before}"
             )
         if name == "ema_decay" and there == 0:
-            line += f": the average starts from the weights of step {step}"
+            line += f": the EMA starts from the weights of step {step}"
         if name in ("init_from", "resume_from"):
             line = f"--{name} {here} is ignored: the run resumes from its own step {step}"
         yield line
@@ -161,8 +165,8 @@ def init_or_restore(
 def _from_weights(source: str, config: TrainConfig, abstract: TrainState) -> TrainState:
     """Initial state with the weights of `source`.
 
-    Each process reads and verifies what its own devices need. If one of them finds damage in the
-    newest checkpoint of a run folder, all of them take the previous one.
+    Each process reads and verifies what its own devices need. If one process finds damage in the
+    newest checkpoint of a run folder, all of them use the previous one.
     """
     first: EchoError | None = None
     for path in (candidates := find_candidates(source, exports=False)):
@@ -207,7 +211,8 @@ def _from_published(
 ) -> TrainState:
     if published.mu is None or published.nu is None:
         raise EchoError(
-            f"expected an optimizer state in {path}; use its weights alone with --init_from"
+            f"expected an optimizer state in {path}, got none; use its weights alone with "
+            "--init_from"
         )
     trees = []
     for tensors in (published.params, published.mu, published.nu):

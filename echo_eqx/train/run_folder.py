@@ -25,7 +25,7 @@ _README = """\
 # A training run of echo_eqx
 
 - `config.json`: all settings; pass this file or this folder as `--config`
-- `environment.json`: command, versions, git revision and devices of each launch, and its end
+- `environment.json`: command, versions, git revision, devices and end of each launch
 - `metrics.jsonl`: a line per step; some lines also have speed and evaluation
 - `checkpoints/step_N/`: weights, moments and data cursor, to resume from
 - `checkpoints/step_N.safetensors`: weights in bfloat16, for `echo-eqx infer`
@@ -44,7 +44,7 @@ _REWRITTEN = {
     "config.json": b'{\n  "model": "',
     "environment.json": b'[\n  {\n    "time": ',
 }
-"""Files that a launch overwrites or truncates, and how they begin, unless they are empty."""
+"""Files that a launch overwrites or truncates, and how they begin if they are not empty."""
 
 
 def _check_own(path: Path) -> None:
@@ -70,8 +70,8 @@ def _check_own(path: Path) -> None:
 class RunFolder:
     """The folder `path`, created if missing. Process 0 locks it until it exits.
 
-    **Raises**: `EchoError` if it is not writable, another process trains in it, or it has foreign
-    files under the names of a run's files.
+    **Raises**: `EchoError` if it is not writable, another process is training in it, or it has
+    files with the names of a run's files that no run wrote.
     """
 
     def __init__(self, path: Path, writes: bool):
@@ -106,7 +106,7 @@ class RunFolder:
     def check_shared(self, launch_id: str) -> None:
         """Check that all processes share this folder.
 
-        **Raises**: `EchoError` on a process that sees another folder under this path.
+        **Raises**: `EchoError` on a process that sees a different folder at this path.
         """
         file = self.path / ".start"
         if self._lock is not None:
@@ -114,8 +114,8 @@ class RunFolder:
         multihost_utils.sync_global_devices("started")
         if not file.is_file() or file.read_text() != launch_id:
             raise EchoError(
-                f"{self.path.absolute()} on {socket.gethostname()} is not the folder that process "
-                "0 writes to; use a --run_dir on a disk that all hosts share"
+                f"{self.path.absolute()} on {socket.gethostname()}: expected the folder that "
+                "process 0 writes to, got another; use a --run_dir on a disk that all hosts share"
             )
 
     def describe(self, config: RunConfig) -> None:
@@ -131,7 +131,7 @@ class RunFolder:
 def note_end(run_dir: Path, step: int) -> None:
     """Record in `environment.json` that the last launch ended, saved at `step`.
 
-    It tells the monitor that the run was stopped and did not crash.
+    From this the monitor knows that the run was stopped and did not crash.
     """
     file = run_dir / "environment.json"
     history = _read_list(file)
@@ -142,7 +142,7 @@ def note_end(run_dir: Path, step: int) -> None:
 
 
 def open_metrics(path: Path, step: int) -> TextIO:
-    """`metrics.jsonl`, a JSON object per step, to append to; lines after `step` are cut off."""
+    """Open `metrics.jsonl` (a JSON object per step) to append; lines after `step` are cut off."""
     end = 0
     with path.open("a+b") as file:
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Samples generated in training, written with their recordings and references."""
+"""Samples generated during training, written with their recordings and references."""
 
 import logging
 from pathlib import Path
@@ -46,7 +46,7 @@ class SampleWriter:
             if channels != width:
                 raise EchoError(
                     f"expected a codec with {width} channels, as in the data, got {channels} in "
-                    f"{codec}"
+                    f"{codec}; give --codec with the one that encoded the data"
                 )
             self._silence = silence_latent(self._codec)
             if problem := codec_mismatch(generation, self._silence):

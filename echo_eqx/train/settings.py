@@ -38,7 +38,7 @@ class OptimizerConfig:
     b2: float = 0.99
     """Adam: decay of the second moment."""
     eps: float = 1e-8
-    """Adam: added to the root of the second moment."""
+    """Adam: added to the square root of the second moment."""
     weight_decay: float = 0.01
     """For matrices only, not biases, norm weights, AdaLN projections and out_proj."""
     max_grad_norm: float = 1.0
@@ -46,7 +46,7 @@ class OptimizerConfig:
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.9999; 0 keeps none."""
     grad_accum_steps: int = 1
-    """Gradient-accumulation microbatches per batch: less memory, the same result."""
+    """Gradient-accumulation microbatches per batch: less memory for the same result."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RunConfig:
     data: str | None = None
     """What to train on."""
     run_dir: Path = Path("runs/echo")
-    """Where the run writes. The same command again resumes the run."""
+    """Where the run writes its files. Repeat the command to resume the run."""
     num_steps: int = 300_000
     """Total training steps."""
     batch_size: int = 256
@@ -77,9 +77,9 @@ class RunConfig:
     keep_every: int = 50_000
     """Also keep checkpoints at multiples of this many steps; 0 keeps only the newest."""
     export: bool = True
-    """Beside each checkpoint write its weights in bfloat16, for infer and other runtimes."""
+    """Next to each checkpoint, write its weights in bfloat16, for infer and other runtimes."""
     log_every: int = 10
-    """Steps between fetching metrics; metrics.jsonl still gets a line for every step."""
+    """Steps between fetches of metrics; metrics.jsonl gets a line for every step regardless."""
     eval_data: str | None = None
     """Held-out data, as --data. Noise is the same at every evaluation."""
     eval_every: int = 1_000
@@ -105,10 +105,10 @@ class RunConfig:
     start_timeout: int = 300
     """Seconds to wait for all processes to connect."""
     config: Path | None = None
-    """Base that the other flags override: config.json of a run, a run folder or a checkpoint."""
+    """Settings that other flags override: config.json of a run, a run folder or a checkpoint."""
 
     def check(self) -> None:
-        """**Raises**: `UsageError` for settings that are wrong whatever the data is."""
+        """**Raises**: `UsageError` for settings that are wrong with any data."""
         for name, value in dataclasses.asdict(self).items():
             if type(value) is int and name != "process_id":
                 least = 0 if name in ("keep_every", "sample_every", "seed") else 1
@@ -158,8 +158,8 @@ def check_positive(**values: float) -> None:
             raise UsageError(f"{name}: expected a positive number, got {value}")
 
 
-# What training does not depend on, or what is compared by itself: the data by their digest, the
-# model by its sizes.
+# Settings that training does not depend on, or that are compared separately: the data by digest,
+# the model by its sizes.
 _FREE = {
     *("data", "model", "run_dir", "config", "mesh", "coordinator", "num_processes", "process_id"),
     *("start_timeout", "cache_dir", "cache_gb", "checkpoint_every", "keep_last", "keep_every"),
@@ -170,10 +170,10 @@ _FREE = {
 
 
 def changes(before: Any, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Flags that training depends on and their values before and now, where these differ.
+    """Flags that training depends on and whose values differ, with the values before and now.
 
-    `before` is what `to_json` made of the settings of an earlier start; a field that it lacks had
-    its default.
+    `before` are the settings of an earlier launch, as written by `to_json`; a field that is missing
+    had its default.
     """
     there = _flat(to_json(type(config)())) | _flat(before)
     here = _flat(to_json(config))
@@ -199,8 +199,8 @@ def _flat(settings: Any) -> dict[str, Any]:
 
 
 def settings_from_json(presets: dict[str, Config], default: str, data: Any, where: str) -> Config:
-    """Inverse of `to_json`; fields left out are those of the model's preset, which is `default` if
-    there is no model either.
+    """Inverse of `to_json`. Fields left out are taken from the preset of `model`, or from the
+    preset `default` if that is left out too.
 
     **Raises**: `EchoError` naming `where` and a field that is unknown or of the wrong type.
     """
@@ -214,11 +214,11 @@ def settings_from_json(presets: dict[str, Config], default: str, data: Any, wher
 
 
 def saved_settings(source: Path) -> tuple[Any, str]:
-    """Settings as JSON values in a file, in a run folder, or in a checkpoint of one; and where."""
+    """Settings as JSON values, from a file, run folder or checkpoint, and where they were found."""
     if (source / MANIFEST).is_file():
         return TrainingCheckpoint(source).manifest.get("settings"), str(source)
     for _, path in find_checkpoints(source / FOLDER):
-        with contextlib.suppress(EchoError):  # one that is damaged; the one before says the same
+        with contextlib.suppress(EchoError):  # damaged; the previous one has the same settings
             return TrainingCheckpoint(path).manifest.get("settings"), str(path)
     file = source / "config.json" if source.is_dir() else source
     try:
@@ -237,9 +237,9 @@ def parse_settings(
     default: Callable[[Config], str],
     arguments: Sequence[str] | None = None,
 ) -> Config:
-    """The flags of a command over the settings in --config, or over the preset of --model.
+    """Parse the flags of a command, over the settings in --config or the preset of --model.
 
-    Without either it is the preset `default(flags)`.
+    Without either flag, they override the preset `default(flags)`.
     """
     kind = type(next(iter(presets.values())))
 

@@ -1,4 +1,4 @@
-"""What happens before the training loop: agreement of the hosts, the run folder, compilation."""
+"""Setup before the training loop: agreement between hosts, the run folder, compilation."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ def open_run(
 
 
 def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:
-    """The compiled training step of `lower`; logs the time taken, and warns if memory is short.
+    """Compile the training step; logs the time taken, and warns if memory is short.
 
     A compiled step never recompiles: a batch of another shape is an error.
     """

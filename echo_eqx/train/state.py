@@ -20,8 +20,8 @@ from echo_eqx.train.settings import OptimizerConfig
 class TrainState(eqx.Module):
     """Master weights, Adam's moments and the EMA, all float32, and counters.
 
-    `step` counts batches. `adam.count` counts updates: fewer if updates were skipped because the
-    loss or gradient was not finite.
+    `step` counts batches. `adam.count` counts updates, which are fewer if some were skipped because
+    the loss or gradient was not finite.
     """
 
     step: Int[Array, ""]
@@ -41,12 +41,12 @@ def init_train_state(model: EchoDiT, config: OptimizerConfig) -> TrainState:
 
 
 def abstract_state(config: DiTConfig, optimizer: OptimizerConfig) -> TrainState:
-    """The shapes of a state: every leaf is a `jax.ShapeDtypeStruct`."""
+    """A state of shapes only, as from `jax.eval_shape`: every leaf is a `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: init_train_state(EchoDiT.init(config, key=jr.key(0)), optimizer))
 
 
 def sharded_abstract_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Like `abstract_state`, with shardings."""
+    """`abstract_state` with a sharding on every leaf."""
     state = abstract_state(config, optimizer)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -56,7 +56,7 @@ def sharded_abstract_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: 
 
 
 def init_state(config: DiTConfig, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainState:
-    """The state before the first step. Each device initialises only its shards."""
+    """The state before the first step. Each device initializes only its own shards."""
     shardings = state_shardings(abstract_state(config, optimizer), mesh)
 
     def init(key):

@@ -33,8 +33,8 @@ from echo_eqx.weights.find import SHIPPED
 def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
     """Train until `num_steps`, or until asked to stop; returns the exit code.
 
-    **Raises**: `EchoError` for unusable inputs, wherever possible before anything is downloaded or
-    compiled.
+    **Raises**: `EchoError` for unusable inputs, before anything is downloaded or compiled wherever
+    possible.
     """
     if config.objective.dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -103,7 +103,7 @@ def _generation(config: TrainConfig, data: TrainData) -> GenerationConfig:
 def _sample_writer(
     config: TrainConfig, data: TrainData, generation: GenerationConfig, mesh: Mesh
 ) -> SampleWriter | None:
-    """Generates process 0's first rows of `data`, if --sample_every asks for samples."""
+    """A writer of samples for process 0's first rows of `data`, if --sample_every asks for any."""
     if not config.sample_every:
         return None
     with contextlib.closing(data.loader(config.batch_size)) as loader:

@@ -1,4 +1,4 @@
-"""The part of a training step that is the same for all models: update the state, report metrics."""
+"""The part of a training step that all models share: update the state, report metrics."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ def apply_gradients(
 ) -> tuple[State, StepMetrics]:
     """The next state and its metrics; if loss or gradient is not finite, only counters change.
 
-    `others` are new values of further fields of the state. `frames` and `terms` go to the metrics.
+    `others` are new values of other fields of the state. `frames` and `terms` go into the metrics.
     """
     norm = optax.tree.norm(gradients)
     lr = learning_rate(config, num_steps, state.step)

@@ -21,7 +21,7 @@ class CodecLossConfig:
     stft: float = 0.3
     """L1 distance of log magnitude spectra, summed over the same resolutions."""
     periodicity: float = 0.0
-    """Distance of normalised autocorrelations at the lags of vocal pitch. Use it if the decoder
+    """Distance of normalized autocorrelations at the lags of vocal pitch. Use it if the decoder
     produces harmonics of its own upsampling rates instead of the voice's; 5 is a large weight."""
     waveform: float = 10.0
     """L1 distance of the samples."""
@@ -43,7 +43,7 @@ class CodecTrainConfig(RunConfig):
     data: str | None = None
     """Recordings, as for prepare: a folder, a manifest, tars, Parquet. Transcripts are not used."""
     run_dir: Path = Path("runs/codec")
-    """Where the run writes. The same command again resumes the run."""
+    """Where the run writes its files. Repeat the command to resume the run."""
     num_steps: int = 400_000
     batch_size: int = 8
     """Crops per batch, over all devices."""

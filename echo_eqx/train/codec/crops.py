@@ -19,6 +19,8 @@ _PREFETCH = 8
 
 
 class HostAudioBatch(NamedTuple):
+    """This host's rows of an `AudioBatch` (`echo_eqx.train.codec.step`), as NumPy arrays."""
+
     audio: np.ndarray
     """(rows, samples) float32."""
 
@@ -26,9 +28,9 @@ class HostAudioBatch(NamedTuple):
 class CropStream:
     """An endless iterator over batches from `step` on, each a function of seed, step and row.
 
-    Crops are uniform over all audio, so longer recordings come up more often. Shorter recordings
-    are padded with silence. An undecodable crop is replaced by another one. Cursors are empty: the
-    step is enough.
+    Crops are uniform over all audio, so longer recordings come up more often. Recordings shorter
+    than a crop are padded with silence. A crop that cannot be decoded is replaced by another one.
+    Cursors are empty: the step is enough to resume.
 
     **Raises**: `EchoError`, from `next`, if more than `max_broken` of the crops cannot be decoded.
     """
@@ -58,7 +60,7 @@ class CropStream:
 
     @property
     def examples(self) -> dict[str, str]:
-        """A message about the first recording that could not be read."""
+        """For each counter, a sentence about its first case."""
         problem = next(iter(self.broken), None)
         return {} if problem is None else {"broken_records": f"skipped a crop: {problem}"}
 
@@ -87,7 +89,7 @@ class CropStream:
                 return self._load(clip, start), clip.key, problems
             except EchoError as error:
                 problems.append(str(error))
-        raise EchoError(f"could not read ten crops in a row; {problems[-1]}")
+        raise EchoError(f"ten crops in a row could not be read; the last: {problems[-1]}")
 
     def _sample_crop(self, rng: np.random.Generator) -> tuple[Clip, float]:
         """A clip, and the start of a crop in it, in seconds."""
@@ -111,5 +113,6 @@ class CropStream:
         broken = sum(self.broken.values())
         if broken > max(1.0, self._max_broken * self._crops):
             raise EchoError(
-                f"could not read {broken} of {self._crops} crops; {next(iter(self.broken))}"
+                f"expected at most {self._max_broken:.1%} unreadable crops (--max_broken), got "
+                f"{broken} of {self._crops}; the first: {next(iter(self.broken))}"
             )

@@ -1,4 +1,4 @@
-"""Discriminators for adversarial training of a codec, as the published codec used.
+"""Discriminators for adversarial training of a codec, as used for the published codec.
 
 Multi-period discriminators see every 2nd, 3rd, 5th ... sample (Kong et al., 2020,
 arXiv:2010.05646), multi-band ones see bands of the complex spectrum (Kumar et al., 2023,
@@ -92,7 +92,7 @@ def _band_discriminator(width: int, key: PRNGKeyArray) -> Discriminator:
 
 
 class Discriminators(eqx.Module):
-    """All discriminators of audio (samples,). The published width is 32."""
+    """All discriminators, of audio (samples,). The published width is 32."""
 
     periods: tuple[Discriminator, ...]
     bands: tuple[tuple[Discriminator, ...], ...]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 WINDOWS = (2048, 1024, 512, 256, 128)
 """Window lengths in samples; the hop is a quarter of the window."""
 FLOOR = 1e-3
-"""Magnitudes are clipped below at this. White noise of std 1 has magnitudes around 1."""
+"""Lower bound of magnitudes. White noise of std 1 has magnitudes around 1."""
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -36,8 +36,8 @@ def spectrum(audio: Float[Array, " samples"], window: int) -> Float[Array, "fram
 
 @functools.cache
 def _transform(window: int) -> tuple[np.ndarray, np.ndarray]:
-    """DFT matrices: cosines (window // 2, bins) for the even part of a frame, and sines, one row
-    less, for the odd part, times a Hann window of norm 1 whose sample 0 is zero."""
+    """DFT matrices: cosines (window // 2, bins) for the even part of a frame, and sines, with one
+    row less, for the odd part; both times a Hann window of norm 1 whose sample 0 is zero."""
     # Not FFTs: on CPU, concurrent FFTs deadlock once they occupy all threads (jaxlib 0.11).
     hann = np.hanning(window + 1)[1 : window // 2 + 1, None]
     hann = hann / np.sqrt(2 * np.sum(hann[:-1] ** 2) + 1)
@@ -94,7 +94,7 @@ def spectral_distances(
 def periodicity_distance(
     decoded: Float[Array, " samples"], audio: Float[Array, " samples"], sample_rate: int
 ) -> Float[Array, ""]:
-    """Mean absolute difference of normalised autocorrelations at the lags of 500 to 60 Hz (Boersma,
+    """Mean absolute difference of normalized autocorrelations at the lags of 500 to 60 Hz (Boersma,
     1993), over frames of 40 ms or a little longer, weighted by loudness; 0 if no frame fits."""
     window = 1 << math.ceil(math.log2(sample_rate / 25))
     if window > audio.shape[0]:

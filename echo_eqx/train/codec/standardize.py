@@ -1,4 +1,4 @@
-"""Standardises latents to mean 0 and std 1 per channel, inside the bottleneck's projections."""
+"""Standardizes latents to mean 0 and std 1 per channel, inside the bottleneck's projections."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings
 
 
 def standardize(codec: DACVAE, clips: Sequence[Clip], batch_size: int = 8) -> DACVAE:
-    """`codec` with its latents of `clips` standardised; unreadable clips are skipped."""
+    """`codec` with its latents of `clips` standardized; unreadable clips are skipped."""
     encoded = ClipEncoder(codec, EncodeSettings(batch_size=batch_size))(clips, lambda _: None)
     latents = [x.astype(np.float64) for x in encoded.values() if isinstance(x, np.ndarray)]
     joined = np.concatenate(latents)
@@ -23,8 +23,8 @@ def standardize(codec: DACVAE, clips: Sequence[Clip], batch_size: int = 8) -> DA
 def rescaled(codec: DACVAE, mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> DACVAE:
     """`codec` with latents `(z - mean) / std` instead of z, and the same decoded audio.
 
-    The bottleneck's std is `softplus(scale) + 1e-4`, which a linear map cannot rescale exactly. It
-    is rescaled as for small values, where softplus is an exponential: a trained std is small.
+    The bottleneck's std is `softplus(scale) + 1e-4`, which a linear map cannot rescale exactly. A
+    trained std is small, so it is rescaled as for small values, where softplus is an exponential.
     """
     shift = jnp.asarray(mean, jnp.float32)
     factor = jnp.asarray(std, jnp.float32)

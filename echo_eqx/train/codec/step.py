@@ -23,7 +23,7 @@ from echo_eqx.train.update import apply_gradients, jit_step
 
 
 class CodecState(eqx.Module):
-    """Everything that a step changes; discriminators only in adversarial training."""
+    """Everything that a step changes. Discriminators are None without adversarial training."""
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
@@ -66,7 +66,10 @@ def init_train_state(model: DACVAE, config: CodecTrainConfig, key: PRNGKeyArray)
 
 
 def abstract_state(sizes: CodecConfig, config: CodecTrainConfig, mesh: Mesh) -> CodecState:
-    """Shapes of a state, replicated over the mesh: a codec is small."""
+    """The shapes and shardings of a state: every leaf is a `jax.ShapeDtypeStruct`.
+
+    It is replicated over the mesh, because a codec is small.
+    """
     key = jr.key(0)
     state = jax.eval_shape(lambda: init_train_state(DACVAE.init(sizes, key=key), config, key))
     return jax.tree.map(
@@ -77,7 +80,7 @@ def abstract_state(sizes: CodecConfig, config: CodecTrainConfig, mesh: Mesh) -> 
 def reconstruct(
     codec: DACVAE, audio: Float[Array, " samples"], key: PRNGKeyArray | None, freeze_encoder: bool
 ) -> Decoded:
-    """Encode, sample latents (without a `key` take their mean), and decode."""
+    """Encode, sample latents (or take their mean, without a `key`), and decode."""
     mean, std = codec.bottleneck.moments(codec.encoder(audio))
     if freeze_encoder:
         mean, std = jax.lax.stop_gradient((mean, std))

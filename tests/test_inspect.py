@@ -267,7 +267,7 @@ def test_what_cannot_be_played_is_one_sentence(tmp_path):
         (["--data", ".", "--max_frames", 0], 2, "--max_frames: expected at least 1, got 0"),
         (["--data", ".", "--cache_gb", 0], 2, "--cache_gb: expected a positive number, got 0.0"),
         (["--data", ".", "--plot", "a.pdf"], 2, "expected a *.png, got a.pdf"),
-        (["--data", ".", "--play", "a", "--json"], 2, "--play makes no report"),
+        (["--data", ".", "--play", "a", "--json"], 2, "--play: expected no --json or --plot"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, flags, code, sentence):

@@ -172,4 +172,5 @@ def test_bad_input_is_one_sentence(tpu_py, text, said):
 def test_a_volume_is_not_mounted_over_the_system(tpu_py):
     flags = ["--data", "d", "--run_dir", "/echo"]
     code, _, err = tpu_py("kubernetes --image i --claim runs", flags)
-    assert code == 2 and "expected --run_dir such as /mnt/echo/run, got /echo" in err
+    assert code == 2 and "--run_dir: expected a path such as /mnt/echo/run" in err
+    assert "got /echo" in err

@@ -467,7 +467,7 @@ def test_a_worker_that_never_starts_is_named_and_nothing_is_left_alive(world):
     world.play(**{"refuse pod0-1": 9})
     code, _, err = world(f"{LAUNCH} 1000".replace("--tries 3", "--tries 2"))
     assert code == 1 and "worker 1 of echo did not start: ssh: connect to" in err.splitlines()[-1]
-    assert "(2 tries); the run is ended on the others" in err
+    assert "(2 tries); the run was stopped on the others" in err
     assert world.count("worker.py start", "--worker=1") == 2
     assert not any(status["alive"] for status in world.statuses())
 
@@ -477,7 +477,7 @@ def test_a_run_that_crashes_at_once_is_not_tried_again(world):
     world.write("crash pod0-1", "1")
     code, _, err = world(f"{LAUNCH} 1000".replace("--settle 0", "--settle 90"))
     assert code == 1 and "1| error: the data are broken" in err
-    assert "the run on worker 1 of echo ended with code 1 at once" in err
+    assert "the run on worker 1 of echo ended with code 1 right after its start" in err
     assert world.count("worker.py start") == 3
     assert not any(status["alive"] for status in world.statuses())
     (world.root / "crash pod0-1").unlink()
@@ -546,7 +546,7 @@ BAD = [
     ("launch --name echo -- --data d --batch_size 0", 2, "batch_size: expected at least 1, got 0"),
     ("launch --name echo -- --data d --process-id=1", 2, "--process-id=1 is set on each worker"),
     ("launch --name echo -- --config x.json", 2, "--config is a file on this machine"),
-    ("status --name echo -- --data d", 2, "expected no flags of train here, got -- --data d"),
+    ("status --name echo -- --data d", 2, "expected no flags of train for this command, got -- --"),
     ("status --name echo --timeout 0", 2, "--timeout: expected a positive number, got 0.0"),
     ("status --name echo --timeout nan", 2, "--timeout: expected at least 0, got nan"),
     ("status --name echo --hosts a,,b", 2, "--hosts: expected names such as a,me@b,c, got ''"),

@@ -6,7 +6,7 @@
     echo-eqx benchmark step             # trace and compile the 1.3B training step
     echo-eqx benchmark stream           # records per second, against a plain tarfile loop
     echo-eqx benchmark save             # how long a checkpoint blocks the loop
-    echo-eqx benchmark monitor          # the page of a long run, from start to curves
+    echo-eqx benchmark monitor          # the page of a long run, until its curves are drawn
 
 Weights are random; that does not change the cost.
 """
@@ -113,7 +113,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Save:
-    """A checkpoint of a training state: what the loop waits for, and what a thread writes."""
+    """A checkpoint of a training state: how long the loop waits, and when it is on disk."""
 
     model: Literal["1.3B", "840M", "tiny"] = "tiny"
     runs: int = 5
@@ -121,7 +121,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Monitor:
-    """The monitor's page of one long run: until all is read, until its curves are drawn."""
+    """The monitor's page of one long run: time until all is read, and until curves are drawn."""
 
     lines: int = 1_000_000
     runs: int = 3
@@ -160,13 +160,13 @@ def median_seconds(name: str, function: Callable[[], object], runs: int) -> floa
     median = statistics.median(times)
     print(
         f"{name}: median {median:.3f} s of {runs} runs ({min(times):.3f} to {max(times):.3f}); "
-        f"the first, with compiling, {first:.1f} s"
+        f"the first, with compilation, {first:.1f} s"
     )
     return median
 
 
 def random_weights(init: Callable[[], Any]) -> Any:
-    """A model of random numbers, made leaf by leaf as in a load, so that peaks are those of use."""
+    """A model of random numbers, made leaf by leaf as when loading, for a realistic peak memory."""
     rng = np.random.default_rng(0)
 
     def leaf(abstract: jax.ShapeDtypeStruct) -> jax.Array:
@@ -189,7 +189,7 @@ def codec(args: Codec) -> None:
     marked = median_seconds(
         "decode with watermark", lambda: model.decode(latents, message), args.runs
     )
-    print(f"the watermark takes {marked / plain:.2f} of the plain decoding time")
+    print(f"decoding with the watermark takes {marked / plain:.2f} times as long")
 
 
 def dit_inputs(args: DiT | Cache) -> tuple[echo_eqx.EchoDiT, list[jax.Array]]:
@@ -243,7 +243,7 @@ def cache(args: Cache) -> None:
     cached = median_seconds(
         "velocity from cached keys", lambda: from_context(model, context, x, t), args.runs
     )
-    print(f"the cached evaluation takes {cached / whole:.2f} of the whole one")
+    print(f"the cached evaluation takes {cached / whole:.2f} of the uncached one's time")
 
 
 def step(args: Step) -> None:
@@ -373,7 +373,7 @@ def monitor(args: Monitor) -> None:
 
 
 def metrics_line(step: int) -> str:
-    """As the trainer writes it."""
+    """A line as the trainer writes it."""
     loss = 0.3 + 2.0 / step**0.5 + 0.05 * math.sin(step)
     line: dict[str, Any] = {
         "step": step,
@@ -405,7 +405,7 @@ def metrics_line(step: int) -> str:
 
 @contextlib.contextmanager
 def monitoring(file: Path) -> Iterator[tuple[str, int]]:
-    """Address and process of a monitor that has just begun to listen."""
+    """Address and process id of a monitor that has just started to listen."""
     command = [sys.executable, "-m", "echo_eqx", "monitor"]
     command += ["--runs", str(file.parent), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -421,15 +421,15 @@ def measure_reading(file: Path, args: Monitor) -> None:
     for _ in range(args.runs):
         with monitoring(file) as (address, pid):
             used, started = cpu_seconds(pid), time.perf_counter()
-            news, curves = ask_monitor(address, 0, {})
-            while news["read"] < 1:
-                news, curves = ask_monitor(address, news["version"], curves)
+            update, curves = ask_monitor(address, 0, {})
+            while update["read"] < 1:
+                update, curves = ask_monitor(address, update["version"], curves)
             whole.append(time.perf_counter() - started)
             cpu.append(cpu_seconds(pid) - used)
             with file.open("a") as out:
                 out.writelines(metrics_line(args.lines + i) for i in range(1, 11))
             before, started = bytes_read(pid), time.perf_counter()
-            ask_monitor(address, news["version"], curves)
+            ask_monitor(address, update["version"], curves)
             refresh.append(time.perf_counter() - started)
             read.append(bytes_read(pid) - before)
     print(
@@ -441,12 +441,12 @@ def measure_reading(file: Path, args: Monitor) -> None:
 
 
 def ask_monitor(address: str, version: int, curves: dict[str, str]) -> tuple[Any, dict[str, str]]:
-    """What the page would ask for and keep."""
+    """Request new data as the page would; returns it, and the state that the page keeps."""
     query = urllib.parse.urlencode({"version": version, "have": ",".join(curves.values())})
     with urllib.request.urlopen(f"{address}data.json?run=run&{query}") as answer:
-        news = json.load(answer)
-    found = {name: f"{name}:{c['stride']}:{c['full']}" for name, c in news["curves"].items()}
-    return news, curves | found
+        update = json.load(answer)
+    found = {name: f"{name}:{c['stride']}:{c['full']}" for name, c in update["curves"].items()}
+    return update, curves | found
 
 
 def cpu_seconds(pid: int) -> float:
@@ -460,7 +460,7 @@ def bytes_read(pid: int) -> int:
 
 
 def measure_drawing(file: Path, args: Monitor) -> None:
-    """In headless Chromium, by its own clock: until all curves are drawn."""
+    """Time until all curves are drawn in headless Chromium, by its own clock."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         print("in a browser: not measured, since chromium and chromedriver are not on PATH")

@@ -29,13 +29,13 @@ from echo_eqx.voice.evaluate import generation_config, reference_files
 
 SIZES = ("max_frames", "max_text_bytes", "max_speaker_frames")
 STANDARD_CLIPS = 400
-"""Recordings by which latents are standardized to mean 0 and std 1."""
+"""Recordings used to standardize latents to mean 0 and std 1."""
 
 
 @dataclass(frozen=True)
 class Args:
     work: Path = Path("runs/build_voice")
-    """Recordings, shards and runs."""
+    """Folder for recordings, shards and runs."""
     output: Path = Path(voice.__file__).parent
     """Folder for weights, references and shards; by default the package."""
     phrases: int = 7000

@@ -4,7 +4,7 @@
     echo-eqx eval_voice --checkpoint runs/build_voice/dit --codec runs/build_voice/codec
 
 For texts of the small domain, unseen sentences of seen words and sentences with unseen words, it
-prints how many texts are nearest to their own original among all, and the distance to it. Needs
+prints how many are nearest to their own original among all originals, and the distance to it. Needs
 espeak-ng and librosa; --words also pocketsphinx and jiwer (pip install 'echo_eqx[eval]').
 """
 

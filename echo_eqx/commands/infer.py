@@ -69,17 +69,17 @@ class Args:
     """Block-wise models only: generate in blocks of this many latent frames."""
     duration: float | None = None
     """Seconds generated for each chunk of text. The model fills them with speech and then silence;
-    another duration gives another reading. By default what the checkpoint recommends, or else 15,
-    or the longest the model was trained with if that is shorter."""
+    the pace may change with the duration. By default what the checkpoint recommends, or else 15, or
+    the longest the model was trained with if that is shorter."""
     seed: int = 42
     """Seed of the noise, and of the watermark's message."""
     sampler: Annotated[SamplerSettings, tyro.conf.arg(name="", constructor=SAMPLER_FLAGS)] = field(
         default_factory=SamplerSettings
     )
     num_candidates: int = 1
-    """Readings of each utterance, with consecutive seeds."""
+    """Candidates to generate for each utterance, with consecutive seeds."""
     batch_size: int = 8
-    """Chunks of text that are sampled at once."""
+    """Chunks of text that are sampled together."""
     codec: str | None = None
     """DACVAE weights: weights.pth or our safetensors. A file, a folder, a Hub id, or voice. By
     default the codec that the checkpoint names, or else facebook/dacvae-watermarked."""
@@ -104,7 +104,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the model: auto is bfloat16 on GPU and TPU, float32 on CPU."""
     json: bool = False
-    """Next to each result write a JSON file with all settings and the identity of the models. An
+    """Next to each result, write a JSON file with all settings and the models' checksums. An
     existing JSON file that this command did not write is never replaced."""
 
 
@@ -146,7 +146,7 @@ def main() -> None:
         models["checkpoint"] = describe_model(checkpoint, args.checkpoint, dit)
         models["codec"] = describe_model(codec_file, codec_name, codec)
     rate, seconds = codec.config.sample_rate, 0.0
-    for start in range(0, len(requests), args.batch_size):  # each batch is written when it is done
+    for start in range(0, len(requests), args.batch_size):  # results are written batch by batch
         batch = requests[start : start + args.batch_size]
         bar = StepBar(f"speaking {start + len(batch)}/{len(requests)}")
         audios = echo_eqx.synthesize_all(
@@ -197,11 +197,11 @@ def check_usage(args: Args) -> None:
         if getattr(args, name) < 1:
             raise UsageError(f"{name}: expected at least 1, got {getattr(args, name)}")
     if args.message is not None and not args.watermark:
-        raise UsageError("--message: expected --watermark with it, got --no-watermark")
+        raise UsageError("--message: expected --watermark with it, got --no_watermark")
 
 
 def with_recommended(dit: EchoDiT, codec: DACVAE) -> Args:
-    """The flags again, with the defaults that the models recommend."""
+    """The flags parsed again, with the models' recommended settings as defaults."""
     generation = dit.generation
     base = Args(
         sampler=generation.sampler,
@@ -256,7 +256,7 @@ def effective_settings(
 def reference_settings(
     dit: EchoDiT, codec: DACVAE, args: Args, request: Request, latents: np.ndarray | None
 ) -> dict[str, Any]:
-    """What was used of the reference."""
+    """How the reference was used."""
     if latents is None or request.speaker_ref is None:
         return {"speaker_seconds": None, "speaker_lufs": None, "nearest_voice": None}
     lufs = dit.generation.reference_lufs if args.speaker_lufs is None else args.speaker_lufs

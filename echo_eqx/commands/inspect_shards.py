@@ -1,4 +1,4 @@
-"""Show what tar shards of latents hold, and what of it is broken.
+"""Report what tar shards of latents contain, and what in them is broken.
 
     echo-eqx inspect_shards --data shards/
     echo-eqx inspect_shards --data hf://datasets/OWNER/NAME --plot shards.png
@@ -50,8 +50,8 @@ class Args:
     plot: Path | None = None
     """Also plot lengths and channels to this *.png (pip install 'echo_eqx[plots]')."""
     play: str | None = None
-    """Instead of a report, decode the sample with this key to --output, and its reference to
-    *.ref.wav next to it."""
+    """Instead of a report, decode the sample with this key to --output, and its reference to a
+    file *.ref.wav next to it."""
     codec: str = "facebook/dacvae-watermarked"
     """With --play: DACVAE weights. A file, a folder, or a Hub id."""
     output: Path = Path("output.wav")
@@ -100,7 +100,7 @@ def fitting_models(width: int) -> str:
 
 
 def check_usage(args: Args) -> None:
-    """Refuse what cannot work before anything is read."""
+    """**Raises**: `UsageError` for flags that cannot work, before anything is read."""
     if args.data is None:
         raise UsageError(
             "--data is missing; expected a folder of tar shards, a glob or hf://datasets/..."
@@ -114,7 +114,7 @@ def check_usage(args: Args) -> None:
         raise UsageError(f"--cache_gb: expected a positive number, got {args.cache_gb}")
     if args.play is not None:
         if args.json or args.plot is not None:
-            raise UsageError("--play makes no report; remove --json and --plot")
+            raise UsageError("--play: expected no --json or --plot, because it makes no report")
         audio_kind(args.output)
     if args.plot is not None:
         if args.plot.suffix.lower() != ".png":
@@ -178,7 +178,7 @@ def as_text(report: Report, config: DiTConfig, show_all: bool) -> list[str]:
 
 
 def warnings(report: Report, config: DiTConfig) -> list[str]:
-    """What may surprise whoever trains on these shards."""
+    """Warnings about training on these shards."""
     n, cut = report.samples, report.fit(config)
     warning = reference_warning(n, report.references)
     found = [] if warning is None else [warning]
@@ -203,7 +203,7 @@ def warnings(report: Report, config: DiTConfig) -> list[str]:
 
 
 def as_json(report: Report, config: DiTConfig) -> dict[str, Any]:
-    """The report as plain JSON values; null where there is no sample to compute from."""
+    """The report as plain JSON values; null if there are no samples to compute it from."""
     fields = asdict(report)
     for name in ("frames", "speaker_frames"):
         fields.pop(name)
@@ -224,7 +224,7 @@ def as_json(report: Report, config: DiTConfig) -> dict[str, Any]:
 
 
 def summaries(report: Report) -> dict[str, dict[str, float] | None]:
-    """Least, median and greatest length."""
+    """Shortest, median and longest lengths."""
     lengths = {"seconds": report.frames / report.frame_rate, "text_bytes": report.text_bytes}
     return {
         name: {"min": float(x.min()), "median": float(np.median(x)), "max": float(x.max())}

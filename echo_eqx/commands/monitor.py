@@ -1,4 +1,4 @@
-"""Show training runs on a web page, as they go.
+"""Show training runs live on a web page.
 
     echo-eqx monitor --runs runs/
     echo-eqx monitor --runs runs/ --host 0.0.0.0 --token SECRET
@@ -22,11 +22,11 @@ class Args:
     runs: Path
     """Folder of runs (each a --run_dir of train), or one run."""
     port: int = 8080
-    """Port of the page; 0 takes a free one."""
+    """Port of the page; 0 picks a free one."""
     host: str = "127.0.0.1"
-    """Address to listen at. 0.0.0.0 lets other machines in and needs --token."""
+    """Address to listen on. 0.0.0.0 can be reached from other machines and needs --token."""
     token: str | None = None
-    """Text that a browser must send once, as ?token=TEXT at the end of the address."""
+    """Secret that a browser must send once, as ?token=TEXT at the end of the address."""
 
 
 def main() -> None:

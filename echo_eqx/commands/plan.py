@@ -95,11 +95,11 @@ def as_text(plan: Plan) -> list[str]:
     memory, traffic = plan.memory, plan.traffic
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     per_device = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
-    parts = f", in {plan.grad_accum_steps} parts" if plan.grad_accum_steps > 1 else ""
+    parts = f", in {plan.grad_accum_steps} microbatches" if plan.grad_accum_steps > 1 else ""
     lines = [
         f"{plan.model}, {plan.num_parameters / 1e6:.0f} M parameters, on {plan.devices} x "
         f"{plan.chip}: {mesh}",
-        f"batch {plan.batch_size}, {per_device} a device{parts}; {plan.max_frames} frames, "
+        f"batch {plan.batch_size}, {per_device} per device{parts}; {plan.max_frames} frames, "
         f"{plan.max_text_bytes} bytes of text, {plan.max_speaker_frames} reference frames",
         "",
         "memory on each device",
@@ -107,7 +107,7 @@ def as_text(plan: Plan) -> list[str]:
         row("moments, float32", in_bytes(memory.moments)),
     ]
     if memory.average:
-        lines.append(row("average, float32", in_bytes(memory.average)))
+        lines.append(row("EMA, float32", in_bytes(memory.average)))
     lines += [
         row("gradients, float32", in_bytes(memory.gradients)),
         row("batch", in_bytes(memory.batch)),
@@ -117,29 +117,29 @@ def as_text(plan: Plan) -> list[str]:
             "temporaries as the CPU compiler counts them",
         ),
         row(
-            "in all",
+            "total",
             in_bytes(memory.total),
             f"{memory.total / plan.memory_limit:.0%} of {in_bytes(plan.memory_limit)}",
         ),
         row("largest batch", str(plan.largest_batch), f"at most {FULL:.0%} of memory"),
         "",
-        "a step",
+        "per step",
         row("arithmetic", f"{plan.step_flops / 1e12:,.1f} TFLOP"),
         row("  at the efficiency", seconds(plan.arithmetic_seconds), f"{plan.efficiency:.0%}"),
         row("traffic of each device", in_bytes(traffic.total), "sent, and as much received"),
-        row("  parameters, gathered", in_bytes(traffic.gathers)),
-        row("  gradients, scattered", in_bytes(traffic.scatters)),
-        row("  gradients, summed", in_bytes(traffic.gradient_sums)),
-        row("  activations, summed", in_bytes(traffic.activation_sums)),
+        row("  parameters, all-gather", in_bytes(traffic.gathers)),
+        row("  gradients, reduce-scatter", in_bytes(traffic.scatters)),
+        row("  gradients, all-reduce", in_bytes(traffic.gradient_sums)),
+        row("  activations, all-reduce", in_bytes(traffic.activation_sums)),
         row("  over its links", seconds(plan.link_seconds)),
-        row("weights through memory", seconds(plan.memory_seconds)),
+        row("memory traffic of update", seconds(plan.memory_seconds)),
         row("step time", seconds(plan.step_time_s), "the largest of the three"),
         row("MFU", f"{plan.mfu:.1%}"),
         "",
-        f"the run, {plan.num_steps} steps",
+        f"total run, {plan.num_steps} steps",
         row("time", f"{plan.hours:.1f} h"),
         row("samples", f"{plan.samples:,}"),
-        row("audio", f"{plan.audio_hours:,.0f} h", "with recordings as long as the window"),
+        row("audio", f"{plan.audio_hours:,.0f} h", "if every recording has the maximum length"),
     ]
     return lines
 

@@ -3,10 +3,10 @@
     echo-eqx prepare --input recordings/ --output shards/ --codec WEIGHTS
     echo-eqx prepare --input clips.jsonl --output shards/ --codec WEIGHTS --part 2/8
 
-The input is a folder of audio with a NAME.txt for each NAME.wav, a JSONL manifest, a list in
-columns (of LJSpeech, Common Voice, F5-TTS, XTTS, VITS and others), tars of audio and JSON, or a
-Hugging Face audio dataset in Parquet. Run the same command again to continue where it stopped, and
-on several machines with --part to share the work.
+The input is a folder of audio with a NAME.txt for each NAME.wav, a JSONL manifest, a table (as in
+LJSpeech, Common Voice, F5-TTS, XTTS, VITS and others), tars of audio and JSON, or a Hugging Face
+audio dataset in Parquet. Run the same command again to continue where it stopped, or on several
+machines with --part to share the work.
 """
 
 import echo_eqx

@@ -1,4 +1,4 @@
-"""Train on Cloud TPU pods (gcloud), on machines reached by ssh, or under a job engine.
+"""Train on Cloud TPU pods (gcloud), on machines reached by ssh, or under a job scheduler.
 
     echo-eqx tpu create --name echo --zone us-central2-b --accelerator_type v4-64 --spot
     echo-eqx tpu setup --name echo --zone us-central2-b
@@ -48,24 +48,24 @@ class Status(WorkerArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class Logs(PollArgs, WorkerArgs):
-    """Print the logs of the run, each line after the number of its worker."""
+    """Print the logs of the run; each line starts with the number of its worker."""
 
     follow: bool = False
-    """Go on until the run has ended."""
+    """Keep printing until the run has ended."""
     lines: int = 20
-    """Last lines of each worker."""
+    """Number of last lines to print for each worker."""
     worker: int | None = None
-    """Only this worker."""
+    """Print only this worker's log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop(PollArgs, WorkerArgs):
-    """Stop the run: it saves, and ends with exit code 76."""
+    """Stop the run: it saves, and exits with code 76."""
 
     now: bool = False
-    """End it at once; the steps since the last checkpoint are lost."""
+    """Kill it; you lose the steps since the last checkpoint."""
     wait: float = 900.0
-    """Seconds for all processes to end."""
+    """Seconds to wait for all processes to exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,9 @@ def main() -> None:
             raise UsageError("expected the flags of train after --, got none")
         run_dir = check_train_flags(train_flags)
     elif separator:
-        raise UsageError(f"expected no flags of train here, got -- {shlex.join(train_flags)}")
+        raise UsageError(
+            f"expected no flags of train for this command, got -- {shlex.join(train_flags)}"
+        )
     if isinstance(args, JobArgs):
         print(job_file(args, train_flags, run_dir), end="")
         return

@@ -4,9 +4,9 @@
     echo-eqx train --model tiny --data shards/ --run_dir runs/mine
     echo-eqx train --data hf://datasets/OWNER/NAME --run_dir /mnt/runs/big --mesh fsdp=32
 
-The same command again resumes the run. On SIGTERM, or when the terminal closes, the run saves and
+Repeat the command to resume the run. On SIGTERM, or when the terminal closes, the run saves and
 exits with code 76; code 75 means that another process of the run died. All output is in --run_dir.
-Without --data or --config, a model like the small voice trains on the shards in the package.
+Without --data or --config, a model like the small voice is trained on the shards in the package.
 """
 
 from echo_eqx.train.config import TRAIN_PRESETS, TrainConfig

@@ -5,7 +5,7 @@
     echo-eqx train_codec --init_from runs/codec --freeze_encoder --loss.adversarial 1 \\
         --data recordings/ --run_dir runs/sharper
 
-The same command again resumes the run. Checkpoints, exit codes, metrics and multi-host runs work as
+Repeat the command to resume the run. Checkpoints, exit codes, metrics and multi-host runs work as
 in train. Use the result in other commands with `--codec runs/codec`.
 """
 

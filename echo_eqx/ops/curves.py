@@ -1,4 +1,4 @@
-"""The curves of a run: `metrics.jsonl`, followed as it grows, in buckets that a page can draw."""
+"""The curves of a run: `metrics.jsonl`, read as it grows, in buckets that a page can draw."""
 
 import math
 import os
@@ -24,15 +24,15 @@ FIELDS = (
     "broken_records",
     "peak_memory_bytes",
 )
-"""Keys of metrics.jsonl that are drawn as a curve each."""
+"""Keys of metrics.jsonl, each drawn as a curve."""
 LARGEST_STEP = 2**53
-"""From here on a browser rounds whole numbers."""
+"""Browsers round larger integers."""
 LARGEST_VALUE = 1e100
-"""Larger values, infinities and NaN are gaps: they would hide the other runs' curves."""
+"""Larger values, infinities and NaN become gaps: they would hide the other runs' curves."""
 MAX_BUCKETS = 1000
-"""Of a curve. Each is drawn from its lowest to its highest value: two points."""
+"""Buckets per curve. Each is drawn as two points, its lowest and its highest value."""
 _CHUNK_BYTES = 2 << 20
-"""Bytes read at once. A line this long is not from the trainer."""
+"""Bytes read at a time. The trainer never writes a line this long."""
 
 
 class Curve:
@@ -57,9 +57,10 @@ class Curve:
         return stride
 
     def buckets(self, known_stride: int = 0, known: int = 0) -> dict[str, Any] | None:
-        """What a page lacks that has the first `known` buckets of `known_stride`; None if nothing.
+        """The buckets that are new to a page with the first `known` buckets of `known_stride`.
 
-        `start` is the index of the first bucket returned; the first `full` will not change.
+        None if there are none. `start` is the index of the first bucket returned; the first `full`
+        buckets of the curve will not change.
         """
         stride, size = self.stride, len(self._values)
         full = size // stride
@@ -84,7 +85,7 @@ class Curve:
 
 
 def _to_json(values: np.ndarray) -> list[float | None]:
-    """To nine digits; JSON has no NaN or infinity, which become null."""
+    """Values rounded to nine digits; NaN and infinities, which JSON lacks, become null."""
     return [float(f"{x:.9g}") if math.isfinite(x) else None for x in values.tolist()]
 
 
@@ -92,7 +93,10 @@ Columns = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def read_lines(chunk: bytes) -> tuple[list[Columns], int]:
-    """Steps and values by key, in parts, and how many of these whole lines could not be read."""
+    """Steps and values by key, in parts, and the number of lines that could not be read.
+
+    `chunk` consists of complete lines.
+    """
     try:
         return [_read_all(chunk)], 0
     except Exception:  # pyarrow raises many kinds; some line is malformed
@@ -131,7 +135,7 @@ def _read_all(chunk: bytes) -> Columns:
 
 
 class MetricsFile:
-    """Follows one `metrics.jsonl`. What was read is not read again, unless the file was cut."""
+    """Follows one `metrics.jsonl`. Lines are read only once, unless the file was truncated."""
 
     def __init__(self, path: Path):
         self._root, self._name = path.parent.resolve(), path.name
@@ -147,13 +151,13 @@ class MetricsFile:
     def update(
         self, version: int, known: dict[str, tuple[int, int]], seconds: float
     ) -> dict[str, Any]:
-        """Read on for `seconds`; what a page lacks that knows these buckets of `version`.
+        """Read on for up to `seconds`, and return the buckets that are new to a page.
 
-        `known` has the stride and the number of full buckets by key. In the result, `read` is the
-        fraction of the file that has been read.
+        The page has the buckets `known` of `version`: stride and number of full buckets by key. In
+        the result, `read` is the fraction of the file that has been read.
         """
         with self._lock:
-            read = self._read_on(time.monotonic() + seconds)
+            read = self._read_more(time.monotonic() + seconds)
             if version != self._version:
                 known = {}
             found = {
@@ -167,17 +171,17 @@ class MetricsFile:
                 "curves": {name: buckets for name, buckets in found.items() if buckets},
             }
 
-    def _read_on(self, deadline: float) -> float:
-        """Read until the end or `deadline`; the fraction of the file that has been read."""
+    def _read_more(self, deadline: float) -> float:
+        """Read until the end or `deadline`; returns the fraction of the file that has been read."""
         try:
             with open_inside(self._root, self._name) as file:
-                # A resumed run cuts its last lines off, and may soon be as long as before.
+                # A resumed run truncates the file, which may soon be as long as before.
                 file.seek(self._offset - len(self._last_bytes))
                 if file.read(len(self._last_bytes)) != self._last_bytes:
                     self._reset()
                 while True:
                     file.seek(self._offset)
-                    if not self._take(file.read(_CHUNK_BYTES)):
+                    if not self._add(file.read(_CHUNK_BYTES)):
                         return 1.0
                     if time.monotonic() > deadline:
                         return min(self._offset / max(1, os.fstat(file.fileno()).st_size), 1.0)
@@ -186,8 +190,8 @@ class MetricsFile:
                 self._reset()
         return 1.0
 
-    def _take(self, chunk: bytes) -> int:
-        """Take the whole lines in the next bytes; returns how many bytes that were.
+    def _add(self, chunk: bytes) -> int:
+        """Add the complete lines in the next bytes; returns how many bytes they were.
 
         A line that is still being written waits, unless it fills a chunk: then it is unreadable.
         """

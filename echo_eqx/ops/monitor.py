@@ -1,4 +1,4 @@
-"""A web page that shows training runs from what is in their folders. It changes nothing."""
+"""A web page that shows training runs from the files in their folders. It is read-only."""
 
 import functools
 import gzip
@@ -34,14 +34,14 @@ _HEADERS = {
 }
 _COOKIE = "echo_monitor"
 _READ_SECONDS = 1.0
-"""Time to read new lines for one answer; the page asks again at once if there are more."""
+"""Time to read new lines for one response; if there are more, the page asks again immediately."""
 
 
 class MonitorServer(ThreadingHTTPServer):
-    """Serves the runs in `root` at `host` and `port`; port 0 takes a free one.
+    """Serves the runs in `root` at `host` and `port`; port 0 picks a free one.
 
     **Raises**: `EchoError` for a missing folder or package, or a port that is in use; `UsageError`
-    for an address that other machines can reach, without a token.
+    for an address that other machines can reach but no token.
     """
 
     daemon_threads = True
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             cookie = self._check_access(query)
             body, kind, headers = self._answer(unquote(url.path), query)
         except ValueError:
-            self.send_error(400, "this is not a valid address")
+            self.send_error(400, "invalid address")
         except _HTTPError as error:
             self.send_error(error.status, str(error))
         else:
@@ -119,22 +119,22 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged: one of them holds the token."""
+        """Requests are not logged, because one of them contains the token."""
 
     def _check_access(self, query: dict[str, str]) -> dict[str, str]:
         """The cookie to set for a token in the query.
 
-        Without a token only this machine may ask, by its own name: a page of another site can make
-        its own name point here.
+        Without a token, requests must address this machine by a local name. This prevents DNS
+        rebinding, in which another site makes its own name point here.
 
-        **Raises**: `_HTTPError` for anyone else.
+        **Raises**: `_HTTPError` if access is denied.
         """
         server = self.server
         if not server.token:
             name = re.sub(r":[0-9]+$", "", self.headers.get("Host", "")).strip("[]").lower()
             if name not in server.host_names:
                 raise _HTTPError(
-                    400, "expected this machine's own name as Host; start the monitor with --token"
+                    400, "expected localhost as Host; to use another name, start with --token"
                 )
             return {}
         if hmac.compare_digest(query.get("token", "").encode(), server.token.encode()):
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
             with run.open_sample(step, name) as file:
                 body = file.read()
         except OSError:
-            raise _HTTPError(404, "there is no such sample") from None
+            raise _HTTPError(404, "no such sample") from None
         headers, size = {"Accept-Ranges": "bytes"}, len(body)
         if (part := _range(self.headers.get("Range"), size)) is not None:
             headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{size}"
@@ -199,26 +199,26 @@ def _range(header: str | None, size: int) -> slice | None:
     else:
         first, stop = max(0, size - int(match[2])), size
     if first >= stop:
-        raise _HTTPError(416, "this range is not in the file")
+        raise _HTTPError(416, "the range is outside the file")
     return slice(first, stop)
 
 
 def _find(runs: dict[str, Run], name: str | None) -> Run:
-    """**Raises**: `_HTTPError` if there is no run of this name."""
+    """**Raises**: `_HTTPError` if there is no run with this name."""
     if name not in runs:
-        raise _HTTPError(404, "there is no such run")
+        raise _HTTPError(404, "no such run")
     return runs[name]
 
 
 def _data(run: Run, query: dict[str, str]) -> dict[str, Any]:
-    """The page says `key:stride:full` of each curve that it has."""
+    """New data for a page, whose query has `key:stride:full` for each curve that it has."""
     items = re.findall(r"(\w+):([0-9]{1,9}):([0-9]{1,9})", query.get("have", ""))
     known = {name: (int(stride), int(full)) for name, stride, full in items}
     return run.metrics.update(int(query.get("version", 0)), known, _READ_SECONDS)
 
 
 def _samples(run: Run, chosen: str | None) -> dict[str, Any]:
-    """The samples of the chosen step, or else of the newest."""
+    """The samples of the chosen step, or else of the newest one."""
     steps = run.sample_steps()
     step = next((step for step in steps if str(step) == chosen), steps[0] if steps else None)
     samples, count = run.samples(step) if step is not None else ([], 0)

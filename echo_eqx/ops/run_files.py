@@ -1,4 +1,4 @@
-"""Files of a run folder, which may hold anything: links out of it, pipes, devices."""
+"""Opening files of a run folder, which may contain anything: links out of it, pipes, devices."""
 
 import errno
 import os

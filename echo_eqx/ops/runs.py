@@ -1,4 +1,4 @@
-"""Run folders as the monitor shows them: their state and their samples."""
+"""Run folders as the monitor shows them: status and samples."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from echo_eqx.ops.curves import LARGEST_STEP, MetricsFile
 from echo_eqx.ops.run_files import find_inside, open_inside
 
 MAX_SAMPLES = 64
-"""Samples of a step that are shown; more players would stop a browser."""
+"""Samples shown per step; more players would freeze a browser."""
 _TAIL_BYTES = 256 << 10
 _MAX_JSON_BYTES = 4 << 20
 _STEP_FOLDER = re.compile(r"step_([0-9]{9}|[1-9][0-9]{9,14})")
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Run:
     """One run folder. Nothing is read through a link out of it.
 
-    Whatever is in the folder, only `open_sample` raises: `status` reports the problems.
+    Whatever the folder contains, only `open_sample` raises; `status` reports the problems.
     """
 
     def __init__(self, path: Path):
@@ -43,11 +43,11 @@ class Run:
         return data if data is None else data.decode(errors="replace")
 
     def status(self) -> dict[str, Any]:
-        """Where the run is.
+        """Progress and problems of the run, for the page.
 
-        `step` of `num_steps`; seconds `every` report takes, since the last one (`age`) and until
-        the end (`left`); the last step with `samples`; `saved` if it was stopped and has saved; and
-        `problems` in sentences.
+        `step` of `num_steps`; seconds between reports (`every`), since the last one (`age`) and
+        until the end (`left`); the last step with `samples`; `saved` if the run was stopped and has
+        saved; and `problems` as sentences.
         """
         problems: list[str] = []
         config = self._read_json(problems, "config.json", dict) or {}
@@ -78,8 +78,8 @@ class Run:
     def samples(self, step: int) -> tuple[list[dict[str, Any]], int]:
         """The first samples of a step, and how many there are.
 
-        Each has its `index` and `text`, and the sizes of `wav`, `original` and `ref` where there
-        are such files.
+        Each has its `index` and `text`, and the sizes of `wav`, `original` and `ref` if these files
+        exist.
         """
         names = self._sample_files([], _step_folder(step))
         matches = (_SAMPLE_FILE.fullmatch(name) for name in names)
@@ -181,7 +181,7 @@ def _number(value: Any) -> int | float | None:
 
 
 class Runs:
-    """The runs of a folder: itself if it is one, and those of its sub-folders that are."""
+    """The runs in a folder: the folder itself if it is one, and its subfolders that are."""
 
     def __init__(self, root: Path):
         self.root = root.resolve()
@@ -189,7 +189,7 @@ class Runs:
         self._lock = threading.Lock()
 
     def all(self) -> dict[str, Run]:
-        """By name, listed anew at each call, since runs may begin at any time."""
+        """Runs by name, listed again at each call, because runs may begin at any time."""
         with self._lock:
             self._runs = {path: self._runs.get(path) or Run(path) for path in self._folders()}
             # Bytes that are not UTF-8 are escaped.

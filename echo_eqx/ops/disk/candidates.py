@@ -27,7 +27,7 @@ from echo_eqx.weights.checkpoint.retention import (
 )
 
 STALLED_SECONDS = 3600.0
-"""A download that got no byte for this long and that no process holds may go."""
+"""A download that received nothing for this long and is held by no process may be deleted."""
 
 _SHARD = re.compile(r"[0-9a-f]{24}\.\d+\.tar")
 _PARTIAL = re.compile(r"[0-9a-f]{24}\.\d+\.part")
@@ -79,7 +79,7 @@ def unused_bytes(path: Path) -> int:
 
 
 def allocated_bytes(status: os.stat_result) -> int:
-    """What deleting the file frees: nothing while it has other names."""
+    """Bytes that deleting the file frees: none while it has other hard links."""
     return status.st_blocks * 512 if status.st_nlink == 1 else 0
 
 
@@ -110,7 +110,7 @@ def _delete_cached(path: Path, modified: float) -> None:
 
 
 def stale_revisions(folder: Path, days: float, log: EventLog) -> Iterator[Candidate]:
-    """Revisions in the Hub's cache with a newer one, then repositories unused for `days`."""
+    """Superseded revisions in the Hub's cache, then repositories unused for `days`."""
     found = []
     with log.skipping(folder):
         for repo in scan_cache_dir(folder).repos:
@@ -125,7 +125,7 @@ def stale_revisions(folder: Path, days: float, log: EventLog) -> Iterator[Candid
                 found.append((False, revision.last_modified, path, repo.repo_path, [commit]))
     for unused, _, path, repo_path, hashes in sorted(found):
         with log.skipping(path):
-            # Scanned anew: a file that two revisions share is deleted with the second.
+            # Scanned again: a file that two revisions share is deleted with the second.
             strategy = scan_cache_dir(folder).delete_revisions(*hashes)
             paths = (*strategy.repos, *strategy.snapshots, *strategy.refs, *strategy.blobs)
             for part in paths:
@@ -139,7 +139,7 @@ def stale_revisions(folder: Path, days: float, log: EventLog) -> Iterator[Candid
 
 
 def _delete_from_hub_cache(execute: Callable[[], None], paths: tuple[Path, ...]) -> None:
-    hub_logging.set_verbosity_error()  # it only warns of what it could not delete
+    hub_logging.set_verbosity_error()  # it only warns if it cannot delete something
     execute()
     for path in paths:
         if os.path.lexists(path):
@@ -181,9 +181,9 @@ def _run_folders(folder: Path, log: EventLog) -> list[Path]:
 
 
 def _due(run: Path, retention: Retention) -> Iterator[tuple[bool, float, int, Path]]:
-    """Whether it is complete, when it was written, its step and path, for all that may go.
+    """Checkpoints and leftovers to delete: whether complete, time written, step and path of each.
 
-    Nothing of a run without a complete checkpoint, and nothing newer than its newest.
+    None if the run has no complete checkpoint, and none that is newer than its newest one.
     """
     with open_checkpoints(run) as handle:
         listed = {path: step for step, path in find_checkpoints(run / FOLDER)}

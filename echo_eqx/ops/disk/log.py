@@ -1,4 +1,4 @@
-"""The watchdog's log: lines of JSON, and each problem once for as long as it lasts."""
+"""The watchdog's log: JSON lines. A problem is logged once for as long as it lasts."""
 
 import contextlib
 import errno
@@ -14,11 +14,11 @@ from echo_eqx.errors import EchoError
 
 
 class InUse(Exception):
-    """Something that must stay: another process holds it, or it leads out of its folder."""
+    """Something that must not be deleted: a process holds it, or it is a link out of its folder."""
 
 
 class EventLog:
-    """JSON objects, one a line, appended to `path` or printed; on stderr if that fails.
+    """JSON objects, one per line, appended to `path` or printed; on stderr if that fails.
 
     **Raises**: `EchoError` if the file cannot be created, unless the disk is full.
     """
@@ -43,7 +43,7 @@ class EventLog:
 
     def _append(self, data: bytes) -> None:
         if self._path is None:
-            os.write(1, data)  # sys.stdout would keep in its buffer what a full disk refuses
+            os.write(1, data)  # sys.stdout would keep the data in its buffer if the disk is full
             return
         with self._path.open("ab", buffering=0) as file:
             size = file.tell()
@@ -52,24 +52,24 @@ class EventLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def error(self, path: Path, error: Exception) -> None:
-        """Log what is wrong with `path`, unless the check before said so already."""
+        """Log what is wrong with `path`, unless the previous check already did."""
         reason = (error.strerror if isinstance(error, OSError) else str(error)) or repr(error)
         if self.is_new("error", path, reason):
             self.write(event="error", path=str(path), reason=reason)
 
     def is_new(self, *key: Any) -> bool:
-        """Whether `key` came up neither in this check nor in the one before."""
+        """Whether `key` came up neither in this check nor in the previous one."""
         new = key not in self._known and key not in self._current
         self._current.add(key)
         return new
 
     def end_check(self) -> None:
-        """From here on what did not come up in this check is new again."""
+        """End a check: from now on, keys that did not come up in it are new again."""
         self._known, self._current = self._current, set()
 
     @contextlib.contextmanager
     def skipping(self, path: Path) -> Iterator[None]:
-        """Pass over `path` if it is in use or gone; log any other error."""
+        """Skip `path` if it is in use or gone; log any other error."""
         try:
             yield
         except (InUse, FileNotFoundError):

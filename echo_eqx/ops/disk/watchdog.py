@@ -1,8 +1,8 @@
-"""Keep a host's disk free next to a run: what is deleted when space is short, and what never is.
+"""Keep a host's disk free during a run: what is deleted when space is short, and what never is.
 
-Deleted in this order, until enough is free: shards already read, stalled downloads, stale revisions
-and repositories of the Hub's cache, leftovers of killed runs, checkpoints outside the retention
-rule. Links are not followed, and a file that another process has locked is in use.
+Things are deleted in this order until enough space is free: shards already read, stalled downloads,
+stale revisions and repositories in the Hub's cache, leftovers of killed runs, checkpoints outside
+the retention rule. Links are not followed, and a file that another process has locked is in use.
 """
 
 import queue
@@ -34,11 +34,11 @@ class WatchdogArgs:
     hub_cache: Path | None = None
     """The Hub's own cache, such as ~/.cache/huggingface/hub."""
     hub_days: float = 14.0
-    """Delete repositories in --hub_cache that were not used for this many days."""
+    """Delete repositories in --hub_cache that have not been used for this many days."""
     keep_last: int = 3
-    """Keep this many of the newest checkpoints of each run, whatever the trainer keeps."""
+    """Keep this many of the newest checkpoints of each run, regardless of the trainer's setting."""
     keep_every: int = 0
-    """Also keep those at multiples of this many steps; 0: none."""
+    """Also keep checkpoints at multiples of this many steps; 0 keeps only the newest."""
     every: float = 30.0
     """Seconds between checks."""
     once: bool = False
@@ -77,7 +77,7 @@ class DiskWatchdog:
         return path.resolve()
 
     def check(self, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Delete what is necessary, until `stopped`. Whether every disk then has enough free."""
+        """Delete what is necessary, until `stopped`; returns whether every disk has enough free."""
         folders = [*self._runs, *filter(None, (self._cache_dir, self._hub_cache))]
         devices: dict[int, list[Path]] = {}
         for folder in folders:
@@ -106,7 +106,7 @@ class DiskWatchdog:
             else:
                 continue
             count, size = count + 1, size + candidate.size
-            # A dry run finds the same at every check.
+            # A dry run finds the same candidates at every check.
             if not self._dry_run or self._log.is_new("would_delete", candidate.path):
                 logged += 1
                 self._log.write(
@@ -149,7 +149,7 @@ class DiskWatchdog:
 
 
 def watch(args: WatchdogArgs) -> int:
-    """Check every so often until SIGTERM or SIGINT, or only once; the exit code."""
+    """Check regularly until SIGTERM or SIGINT, or only once; returns the exit code."""
     watchdog = DiskWatchdog(args)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # a signal handler may safely fill it
     for number in (signal.SIGTERM, signal.SIGINT):

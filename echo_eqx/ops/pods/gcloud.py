@@ -33,10 +33,10 @@ class Pod:
     project: str | None = None
     """Project; by default gcloud's own."""
     dry_run: bool = False
-    """Print the commands, and run none."""
+    """Print the commands without running them."""
 
     def command(self, group: str, verb: str, *flags: str) -> list[str]:
-        """A command about this pod; gcloud takes the default answer to its own questions."""
+        """A gcloud command for this pod. gcloud answers its own prompts with their defaults."""
         place = {"--zone": self.zone, "--project": self.project}
         places = [f"{flag}={value}" for flag, value in place.items() if value is not None]
         return ["gcloud", "compute", "tpus", group, verb, *flags, *places, "--quiet"]
@@ -55,7 +55,7 @@ class Pod:
 @dataclass(frozen=True, kw_only=True)
 class SpotArgs:
     spot: bool = False
-    """Use machines that are cheaper and may be preempted at any time."""
+    """Use cheaper machines that may be preempted at any time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ class CreateArgs(SpotArgs, Pod):
     accelerator_type: str
     """Type as gcloud names it: v4-64, v5litepod-16, v5p-32, v6e-16."""
     runtime_version: str | None = None
-    """Image of the workers; by default the one for the generation."""
+    """Image of the workers; by default the one for the TPU generation."""
     valid_until: str | None = None
-    """Give up if the pod is not there after this time, such as 6h."""
+    """Give up if the pod has not been created after this time, such as 6h."""
     create_flags: str = ""
     """More flags for gcloud's queued-resources create: --create_flags='--network=mine'."""
 
@@ -125,9 +125,9 @@ def runtime_version(args: CreateArgs) -> str:
 
 
 def split_flags(name: str, text: str) -> tuple[str, ...]:
-    """Flags for another program, given as one text.
+    """Flags for another program, given as one string.
 
-    **Raises**: `UsageError` for an open quote.
+    **Raises**: `UsageError` for an unclosed quote.
     """
     try:
         return tuple(shlex.split(text))
@@ -152,11 +152,11 @@ def delete(shell: Shell, pod: Pod) -> None:
         if _is_not_found(completed):
             raise _not_found(pod)
         if completed.returncode != 0:
-            raise _failure(f"cannot delete {pod}, which still costs", completed)
+            raise _failure(f"cannot delete {pod}, which is still billed", completed)
 
 
 def describe(shell: Shell, pod: Pod) -> PodState:
-    """The state of the pod. **Raises**: `EchoError` if there is none, or gcloud cannot tell."""
+    """The state of the pod. **Raises**: `EchoError` if it does not exist, or gcloud fails."""
     node = _describe(shell, pod, "tpu-vm") or {}
     queued = {}
     if node.get("state") != "READY":

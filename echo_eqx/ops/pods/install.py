@@ -20,8 +20,8 @@ _PARTS = ("pyproject.toml", "README.md", "LICENSE", "echo_eqx", "scripts")
 _INSTALL_SECONDS = 1800.0
 
 # $1: the archive; $2: the extra. TPU images have an older Python than the package needs, so uv
-# brings one. Hosts may share a home folder, so they take turns. If the archive is gone, all was
-# done before and gcloud runs this a second time.
+# installs one. Hosts may share a home folder, so they take turns. If the archive is gone, this has
+# already been done, and gcloud is running it a second time.
 _INSTALL = f"""set -e
 mkdir -p echo_eqx && exec 9>echo_eqx/lock && flock 9
 [ -e "$1" ] || exit 0
@@ -40,9 +40,9 @@ rm "$1"
 @dataclass(frozen=True, kw_only=True)
 class RetryArgs:
     tries: int = 5
-    """Times to try; a new pod takes a while to accept connections."""
+    """Number of attempts; a new pod takes a while to accept connections."""
     pause: float = 10.0
-    """Seconds between tries."""
+    """Seconds between attempts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class InstallArgs(RetryArgs, WorkerArgs):
     extra: str | None = None
     """Extra of the package: by default tpu on a pod, cuda on --hosts. '' for none."""
     before: str = ""
-    """Shell text that every worker runs first, such as one that mounts the disk of --run_dir."""
+    """Shell command that every worker runs first, for example to mount the disk of --run_dir."""
 
 
 def install(workers: Workers, args: InstallArgs) -> None:
     """Install this package on all workers and check that all have the same versions.
 
-    **Raises**: `EchoError` naming the worker where it failed, or which differs, and in what.
+    **Raises**: `EchoError` naming the worker where it failed, or the version that differs.
     """
     extra = args.extra if args.extra is not None else "cuda" if args.hosts else "tpu"
     with tempfile.TemporaryDirectory(prefix="echo_eqx.") as folder:
@@ -76,7 +76,7 @@ def install(workers: Workers, args: InstallArgs) -> None:
         def unpack(worker: str) -> list[str]:
             return workers.command(worker, ["sh", "-c", _INSTALL, "sh", target(worker), extra])
 
-        # gcloud may create an ssh key at the first connection; at several, several keys.
+        # gcloud may create an ssh key on the first connection, so the first one is made alone.
         for ids in (workers.ids[:1], workers.ids[1:]):
             _run_on(workers, ids, "copying the package", copy, args, args.timeout)
         if args.before:
@@ -134,7 +134,7 @@ def _run_on(
     args: InstallArgs,
     timeout: float = _INSTALL_SECONDS,
 ) -> None:
-    """Run a command on these workers at once, and again where it fails."""
+    """Run a command on these workers in parallel, and again on those where it fails."""
     left, reason = list(ids), ""
     for attempt in range(args.tries):
         if attempt:

@@ -1,5 +1,6 @@
-"""Job files for engines that restart a run after preemptions: a SkyPilot managed job, a Kubernetes
-JobSet and a SLURM batch script.
+"""Job files for schedulers that restart a run after preemption.
+
+A SkyPilot managed job, a Kubernetes JobSet and a SLURM batch script.
 
 `train` exits with 75 if another process of the run is lost and with 76 if it was asked to stop and
 has saved. Both mean "start the same command again", and each job file says so. Exit codes 1 and 2
@@ -33,7 +34,7 @@ class JobArgs:
     name: str = "echo"
     """Name of the job."""
     nodes: int = 1
-    """Machines. For SkyPilot a TPU pod counts as one."""
+    """Number of machines. For SkyPilot a TPU pod counts as one."""
     max_restarts: int = 20
     """Restarts before the job fails. SkyPilot counts errors only, not preemptions."""
 
@@ -47,7 +48,7 @@ class SkyPilotArgs(SpotArgs, JobArgs):
     bucket: str | None = None
     """Bucket to mount at the parent folder of --run_dir, such as gs://MINE."""
     max_hourly_cost: float | None = None
-    """US dollars; SkyPilot takes no machine that costs more."""
+    """In US dollars; SkyPilot uses no machine that costs more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class KubernetesArgs(SpotArgs, JobArgs):
     claim: str | None = None
     """PersistentVolumeClaim to mount at the parent folder of --run_dir."""
     max_hours: float = 168.0
-    """Limit of each attempt; after it the job fails."""
+    """Time limit of each attempt, after which the job fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +76,13 @@ class SlurmArgs(JobArgs):
     gpus: int = 8
     """GPUs of each node; 0 starts one process on each node."""
     time: str = "24:00:00"
-    """Limit of each attempt. The run saves before it and is queued again."""
+    """Time limit of each attempt. Before it is reached, the run saves and is queued again."""
     sbatch_flags: str = ""
     """More flags of sbatch: --sbatch_flags='--partition=gpu --account=mine'."""
 
 
 def job_file(args: JobArgs, flags: Sequence[str], run_dir: str) -> str:
-    """The job file of one engine, for `train` with `flags`."""
+    """The job file for one scheduler, which runs `train` with `flags`."""
     if isinstance(args, SlurmArgs):
         return _slurm_script(args, flags)
     if isinstance(args, SkyPilotArgs):
@@ -95,15 +96,15 @@ def job_file(args: JobArgs, flags: Sequence[str], run_dir: str) -> str:
 def _mount_point(flag: str, volume: str | None, run_dir: str) -> str | None:
     """The parent folder of --run_dir, if there is a volume to mount at it.
 
-    **Raises**: `UsageError` if the volume would hide a folder of the system.
+    **Raises**: `UsageError` if the volume would hide a system folder.
     """
     if volume is None:
         warn_if_local(run_dir)
         return None
     if not run_dir.startswith("/") or len(PurePosixPath(run_dir).parts) < 4:
         raise UsageError(
-            f"--{flag} is mounted at the parent folder of --run_dir: expected --run_dir such as "
-            f"/mnt/echo/run, got {run_dir}"
+            f"--run_dir: expected a path such as /mnt/echo/run, because --{flag} is mounted at its "
+            f"parent folder, got {run_dir}"
         )
     return str(PurePosixPath(run_dir).parent)
 
@@ -186,7 +187,7 @@ def _jobset(args: KubernetesArgs, flags: Sequence[str], run_dir: str) -> dict[st
         pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": args.claim}}]
     preempted = {"type": "DisruptionTarget", "status": "True"}
     error_codes = {"containerName": "train", "operator": "In", "values": list(ERROR_CODES)}
-    # The first rule that matches counts: a preempted pod may show any exit code.
+    # The first matching rule applies: a preempted pod may have any exit code.
     rules = [
         {"action": "Count", "onPodConditions": [preempted]},
         {"action": "FailJob", "onExitCodes": error_codes},

@@ -27,24 +27,24 @@ class PollArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchArgs(PollArgs, RetryArgs, WorkerArgs):
-    """Start train on all workers at once; if one does not start, end the others and try again."""
+    """Start train on all workers at once; if one fails to start, stop the others and try again."""
 
     settle: float = 15.0
-    """Seconds for which all processes must stay alive before the launch counts."""
+    """Seconds for which all processes must stay alive for the launch to succeed."""
 
 
 def launch(workers: Workers, flags: Sequence[str], args: LaunchArgs) -> None:
     """Start `train` with `flags` on all workers.
 
-    The others would wait for a worker that does not start, so they are ended and all try again.
+    If a worker does not start, the others would wait for it, so they are stopped and all try again.
 
-    **Raises**: `EchoError` if a run is alive already, a worker fails at every try, or a process
+    **Raises**: `EchoError` if a run is already alive, a worker fails at every attempt, or a process
     ends with an error.
     """
     token, reason = secrets.token_hex(4), ""
     for attempt in range(args.tries):
         if attempt:
-            logger.info(f"{reason}; the others were ended; trying again in {args.pause:g} s")
+            logger.info(f"{reason}; the others were stopped; trying again in {args.pause:g} s")
             time.sleep(args.pause)
         answers = workers.status()
         for answer in answers:
@@ -67,17 +67,17 @@ def launch(workers: Workers, flags: Sequence[str], args: LaunchArgs) -> None:
                 for line in answer.value["lines"] if answer.value else []:
                     logger.info(f"{failed.worker}| {line}")
             raise EchoError(
-                f"the run on worker {failed.worker} of {workers} {failed} at once; its last lines "
-                "are above"
+                f"the run on worker {failed.worker} of {workers} {failed} right after its start; its "
+                "last lines are above"
             )
         reason = f"worker {failed.worker} of {workers} did not start: {failed.problem or failed}"
-    raise EchoError(f"{reason} ({args.tries} tries); the run is ended on the others")
+    raise EchoError(f"{reason} ({args.tries} tries); the run was stopped on the others")
 
 
 def _start(
     workers: Workers, launch_id: str, flags: Sequence[str], args: LaunchArgs
 ) -> Answer | None:
-    """Start all processes; one that failed before they settled, if any."""
+    """Start all processes; returns one that failed before they settled, if any did."""
 
     def arguments(worker: str) -> list[str]:
         train = [PYTHON, "-m", "echo_eqx", "train", *flags, *workers.train_flags(worker)]
@@ -85,7 +85,7 @@ def _start(
 
     answers, deadline = workers.call(arguments), time.monotonic() + args.settle
     while not workers.shell.dry_run:
-        # A process that crashed took others with it, and says more than they do.
+        # A process that crashed brings others down, and its answer says more than theirs.
         worst = max(answers, key=lambda answer: _severity(answer, launch_id))
         if _severity(worst, launch_id):
             return worst
@@ -97,7 +97,7 @@ def _start(
 
 
 def _severity(answer: Answer, launch_id: str) -> int:
-    """0: alive, done or asked to stop; 1: not started or lost; 2: ended by an error of its own."""
+    """0: alive, finished or stopped on request; 1: not started or lost; 2: failed with an error."""
     value = answer.value
     if value is None or value["launch"] != launch_id:
         return 1
@@ -108,9 +108,9 @@ def _severity(answer: Answer, launch_id: str) -> int:
 
 
 def stop(workers: Workers, *, now: bool, wait: float, poll: float) -> None:
-    """Stop the run on all workers: it saves and ends, or with `now` ends at once.
+    """Stop the run on all workers: it saves and exits, or with `now` exits immediately.
 
-    **Raises**: `EchoError` naming a worker where it is alive, or that is silent, after `wait` s.
+    **Raises**: `EchoError` naming a worker that is still alive or silent after `wait` seconds.
     """
     unreached, deadline = list(workers.ids), time.monotonic() + wait
     while True:
@@ -147,7 +147,7 @@ def check_no_run(workers: Workers, advice: str) -> None:
 def follow(workers: Workers, ids: Sequence[str], lines: int, poll: float) -> dict[str, int | None]:
     """Print the last `lines` of each log, then new ones until the run ends; returns exit codes.
 
-    **Raises**: `EchoError` for a worker that has had no run, or does not answer any more.
+    **Raises**: `EchoError` for a worker that has had no run, or no longer answers.
     """
     positions, failures = dict.fromkeys(ids, -lines), Counter[str]()
     codes: dict[str, int | None] = {}

@@ -1,4 +1,4 @@
-"""Running other programs: printed first, many at once, and none outlives this process."""
+"""Running other programs: printed first, many in parallel, and none outlives this process."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from typing import IO
 from echo_eqx.errors import EchoError
 
 _HINTS = {"gcloud": "the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"}
-_TIMED_OUT = 124  # as of timeout(1)
+_TIMED_OUT = 124  # as timeout(1) exits
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -50,7 +50,7 @@ class Shell:
                     stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
                     for _ in range(2)
                 )
-                try:  # in a session of its own it cannot ask questions
+                try:  # in a session of its own, without a terminal, it cannot prompt
                     process = subprocess.Popen(
                         command,
                         stdin=subprocess.DEVNULL,

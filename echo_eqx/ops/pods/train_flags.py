@@ -16,7 +16,8 @@ _LOCAL_DISKS = ("/home/", "/root/", "/tmp/", "/dev/shm/", "~")
 def check_train_flags(flags: Sequence[str]) -> str:
     """The --run_dir of a run with these flags.
 
-    **Raises**: `UsageError`, or an exit by tyro, for what `train` would refuse on every worker.
+    **Raises**: `UsageError` for flags that `train` would reject on every worker; tyro exits if it
+    cannot parse them.
     """
     names = [flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in flags]
     for name, flag in zip(names, flags, strict=True):

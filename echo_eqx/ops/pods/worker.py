@@ -1,15 +1,15 @@
-"""Runs on a worker, with the standard library alone: keeps a process and reports its state.
+"""Runs on a worker, with the standard library alone: supervises a process and reports its state.
 
     python worker.py start RUN LAUNCH COMMAND...  start COMMAND, unless this run is alive
     python worker.py status RUN START             its state, and its log from byte START on;
                                                   the last -START lines if it is negative
-    python worker.py end RUN TERM|KILL            it saves and ends, or ends at once
+    python worker.py end RUN TERM|KILL            it saves and exits, or is killed
     python worker.py versions                     what must be the same on all workers
 
 Each prints a line of JSON. RUN is a folder in ~/echo_eqx_runs. Its file `lock` is held for as long
-as the process or its keeper lives; a lock outlasts neither a reboot nor a reused process number.
-LAUNCH tells one launch from another: gcloud repeats a command if its connection breaks, so each of
-these may run twice.
+as the process or its supervisor lives; unlike a process id, a lock does not survive a reboot.
+LAUNCH identifies a launch: gcloud repeats a command if its connection breaks, so each of these may
+run twice.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         _end(path, rest[0])
     first = int(rest[0]) if action == "status" else -1
     answer = _versions() if action == "versions" else _status(path, first)
-    print("\n" + json.dumps(answer), flush=True)  # half an answer may stand before it, see above
+    print("\n" + json.dumps(answer), flush=True)  # after half an answer, if the connection broke
 
 
 def _start(path: Path, launch: str, command: list[str]) -> None:
@@ -60,7 +60,7 @@ def _start(path: Path, launch: str, command: list[str]) -> None:
 
 
 def _keep(path: Path, launch: str, command: list[str]) -> NoReturn:
-    """Wait for the process, to record its exit code; signals for it do not reach this session."""
+    """Wait for the process, to record its exit code. Its signals do not reach this session."""
     lock = _lock(path)
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}", flush=True)
     process = subprocess.Popen(
@@ -102,7 +102,7 @@ def _end(path: Path, name: str) -> None:
 
 
 def _read_log(log: Path, start: int, alive: bool) -> tuple[list[bytes], int]:
-    """Whole lines from byte `start`, or the last `-start`, and where the next line begins."""
+    """Complete lines from byte `start`, or the last `-start`, and where the next line begins."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -122,7 +122,7 @@ def _read_log(log: Path, start: int, alive: bool) -> tuple[list[bytes], int]:
 
 def _lock(path: Path) -> int:
     handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    for _ in range(500):  # a query holds it for a moment
+    for _ in range(500):  # a status query holds it for a moment
         with suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle

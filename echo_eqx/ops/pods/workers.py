@@ -18,7 +18,7 @@ PYTHON = "echo_eqx/venv/bin/python"
 PROGRAM = f"{SOURCE}/echo_eqx/ops/pods/worker.py"
 
 PORT = 8476
-"""Port at which the first host coordinates."""
+"""Port of the coordinator, on the first host."""
 
 _SSH = ("ConnectTimeout=20", "ServerAliveInterval=15")  # a lost connection ends within a minute
 
@@ -28,7 +28,7 @@ class WorkerArgs(Pod):
     hosts: str | None = None
     """Machines to use instead of a pod, such as a,me@b,c; ssh must not ask for a password."""
     coordinator: str | None = None
-    """HOST:PORT at which all --hosts reach the first; by default its name, and port 8476."""
+    """HOST:PORT at which all --hosts reach the first one; by default its name and port 8476."""
     ssh_flags: str = ""
     """More flags for ssh and scp, or for gcloud's: --ssh_flags='--internal-ip'."""
     timeout: float = 180.0
@@ -48,7 +48,7 @@ class Answer:
         return self.value is not None and self.value["alive"]
 
     def __str__(self) -> str:
-        """The state of the run on this worker, in a few words."""
+        """The state of the run on this worker, in words."""
         if self.value is None:
             return f"no answer ({self.problem})"
         if self.alive:
@@ -65,7 +65,7 @@ class NotSetUp(EchoError):
 
 @dataclass(frozen=True)
 class Workers:
-    """Machines on which one run has a process each: `hosts` reached by ssh, or those of `pod`."""
+    """Machines that each run one process of a run: `hosts` reached by ssh, or those of `pod`."""
 
     shell: Shell
     pod: Pod
@@ -96,11 +96,11 @@ class Workers:
         return self.pod.command("tpu-vm", program, *words, *flags)
 
     def run_name(self, worker: str) -> str:
-        """Name of the run's folder on a worker; hosts may share a home folder."""
+        """Name of the run's folder on a worker; differs by host, since hosts may share a home."""
         return f"{self.pod.name}-{worker}" if self.hosts else self.pod.name
 
     def train_flags(self, worker: str) -> list[str]:
-        """Flags of `train` that differ between the workers; those of a pod find each other."""
+        """Flags of `train` that differ between workers. On a pod there are none: JAX finds them."""
         if not self.hosts:
             return []
         count = str(len(self.hosts))
@@ -114,7 +114,7 @@ class Workers:
         among: Iterable[str] | None = None,
         is_query: bool = False,
     ) -> list[Answer]:
-        """Run `worker.py` with `arguments(worker)` on all workers at once; [] in a dry run.
+        """Run `worker.py` with `arguments(worker)` on all workers in parallel; [] in a dry run.
 
         **Raises**: `NotSetUp` if a worker has no `worker.py`.
         """
@@ -172,7 +172,7 @@ def find_workers(shell: Shell, args: WorkerArgs) -> Workers:
 def _parse(worker: str, completed: Completed) -> Answer:
     if completed.returncode != 0:
         return Answer(worker, None, failure_reason(completed))
-    try:  # what stands before the last line is from a connection that broke
+    try:  # lines before the last one are from a connection that broke
         return Answer(worker, json.loads(completed.stdout.rstrip().rpartition("\n")[2]))
     except ValueError:
         return Answer(worker, None, "unparseable reply")

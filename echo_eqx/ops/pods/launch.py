@@ -67,8 +67,8 @@ def launch(workers: Workers, flags: Sequence[str], args: LaunchArgs) -> None:
                 for line in answer.value["lines"] if answer.value else []:
                     logger.info(f"{failed.worker}| {line}")
             raise EchoError(
-                f"the run on worker {failed.worker} of {workers} {failed} right after its start; its "
-                "last lines are above"
+                f"the run on worker {failed.worker} of {workers} {failed} right after its start; "
+                "its last lines are above"
             )
         reason = f"worker {failed.worker} of {workers} did not start: {failed.problem or failed}"
     raise EchoError(f"{reason} ({args.tries} tries); the run was stopped on the others")

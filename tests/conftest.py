@@ -31,18 +31,18 @@ from echo_eqx.trees import leaf_names  # noqa: E402
 
 log_to_stderr()
 logging.getLogger("echo_eqx").propagate = True  # for caplog
-# Devices to lay meshes over; what does not ask for them runs on the first.
+# Devices for meshes; everything else runs on the first one.
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may use the network
 
 GOLDEN = Path(__file__).parent / "golden"
 DATA = Path(__file__).parent / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that several workers end together."""
+    """The slowest files first, so that all workers finish at about the same time."""
     long = ("test_train.py", "test_kills.py", "test_checkpoint.py", "test_sharding.py")
     items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
 
@@ -88,7 +88,7 @@ def abstract_model(kind, config):
 
 
 def random_model(kind, config, scale: float = 0.1, seed: int = 0):
-    """A model with every leaf random, made without compiling anything."""
+    """A model whose leaves are all random, made without compiling anything."""
     rng = np.random.default_rng(seed)
     skeleton = abstract_model(kind, config)
 
@@ -106,6 +106,6 @@ def max_difference(a, b) -> float:
 
 
 def flow_loss(dit, batch, sample, *, valid_frames_only=False):
-    """The loss of one device: the mean over all frames, or over those of the recordings."""
+    """The loss on one device: the mean over all frames, or over those of the recordings."""
     weight = frame_weight(batch, valid_frames_only)
     return jnp.sum(squared_errors(dit, batch, sample) * weight) / jnp.sum(weight)

@@ -1,7 +1,7 @@
-"""Run commands: in this process, or in one forked from a process that has imported everything.
+"""Run commands in this process, or in a fork of a process that has imported everything.
 
-A Python that starts from nothing takes three seconds of CPU to import JAX and the package. A call
-in this process also reuses what earlier calls have traced and compiled.
+A new Python process takes three seconds of CPU to import JAX and the package. A call in this
+process also reuses what earlier calls have traced and compiled.
 """
 
 import atexit
@@ -26,7 +26,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["echo_eqx", *(f"echo_eqx.commands.{name}" for name in COMMANDS)])
 
 
-# Programs run for moments in tests, so they are compiled quickly rather than well.
+# Programs run only briefly in tests, so they are compiled quickly rather than well.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
@@ -56,7 +56,7 @@ def call(name: str, *args: object, cwd: Path | None = None) -> subprocess.Comple
 
 
 class Process:
-    """A Python script that runs in a fork; methods as those of `subprocess.Popen`.
+    """A Python script that runs in a fork, with the methods of `subprocess.Popen`.
 
     `env` is the whole environment, or that of this process with `changes`.
     """
@@ -115,7 +115,7 @@ def run(
 
 
 def run_source(source: str, *args: object, **options) -> subprocess.CompletedProcess[str]:
-    """`run` for a script given as text, as `python -c` takes it."""
+    """`run` for a script given as text, as for `python -c`."""
     with tempfile.TemporaryDirectory(prefix="echo_eqx_source_") as folder:
         script = Path(folder) / "script.py"
         script.write_text(source)

@@ -1,4 +1,4 @@
-"""Tar shards of random samples, and a server that has them, for tests."""
+"""Tar shards of random samples, and a server that serves them."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def sample_parts(
     rng: np.random.Generator, frames: int, latent_dim: int, reference: int = 0, text: str = "Hello."
 ) -> dict[str, bytes]:
-    """Extension -> bytes of one random sample; `reference` frames of reference, 0 for none."""
+    """Bytes of one random sample by extension; `reference` frames of reference, 0 for none."""
     parts = {
         "npy": npy_bytes(rng.standard_normal((frames, latent_dim)).astype(np.float16)),
         "json": json.dumps({"text": text, "seconds": frames / 25}).encode(),
@@ -37,7 +37,7 @@ def sample_parts(
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Path:
-    """A tar with `{key}.{extension}` of each sample (key, {extension: bytes})."""
+    """Write a tar with `{key}.{extension}` for each sample (key, {extension: bytes})."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, parts in samples:
@@ -57,7 +57,7 @@ def make_dataset(
     reference: tuple[int, int] = (0, 60),
     seed: int = 0,
 ) -> Path:
-    """A folder of shards `00000.tar`, ...; lengths in frames are drawn from [low, high]."""
+    """Make a folder of shards `00000.tar`, ...; lengths in frames are random in [low, high]."""
     rng = np.random.default_rng(seed)
     for shard in range(shards):
         samples = []

@@ -1,4 +1,4 @@
-"""scripts/train.py with one more preset, `nano`: a step of it costs next to nothing."""
+"""scripts/train.py with one more preset, `nano`, whose steps cost next to nothing."""
 
 import dataclasses
 import runpy

@@ -1,4 +1,4 @@
-"""Attention, whichever way it is computed, is the softmax over the unmasked keys."""
+"""Attention is the softmax over the unmasked keys, whichever way it is computed."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def inputs(num_keys: int = KEYS, dtype=jnp.float32):
     return [jr.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def by_the_equation(queries, keys, values, allowed):
+def reference_attention(queries, keys, values, allowed):
     """In float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (queries, keys, values))
     logits = np.einsum("thk,jhk->htj", q, k) / np.sqrt(HEAD_DIM)
@@ -35,29 +35,31 @@ def by_the_equation(queries, keys, values, allowed):
 
 
 def fused(queries, keys, values, mask, causal=False):
-    """The path of the fused kernel, computed by XLA where there is no such kernel."""
+    """The code path of the fused kernel, computed by XLA if there is no such kernel."""
     return attention._flash_attention(queries, keys, values, mask, causal, "xla")
 
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("attend", [attention.dot_product_attention, fused])
-def test_equals_the_equation(attend, name):
+def test_attention_equals_the_equation(attend, name):
     queries, keys, values, _ = inputs()
     mask = KeyMask.of(jnp.asarray(MASKS[name]))
-    expected = by_the_equation(queries, keys, values, MASKS[name][None])
+    expected = reference_attention(queries, keys, values, MASKS[name][None])
     np.testing.assert_allclose(attend(queries, keys, values, mask), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("attend", [attention.dot_product_attention, fused])
-def test_causal_equals_the_equation(attend):
+def test_causal_attention_equals_the_equation(attend):
     queries, keys, values, _ = inputs(QUERIES)
-    expected = by_the_equation(queries, keys, values, np.tril(np.ones((QUERIES, QUERIES), bool)))
+    expected = reference_attention(
+        queries, keys, values, np.tril(np.ones((QUERIES, QUERIES), bool))
+    )
     result = attend(queries, keys, values, None, causal=True)
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("attend", [attention.dot_product_attention, fused])
-def test_gradients_equal_those_of_plain_jax(attend):
+def test_gradients_equal_plain_jax(attend):
     *operands, gradient = inputs()
     allowed = jnp.asarray(MASKS["holes"])
 
@@ -73,17 +75,17 @@ def test_gradients_equal_those_of_plain_jax(attend):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_the_fused_path_takes_a_mask_for_each_example_of_a_batch():
+def test_the_fused_path_supports_a_mask_per_example():
     queries, keys, values, _ = inputs()
     masks = jnp.asarray(np.stack(list(MASKS.values())))
     batched = jax.vmap(lambda mask: fused(queries, keys, values, KeyMask.of(mask)))(masks)
     for result, mask in zip(batched, MASKS.values(), strict=True):
-        expected = by_the_equation(queries, keys, values, mask[None])
+        expected = reference_attention(queries, keys, values, mask[None])
         np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("attend", [attention.dot_product_attention, fused])
-def test_a_query_without_keys_gets_something_finite(attend):
+def test_a_query_with_no_keys_gives_a_finite_result(attend):
     queries, keys, values, gradient = inputs()
     mask = KeyMask.of(jnp.zeros(KEYS, bool))
     result, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask), queries, keys, values)

@@ -1,4 +1,4 @@
-"""Recordings in and out: formats, damage, loudness."""
+"""Reading and writing recordings: formats, damage, loudness."""
 
 import shutil
 import subprocess
@@ -51,7 +51,7 @@ def test_only_the_start_is_read_and_channels_are_averaged(tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("share", [0.3, 0.8])
-def test_truncated_recordings_are_named(tmp_path, kind, share):
+def test_truncated_recordings_are_rejected_by_name(tmp_path, kind, share):
     data = (DATA / f"speech.{kind}").read_bytes()
     path = tmp_path / f"cut.{kind}"
     path.write_bytes(data[: int(len(data) * share)])
@@ -59,7 +59,7 @@ def test_truncated_recordings_are_named(tmp_path, kind, share):
         load_audio(path, 48_000)
 
 
-def test_wav_written_to_a_pipe_is_whole(tmp_path):
+def test_wav_written_to_a_pipe_is_read_whole(tmp_path):
     data = bytearray((DATA / "speech.wav").read_bytes())
     place = data.index(b"data") + 4
     data[4:8] = data[place : place + 4] = b"\xff\xff\xff\xff"
@@ -67,7 +67,7 @@ def test_wav_written_to_a_pipe_is_whole(tmp_path):
     assert len(load_audio(tmp_path / "pipe.wav", 16_000)) == 48_000
 
 
-def test_unusable_files_are_named(tmp_path):
+def test_unusable_files_are_rejected_by_name(tmp_path):
     header = (DATA / "speech.wav").read_bytes()
     header = header[: header.index(b"data") + 4] + bytes(4)
     cases = {
@@ -86,7 +86,7 @@ def test_unusable_files_are_named(tmp_path):
         load_audio(tmp_path, 48_000)
 
 
-def test_samples_that_are_not_finite_are_named(tmp_path):
+def test_nonfinite_samples_are_rejected_by_name(tmp_path):
     audio = np.zeros(48_000, np.float32)
     audio[5] = np.nan
     sf.write(tmp_path / "nan.wav", audio, 48_000, subtype="FLOAT")
@@ -94,7 +94,7 @@ def test_samples_that_are_not_finite_are_named(tmp_path):
         load_audio(tmp_path / "nan.wav", 48_000)
 
 
-def test_audio_that_is_not_finite_is_not_written(tmp_path):
+def test_nonfinite_audio_is_not_written(tmp_path):
     with pytest.raises(EchoError, match="not finite"):
         save_audio(tmp_path / "out.wav", np.full(10, np.nan, np.float32), 48_000)
     assert not list(tmp_path.iterdir())
@@ -111,7 +111,7 @@ def test_written_audio_reads_back(tmp_path, suffix):
     assert np.abs(sf.read(tmp_path / "loud.wav")[0]).max() == pytest.approx(1.0, abs=1e-3)
 
 
-def test_other_suffixes_and_places_are_refused(tmp_path):
+def test_other_suffixes_and_unwritable_paths_are_rejected(tmp_path):
     audio = np.zeros(10, np.float32)
     with pytest.raises(EchoError, match=r"expected \.wav or \.flac, got '\.mp3'"):
         save_audio(tmp_path / "out.mp3", audio, 48_000)
@@ -119,7 +119,7 @@ def test_other_suffixes_and_places_are_refused(tmp_path):
         save_audio(tmp_path / "none" / "out.wav", audio, 48_000)
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path):
+def test_a_full_disk_leaves_no_partial_file(tmp_path):
     script = f"""
 import resource, signal
 import numpy as np
@@ -138,7 +138,7 @@ except EchoError as error:
 
 
 def sound(*levels: float) -> np.ndarray:
-    """One second of a voice, once for each level as a channel."""
+    """One second of a voice, with one channel per level."""
     voice = load_audio(DATA / "speech.wav", 16_000)[:16_000]
     return np.stack([level * voice for level in levels], axis=1)
 
@@ -154,13 +154,13 @@ def sound(*levels: float) -> np.ndarray:
         ((0.4, -0.1), 0.15),
     ],
 )
-def test_a_mean_that_loses_the_sound_is_not_taken(levels, expected):
+def test_channels_that_cancel_are_not_averaged(levels, expected):
     audio = sound(*levels) + 0.1
     mono = mix_down(audio.astype(np.float32))
     assert max_difference(np.abs(mono - 0.1), np.abs(sound(expected)[:, 0])) < 1e-6
 
 
-def test_a_recording_without_sound_is_refused_where_speech_is_expected(tmp_path):
+def test_a_silent_recording_is_rejected_where_speech_is_expected(tmp_path):
     rate = 16_000
     click = np.zeros(rate, np.float32)
     click[5000:5100] = 0.5
@@ -185,7 +185,7 @@ def test_a_recording_without_sound_is_refused_where_speech_is_expected(tmp_path)
         assert loaded.std() > 0.001
 
 
-def test_a_float_file_beyond_full_scale_is_scaled_and_not_cut(tmp_path):
+def test_a_float_file_above_full_scale_is_scaled_not_clipped(tmp_path):
     voice = sound(1.0)[:, 0]
     loaded = []
     for level in (1.0, 3.0, 32_768.0):
@@ -197,7 +197,7 @@ def test_a_float_file_beyond_full_scale_is_scaled_and_not_cut(tmp_path):
     assert max_difference(loaded[0], loaded[2]) < 1e-6
 
 
-def test_a_folder_is_searched_for_every_kind_that_is_read(tmp_path, monkeypatch):
+def test_folders_are_searched_for_every_readable_kind(tmp_path, monkeypatch):
     kinds = {"AU": "au", "CAF": "caf", "RF64": "rf64", "AIFF": "aifc", "NIST": "sph", "W64": "w64"}
     kinds |= {"WAV": "WAV", "FLAC": "flac", "OGG": "oga", "MP3": "mp3"}
     for kind, suffix in kinds.items():
@@ -217,5 +217,5 @@ def test_a_folder_is_searched_for_every_kind_that_is_read(tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
-def test_flac_in_ogg_that_libsndfile_refuses_is_left_to_ffmpeg():
+def test_flac_in_ogg_that_libsndfile_rejects_goes_to_ffmpeg():
     assert len(load_audio(DATA / "flac.oga", 24_000)) > 10_000

@@ -1,4 +1,4 @@
-"""Audio is read to the end of its data, whatever its header claims, or refused with the reason."""
+"""Audio is read to the end of its data, whatever its header claims, or rejected with a reason."""
 
 import io
 import shutil
@@ -42,7 +42,7 @@ def put(data: bytes, at: int, new: bytes) -> bytes:
 
 
 def samples(data: bytes, name: str = "x") -> np.ndarray:
-    """What is decoded, after a look that its length and any part of it agree."""
+    """The decoded samples, after a check that the length and a part of them agree."""
     audio, rate = decode(data, name, RATE, 0.0, None)
     assert audio_seconds(data, name) == pytest.approx(len(audio) / rate, abs=1e-9)
     for start, stop in ((0.0, 0.5), (1.3, 2.1), (2.5, 99.0)):
@@ -61,7 +61,7 @@ def refused(data: bytes, message: str, name: str = "x") -> None:
     [0, 0x7FFFF000, 0x7FFFFFFF, 0x7FFFFFDB, 0x80000000, 0xFFFFFFFF, 0xFFFFFFDB, 0xFFFFFFE0],
 )
 @pytest.mark.parametrize("total", [0, 36, 0x7FFFF024, 0xFFFFFFFF])
-def test_wav_of_a_pipe_is_read_whole(length, total):
+def test_wav_from_a_pipe_is_read_to_its_end(length, total):
     data = given("wav")
     place = data.index(b"data") + 4
     piped = put(put(data, place, struct.pack("<I", length)), 4, struct.pack("<I", total))
@@ -78,7 +78,7 @@ def test_wav_of_a_pipe_is_read_whole(length, total):
         ("RF64", ("ds64", 16, "<q"), (0, -1, 2**63 - 1)),
     ],
 )
-def test_other_kinds_from_a_pipe_are_read_whole(kind, field, lengths):
+def test_other_kinds_from_a_pipe_are_read_to_their_end(kind, field, lengths):
     data = encoded(kind)
     name, offset, form = field
     for length in lengths:
@@ -87,7 +87,7 @@ def test_other_kinds_from_a_pipe_are_read_whole(kind, field, lengths):
 
 
 @pytest.mark.parametrize("kind", ["WAV", "RF64", "W64", "AIFF", "AU", "CAF", "NIST"])
-def test_more_or_less_than_the_header_counts_is_refused(kind):
+def test_more_or_less_audio_than_the_header_says_is_rejected(kind):
     data = encoded(kind)
     refused(data[: len(data) * 2 // 3], "truncated")
     refused(data[:-3], "truncated")
@@ -96,7 +96,7 @@ def test_more_or_less_than_the_header_counts_is_refused(kind):
     assert len(samples(data)) == len(VOICE)
 
 
-def test_tags_and_padding_after_wav_are_no_audio():
+def test_tags_and_padding_after_wav_are_not_audio():
     data = given("wav")
     for after in (ID3V1, APE, ID3V2, bytes(512), b"LIST\x04\0\0\0abcd", b"id3 \x03\0\0\0abc\0"):
         assert np.array_equal(samples(data + after), samples(data))
@@ -109,7 +109,7 @@ def flac_of_total(total: int) -> bytes:
     return put(data, 18, (facts >> 36 << 36 | total).to_bytes(8))
 
 
-def test_flac_is_as_long_as_its_frames():
+def test_flac_length_comes_from_its_frames():
     whole = samples(given("flac"))
     for total in (0, 1000, len(whole) - 1, 2**36 - 1):
         assert np.array_equal(samples(flac_of_total(total)), whole)
@@ -127,7 +127,7 @@ def without_xing(data: bytes) -> bytes:
     return data[second:]
 
 
-def test_mp3_is_as_long_as_its_frames(monkeypatch):
+def test_mp3_length_comes_from_its_frames(monkeypatch):
     monkeypatch.setenv("PATH", "")
     data = given("mp3")
     whole = samples(data)
@@ -139,7 +139,7 @@ def test_mp3_is_as_long_as_its_frames(monkeypatch):
     assert len(samples(without_xing(data) * 2)) > 1.99 * len(plain)
 
 
-def test_mp3_with_frames_missing_is_refused():
+def test_mp3_with_missing_frames_is_rejected():
     data = given("mp3")
     middle = len(data) // 2
     for cut in (data[:-20], without_xing(data)[:-20]):
@@ -149,7 +149,7 @@ def test_mp3_with_frames_missing_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["opus", "ogg", "flac", "mp3"])
-def test_joined_files_are_read_to_the_last(tmp_path, kind):
+def test_joined_files_are_all_read(tmp_path, kind):
     file = io.BytesIO()
     name = {"opus": "OGG", "ogg": "OGG"}.get(kind, kind.upper())
     both = np.stack([VOICE, VOICE], axis=1)
@@ -168,7 +168,7 @@ def last_page(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("kind", ["opus", "ogg"])
-def test_an_ogg_stream_is_whole_without_its_flag_but_not_without_its_page(kind):
+def test_ogg_may_lack_its_end_flag_but_not_its_last_page(kind):
     data = given(kind)
     at = last_page(data)
     page = put(data[at:], 5, bytes((data[at + 5] & ~4,)))
@@ -187,11 +187,11 @@ def test_an_ogg_stream_is_whole_without_its_flag_but_not_without_its_page(kind):
     ("kind", "subtype", "rate"),
     [("WAV", "GSM610", 8000), ("AU", "G721_32", 8000), ("AIFF", "DWVW_16", 16_000)],
 )
-def test_kinds_that_cannot_seek_are_read_by_blocks(kind, subtype, rate):
+def test_unseekable_kinds_are_read_in_blocks(kind, subtype, rate):
     assert len(samples(encoded(kind, subtype, rate))) == pytest.approx(len(VOICE), abs=400)
 
 
-def test_sizes_that_a_header_claims_are_bounded(tmp_path, monkeypatch):
+def test_sizes_claimed_by_a_header_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("echo_eqx.data.decode.MAX_SAMPLES", 2**24)
     for channels, message in (
         (1024, "expected at most 64 channels, got 1024"),
@@ -211,14 +211,14 @@ def test_sizes_that_a_header_claims_are_bounded(tmp_path, monkeypatch):
         load_audio(path, 8_000_000_000)
 
 
-def test_a_name_of_other_bytes_is_read(tmp_path):
+def test_file_names_that_are_not_utf8_are_read(tmp_path):
     path = tmp_path / b"caf\xe9.wav".decode("utf-8", "surrogateescape")
     path.write_bytes(given("wav"))
     assert np.array_equal(load_audio(path, RATE), load_audio(DATA / "speech.wav", RATE))
 
 
 @needs_ffmpeg
-def test_what_libsndfile_does_not_read_is_asked_of_ffmpeg(tmp_path, monkeypatch):
+def test_kinds_that_libsndfile_cannot_read_go_to_ffmpeg(tmp_path, monkeypatch):
     shutil.copy(DATA / "speech.wav", tmp_path / "a.wav")
     made = {}
     for name in ("a.m4a", "a.g722"):
@@ -233,14 +233,14 @@ def test_what_libsndfile_does_not_read_is_asked_of_ffmpeg(tmp_path, monkeypatch)
         refused(data, "or ffmpeg installed", name)
 
 
-def test_flac_with_a_hole_is_refused_and_not_shortened():
+def test_flac_with_a_gap_is_rejected_not_shortened():
     data = given("flac")
     middle = len(data) // 2
     refused(put(data, middle, bytes(8000)), "is damaged", name="x.flac")
     refused(data[:middle] + data[middle + 8000 :], "is damaged", name="x.flac")
 
 
-def test_streams_joined_by_cat_are_refused():
+def test_streams_joined_with_cat_are_rejected():
     data = given("wav")
     place = data.index(b"data") + 4
     piped = put(put(data, place, b"\xff" * 4), 4, b"\xff" * 4)
@@ -250,7 +250,7 @@ def test_streams_joined_by_cat_are_refused():
 
 @needs_ffmpeg
 @pytest.mark.parametrize("kind", ["wma", "tta", "flv"])
-def test_joined_files_of_which_ffmpeg_reads_the_first_are_refused(tmp_path, kind):
+def test_joined_files_that_ffmpeg_reads_only_in_part_are_rejected(tmp_path, kind):
     path = tmp_path / f"x.{kind}"
     command = ["ffmpeg", "-v", "error", "-i", DATA / "speech.wav", "-ar", "44100", path]
     subprocess.run(command, check=True)
@@ -260,7 +260,7 @@ def test_joined_files_of_which_ffmpeg_reads_the_first_are_refused(tmp_path, kind
 
 
 @needs_ffmpeg
-def test_mp3_inside_wav_is_whole(tmp_path):
+def test_mp3_inside_wav_is_read_whole(tmp_path):
     path = tmp_path / "x.wav"
     command = ["ffmpeg", "-v", "error", "-i", DATA / "speech.wav", "-c:a", "libmp3lame", path]
     subprocess.run(command, check=True)

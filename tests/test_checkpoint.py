@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, damage is found, any mesh can go on from them."""
+"""Checkpoints: atomic, verified, and resumable on any mesh."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def mesh_of(shape):
 def make_state(shape=(1, 8, 1), seed: int = 0, optimizer=AVERAGED) -> TrainState:
     model = random_model(EchoDiT, CONFIG, seed=seed)
     state = init_train_state(model, optimizer)
-    # Every tensor is different from every other.
+    # All tensors differ.
     numbers = iter(range(1, 1000))
     state = jax.tree.map(lambda x: np.asarray(x) + np.asarray(next(numbers), x.dtype), state)
     return jax.device_put(state, state_shardings(state, mesh_of(shape)))
@@ -120,7 +120,7 @@ def test_each_device_reads_only_its_slices(tmp_path, monkeypatch):
     assert max(read) <= largest / 8
 
 
-def test_an_average_that_was_not_kept_begins_at_the_weights(tmp_path):
+def test_a_missing_ema_starts_from_the_weights(tmp_path):
     state = make_state(optimizer=OptimizerConfig())
     save(tmp_path, 1, state)
     abstract = sharded_abstract_state(CONFIG, AVERAGED, mesh_of((1, 8, 1)))
@@ -133,7 +133,7 @@ def test_load_dit_reads_checkpoint_export_and_run_folder(tmp_path):
     folder = save(tmp_path, 2, state)
     model = echo_eqx.load_dit(folder)
     assert model.config == CONFIG
-    assert_same(model, state.ema)  # what was averaged is what speaks
+    assert_same(model, state.ema)  # the EMA is used for generation
     export = folder.with_suffix(".safetensors")
     exported = echo_eqx.load_dit(tmp_path)
     assert_same(exported, echo_eqx.load_dit(export))
@@ -146,7 +146,7 @@ def test_load_dit_reads_checkpoint_export_and_run_folder(tmp_path):
 
 
 def bytes_read(call) -> int:
-    """Bytes that `call` reads from files, the second time: the first imports and compiles."""
+    """Bytes that `call` reads from files when called again: the first call imports and compiles."""
     call()
     count = lambda: int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # noqa: E731
     before = count()
@@ -155,7 +155,7 @@ def bytes_read(call) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what is read")
-def test_only_the_weights_of_a_run_are_read_and_once(tmp_path, monkeypatch):
+def test_loading_a_run_reads_only_its_weights_and_only_once(tmp_path, monkeypatch):
     state = make_state()
     folder = save(tmp_path, 2, state)
     export = folder.with_suffix(".safetensors").stat().st_size
@@ -206,7 +206,7 @@ def change_the_cursor(folder: Path) -> None:
 
 
 def rewritten(folder: Path, manifest: dict) -> None:
-    """A manifest that is wrong from the beginning."""
+    """Rewrite a manifest so that it is wrong but has a correct checksum."""
     del manifest["crc32"]
     manifest["crc32"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -223,7 +223,7 @@ DAMAGES += [change_the_cursor]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(tmp_path, damage, capsys):
     state = make_state()
     save(tmp_path, 1, state)
     damage(save(tmp_path, 2, make_state(seed=1)))
@@ -243,7 +243,9 @@ def damage_export(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_weights_of_a_run_are_named_and_those_before_are_loaded(tmp_path, damage, caplog):
+def test_damaged_weights_of_a_run_are_reported_and_the_previous_ones_loaded(
+    tmp_path, damage, caplog
+):
     state, newer = make_state(), make_state(seed=1)
     save(tmp_path, 1, state, export=False)
     damage(save(tmp_path, 2, newer))
@@ -257,13 +259,13 @@ def test_damaged_weights_of_a_run_are_named_and_those_before_are_loaded(tmp_path
     assert caplog.text.count("trying the previous one") == 2
 
 
-def test_when_all_are_damaged_nothing_begins_anew(tmp_path):
+def test_if_all_checkpoints_are_damaged_the_run_does_not_start_over(tmp_path):
     flip_a_bit(save(tmp_path, 1, make_state()))
     with pytest.raises(EchoError, match=r"all 1 checkpoints in .* are damaged"):
         newest_restorable(tmp_path)
 
 
-def test_damaged_later_ones_are_set_aside_and_push_nothing_out(tmp_path):
+def test_damaged_later_checkpoints_are_set_aside_and_evict_nothing(tmp_path):
     for step in (1, 4, 6):
         folder = save(tmp_path, step, make_state(seed=step))
         if step > 1:
@@ -278,7 +280,7 @@ def test_damaged_later_ones_are_set_aside_and_push_nothing_out(tmp_path):
     assert [path.stem for path in exports] == ["step_000000002"]
 
 
-def test_the_last_and_every_kth_stay(tmp_path):
+def test_retention_keeps_the_last_and_every_kth(tmp_path):
     state = make_state()
     for step in range(1, 8):
         save(tmp_path, step, state, retention=Retention(last=2, every=3))
@@ -294,7 +296,7 @@ def state() -> TrainState:
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """All that is below a folder: what kind of thing, and what is in it."""
+    """Everything below a folder: kind and content of each entry."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -305,8 +307,8 @@ def tree(folder: Path) -> dict[str, object]:
     return found
 
 
-def strangers(checkpoints: Path, home: Path) -> None:
-    """A folder full of what a person may leave beside checkpoints, and links to a home."""
+def add_foreign_files(checkpoints: Path, home: Path) -> None:
+    """Add what a person may leave next to checkpoints, and links to a home folder."""
     for name in (".bashrc", ".ssh/id", "manifest.json", "notes.txt", f"{8 * '0a'}-00000.json"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text("mine")
@@ -317,7 +319,7 @@ def strangers(checkpoints: Path, home: Path) -> None:
     for name in (
         "step_notes.txt",
         "step_best.safetensors",
-        "step_000000009.safetensors",  # its checkpoint was deleted by hand to save room
+        "step_000000009.safetensors",  # its checkpoint was deleted by hand to save space
         "step_000000001.safetensors.bak",
         "step_000000001.safetensors.tmp12345",
         ".step_mine",
@@ -328,7 +330,7 @@ def strangers(checkpoints: Path, home: Path) -> None:
         "damaged_step_000000001",
     ):
         (checkpoints / name).write_text("mine")
-    (checkpoints / "step_000000012").mkdir()  # under a name of ours, but nothing of ours in it
+    (checkpoints / "step_000000012").mkdir()  # has one of our names, but none of our files
     (checkpoints / "step_000000012" / "notes.txt").write_text("mine")
     (first / "why.txt").write_text("mine")
     (first / ".hidden").write_text("mine")
@@ -343,7 +345,7 @@ def test_only_what_the_trainer_wrote_is_ever_deleted(tmp_path, state, capsys):
     for step in (1, 2, 3):
         save(run, step, state)
     checkpoints = run / "checkpoints"
-    strangers(checkpoints, home)
+    add_foreign_files(checkpoints, home)
     half = checkpoints / "step_000000002"
     (half / "manifest.json").unlink()
     (checkpoints / ".step_000000003.safetensors.ab_12cde").write_text("half")
@@ -354,13 +356,13 @@ def test_only_what_the_trainer_wrote_is_ever_deleted(tmp_path, state, capsys):
     after = tree(checkpoints)
     gone = {name for name in before if name not in after}
     ours = {name for name in before if name.startswith("step_000000002")}
-    # A link in the place of a later checkpoint has another name now, and leads where it did.
+    # A link in the place of a later checkpoint was renamed and still has the same target.
     assert gone - ours == {".step_000000003.safetensors.ab_12cde", "step_000000013"}
     assert "step_000000013 is damaged" in said and len(said.splitlines()) == 1
     assert os.readlink(next(checkpoints.glob("damaged_step_000000013_*"))) == str(home)
     assert tree(home) == at_home
 
-    # Retention: the first goes, but for the notes in it.
+    # Retention: the first checkpoint is deleted, except for the notes in it.
     save(run, 4, state, retention=Retention(last=1))
     clean_checkpoints(run, newest_restorable(run))
     assert [step for step, _ in find_checkpoints(checkpoints)] == [4]
@@ -374,7 +376,7 @@ def test_only_what_the_trainer_wrote_is_ever_deleted(tmp_path, state, capsys):
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_checkpoints_behind_links_are_read_but_never_deleted(tmp_path, state, complete):
+def test_linked_checkpoints_are_read_but_never_deleted(tmp_path, state, complete):
     run, other = tmp_path / "run", tmp_path / "other"
     for step in (1, 2):
         save(other, step, state)
@@ -408,13 +410,13 @@ def test_a_checkpoint_is_not_written_through_a_link(tmp_path, state):
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])
-def test_something_else_in_the_place_of_the_folder_is_named(tmp_path, make):
+def test_something_else_in_the_folders_place_is_reported(tmp_path, make):
     make(tmp_path / "checkpoints")
     with pytest.raises(EchoError, match=r"checkpoints: expected a folder, got something else"):
         clean_checkpoints(tmp_path, None)
 
 
-def test_an_export_that_a_kill_prevented_is_made(tmp_path, state):
+def test_an_export_missing_after_a_kill_is_made(tmp_path, state):
     folder = save(tmp_path, 2, state)
     export = folder.with_suffix(".safetensors")
     written = export.read_bytes()
@@ -423,7 +425,7 @@ def test_an_export_that_a_kill_prevented_is_made(tmp_path, state):
     assert export.read_bytes() == written
 
 
-def test_a_copy_under_the_name_of_another_step_is_not_gone_on_from(tmp_path, state, capsys):
+def test_a_copy_named_like_another_step_is_not_resumed_from(tmp_path, state, capsys):
     folder = save(tmp_path, 2, state)
     shutil.copytree(folder, folder.with_name("step_000000007"))
     assert newest_restorable(tmp_path).path == folder
@@ -443,7 +445,7 @@ def test_a_copy_under_the_name_of_another_step_is_not_gone_on_from(tmp_path, sta
         (".lock", "held by another tool"),
     ],
 )
-def test_a_run_never_writes_over_files_of_something_else(tmp_path, name, content):
+def test_a_run_never_overwrites_foreign_files(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(EchoError, match=rf"{name}: expected a file of a training run"):
         RunFolder(tmp_path, writes=True)
@@ -459,8 +461,8 @@ CHANGES = ("replace", "fsync", "mkdir", "unlink", "rmdir", "chmod", "rename")
 """Calls by which a write becomes seen on disk."""
 
 
-def stop_dead_at(monkeypatch, count: int) -> threading.Event:
-    """The thread that makes the n-th change stops there for ever, as one that is killed does."""
+def freeze_at_change(monkeypatch, count: int) -> threading.Event:
+    """Block the thread that makes the n-th change forever, as if it were killed there."""
     reached, here = threading.Event(), threading.current_thread()
 
     def counted(original):
@@ -480,7 +482,7 @@ def stop_dead_at(monkeypatch, count: int) -> threading.Event:
     return reached
 
 
-def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_path, monkeypatch):
+def test_one_checkpoint_is_complete_at_every_stage_of_writing(tmp_path, monkeypatch):
     states = {step: make_state(seed=step) for step in (1, 2)}
     manifest = {"step": 2, "samples_seen": 16, "model": to_json(CONFIG), "seed": 0}
     save(tmp_path / "one", 1, states[1])
@@ -489,7 +491,7 @@ def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_
         folder = tmp_path / str(count)
         shutil.copytree(tmp_path / "one", folder)
         with monkeypatch.context() as patch:
-            reached = stop_dead_at(patch, count)
+            reached = freeze_at_change(patch, count)
             writer = writer_in(folder, retention=Retention(last=1))
             writer.save(states[2], manifest, {"0": [0, 0, 0]})
             while not reached.wait(0.01) and writer._thread.is_alive():
@@ -503,11 +505,11 @@ def test_stopped_dead_at_any_stage_of_writing_one_whole_checkpoint_is_there(tmp_
         steps.append(checkpoint.step)
         if not reached.is_set():
             break
-    # Before the manifest the old one is there, from then on the new one.
+    # Until the manifest is written the old checkpoint is the newest, then the new one.
     assert steps == sorted(steps) and 6 <= steps.count(1) <= len(steps) - 3
 
 
-def test_pieces_of_a_killed_start_are_not_taken_for_this_ones(tmp_path):
+def test_pieces_of_a_killed_launch_are_not_reused(tmp_path):
     stale = make_state(seed=1)
     folder = save(tmp_path, 5, stale, launch_id=4 * "dead")
     (folder / "manifest.json").unlink()
@@ -519,7 +521,7 @@ def test_pieces_of_a_killed_start_are_not_taken_for_this_ones(tmp_path):
     assert_same(restored, state)
 
 
-def test_a_published_state_is_gone_on_from(monkeypatch, golden_dit, dit_cases):
+def test_training_resumes_from_a_published_state(monkeypatch, golden_dit, dit_cases):
     path = GOLDEN / "dit_tiny" / "full_state.pkl"
     expected = np.load(GOLDEN / "dit_tiny" / "full_state_expect.npz")
     monkeypatch.setitem(DIT_PRESETS, "golden", golden_dit.config)
@@ -547,7 +549,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_no_room_is_said_before_writing_and_costs_nothing(small_disk):
+def test_a_lack_of_space_is_reported_before_writing(small_disk):
     state = make_state()
     save(small_disk, 1, state)
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**20))
@@ -556,7 +558,7 @@ def test_no_room_is_said_before_writing_and_costs_nothing(small_disk):
     assert newest_restorable(small_disk).step == 1
 
 
-def test_a_disk_that_fills_up_while_writing_leaves_the_older_ones(small_disk, monkeypatch):
+def test_a_disk_that_fills_up_while_writing_leaves_older_checkpoints(small_disk, monkeypatch):
     state = make_state()
     save(small_disk, 1, state)
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**17))

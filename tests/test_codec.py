@@ -1,4 +1,4 @@
-"""The codec: parity with the published one, signals of any length, chunks."""
+"""The codec: parity with the published model, signals of any length, chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,13 @@ def test_audio_equals_golden(golden_codec, codec_cases, case, row):
     assert max_difference(marked, codec_cases[f"watermarked_{case}"][row]) < 1e-5
 
 
-def test_batches_by_vmap_equal_rows(golden_codec, codec_cases):
+def test_vmap_over_a_batch_equals_single_rows(golden_codec, codec_cases):
     latents, bits = (jnp.asarray(codec_cases[f"{name}_0"]) for name in ("latents", "message"))
     batch = jax.vmap(golden_codec.decode)(latents, bits)
     assert max_difference(batch, codec_cases["watermarked_0"]) < 1e-5
 
 
-def test_another_message_is_another_signal(golden_codec, codec_cases):
+def test_different_messages_give_different_signals(golden_codec, codec_cases):
     latents, bits = codec_cases["latents_0"][0], codec_cases["message_0"][0]
     assert (
         max_difference(golden_codec.decode(latents, bits), golden_codec.decode(latents, 1 - bits))
@@ -46,7 +46,7 @@ def test_another_message_is_another_signal(golden_codec, codec_cases):
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 500, 960, 1919, 1920, 1921, 2 * HOP + 1, 5000])
-def test_any_length_is_mirrored_to_whole_frames(golden_codec, samples):
+def test_any_length_is_reflected_to_whole_frames(golden_codec, samples):
     audio = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
     mode = "reflect" if samples > 1 else "edge"
     mirrored = np.pad(audio, (0, -samples % HOP), mode=mode)
@@ -56,9 +56,9 @@ def test_any_length_is_mirrored_to_whole_frames(golden_codec, samples):
     assert np.array_equal(mean, golden_codec.encode(mirrored)[0])
 
 
-# Around the length of one chunk and of several: 256 frames, and 8 more on each side.
+# Lengths around one chunk and around several: 256 frames, plus 8 on each side.
 @pytest.mark.parametrize("frames", [272, 273, 520])
-def test_joined_chunks_equal_one_go(golden_codec, frames):
+def test_joined_chunks_equal_a_single_pass(golden_codec, frames):
     rng = np.random.default_rng(frames)
     latents = rng.standard_normal((frames, 12)).astype(np.float32)
     bits = rng.integers(0, 2, 16).astype(np.int32)
@@ -76,7 +76,7 @@ def test_joined_chunks_equal_one_go(golden_codec, frames):
     assert max_difference(chunked_stdev, stdev) < 1e-5
 
 
-def test_all_long_signals_share_one_program(golden_codec):
+def test_all_long_signals_share_a_compiled_program(golden_codec):
     golden_codec.decode(jnp.zeros((600, 12)), np.zeros(16, np.int32))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -87,7 +87,7 @@ def test_all_long_signals_share_one_program(golden_codec):
     assert not [name for name in names if "_decode" in name or "_watermarked" in name]
 
 
-def test_rates_of_any_parity_keep_whole_frames():
+def test_odd_and_even_rates_give_whole_frames():
     config = CodecConfig(
         encoder_dim=2,
         encoder_rates=(4, 6, 5, 8),
@@ -108,25 +108,25 @@ def test_rates_of_any_parity_keep_whole_frames():
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 100), ()])
-def test_audio_of_another_shape_is_refused(golden_codec, shape):
-    # With shape checks on, a wrong rank does not even get to the codec's own sentence.
+def test_audio_with_another_shape_is_rejected(golden_codec, shape):
+    # With shape checks on, a wrong rank does not even reach the codec's own check.
     with pytest.raises(Exception, match=r"audio: expected shape|parameter 'audio'"):
         golden_codec.encode(np.zeros(shape, np.float32))
 
 
-def test_latents_of_another_width_are_refused(golden_codec):
+def test_latents_with_another_width_are_rejected(golden_codec):
     with pytest.raises(echo_eqx.EchoError, match=r"expected shape \(frames, 12\).*got \(7, 13\)"):
         golden_codec.decode(np.zeros((7, 13), np.float32))
     with pytest.raises(echo_eqx.EchoError, match="16 bits"):
         golden_codec.decode(np.zeros((7, 12), np.float32), np.zeros(15, np.int32))
 
 
-def test_messages_of_other_values_are_refused(golden_codec):
+def test_messages_with_other_values_are_rejected(golden_codec):
     with pytest.raises(echo_eqx.EchoError, match="0 and 1"):
         golden_codec.decode(np.zeros((7, 12), np.float32), np.full(16, 2))
 
 
-def test_sine_squared_is_as_exact_as_sine():
+def test_sine_squared_is_as_accurate_as_sine():
     z = np.linspace(-60, 60, 200_001, dtype=np.float32)
     exact = np.sin(z.astype(np.float64)) ** 2
     assert max_difference(sine_squared(jnp.asarray(z)), exact) < 2e-6

@@ -31,7 +31,7 @@ def test_velocity_equals_golden(golden_dit, dit_cases):
     assert max_difference(velocity, dit_cases["velocity"]) < 1e-4
 
 
-def test_bfloat16_velocity_equals_golden_relatively(golden_dit, dit_cases):
+def test_bfloat16_velocity_is_close_to_golden(golden_dit, dit_cases):
     velocity = batched(echo_eqx.cast(golden_dit, jnp.bfloat16), *inputs_of(dit_cases))
     golden = dit_cases["velocity"]
     assert velocity.dtype == jnp.float32
@@ -39,7 +39,7 @@ def test_bfloat16_velocity_equals_golden_relatively(golden_dit, dit_cases):
     assert max_difference(velocity, golden) < 2e-2 * np.abs(golden).max()
 
 
-def test_sixth_scale_and_narrow_latents_equal_pytorch(blockwise_dit, blockwise_cases):
+def test_projection_scale_and_narrow_latents_equal_pytorch(blockwise_dit, blockwise_cases):
     assert blockwise_dit.config.speaker_proj_scale == pytest.approx(1 / 6)
     assert blockwise_dit.config.latent_dim == 20
     velocity = batched(blockwise_dit, *inputs_of(blockwise_cases))
@@ -67,9 +67,7 @@ def test_velocity_after_a_prefix_equals_pytorch(blockwise_dit, blockwise_cases):
 
 @pytest.mark.parametrize("dropped", ["text", "speaker"])
 @pytest.mark.parametrize("content", [1e3, np.inf, np.nan])
-def test_a_masked_out_condition_changes_nothing_whatever_it_contains(
-    golden_dit, dit_cases, dropped, content
-):
+def test_the_content_of_a_masked_condition_does_not_matter(golden_dit, dit_cases, dropped, content):
     cases = {name: jnp.asarray(value) for name, value in dit_cases.items()}
     cases[f"{dropped}_mask"] = jnp.zeros_like(cases[f"{dropped}_mask"])
     before = batched(golden_dit, *inputs_of(cases))
@@ -86,7 +84,7 @@ def test_a_masked_out_condition_changes_nothing_whatever_it_contains(
     assert np.array_equal(before, after)
 
 
-def test_numpy_arrays_and_a_plain_time_are_taken(golden_dit, dit_cases):
+def test_numpy_arrays_and_a_python_float_time_are_accepted(golden_dit, dit_cases):
     row = [dit_cases[name][0] for name in ("x", *CONDITIONS)]
     velocity = golden_dit(row[0], float(dit_cases["t"][0]), *row[1:])
     assert max_difference(velocity, dit_cases["velocity"][0]) < 1e-4
@@ -131,7 +129,7 @@ def test_padding_frames_change_nothing(golden_dit, dit_cases):
     assert max_difference(short, padded[:21]) < 1e-5
 
 
-def test_fresh_model_starts_at_zero_velocity():
+def test_a_new_model_has_zero_velocity():
     config = DIT_PRESETS["tiny"]
     dit = eqx.filter_jit(lambda key: echo_eqx.EchoDiT.init(config, key=key))(jr.key(0))
     x = jr.normal(jr.key(1), (7, config.latent_dim))
@@ -151,7 +149,7 @@ def test_gradients_are_finite_when_everything_is_dropped(golden_dit, dit_cases):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-def test_wrong_shapes_are_named_in_one_sentence(golden_dit, dit_cases):
+def test_wrong_shapes_give_a_one_line_error(golden_dit, dit_cases):
     x, t, ids, seen, speaker, heard = (value[0] for value in inputs_of(dit_cases))
     for arguments, message in (
         ((x[:, :5], t, ids, seen, speaker, heard), r"x: expected latents \(t, 128\), got"),

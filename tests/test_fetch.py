@@ -1,4 +1,4 @@
-"""Shards from a server that misbehaves, into a folder that must not grow."""
+"""Fetching shards from a server that misbehaves, into a cache of limited size."""
 
 import os
 import signal
@@ -66,11 +66,11 @@ def original(server: DataServer, shard: Shard) -> bytes:
         (["corrupt"], [0, 0]),
         (["longer"], [0, 0]),
         (["short:70000", "corrupt", "ends:5"], [0, 70000, 0, 5]),
-        # Each brings something new, so they may be more than the limit.
+        # Each attempt makes progress, so there may be more than the limit.
         ([f"ends:{10_000}"] * 12, [10_000 * n for n in range(13)]),
     ],
 )
-def test_a_download_goes_on_where_it_broke(server, tmp_path, monkeypatch, faults, ranges):
+def test_an_interrupted_download_is_resumed(server, tmp_path, monkeypatch, faults, ranges):
     monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
     shard = put(server)
     server.faults = list(faults)
@@ -82,7 +82,7 @@ def test_a_download_goes_on_where_it_broke(server, tmp_path, monkeypatch, faults
     assert len(server.requests) == len(ranges)
 
 
-def test_a_connection_that_is_reset_loses_nothing_that_came(server, tmp_path):
+def test_a_reset_connection_loses_no_received_bytes(server, tmp_path):
     shard = put(server)
     server.faults = ["reset:70000"]
     cache = ShardCache(tmp_path / "cache", SIZE)
@@ -90,7 +90,7 @@ def test_a_connection_that_is_reset_loses_nothing_that_came(server, tmp_path):
     assert server.requests == [("a.tar", ""), ("a.tar", "bytes=70000-")]
 
 
-def test_the_wish_of_a_server_to_wait_is_heeded_and_capped(server, tmp_path, monkeypatch):
+def test_retry_after_is_respected_up_to_a_limit(server, tmp_path, monkeypatch):
     shard = put(server)
     server.faults = ["429:1"]
     began = time.monotonic()
@@ -113,13 +113,13 @@ def test_the_wish_of_a_server_to_wait_is_heeded_and_capped(server, tmp_path, mon
             "0 of 200000 bytes after 8 attempts without progress: cannot download shard a.tar",
         ),
         (["short:9"] + ["short:0"] * 9, 8, "stopped at 9 of 200000 bytes after 8 attempts"),
-        # Nothing new comes of starting over, however much of it.
+        # Starting over is no progress, however many bytes are sent.
         (["norange:70000"] * 20, 8, "stopped at 70000 of 200000 bytes after 8 attempts"),
         (["corrupt"] * 3, 3, "a.tar: expected SHA-256"),
         (["longer"] * 3, 3, "expected 200000 bytes, got more in 3 downloads"),
     ],
 )
-def test_what_does_not_pass_is_one_sentence(server, tmp_path, faults, requests, message):
+def test_permanent_errors_are_one_line(server, tmp_path, faults, requests, message):
     shard = put(server)
     server.faults = list(faults)
     for ahead in (False, True):
@@ -134,7 +134,7 @@ def test_what_does_not_pass_is_one_sentence(server, tmp_path, faults, requests, 
         cache.close()
 
 
-def test_a_size_that_is_not_the_listed_one_is_refused(server, tmp_path):
+def test_a_size_that_differs_from_the_listing_is_rejected(server, tmp_path):
     shard = put(server, known=False)
     other = Shard(shard.name, SIZE + 1, url=shard.url)
     with pytest.raises(EchoError, match="expected 200001 bytes, got 200000"):
@@ -142,7 +142,7 @@ def test_a_size_that_is_not_the_listed_one_is_refused(server, tmp_path):
     assert len(server.requests) == 3
 
 
-def test_offline_what_is_there_works(server, tmp_path, monkeypatch):
+def test_cached_shards_work_offline(server, tmp_path, monkeypatch):
     here, elsewhere = put(server, "a.tar"), put(server, "bb.tar")
     contents(ShardCache(tmp_path / "cache", SIZE), here)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -152,7 +152,7 @@ def test_offline_what_is_there_works(server, tmp_path, monkeypatch):
         cache.open(elsewhere)
 
 
-def test_the_bound_holds_and_nothing_held_is_dropped(server, tmp_path):
+def test_the_size_limit_holds_and_nothing_in_use_is_dropped(server, tmp_path):
     shards = [put(server, "x" * n + ".tar", SIZE + 1000 * n) for n in range(1, 9)]
     folder, bound = tmp_path / "cache", 3 * (SIZE + 8000)
     largest, done = 0, threading.Event()
@@ -187,11 +187,11 @@ def test_the_bound_holds_and_nothing_held_is_dropped(server, tmp_path):
     assert SIZE < largest <= bound
     with pytest.raises(UsageError, match=r"--cache_gb: expected at least 3, .* 3000000000 bytes"):
         cache.check_fits(3 * 10**9)
-    ShardCache(folder, SIZE)  # a smaller bound holds from the start
+    ShardCache(folder, SIZE)  # a smaller limit is enforced from the start
     assert not list(folder.glob("*.*"))
 
 
-def test_room_that_others_hold_is_waited_for_and_then_refused(server, tmp_path, monkeypatch):
+def test_space_held_by_others_is_waited_for_until_a_timeout(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "ROOM_WAIT", 1.0)
     one, two = put(server, "a.tar"), put(server, "bb.tar")
     first, second = (ShardCache(tmp_path / "cache", SIZE) for _ in range(2))
@@ -204,7 +204,7 @@ def test_room_that_others_hold_is_waited_for_and_then_refused(server, tmp_path, 
     os.close(held)
 
 
-def test_closing_ends_a_download_and_keeps_what_came(server, tmp_path):
+def test_closing_stops_a_download_and_keeps_received_bytes(server, tmp_path):
     shard = put(server)
     server.slow = 0.1
     cache = ShardCache(tmp_path / "cache", SIZE)
@@ -242,7 +242,7 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
-def test_processes_share_downloads_and_a_killed_one_is_continued(server, tmp_path):
+def test_processes_share_downloads_and_resume_those_of_killed_ones(server, tmp_path):
     shard, folder = put(server), tmp_path / "cache"
     server.slow = 0.2
 
@@ -253,7 +253,7 @@ def test_processes_share_downloads_and_a_killed_one_is_continued(server, tmp_pat
     try:
         wait_for(lambda: downloaded() > 50_000)
         threading.Timer(0.3, child.send_signal, [signal.SIGKILL]).start()
-        # It waits while the other fetches, and goes on from there once that is gone.
+        # It waits while the other one fetches, and resumes its download once it has died.
         cache = ShardCache(folder, SIZE)
         assert contents(cache, shard) == original(server, shard)
     finally:

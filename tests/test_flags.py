@@ -1,4 +1,4 @@
-"""A flag has one name in all commands."""
+"""Flags have the same name in all commands."""
 
 import re
 import sys
@@ -42,7 +42,7 @@ WORDS = {
 }
 DIFFERENT = (
     {"run_dir", "runs"},  # one run; a folder of runs
-    {"references", "speaker"},  # recordings of voices; the name of who speaks
+    {"references", "speaker"},  # recordings of voices; the name of the speaker
     {"chip", "chips"},  # the kind; how many
     {"host", "hosts"},  # the address to listen on; machines to train on
     {"worker", "workers"},  # the index of one; how many
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:get_parser:DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def flags() -> dict[str, set[str]]:
-    """Flags by command, as its parser has them."""
+    """Flags by command, from its parser."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in COMMANDS:
@@ -82,7 +82,7 @@ def options_of(parser):
 
 
 def meaning(flag: str) -> str:
-    """The flag without what different spellings of one thing differ in."""
+    """The flag without the differences between spellings of the same thing."""
     name = flag.removeprefix("--").rpartition(".")[2].lower().replace("-", "_").removeprefix("no_")
     words = re.sub("([a-z])our", r"\1or", name).replace("centre", "center").split("_")
     words = [word.removesuffix("s") if len(word) > 3 else word for word in words]
@@ -93,7 +93,7 @@ def spelling(flag: str) -> str:
     return flag.removeprefix("--").rpartition(".")[2].removeprefix("no_")
 
 
-def test_no_flag_is_spelled_in_two_ways(flags):
+def test_no_flag_has_two_spellings(flags):
     spellings = defaultdict(set)
     for command in flags.values():
         for flag in command:
@@ -121,5 +121,5 @@ def test_flags_are_lower_case_with_underscores(flags):
 
 
 @pytest.mark.parametrize("command", KEPT)
-def test_published_flags_stay(flags, command):
+def test_published_flags_still_exist(flags, command):
     assert {f"--{name}" for name in KEPT[command].split()} <= flags[command]

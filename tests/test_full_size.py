@@ -1,4 +1,4 @@
-"""Both models at full size, with random weights: `python -m pytest -m full -s`."""
+"""Both models at full size with random weights: `python -m pytest -m full -s`."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
 
 @pytest.mark.full
-def test_ten_minutes_pass_through_the_codec(golden_codec):
+def test_the_codec_processes_ten_minutes(golden_codec):
     audio = 0.1 * np.random.default_rng(0).standard_normal(600 * 48_000).astype(np.float32)
     mean, _ = golden_codec.encode(audio)
     assert mean.shape == (15_000, 12) and np.isfinite(mean).all()
@@ -21,7 +21,7 @@ def test_ten_minutes_pass_through_the_codec(golden_codec):
 
 @pytest.mark.full
 @pytest.mark.parametrize("command", [["codec", "--runs", "1"], ["dit", "--runs", "1"]], ids=str)
-def test_full_size_models_run_here(command):
+def test_full_size_models_run(command):
     done = subprocess.run([sys.executable, SCRIPT, *command], capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stderr

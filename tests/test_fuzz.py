@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it ends in success or in one sentence, within seconds.
+"""Whatever a file contains, reading it succeeds or gives a one-line error, within seconds.
 
 Small valid files are made here, then changed at random: bits flipped, ends cut off, blocks moved,
 numbers and names replaced. The seed is printed; ECHO_FUZZ_SEED repeats a run.
@@ -76,14 +76,14 @@ CODEC = CodecConfig(
 
 
 class State(NamedTuple):
-    """What a checkpoint is made of."""
+    """The state that checkpoints are made of."""
 
     step: jax.Array
     model: EchoDiT
 
 
 class Target(NamedTuple):
-    """A reader: `make` writes valid files into a folder, `read` reads them there."""
+    """A reader to test: `make` writes valid files to a folder, `read` reads them."""
 
     make: Callable[[Path], object]
     read: Callable[[Path], Any]
@@ -198,7 +198,7 @@ def one_of_audio(folder: Path) -> None:
 
 
 def rounded_weights(folder: Path) -> Any:
-    """In bfloat16: a damaged export gives way to the float32 weights that it was rounded from."""
+    """Weights in bfloat16: if an export is damaged, the float32 weights it came from are loaded."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), echo_eqx.load_dit(folder))
 
 
@@ -242,7 +242,7 @@ TOKENS += [b"\xff" * 8, b"\xff\xfe", b"null", b"[]", b"{}", b"\n", b"..", b"\x80
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one to three random changes, half of them near its beginning: the headers."""
+    """`data` with one to three random changes, half of them near the start, in the headers."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         end = len(out) if rng.random() < 0.5 else min(len(out), 2000)
@@ -269,7 +269,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def run_cases(target: Target, cases: int, seed: int, valid: Path, work: Path) -> int:
-    """How many of the cases could be read."""
+    """Run the cases; returns how many could be read."""
     target.make(valid)
     expected = target.read(valid)
     files = sorted(path.relative_to(valid) for path in valid.rglob("*") if path.is_file())
@@ -321,7 +321,7 @@ def bounded_memory() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:checkpoint")
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_damaged_file_is_read_right_or_refused_in_one_sentence(name, seed, tmp_path):
+def test_a_damaged_file_is_read_correctly_or_rejected_in_one_line(name, seed, tmp_path):
     started = time.process_time()
     read = run_cases(
         TARGETS[name], TARGETS[name].cases, seed, fresh(tmp_path / "valid"), tmp_path / "work"
@@ -333,7 +333,7 @@ def test_a_damaged_file_is_read_right_or_refused_in_one_sentence(name, seed, tmp
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:checkpoint")
 @pytest.mark.parametrize("name", TARGETS)
-def test_thousands_of_damaged_files_are_read_right_or_refused(name, seed, tmp_path):
+def test_thousands_of_damaged_files_are_read_correctly_or_rejected(name, seed, tmp_path):
     cases = 25 * TARGETS[name].cases
     with bounded_memory():
         read = run_cases(TARGETS[name], cases, seed, fresh(tmp_path / "valid"), tmp_path / "work")
@@ -345,7 +345,7 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def test_these_are_200_cases_and_5000():
+def test_there_are_200_cases_by_default_and_5000_slow_ones():
     assert sum(target.cases for target in TARGETS.values()) == 200
 
 
@@ -358,7 +358,7 @@ def newest_verified(folder: Path, said: list[str]) -> TrainingCheckpoint | None:
     return None
 
 
-def test_a_flip_in_the_header_of_pieces_is_found_and_the_checkpoint_before_is_used(tmp_path):
+def test_a_flipped_bit_in_a_pieces_header_falls_back_to_the_previous_checkpoint(tmp_path):
     for step in (2, 4):
         make_checkpoint(tmp_path, step)
     (pieces,) = (tmp_path / "checkpoints" / "step_000000004").glob("*.safetensors")
@@ -380,7 +380,7 @@ def test_a_flip_in_the_header_of_pieces_is_found_and_the_checkpoint_before_is_us
 
 
 def change_manifest(folder: Path, change: Callable[[dict], object]) -> None:
-    """A manifest that is wrong from the beginning, with a right checksum."""
+    """Rewrite a manifest so that it is wrong but has a correct checksum."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["crc32"]
@@ -422,7 +422,7 @@ ODD_MANIFESTS: dict[str, Callable[[dict], object]] = {
 
 
 @pytest.mark.parametrize("odd", ODD_MANIFESTS)
-def test_an_odd_manifest_is_refused_and_the_checkpoint_before_is_used(odd, tmp_path):
+def test_an_invalid_manifest_falls_back_to_the_previous_checkpoint(odd, tmp_path):
     for step in (2, 4):
         make_checkpoint(tmp_path, step)
     newest = tmp_path / "checkpoints" / "step_000000004"
@@ -434,7 +434,7 @@ def test_an_odd_manifest_is_refused_and_the_checkpoint_before_is_used(odd, tmp_p
 
 
 @pytest.mark.parametrize("text", ["[" * 9000, '{"a":' * 9000, "", "null", "\xff", '{"a":1,"a":2}'])
-def test_a_manifest_that_is_no_object_is_refused(text, tmp_path):
+def test_a_manifest_that_is_not_an_object_is_rejected(text, tmp_path):
     make_checkpoint(tmp_path)
     newest = tmp_path / "checkpoints" / "step_000000002"
     (newest / "manifest.json").write_text(text, "latin-1")

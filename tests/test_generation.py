@@ -1,4 +1,4 @@
-"""Recommended generation settings: kept in the checkpoint, used by command and library alike."""
+"""Recommended generation settings: stored in the checkpoint, used by commands and library."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def with_generation(tmp_path, dit, generation: GenerationConfig) -> echo_eqx.Ech
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "folder"])
-def test_a_file_keeps_how_to_speak_with_its_model(tmp_path, dit, name):
+def test_saved_files_keep_generation_settings(tmp_path, dit, name):
     echo_eqx.save(dit, tmp_path / name, generation=ALL)
     loaded = echo_eqx.load_dit(tmp_path / name)
     assert loaded.generation == ALL
@@ -71,7 +71,7 @@ def test_a_file_keeps_how_to_speak_with_its_model(tmp_path, dit, name):
         assert described["generation"]["codec"] == "voice"
 
 
-def test_files_that_say_nothing_have_the_defaults(tmp_path, dit):
+def test_files_without_settings_have_the_defaults(tmp_path, dit):
     assert with_generation(tmp_path, dit, GenerationConfig()).generation == GenerationConfig()
     published = echo_eqx.load_dit(GOLDEN / "dit_tiny" / "weights_only.pkl")
     assert published.generation == GenerationConfig()
@@ -95,7 +95,7 @@ def test_files_that_say_nothing_have_the_defaults(tmp_path, dit):
         ({"tempo": 1}, "tempo"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(tmp_path, dit, change, message):
+def test_invalid_settings_are_rejected_by_name(tmp_path, dit, change, message):
     data = to_json(ALL) | change
     with pytest.raises(EchoError, match=message):
         generation_from_json(data)
@@ -107,20 +107,20 @@ def test_settings_that_cannot_be_used_are_named(tmp_path, dit, change, message):
         echo_eqx.load_dit(tmp_path / "deep.safetensors")
 
 
-def test_the_duration_that_a_checkpoint_recommends_is_the_default(tmp_path, dit, shipped):
+def test_the_recommended_duration_is_the_default(tmp_path, dit, shipped):
     model = with_generation(tmp_path, dit, ALL)
     assert target_seconds(model, shipped[1]) == 2.5
     assert target_seconds(model, shipped[1], 1.0) == 1.0
 
 
-def test_the_shipped_voice_says_how_to_speak_with_it(shipped):
+def test_the_small_voice_has_generation_settings(shipped):
     generation = shipped[0].generation
     assert generation.sampler == voice.SETTINGS and generation.codec == "voice"
     assert generation.reference_lufs == voice.REFERENCE_LUFS
     assert [known.name for known in generation.voices] == ["anna", "ben", "clara", "david"]
 
 
-def test_recommended_settings_are_those_that_sampling_gets(shipped, monkeypatch):
+def test_sampling_uses_the_recommended_settings(shipped, monkeypatch):
     given = []
 
     def stand_in(dit, *conditions, noise, settings, progress):
@@ -133,7 +133,7 @@ def test_recommended_settings_are_those_that_sampling_gets(shipped, monkeypatch)
     assert given == [voice.SETTINGS, SamplerSettings(steps=3)]
 
 
-def test_a_voice_the_model_does_not_know_is_told(tmp_path, dit, shipped):
+def test_an_unknown_voice_is_reported(tmp_path, dit, shipped):
     model = with_generation(tmp_path, dit, ALL)
     latents = np.tile(np.float32([1.0, 0.3, 0.0]), (8, 1))
     name, distance = echo_eqx.nearest_voice(model, latents)
@@ -175,7 +175,7 @@ def test_flags_override_what_the_file_recommends(monkeypatch, shipped):
         (["--message", "01" * 8], True, "01" * 8),
     ],
 )
-def test_a_mark_is_what_the_codec_can_make(
+def test_watermarking_depends_on_the_codec(
     monkeypatch, shipped, golden_codec, words, has_path, expected
 ):
     flags(monkeypatch, *words)
@@ -194,7 +194,7 @@ def test_a_mark_is_what_the_codec_can_make(
     assert described["watermark"] == (bits is not None)
 
 
-def test_the_codec_is_the_one_that_the_checkpoint_names(tmp_path, dit, shipped):
+def test_the_checkpoint_chooses_the_codec(tmp_path, dit, shipped):
     assert find_codec(shipped[0]) == ("voice", voice.CODEC)
     assert find_codec(dit, str(voice.CODEC))[1] == voice.CODEC
     with pytest.raises(EchoError, match=r"names no codec, and its latents have 3 channels; give"):
@@ -204,7 +204,7 @@ def test_the_codec_is_the_one_that_the_checkpoint_names(tmp_path, dit, shipped):
         find_codec(with_generation(tmp_path, dit, gone))
 
 
-def test_json_replaces_only_what_it_wrote(tmp_path):
+def test_json_overwrites_only_its_own_files(tmp_path):
     ours = {"text": "", "output": "", "checkpoint": {}, "codec": {}, "version": {"echo_eqx": "0"}}
     contents = {
         "ours.json": json.dumps(ours),
@@ -230,7 +230,7 @@ def test_json_replaces_only_what_it_wrote(tmp_path):
         check_outputs([request], metadata=False)  # without --json nothing is replaced
 
 
-def test_the_reference_is_never_replaced_by_the_result(tmp_path):
+def test_the_output_never_overwrites_the_reference(tmp_path):
     recording = tmp_path / "voice.wav"
     recording.write_bytes(b"x")
     request = Request("Hi.", tmp_path / "." / "voice.wav", recording)

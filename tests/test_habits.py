@@ -1,4 +1,4 @@
-"""What people do with every command: pipes that end, narrow terminals, `~`, dashes, no home."""
+"""Everyday use of all commands: closed pipes, narrow terminals, `~`, dashes, no home folder."""
 
 import os
 import pwd
@@ -21,7 +21,7 @@ from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.distributed import StopSignal
 from echo_eqx.train.settings import parse_settings
 
-# Each kind of stdout and stderr in a process of its own, forked from one that has all imports.
+# Each kind of stdout and stderr is tested in its own fork of a process that has all imports.
 SINKS = r"""
 import logging, os, sys
 from pathlib import Path
@@ -85,7 +85,7 @@ for name, make in SINKS.items():
 """
 
 
-def test_no_output_ends_a_command_or_changes_its_exit_code(tmp_path: Path):
+def test_broken_outputs_neither_stop_a_command_nor_change_its_exit_code(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", SINKS, str(tmp_path)], capture_output=True, text=True, timeout=300
     )
@@ -123,7 +123,7 @@ STRINGS = [
 
 
 @pytest.mark.parametrize("line", STRINGS)
-def test_a_value_that_begins_with_a_dash_is_told_how_to_be_written(line, monkeypatch, capsys):
+def test_a_hint_explains_how_to_write_a_value_with_a_dash(line, monkeypatch, capsys):
     name, *words = line.split()
     at = next(i for i, word in enumerate(words) if re.match("-[^-]", word))
     flag, value = words[at - 1 : at + 1]
@@ -153,7 +153,7 @@ def parse(*words: str) -> Args:
     return cli.parse(Args, None, arguments=words)
 
 
-def test_the_hint_is_only_for_values_that_may_be_meant(capsys):
+def test_the_hint_appears_only_for_plausible_values(capsys):
     assert parse("--text=-hello").text == "-hello"
     assert parse("--number", "-5").number == -5
     for words in (["--flag", "--typo"], ["--number", "-5", "--typo"], ["--text", "--flag"]):
@@ -162,7 +162,7 @@ def test_the_hint_is_only_for_values_that_may_be_meant(capsys):
         assert "is the value of" not in capsys.readouterr().err, words
 
 
-def test_tilde_is_the_home_folder_in_every_path_and_in_no_text(monkeypatch, tmp_path):
+def test_tilde_is_expanded_in_paths_and_not_in_texts(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = parse("--text=~/x", "--some", "~/a", "b", "--maybe=~/x")
     assert args == Args("~/x", 0, (tmp_path / "a", Path("b")), tmp_path / "x", False, args.inner)
@@ -177,14 +177,14 @@ def test_tilde_is_the_home_folder_in_every_path_and_in_no_text(monkeypatch, tmp_
 
 @pytest.fixture
 def no_cache():
-    """JAX without a cache of compiled programs."""
+    """JAX without a compilation cache."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     yield
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_without_a_home_folder_commands_work_or_say_so(monkeypatch, no_cache):
+def test_without_a_home_folder_commands_work_or_explain(monkeypatch, no_cache):
     def nobody(uid: int) -> None:
         raise KeyError(uid)
 
@@ -199,7 +199,7 @@ def test_without_a_home_folder_commands_work_or_say_so(monkeypatch, no_cache):
         cli.parse(TrainConfig, None, arguments=["--run_dir=~/x"])
 
 
-def test_a_cache_that_cannot_be_made_is_done_without(monkeypatch, tmp_path, no_cache):
+def test_commands_work_without_a_writable_cache(monkeypatch, tmp_path, no_cache):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", Path("/dev/null"), Path("/proc")):
         monkeypatch.setenv("XDG_CACHE_HOME", str(place))
@@ -208,7 +208,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(monkeypatch, tmp_path, no_c
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_a_run_saves_on_signals_that_were_not_ignored(number):
+def test_a_run_saves_on_signals_unless_they_were_ignored(number):
     before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
     try:
         signal.signal(number, signal.SIG_IGN)  # as nohup does
@@ -232,7 +232,7 @@ class Sized:
     depth: int = 1
 
 
-def test_some_flags_choose_the_defaults_of_others_wherever_they_stand(capsys):
+def test_flags_that_set_defaults_may_come_in_any_order(capsys):
     bases = {"small": Sized(), "large": Sized("large", 8, 8)}
 
     def sized(*words: str) -> Sized:

@@ -39,8 +39,8 @@ def load_pickle(tmp_path: Path, data: bytes):
     return echo_eqx.load_dit(path)
 
 
-def touching(path: Path) -> dict[str, Call]:
-    """Calls that would leave a file behind, or worse."""
+def code_runners(path: Path) -> dict[str, Call]:
+    """Calls that would create a file, or worse."""
     return {
         "posix.system": Call(os.system, f"touch {path}"),
         "builtins.eval": Call(eval, f"open({str(path)!r}, 'w')"),
@@ -55,12 +55,12 @@ def touching(path: Path) -> dict[str, Call]:
     }
 
 
-@pytest.mark.parametrize("name", list(touching(Path("x"))))
+@pytest.mark.parametrize("name", list(code_runners(Path("x"))))
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("place", ["params", "opt_state", "leaf", "bare"])
-def test_calls_are_refused_by_name(tmp_path, name, protocol, place):
+def test_calls_are_rejected_by_name(tmp_path, name, protocol, place):
     mark = tmp_path / "mark"
-    call = touching(mark)[name]
+    call = code_runners(mark)[name]
     content = {
         "params": {"params": call, "step": 0},
         "opt_state": {"params": {}, "opt_state": [call]},
@@ -69,13 +69,13 @@ def test_calls_are_refused_by_name(tmp_path, name, protocol, place):
     }[place]
     with pytest.raises(EchoError, match=r"it names '[\w.]+', which is refused") as caught:
         load_pickle(tmp_path, pickle.dumps(content, protocol=protocol))
-    # The arguments of these are met first, or the function is known under another name.
+    # For these the arguments are refused first, or the function has another name.
     last = name.rpartition(".")[2]
     assert name in ("builtins.getattr", "subprocess.Popen") or last in str(caught.value)
     assert not mark.exists()
 
 
-def test_a_call_hidden_in_a_torch_file_is_refused(tmp_path):
+def test_a_call_hidden_in_a_torch_file_is_rejected(tmp_path):
     mark = tmp_path / "mark"
     path = tmp_path / "weights.pth"
     with zipfile.ZipFile(path, "w") as archive:
@@ -85,7 +85,7 @@ def test_a_call_hidden_in_a_torch_file_is_refused(tmp_path):
     assert not mark.exists()
 
 
-def test_known_classes_cannot_be_called_into_something_else(tmp_path):
+def test_known_classes_cannot_be_called_with_other_arguments(tmp_path):
     for data in (
         b"\x80\x04cnumpy\nndarray\n(K\x05tR.",  # numpy.ndarray(5)
         b"\x80\x04cml_dtypes\nbfloat16\n)R.",
@@ -109,7 +109,7 @@ def test_known_classes_cannot_be_called_into_something_else(tmp_path):
         b"\x80\x04}\x8f.",  # EMPTY_SET
     ],
 )
-def test_other_opcodes_are_refused(tmp_path, data):
+def test_other_opcodes_are_rejected(tmp_path, data):
     with pytest.raises(EchoError, match=r"model\.pkl"):
         load_pickle(tmp_path, data)
 
@@ -158,7 +158,7 @@ BOMBS = {
 
 
 def copies() -> bytes:
-    """A pickle that holds a string of 1 MB once and has it encoded 10,000 times."""
+    """A pickle that contains a string of 1 MB once and has it encoded 10,000 times."""
     held = text("a" * 10**6) + b"\x94"
     call = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
     return b"\x80\x04" + held + b"0](" + call * 10_000 + b"e."
@@ -195,13 +195,13 @@ def array_pickle(shape: tuple, data: bytes) -> bytes:
 @pytest.mark.parametrize(
     "shape", [(2**40,), (2**31, 2**31), (-1,), (2**62, 4), (3,), (1,) * 40], ids=str
 )
-def test_absurd_shapes_are_refused(tmp_path, shape):
+def test_absurd_shapes_are_rejected(tmp_path, shape):
     with pytest.raises(EchoError, match="array"):
         load_pickle(tmp_path, array_pickle(shape, b"\x00" * 4))
 
 
 def rewritten(tmp_path: Path, change) -> Path:
-    """The golden weights.pth with its entries changed."""
+    """The golden weights.pth with changed entries."""
     path = tmp_path / "weights.pth"
     with zipfile.ZipFile(PTH) as old, zipfile.ZipFile(path, "w") as new:
         entries = {entry.filename: old.read(entry) for entry in old.infolist()}
@@ -210,7 +210,7 @@ def rewritten(tmp_path: Path, change) -> Path:
     return path
 
 
-def test_storages_of_another_size_are_refused(tmp_path):
+def test_storages_of_the_wrong_size_are_rejected(tmp_path):
     def shorter(entries):
         return {
             name: data[:-4] if name.endswith("/data/7") else data for name, data in entries.items()
@@ -226,7 +226,7 @@ def test_storages_of_another_size_are_refused(tmp_path):
         echo_eqx.load_codec(rewritten(tmp_path, absent))
 
 
-def test_compressed_and_overlapping_entries_are_refused(tmp_path):
+def test_compressed_and_overlapping_entries_are_rejected(tmp_path):
     path = tmp_path / "weights.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("weights/data.pkl", b"\x80\x02N.")
@@ -235,7 +235,7 @@ def test_compressed_and_overlapping_entries_are_refused(tmp_path):
         echo_eqx.load_codec(path)
 
 
-def test_a_flipped_bit_in_a_torch_file_is_found(tmp_path):
+def test_a_flipped_bit_in_a_torch_file_is_detected(tmp_path):
     data = bytearray(PTH.read_bytes())
     with zipfile.ZipFile(PTH) as archive:
         entry = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -246,7 +246,7 @@ def test_a_flipped_bit_in_a_torch_file_is_found(tmp_path):
         echo_eqx.load_codec(path)
 
 
-def test_tensors_reaching_beyond_their_storage_are_refused(tmp_path):
+def test_tensors_reaching_beyond_their_storage_are_rejected(tmp_path):
     def change(entries):
         # The first tensor's size (5,) becomes (6,): BININT1 5 in a tuple of one.
         name = next(name for name in entries if name.endswith("data.pkl"))
@@ -258,7 +258,7 @@ def test_tensors_reaching_beyond_their_storage_are_refused(tmp_path):
         echo_eqx.load_codec(rewritten(tmp_path, change))
 
 
-def test_nested_metadata_of_a_torch_file_ends_quickly(tmp_path):
+def test_nested_metadata_in_a_torch_file_is_handled_quickly(tmp_path):
     data = (
         b"\x80\x02}(X\x0a\x00\x00\x00state_dict}X\x08\x00\x00\x00metadata}X\x06\x00\x00\x00kwargs"
     )
@@ -279,7 +279,7 @@ def test_nested_metadata_of_a_torch_file_ends_quickly(tmp_path):
         b"K\x00NN\x89",
     ],
 )
-def test_damaged_tensor_records_are_named(tmp_path, args):
+def test_damaged_tensor_records_are_rejected_by_name(tmp_path, args):
     storage = (
         b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x01tQ"
     )
@@ -303,14 +303,16 @@ def test_damaged_tensor_records_are_named(tmp_path, args):
         b"-" * 9000,
     ],
 )
-def test_damaged_headers_of_latents_are_named(tmp_path, golden_dit, golden_codec, header):
+def test_damaged_headers_of_latents_are_rejected_by_name(
+    tmp_path, golden_dit, golden_codec, header
+):
     path = tmp_path / "voice.npy"
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n")
     with pytest.raises(EchoError, match=r"voice\.npy"):
         speaker_latents(golden_dit, golden_codec, path)
 
 
-def test_reference_latents_with_pickled_objects_are_refused(tmp_path, golden_dit, golden_codec):
+def test_reference_latents_with_pickled_objects_are_rejected(tmp_path, golden_dit, golden_codec):
     mark = tmp_path / "mark"
     path = tmp_path / "voice.npy"
     np.save(path, np.array([Call(os.system, f"touch {mark}")], object), allow_pickle=True)
@@ -327,7 +329,7 @@ def test_reference_latents_with_pickled_objects_are_refused(tmp_path, golden_dit
         speaker_latents(golden_dit, golden_codec, path)
 
 
-def test_random_damage_never_leaves_the_reader_in_another_way(tmp_path):
+def test_random_damage_raises_nothing_but_our_errors(tmp_path):
     rng = np.random.default_rng(0)
     source = (GOLDEN / "dit_tiny" / "weights_only.pkl").read_bytes()
     # The structure is in the first bytes and between the arrays; arrays make up the rest.
@@ -341,7 +343,7 @@ def test_random_damage_never_leaves_the_reader_in_another_way(tmp_path):
             pass
 
 
-def test_bombs_end_in_one_sentence_within_time_and_memory(tmp_path):
+def test_bombs_are_rejected_within_time_and_memory_limits(tmp_path):
     # In a process of its own with 1 GiB more than the imports take.
     bombs = {**BOMBS, "absurd shape": array_pickle((2**40,), b"\x00" * 4)}
     for name, data in bombs.items():
@@ -399,7 +401,7 @@ def safetensors(path: Path, header: object, data: bytes = bytes(8)) -> Path:
     ],
     ids=str,
 )
-def test_safetensors_headers_of_absurd_content_are_named(tmp_path, header, reason):
+def test_absurd_safetensors_headers_are_rejected_by_name(tmp_path, header, reason):
     path = safetensors(tmp_path / "model.safetensors", header)
     with pytest.raises(EchoError, match=rf"model\.safetensors .*{reason}"):
         SafetensorsFile(path)
@@ -422,7 +424,7 @@ def test_a_header_longer_than_the_file_is_not_read(tmp_path):
         {"sample_rate": 2**24 - 1},
     ],
 )
-def test_a_config_that_its_tensors_contradict_is_refused_before_any_work(tmp_path, change):
+def test_a_config_that_contradicts_its_tensors_is_rejected_first(tmp_path, change):
     config = {"encoder_rates": [2], "decoder_rates": [2], "watermark": None, **change}
     metadata = {"format": "echo_eqx", "kind": "codec", "config": json.dumps(config)}
     path = safetensors(tmp_path / "codec.safetensors", {"__metadata__": metadata, **HEADER})
@@ -432,7 +434,7 @@ def test_a_config_that_its_tensors_contradict_is_refused_before_any_work(tmp_pat
     assert time.process_time() - started < 2
 
 
-def test_zips_with_odd_records_are_named(tmp_path):
+def test_zips_with_odd_records_are_rejected_by_name(tmp_path):
     path = tmp_path / "weights.pth"
     whole = PTH.read_bytes()
     end = whole.rindex(b"PK\x05\x06")

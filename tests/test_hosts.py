@@ -1,4 +1,4 @@
-"""The connections on which processes of a run tell each other that they live."""
+"""Heartbeat connections between the processes of a run."""
 
 import socket
 import threading
@@ -23,7 +23,7 @@ def connect(server: socket.socket, data: bytes = b"") -> socket.socket:
     return peer
 
 
-def test_strangers_neither_join_a_run_nor_delay_it(server):
+def test_foreign_connections_neither_join_nor_delay_a_run(server):
     hello = [SECRET.encode() + index.to_bytes(4, "little") for index in (1, 2)]
     silent = connect(server)
     wrong = connect(server, b"x" * 32 + hello[0][32:])
@@ -37,11 +37,11 @@ def test_strangers_neither_join_a_run_nor_delay_it(server):
     assert peers.keys() == {1, 2}
     assert peers[1].getpeername() == first.getsockname()
     assert peers[2].getpeername() == slow.getsockname()
-    assert silent.recv(1) == b"" and wrong.recv(1) == b""  # both were sent away
+    assert silent.recv(1) == b"" and wrong.recv(1) == b""  # both were disconnected
     for peer in (silent, wrong, slow, first, *peers.values()):
         peer.close()
 
 
-def test_a_process_that_never_connects_is_told(server):
+def test_a_process_that_never_connects_is_reported(server):
     with connect(server), pytest.raises(EchoError, match=r"expected 1, got 0 in 0.1 s"):
         accept_peers(server, SECRET, 1, seconds=0.1)

@@ -1,4 +1,4 @@
-"""Weights from a Hub: a real server on loopback that speaks as much of its protocol as is used."""
+"""Weights from the Hub: a real server on loopback implements the part of its protocol in use."""
 
 import hashlib
 import json
@@ -121,7 +121,7 @@ def hub(tmp_path):
 
 
 def load(hub: Hub, cache: Path, source: str, **environment: str) -> str:
-    """What `load_dit(source)` ends with in a process that knows this Hub."""
+    """The outcome of `load_dit(source)` in a process that uses this Hub."""
     script = """
 import sys, echo_eqx
 try:
@@ -156,7 +156,7 @@ def test_downloaded_once_and_used_offline(hub, tmp_path, golden_dit):
     assert "other/voice is not in the cache" in offline and len(offline.splitlines()) == 1
 
 
-def test_revisions_and_files_are_told_apart(hub, tmp_path, blockwise_dit):
+def test_revisions_and_files_are_distinguished(hub, tmp_path, blockwise_dit):
     echo_eqx.save(blockwise_dit, tmp_path / "b.safetensors")
     hub.put(PKL, "owner/voice", "runs/step_9.pkl", revision="v2")
     hub.put(tmp_path / "b.safetensors", "owner/voice", "model.safetensors")
@@ -176,7 +176,7 @@ def test_revisions_and_files_are_told_apart(hub, tmp_path, blockwise_dit):
         assert len(message.splitlines()) == 1
 
 
-def test_an_empty_name_is_not_the_current_folder():
+def test_an_empty_name_does_not_mean_the_current_folder():
     with pytest.raises(EchoError, match="got ''"):
         find_weights("")
 
@@ -190,7 +190,7 @@ def test_an_empty_name_is_not_the_current_folder():
         ("hf://datasets/a/b/train", ("a/b", None, "train")),
     ],
 )
-def test_datasets_on_the_hub_are_parsed_and_written_alike(source, parts):
+def test_dataset_urls_round_trip(source, parts):
     dataset = HubDataset.parse(source)
     assert (dataset.repo, dataset.revision, dataset.folder) == parts and str(dataset) == source
     assert HubDataset.parse(source + "/") == dataset
@@ -199,6 +199,6 @@ def test_datasets_on_the_hub_are_parsed_and_written_alike(source, parts):
 @pytest.mark.parametrize(
     "source", ["hf://models/a/b", "hf://datasets/a", "hf://datasets/a/b/*.tar"]
 )
-def test_other_forms_are_refused(source):
+def test_malformed_dataset_urls_are_rejected(source):
     with pytest.raises(EchoError, match=r"expected hf://datasets/owner/name"):
         HubDataset.parse(source)

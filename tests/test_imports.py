@@ -1,4 +1,4 @@
-"""Imports go down, or sideways inside one room; nothing heavy comes along."""
+"""Imports only go down the layers of the package, and importing it is cheap."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import echo_eqx
 
 PACKAGE = Path(echo_eqx.__file__).parent
-ROOMS = [
+LAYERS = [
     {"errors", "hub", "files", "json_data", "config", "trees", "generation", "compilation"},
     {"layers"},
     {"model", "codec", "data", "sharding"},
@@ -25,8 +25,8 @@ ROOMS = [
     {"commands"},
     {"__main__"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
-ORDER_ON_THE_GROUND = [
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LOWEST_LAYER_ORDER = [
     "errors",
     "hub",
     "files",
@@ -39,8 +39,8 @@ ORDER_ON_THE_GROUND = [
 
 
 def imported(path: Path) -> set[str]:
-    """Rooms of this package that a file imports from."""
-    rooms = set()
+    """Top-level modules and subpackages of this package that a file imports from."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
@@ -49,31 +49,31 @@ def imported(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         else:
             continue
-        rooms |= {name.split(".")[1] for name in names if name.startswith("echo_eqx.")}
-    return rooms
+        found |= {name.split(".")[1] for name in names if name.startswith("echo_eqx.")}
+    return found
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
 def test_imports_point_one_way(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for other in imported(path) - {room}:
-        if FLOOR[other] == FLOOR[room] == 0:
-            assert ORDER_ON_THE_GROUND.index(other) < ORDER_ON_THE_GROUND.index(room)
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for other in imported(path) - {own}:
+        if LEVEL[other] == LEVEL[own] == 0:
+            assert LOWEST_LAYER_ORDER.index(other) < LOWEST_LAYER_ORDER.index(own)
         else:
-            assert FLOOR[other] < FLOOR[room], f"{path} imports from {other}"
+            assert LEVEL[other] < LEVEL[own], f"{path} imports from {other}"
 
 
-def test_every_package_has_a_floor():
-    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name[0] != "."}
-    assert rooms - {"__pycache__", "py.typed"} == set(FLOOR)
+def test_every_module_and_subpackage_has_a_layer():
+    names = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name[0] != "."}
+    assert names - {"__pycache__", "py.typed"} == set(LEVEL)
 
 
 def test_import_is_light_and_has_no_side_effects():
-    """No device is touched; umask, logging, environment, signals and JAX's settings stay; neither
-    other frameworks nor what only some uses need are imported."""
+    """No device is initialized; umask, logging, environment, signals and JAX's settings do not
+    change; neither other frameworks nor modules that only some uses need are imported."""
     script = """
 import logging, os, signal, sys, warnings
-import jax, equinox  # which have effects of their own
+import jax, equinox  # these have side effects of their own
 
 def state():
     umask = os.umask(0)

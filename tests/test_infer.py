@@ -1,4 +1,4 @@
-"""The command, as a person runs it: its flags, files, messages and exit codes."""
+"""The infer command as a user runs it: flags, files, messages and exit codes."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def quick(place: Path) -> list[object]:
     return [*models(place), "--steps", 2, "--duration", 2]
 
 
-def test_published_flags_speak_in_a_given_voice(place, tmp_path):
+def test_published_flags_work_with_a_reference_voice(place, tmp_path):
     output = tmp_path / "out.wav"
     command = [
         *models(place),
@@ -66,7 +66,7 @@ def test_published_flags_speak_in_a_given_voice(place, tmp_path):
     assert "3.00 s of audio in " in last
     assert "compiling" in last and "running" in last and "real-time factor" in last
     assert "watermark message: " in done.stdout
-    # No bar and no notes without a terminal; random weights never end their speech.
+    # Without a terminal there is no bar and no log; speech from random weights never ends.
     (warning,) = done.stderr.splitlines()
     assert "Grüße aus Köln" in warning and "does not end within 3.00 s" in warning
 
@@ -103,7 +103,7 @@ def test_lines_of_a_text_file_and_candidates_are_numbered(place, tmp_path):
     assert len({(tmp_path / name).read_bytes() for name in names}) == 4
 
 
-def test_json_lines_choose_voice_name_and_seed(place, tmp_path):
+def test_json_lines_set_voice_output_and_seed(place, tmp_path):
     lines = [
         {"text": "Hello.", "output": "a.flac", "speaker_ref": str(DATA / "speech.opus")},
         {"text": "Hello.\u2028You.", "seed": 7},
@@ -125,7 +125,7 @@ def test_long_text_is_spoken_whole(place, tmp_path):
     assert sf.info(tmp_path / "out.wav").duration == pytest.approx(6.0)
 
 
-def test_help_teaches(place):
+def test_help_shows_flags_and_examples(place):
     done = call("infer", "--help")
     assert done.returncode == 0
     for word in ("--speaker_ref", "--cfg_scale", "--apg_eta", "owner/name", "voice.mp3"):
@@ -226,7 +226,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_bad_input_ends_in_one_sentence_and_a_code(place, tmp_path, name):
+def test_bad_input_gives_a_one_line_error_and_an_exit_code(place, tmp_path, name):
     args, code, message = CASES[name]
     files = damaged(tmp_path)
     args = [models(place) if arg == "@" else [arg] for arg in args]
@@ -243,7 +243,7 @@ def test_bad_input_ends_in_one_sentence_and_a_code(place, tmp_path, name):
     assert not list(work.iterdir())
 
 
-def test_broken_lines_of_a_text_file_are_named(place, tmp_path):
+def test_bad_lines_of_a_text_file_are_reported(place, tmp_path):
     for name, content, message in (
         ("empty.txt", b"\n \n", "empty.txt: expected one utterance per line"),
         ("silent.txt", b"Hi.\n\n...\n", "silent.txt line 3: the text has nothing to say"),
@@ -266,7 +266,7 @@ def test_broken_lines_of_a_text_file_are_named(place, tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_terminal_sees_a_bar(place, tmp_path):
+def test_a_terminal_shows_a_progress_bar(place, tmp_path):
     # `script` gives the command a terminal and writes down what it shows.
     command = [sys.executable, SCRIPTS / "infer.py", *quick(place), "--text", "Hello."]
     command += ["--output", tmp_path / "out.wav"]

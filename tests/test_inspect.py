@@ -1,4 +1,4 @@
-"""What the report says is what the shards hold, and nothing broken passes for well."""
+"""The report matches the shards, and nothing broken counts as usable."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def write_index(folder: Path, name: str = "index.json") -> Path:
     return path
 
 
-def test_numbers_are_those_of_the_records(tmp_path):
+def test_the_report_matches_the_records(tmp_path):
     rng = np.random.default_rng(0)
     texts = ["Hi.", "größer, länger", "猫" * 9, "x" * 63, "y" * 64]
     labels = [("anna", "de"), ("ben", "en"), ("anna", "de"), (None, "en"), (None, None)]
@@ -77,7 +77,7 @@ def test_numbers_are_those_of_the_records(tmp_path):
     assert report.frames.tolist() == lengths
     assert report.text_bytes.tolist() == [len(text.encode()) for text in texts]
     assert report.hours == pytest.approx(sum(lengths) / 25 / 3600, rel=1e-12)
-    # The last two are too long, the last one's text as well; 63 bytes and the leading one fit.
+    # The last two recordings are too long, and so is the last text; 63 bytes and the leading 0 fit.
     assert report.fit(config)["fitting"] == 4 and lengths[3] == 31
     assert report.references == 2 and report.speakers == 2 and report.with_speaker == 3
     assert report.languages == {"de": 2, "en": 2}
@@ -87,7 +87,7 @@ def test_numbers_are_those_of_the_records(tmp_path):
     assert report.silence == "silence.npy" and report.indexes == ()
 
 
-def test_a_latent_far_from_zero_loses_no_precision(tmp_path):
+def test_statistics_are_precise_far_from_zero(tmp_path):
     values = np.float32(3e4) + np.arange(40, dtype=np.float32).reshape(20, 2)
     made = {"npy": npy_bytes(values), "json": b'{"text": "a"}'}
     write_shard(tmp_path / "data" / "a.tar", [("a", made), ("b", made)])
@@ -95,7 +95,7 @@ def test_a_latent_far_from_zero_loses_no_precision(tmp_path):
     np.testing.assert_allclose(report.std, values.astype(np.float64).std(axis=0), rtol=1e-12)
 
 
-def test_what_is_well_ends_with_0_and_a_picture(tmp_path):
+def test_good_shards_give_exit_code_0_and_a_plot(tmp_path):
     pytest.importorskip("matplotlib")
     data = make_dataset(tmp_path / "data", shards=3, per_shard=4)
     write_index(data)
@@ -107,7 +107,7 @@ def test_what_is_well_ends_with_0_and_a_picture(tmp_path):
 
 
 def broken_dataset(folder: Path) -> dict[tuple[str, str], str]:
-    """Kind of each (shard, key) that is broken, in a dataset with one good sample `good`."""
+    """The kind of each broken (shard, key), in a dataset with one good sample `good`."""
     nan = np.full((4, WIDTH), np.nan, np.float16)
     no_latents = parts()
     no_latents.pop("npy")
@@ -130,7 +130,7 @@ def broken_dataset(folder: Path) -> dict[tuple[str, str], str]:
     return kinds | {("b.tar", "good"): "duplicate", ("c.tar", ""): "tar"}
 
 
-def test_every_kind_of_broken_record_is_named(tmp_path):
+def test_every_kind_of_broken_record_is_reported(tmp_path):
     kinds = broken_dataset(tmp_path / "data")
     report = report_of(tmp_path / "data", tmp_path)
     assert {(one.shard, one.key): one.kind for one in report.broken} == kinds
@@ -150,7 +150,7 @@ def test_every_kind_of_broken_record_is_named(tmp_path):
     assert facts["kinds"]["text"] == 2 and facts["seconds"]["max"] == 0.2
 
 
-def test_20_broken_are_listed_and_all_on_request(tmp_path):
+def test_20_broken_records_are_listed_or_all_on_request(tmp_path):
     samples = [(f"k{i:02}", parts(text="")) for i in range(23)] + [("good", parts())]
     write_shard(tmp_path / "a.tar", samples)
     done = command("--data", tmp_path)
@@ -167,7 +167,7 @@ def test_shards_that_are_all_broken_are_reported(tmp_path):
     assert facts["mean"] is None and facts["seconds"] is None
 
 
-def test_a_flipped_bit_is_found_by_the_index(tmp_path):
+def test_the_index_reveals_a_flipped_bit(tmp_path):
     data = make_dataset(tmp_path / "data", shards=3, per_shard=2)
     write_index(data)
     assert report_of(data, tmp_path).broken == ()
@@ -182,7 +182,7 @@ def test_a_flipped_bit_is_found_by_the_index(tmp_path):
     assert done.returncode == 1 and "00001.tar: sha256: " in done.stdout
 
 
-def test_shards_that_an_index_has_not_or_has_too_many_of(tmp_path):
+def test_missing_and_unlisted_shards_are_reported(tmp_path):
     data = make_dataset(tmp_path / "data", shards=3, per_shard=1)
     write_index(data, "index-1-of-2.json")
     (data / "index-2-of-2.json").write_text('{"format": "echo_eqx", "kind": "shards"')
@@ -203,7 +203,7 @@ def test_shards_that_an_index_has_not_or_has_too_many_of(tmp_path):
     assert "missing" not in kinds  # one file was asked for
 
 
-def test_shards_of_the_hub_are_read_like_those_here(tmp_path):
+def test_hub_shards_are_read_like_local_ones(tmp_path):
     server = DataServer(tmp_path / "hub")
     data = make_dataset(server.root / "owner" / "voices" / "train", shards=2, per_shard=3)
     index = write_index(data)
@@ -250,7 +250,7 @@ def test_a_sample_is_played_with_its_reference(tmp_path, golden_codec):
     assert "has no record 'nobody'; expected a key such as 'other'" in done.stderr
 
 
-def test_what_cannot_be_played_is_one_sentence(tmp_path):
+def test_samples_that_cannot_be_played_give_one_line_errors(tmp_path):
     write_shard(tmp_path / "a.tar", [("mute", parts(text="")), ("fine", parts())])
     shard_index, cache = list_shards(str(tmp_path), tmp_path), ShardCache(tmp_path / "cache", 10**9)
     with pytest.raises(EchoError, match=r"'mute' of a.tar is broken \(text: the text is empty\)"):
@@ -270,7 +270,7 @@ def test_what_cannot_be_played_is_one_sentence(tmp_path):
         (["--data", ".", "--play", "a", "--json"], 2, "--play: expected no --json or --plot"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, flags, code, sentence):
+def test_unusable_inputs_give_one_line_errors(tmp_path, monkeypatch, flags, code, sentence):
     monkeypatch.chdir(tmp_path)
     done = command(*flags)
     assert done.returncode == code and sentence in done.stderr
@@ -285,7 +285,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     assert done.stderr.count("\n") == 1 and not done.stdout
 
 
-def test_members_in_no_record_are_named_and_end_with_1(tmp_path):
+def test_members_that_belong_to_no_record_are_listed_with_exit_code_1(tmp_path):
     samples = [("k.1", parts()), ("k.2", parts()), ("K.3", {"NPY": parts()["npy"], "JSON": b"{}"})]
     write_shard(tmp_path / "data" / "a.tar", [*samples, ("good", {**parts(), "flac": b"sound"})])
     done = command("--data", tmp_path / "data")
@@ -300,7 +300,7 @@ def test_members_in_no_record_are_named_and_end_with_1(tmp_path):
     assert "a.tar x.b: member: expected KEY.npy" in done.stdout
 
 
-def test_a_model_gives_the_window_and_must_fit_the_width(tmp_path):
+def test_a_model_sets_the_limits_and_must_match_the_width(tmp_path):
     rng = np.random.default_rng(0)
     for key, frames, reference, text in [("a", 80, 48, "x" * 63), ("b", 90, 49, "x" * 64)]:
         sample = sample_parts(rng, frames, 32, reference, text)
@@ -326,7 +326,7 @@ def test_a_model_gives_the_window_and_must_fit_the_width(tmp_path):
     assert command("--data", tmp_path / "data", "--model", "none").returncode == 2
 
 
-def test_many_samples_without_a_reference_are_told(tmp_path):
+def test_many_samples_without_a_reference_give_a_warning(tmp_path):
     write_shard(tmp_path / "a.tar", [("a", parts()), ("b", parts(reference=9))])
     done = command("--data", tmp_path)
     assert "WARNING     1 of 2 samples have no reference" in done.stdout
@@ -334,7 +334,7 @@ def test_many_samples_without_a_reference_are_told(tmp_path):
     assert "WARNING" not in command("--data", tmp_path).stdout
 
 
-def test_hours_are_by_the_frame_rate_of_the_codec(tmp_path):
+def test_hours_use_the_codecs_frame_rate(tmp_path):
     write_shard(tmp_path / "a.tar", [("a", parts(4321))])
     usual = command("--data", tmp_path).stdout
     assert (
@@ -350,7 +350,7 @@ def test_hours_are_by_the_frame_rate_of_the_codec(tmp_path):
     assert done.returncode == 1 and "codec.json: codec: expected sample_rate and hop" in done.stdout
 
 
-def test_names_of_any_bytes_are_read_and_shown(tmp_path):
+def test_names_with_any_bytes_are_read_and_shown(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xfc\x1b"))
     made = {**parts(), "json": b'{"text": "a", "speaker": "\\ud800"}'}
     write_shard(folder / os.fsdecode(b"\xe4\n.tar"), [("ü\udce4", made), ("bad", {"npy": b""})])

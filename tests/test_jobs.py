@@ -1,4 +1,4 @@
-"""Job files for SkyPilot, Kubernetes and SLURM, each checked by the engine's own rules."""
+"""Job files for SkyPilot, Kubernetes and SLURM, each checked by the scheduler's own rules."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("flags", [TPU, GPUS])
-def test_a_jobset_fits_the_schema_that_kubernetes_checks_it_by(tpu_py, flags):
+def test_a_jobset_matches_the_kubernetes_schema(tpu_py, flags):
     code, out, err = tpu_py(flags)
     assert code == 0, err
     schema = closed(json.loads((DATA / "jobset.schema.json").read_text()))
@@ -67,7 +67,7 @@ def test_a_jobset_restarts_for_lost_peers_and_preemption_but_not_for_errors(tpu_
     preempted, failed = job["podFailurePolicy"]["rules"]
     assert preempted["action"] == "Count" and job["backoffLimit"] == 0
     assert failed["action"] == "FailJob" and failed["onExitCodes"]["values"] == [1, 2]
-    (rule,) = jobset["failurePolicy"]["rules"]  # all else restarts the JobSet
+    (rule,) = jobset["failurePolicy"]["rules"]  # everything else restarts the JobSet
     assert rule["action"] == "FailJobSet" and "PodFailurePolicy" in rule["onJobFailureReasons"]
     assert jobset["failurePolicy"]["maxRestarts"] == 3
     assert job["activeDeadlineSeconds"] == 7200
@@ -83,7 +83,7 @@ def test_pods_of_a_jobset_find_each_other(tpu_py):
         assert ("--coordinator echo-train-0-0.echo:8476 --num_processes 4" in command) == together
 
 
-def test_a_slurm_job_is_queued_again_unless_it_is_done_or_wrong(tpu_py, tmp_path, monkeypatch):
+def test_a_slurm_job_is_requeued_unless_it_finished_or_failed(tpu_py, tmp_path, monkeypatch):
     code, script, err = tpu_py("slurm --nodes 2 --gpus 4 --max_restarts 3 --sbatch_flags=-pgpu")
     assert code == 0, err
     for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "-pgpu"):
@@ -131,7 +131,7 @@ def test_a_skypilot_job_restarts_for_lost_peers_and_preemption(tpu_py):
         "skypilot --accelerators H100:8 --nodes 4",
     ],
 )
-def test_skypilot_itself_reads_its_job(tpu_py, tmp_path_factory, tmp_path, flags):
+def test_skypilots_own_parser_accepts_the_job(tpu_py, tmp_path_factory, tmp_path, flags):
     home = tmp_path_factory.getbasetemp() / "skypilot"
     if not home.exists():
         venv.create(home, with_pip=True)
@@ -164,12 +164,12 @@ print(task.num_nodes, resources.job_recovery)
         ("slurm --sbatch_flags='", "cannot split --sbatch_flags"),
     ],
 )
-def test_bad_input_is_one_sentence(tpu_py, text, said):
+def test_bad_input_gives_one_line_errors(tpu_py, text, said):
     code, out, err = tpu_py(text)
     assert (code, out) == (2, "") and err.startswith(f"error: {said}") and err.count("\n") == 1
 
 
-def test_a_volume_is_not_mounted_over_the_system(tpu_py):
+def test_a_volume_is_not_mounted_over_system_folders(tpu_py):
     flags = ["--data", "d", "--run_dir", "/echo"]
     code, _, err = tpu_py("kubernetes --image i --claim runs", flags)
     assert code == 2 and "--run_dir: expected a path such as /mnt/echo/run" in err

@@ -1,8 +1,7 @@
-"""Killed at random moments and started again, training and preparation end with the same bits.
+"""Training and preparation that are killed at random moments and restarted end with the same bits.
 
-Moments are drawn from when a start first writes something to as long after as a whole run takes,
-and one in four also from before that. The seed of the moments is printed; ECHO_KILL_SEED repeats
-them.
+Three in four kills come after a launch has first written something, within the time that a whole
+run takes; the others may also come before. The seed is printed; ECHO_KILL_SEED repeats a test.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ def start(command: list[object]) -> Process:
 
 
 def finished(process: Process) -> bool:
-    """Wait for its end: whether it came to it before it was killed."""
+    """Wait for the process to end; returns whether it finished before it was killed."""
     said = process.communicate()
     assert process.returncode in (0, -signal.SIGKILL), said[1][-3000:]
     return process.returncode == 0
@@ -73,7 +72,7 @@ def train(home: Path, run: Path) -> list[object]:
 
 
 def trained(run: Path) -> dict[str, Any]:
-    """What a run came to: every loss, and the bits of its last checkpoint."""
+    """The result of a run: every loss, and the bits of its last checkpoint."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "each step once"
     checkpoints = run / "checkpoints"
@@ -101,7 +100,7 @@ def prepare(home: Path, output: Path) -> list[object]:
 
 
 def prepared(output: Path) -> dict[str, bytes]:
-    """All that a preparation leaves, but for what has a mark of its own in it."""
+    """Everything that a preparation leaves, except what differs by launch."""
     return {path.name: path.read_bytes() for path in output.iterdir() if path.suffix != ".html"}
 
 
@@ -109,7 +108,7 @@ JOBS = {"train": (train, trained), "prepare": (prepare, prepared)}
 
 
 def traces(folder: Path) -> int:
-    """Grows while something is written below a folder."""
+    """A number that grows while something is written below a folder."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -118,7 +117,7 @@ def traces(folder: Path) -> int:
 
 
 def wait_for_traces(folder: Path, before: int, process: Process) -> None:
-    """Until something is written below a folder, or the process has ended."""
+    """Wait until something is written below a folder, or the process has ended."""
     deadline = time.monotonic() + 120
     while traces(folder) == before and process.poll() is None:
         assert time.monotonic() < deadline, f"nothing new in {folder}"
@@ -157,13 +156,13 @@ def killed(job: str, count: int, home: Path, seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("job, count", [("train", 4), ("prepare", 2)])
-def test_killed_at_random_moments_the_result_has_the_same_bits(job, count, home, seed):
+def test_runs_killed_at_random_moments_end_with_the_same_bits(job, count, home, seed):
     moments = killed(job, count, home, seed)
     print(f"{job}: seed {seed}, killed after {', '.join(moments)} s")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job, count", [("train", 38), ("prepare", 12)])
-def test_killed_fifty_times_the_result_has_the_same_bits(job, count, home, seed):
+def test_runs_killed_fifty_times_end_with_the_same_bits(job, count, home, seed):
     moments = killed(job, count, home, seed)
     print(f"{job}: seed {seed}, killed after {', '.join(moments)} s")

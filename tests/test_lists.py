@@ -1,4 +1,4 @@
-"""Lists of other trainers: each is read as its trainer reads it, or refused with one sentence."""
+"""Tables of other trainers: each is read as by its own trainer, or rejected in one line."""
 
 import json
 import logging
@@ -86,7 +86,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("kind", LISTS)
-def test_lists_of_other_trainers_are_read(tmp_path, kind):
+def test_tables_of_other_trainers_are_read(tmp_path, kind):
     name, text, texts, speakers = LISTS[kind]
     where = "clips" if kind == "Common Voice" else "wavs"
     folder(tmp_path, *(f"{where}/{i}.wav" for i in IDS))
@@ -99,7 +99,7 @@ def test_lists_of_other_trainers_are_read(tmp_path, kind):
     assert said[0].startswith(f"{name}: columns ")
 
 
-def test_how_a_list_was_read_is_said(tmp_path):
+def test_the_columns_found_are_logged(tmp_path):
     folder(tmp_path, *WAVS)
     *_, said = read(tmp_path / "metadata.csv", LISTS["XTTS"][1])
     assert said == ["metadata.csv: columns audio|text|speaker"]
@@ -109,7 +109,7 @@ def test_how_a_list_was_read_is_said(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "utf-32"])
 @pytest.mark.parametrize("name", ["list.csv", "list.ndjson", "list.JSONL", "list.json"])
-def test_lists_are_read_in_every_unicode_encoding(tmp_path, encoding, name):
+def test_tables_in_every_unicode_encoding_are_read(tmp_path, encoding, name):
     folder(tmp_path, *WAVS)
     texts = ["一二三，四五。", "Größe."]
     if name == "list.csv":
@@ -123,7 +123,7 @@ def test_lists_are_read_in_every_unicode_encoding(tmp_path, encoding, name):
     assert not skipped and [clip.text for clip in clips] == texts
 
 
-def test_an_array_of_json_is_read(tmp_path):
+def test_a_json_array_is_read(tmp_path):
     folder(tmp_path, *WAVS)
     objects = [{"wav": name, "text": text} for name, text in zip(WAVS, TEXTS, strict=True)]
     clips, skipped, _ = read(tmp_path / "list.json", json.dumps([*objects, 5], indent=1))
@@ -133,13 +133,13 @@ def test_an_array_of_json_is_read(tmp_path):
             read(tmp_path / "list.json", text)
 
 
-def test_damaged_utf_16_is_one_sentence(tmp_path):
+def test_damaged_utf_16_gives_a_one_line_error(tmp_path):
     folder(tmp_path, *WAVS)
     with pytest.raises(EchoError, match=r"list.csv: expected text, got bytes that are not utf-16"):
         read(tmp_path / "list.csv", "audio|text\nwavs/a.wav|One.\n".encode("utf-16") + b"\0")
 
 
-def test_columns_that_cannot_be_told_apart_are_refused_with_one_sentence(tmp_path):
+def test_ambiguous_columns_are_rejected(tmp_path):
     folder(tmp_path, *WAVS, *(f"clean/{i}.wav" for i in IDS))
     other = ["un deux", "trois quatre", "cinq", "six"] * 6
     many = [t + f" {i}" for i in range(6) for t in TEXTS]
@@ -160,7 +160,7 @@ def test_columns_that_cannot_be_told_apart_are_refused_with_one_sentence(tmp_pat
         assert "\n" not in str(caught.value)
 
 
-def test_rows_that_cannot_be_used_are_counted(tmp_path):
+def test_unusable_rows_are_counted(tmp_path):
     folder(tmp_path, *WAVS)
     text = rows(IDS, PEOPLE, TEXTS) + "a|ann\nx|bo|Gone.\na|ann|Again.\nb|bo|One|two.\n|bo|No id.\n"
     clips, skipped, _ = read(tmp_path / "metadata.csv", text)
@@ -168,7 +168,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
     assert kinds(skipped) == {"manifest": 3, "audio": 1, "duplicate": 1}
 
 
-def test_a_quote_that_is_not_closed_takes_no_rows_along(tmp_path):
+def test_an_unclosed_quote_swallows_no_rows(tmp_path):
     folder(tmp_path, *WAVS)
     for separator in "|\t":
         text = rows(WAVS, ['"One two.', "Three.", 'Fo"ur.', '"Five" six.'], separator=separator)
@@ -179,7 +179,7 @@ def test_a_quote_that_is_not_closed_takes_no_rows_along(tmp_path):
     assert all("wavs" not in clip.text for clip in clips) and kinds(skipped) == {"manifest": 1}
 
 
-def test_names_are_found_in_every_spelling(tmp_path):
+def test_file_names_are_found_in_every_spelling(tmp_path):
     name = "wavs/Käse é.wav"
     for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
         root = folder(tmp_path / form, unicodedata.normalize(form, name), "wavs/LOUD.WAV")
@@ -195,7 +195,7 @@ def test_names_are_found_in_every_spelling(tmp_path):
     assert len(clips) == 1 and not skipped
 
 
-def test_paths_that_moved_are_found_only_below_one_beginning(tmp_path):
+def test_moved_paths_are_found_under_a_single_prefix(tmp_path):
     folder(tmp_path, "wavs/x/1.wav", "wavs/x/2.wav", "1.wav")
     for begin in ("/data/me/set", "C:\\data\\set", "DUMMY"):
         names = [f"{begin}/{name}" for name in ("x/1.wav", "x/2.wav", "y/1.wav")]
@@ -203,13 +203,13 @@ def test_paths_that_moved_are_found_only_below_one_beginning(tmp_path):
         clips, skipped, said = read(tmp_path / "list.csv", text)
         assert [clip.metadata["source"] for clip in clips] == ["wavs/x/1.wav", "wavs/x/2.wav"]
         assert kinds(skipped) == {"audio": 1} and "2 files below" in said[1]
-    # Two speakers whose files have the same names are never taken for one.
+    # Two speakers whose files have the same names are never confused.
     names = ["/data/ann/1.wav", "/data/bo/1.wav"]
     clips, skipped, _ = read(tmp_path / "list.csv", "audio|text\n" + rows(names, TEXTS[:2]))
     assert not clips and kinds(skipped) == {"audio": 2}
 
 
-def test_other_folders_of_speech(tmp_path):
+def test_layouts_of_other_speech_corpora_are_read(tmp_path):
     vctk = folder(tmp_path / "vctk", "wav48/p225/p225_001_mic1.flac", "wav48/p226/p226_001.wav")
     put(vctk / "txt/p225/p225_001.txt", "One.")
     put(vctk / "txt/p226/p226_001.txt", "Two.")
@@ -231,7 +231,7 @@ def test_other_folders_of_speech(tmp_path):
         list_clips(str(listed), max_seconds=30.0, cache=tmp_path)
 
 
-def test_links_in_circles_and_to_nothing_are_counted(tmp_path):
+def test_circular_and_broken_links_are_counted(tmp_path):
     folder(tmp_path, "x/a.wav")
     put(tmp_path / "x/a.txt", "One.")
     os.symlink(tmp_path, tmp_path / "x/again")

@@ -1,4 +1,4 @@
-"""The order of samples, what becomes of each, and what becomes of those that are broken."""
+"""The data loader: order of samples, truncation and padding, broken records."""
 
 import io
 import itertools
@@ -46,7 +46,7 @@ def dataset(tmp_path_factory) -> ShardIndex:
 
 @pytest.fixture
 def opened(tmp_path):
-    """Makes streams and closes them."""
+    """A factory of loaders that are closed after the test."""
     streams = []
 
     def open_stream(shard_index: ShardIndex, **settings) -> DataLoader:
@@ -72,7 +72,7 @@ def same_step(a: LoadedBatch, b: LoadedBatch) -> bool:
 
 
 def merged(steps: list[LoadedBatch]) -> LoadedBatch:
-    """The global step from those of the hosts, in order of their streams."""
+    """The global batch from those of the hosts, in the order of their streams."""
     batch = type(steps[0].batch)(*map(np.concatenate, zip(*(s.batch for s in steps), strict=True)))
     cursor = {stream: place for step in steps for stream, place in step.cursor.items()}
     return LoadedBatch(batch, [key for step in steps for key in step.keys], cursor)
@@ -87,17 +87,17 @@ def on_hosts(
     return [merged(list(steps)) for steps in zip(*streams, strict=True)]
 
 
-def test_one_two_or_eight_hosts_see_the_same_batches(dataset, opened):
+def test_any_number_of_hosts_sees_the_same_batches(dataset, opened):
     alone = on_hosts(opened, dataset, 1, 6)
     for hosts in (2, 8):
         assert all(map(same_step, alone, on_hosts(opened, dataset, hosts, 6)))
-    # And one may go on where others stopped.
+    # One host may resume where others stopped.
     cursor = json.loads(json.dumps(on_hosts(opened, dataset, 2, 3)[-1].cursor))
     for hosts in (1, 2, 8):
         assert all(map(same_step, alone[3:], on_hosts(opened, dataset, hosts, 3, cursor=cursor)))
 
 
-def test_a_cursor_gives_the_same_bytes_from_anywhere(dataset, opened):
+def test_resuming_from_any_cursor_gives_the_same_bytes(dataset, opened):
     """Streams have 5 or 10 records here, so most of these positions are in different epochs."""
     straight = take(opened(dataset), 12)
     epochs = {place[0] for step in straight for place in step.cursor.values()}
@@ -107,7 +107,7 @@ def test_a_cursor_gives_the_same_bytes_from_anywhere(dataset, opened):
         assert all(map(same_step, straight[position:], resumed))
 
 
-def test_every_sample_comes_once_an_epoch(dataset, opened):
+def test_every_sample_occurs_once_per_epoch(dataset, opened):
     stream = opened(dataset, batch_size=4, num_streams=2)
     steps = take(stream, 25)
     by_stream = [[key for step in steps for key in step.keys[n : n + 2]] for n in (0, 2)]
@@ -121,10 +121,10 @@ def test_every_sample_comes_once_an_epoch(dataset, opened):
         assert all(len(list(itertools.groupby(epoch))) == 5 for epoch in shards)
 
 
-def test_the_order_belongs_to_the_seed(dataset, opened):
+def test_the_order_depends_only_on_the_seed(dataset, opened):
     keys = [take(opened(dataset, seed=seed), 1)[0].keys for seed in (1, 2, 1)]
     assert keys[0] == keys[2] != keys[1]
-    # As it was when runs began that may have to be resumed.
+    # This must not change, because older runs may have to be resumed.
     assert take(opened(dataset, seed=7), 1)[0].keys[:4] == [
         "00009.tar:part/009_0002",
         "00009.tar:part/009_0003",
@@ -134,7 +134,7 @@ def test_the_order_belongs_to_the_seed(dataset, opened):
 
 
 def samples_of(shard_index: ShardIndex) -> dict[str, tuple[np.ndarray, np.ndarray | None, str]]:
-    """What is in the shards, read with nothing but tarfile and NumPy."""
+    """The content of the shards, read with only tarfile and NumPy."""
     found = {}
     for shard in shard_index.shards:
         assert shard.path is not None
@@ -154,7 +154,7 @@ def samples_of(shard_index: ShardIndex) -> dict[str, tuple[np.ndarray, np.ndarra
     return found
 
 
-def test_rows_are_the_samples_cut_and_padded(dataset, opened):
+def test_rows_are_truncated_and_padded_samples(dataset, opened):
     samples = samples_of(dataset)
     crops = Counter()
     for step in take(opened(dataset), 12):
@@ -191,7 +191,7 @@ def test_rows_are_the_samples_cut_and_padded(dataset, opened):
     ]
 
 
-def test_every_half_keeps_its_value(tmp_path):
+def test_every_float16_value_is_widened_exactly(tmp_path):
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, WIDTH)
     rng = np.random.default_rng(0)
@@ -206,7 +206,7 @@ def test_every_half_keeps_its_value(tmp_path):
     assert a.latents.dtype == b.latents.dtype == np.float32 and a.reference is None
 
 
-def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+def test_json_may_start_with_a_byte_order_mark(tmp_path):
     parts = sample_parts(np.random.default_rng(0), 3, WIDTH)
     marked = {**parts, "json": b"\xef\xbb\xbf" + parts["json"]}
     path = write_shard(tmp_path / "a.tar", [("a", marked)])
@@ -215,7 +215,7 @@ def test_json_may_begin_with_a_byte_order_mark(tmp_path):
 
 
 def header(shape: str, descr: str = "'<f2'", values: bytes = bytes(48)) -> bytes:
-    """A .npy whose header says what it likes."""
+    """A .npy with an arbitrary header."""
     text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     text += b" " * (-(len(text) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + values
@@ -279,7 +279,7 @@ def broken_samples() -> dict[str, tuple[str, dict[str, bytes]]]:
 BROKEN = broken_samples()
 
 
-def test_each_kind_of_broken_record_is_skipped_counted_and_named(tmp_path, opened):
+def test_each_kind_of_broken_record_is_skipped_counted_and_listed(tmp_path, opened):
     rng = np.random.default_rng(1)
     good = [(f"good{n}", sample_parts(rng, 4, WIDTH)) for n in range(3)]
     mixed = [*((key, parts) for key, (_, parts) in BROKEN.items()), *good]
@@ -301,7 +301,7 @@ def test_each_kind_of_broken_record_is_skipped_counted_and_named(tmp_path, opene
         assert all(line["shard"] == "a.tar" and 3 < len(line["detail"]) < 300 for line in lines)
 
 
-def test_more_broken_records_than_allowed_end_the_run(tmp_path, opened):
+def test_too_many_broken_records_stop_the_run(tmp_path, opened):
     rng = np.random.default_rng(0)
     for shard in range(2):
         records = [(f"k{n}", sample_parts(rng, 3, WIDTH)) for n in range(60)]
@@ -315,14 +315,14 @@ def test_more_broken_records_than_allowed_end_the_run(tmp_path, opened):
     assert len(take(stream, 30)) == 30 and stream.log.seen >= 300
 
 
-def test_a_stream_without_one_usable_record_ends_the_run(tmp_path, opened):
+def test_a_stream_without_usable_records_stops_the_run(tmp_path, opened):
     data = make_dataset(tmp_path / "data", shards=2, per_shard=3)
     write_shard(data / "empty.tar", [])
     write_shard(data / "nothing.tar", [(f"k{n}", BROKEN["nan-nan"][1]) for n in range(4)])
     shard_index = list_shards(str(data), tmp_path)
     with pytest.raises(EchoError, match="usable record"):
         take(opened(shard_index, num_streams=4, batch_size=4), 3)
-    # Among others they are passed over, and a cursor into them is as good as any.
+    # Among other shards they are skipped, and a cursor that points into them is valid.
     straight = take(opened(shard_index, num_streams=1, batch_size=1), 20)
     for position in range(1, 15):
         cursor = straight[position - 1].cursor
@@ -372,7 +372,7 @@ def damaged(path: Path, damage: str) -> None:
         ("empty", 0),
     ],
 )
-def test_a_damaged_tar_gives_what_comes_before_and_says_so(tmp_path, opened, damage, left):
+def test_a_damaged_tar_gives_the_records_before_the_damage(tmp_path, opened, damage, left):
     rng = np.random.default_rng(0)
     parts = [(f"k{n}", sample_parts(rng, 40, WIDTH)) for n in range(4)]
     path = write_shard(tmp_path / "data" / "a.tar", parts)
@@ -395,7 +395,7 @@ def test_a_damaged_tar_gives_what_comes_before_and_says_so(tmp_path, opened, dam
     assert stream.log.broken["tar"] >= 2
 
 
-def test_what_is_longer_than_the_window_is_counted_and_told(dataset, opened):
+def test_truncated_samples_are_counted_and_reported(dataset, opened):
     samples = samples_of(dataset)
     stream = opened(dataset)
     expected = Counter()
@@ -412,7 +412,7 @@ def test_what_is_longer_than_the_window_is_counted_and_told(dataset, opened):
     assert "24" in stream.examples["cut_recordings"] and "31" in stream.examples["cut_texts"]
 
 
-def test_longer_samples_are_left_out_on_request(tmp_path, opened):
+def test_longer_samples_are_skipped_on_request(tmp_path, opened):
     rng = np.random.default_rng(0)
     kept = {"fits": (24, "x" * 30)}
     others = {"long": (25, "x"), "wordy": (3, "x" * 31)}
@@ -431,7 +431,7 @@ def test_longer_samples_are_left_out_on_request(tmp_path, opened):
         take(opened(list_shards(str(tmp_path / "data"), tmp_path), **settings), 1)
 
 
-def test_members_in_no_record_are_counted_once_and_listed(tmp_path, opened):
+def test_members_that_belong_to_no_record_are_counted_once_and_listed(tmp_path, opened):
     data = make_dataset(tmp_path / "data", shards=2, per_shard=3)
     write_shard(data / "b.tar", [("good", sample_parts(np.random.default_rng(0), 3, WIDTH))])
     with tarfile.open(data / "b.tar", "a") as tar:
@@ -452,7 +452,7 @@ def test_members_in_no_record_are_counted_once_and_listed(tmp_path, opened):
     )
 
 
-def test_a_run_whose_records_all_vanish_says_so_at_once(tmp_path, opened):
+def test_a_run_without_any_records_stops_immediately(tmp_path, opened):
     data = tmp_path / "data"
     for shard in range(3):
         write_shard(data / f"{shard}.tar", [(f"k{n}", {"npz": b"", "txt": b""}) for n in range(60)])
@@ -463,14 +463,14 @@ def test_a_run_whose_records_all_vanish_says_so_at_once(tmp_path, opened):
     message = str(caught.value)
     assert "have no record: 120 shard members that belong to no record" in message
     assert "k0.npz: expected KEY.npy, KEY.ref.npy or KEY.json" in message
-    # Of fewer members all shards are looked at, once.
+    # With fewer such members, all shards are read once.
     for shard in range(3):
         write_shard(data / f"{shard}.tar", [("k", {"npz": b""})])
     with pytest.raises(EchoError, match=r"none of the 3 shards .* usable record: 3 shard mem"):
         take(opened(list_shards(str(data), tmp_path), num_streams=1, batch_size=1), 1)
 
 
-def test_what_goes_wrong_in_the_background_comes_to_the_front(tmp_path, opened):
+def test_background_errors_are_raised_while_iterating(tmp_path, opened):
     data = make_dataset(tmp_path / "data", shards=2)
     shard_index = list_shards(str(data), tmp_path)
     (data / "00001.tar").unlink()
@@ -493,13 +493,13 @@ def test_what_goes_wrong_in_the_background_comes_to_the_front(tmp_path, opened):
         ({"0": [0, 0], "1": [0, 0, 0]}, "expected [epoch, shard, record], got"),
     ],
 )
-def test_a_cursor_that_does_not_fit_is_refused(dataset, opened, cursor, message):
+def test_a_cursor_that_does_not_fit_is_rejected(dataset, opened, cursor, message):
     with pytest.raises(EchoError) as caught:
         take(opened(dataset, num_streams=2, cursor=cursor), 1)
     assert message in str(caught.value)
 
 
-def test_streams_divide_the_batch_and_share_the_shards():
+def test_streams_divide_the_batch_and_the_shards():
     cases = {(64, 10_000): 64, (256, 64): 64, (48, 100): 12, (7, 3): 1, (6, 3): 3, (96, 384): 48}
     for (batch_size, shards), streams in cases.items():
         assert choose_num_streams(batch_size, shards, None) == streams, (batch_size, shards)
@@ -509,7 +509,7 @@ def test_streams_divide_the_batch_and_share_the_shards():
             choose_num_streams(batch_size, shards, streams)
 
 
-def test_from_the_hub_through_a_small_cache_it_is_the_same(tmp_path, monkeypatch, opened):
+def test_a_small_cache_gives_the_same_samples_from_the_hub(tmp_path, monkeypatch, opened):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     server = DataServer(tmp_path / "hub")
     data = make_dataset(server.root / "owner/voices", shards=6, per_shard=2)
@@ -521,7 +521,7 @@ def test_from_the_hub_through_a_small_cache_it_is_the_same(tmp_path, monkeypatch
     shard_index = ShardIndex("hf://datasets/owner/voices", server.commit, tuple(shards))
     settings = {"batch_size": 4, "num_streams": 2}
     straight = take(opened(local, **settings), 12)
-    # Twice what a stream may hold at once, then room to fetch ahead.
+    # Twice what the streams hold open, so that there is space to prefetch.
     largest = max(shard.size for shard in shards)
     for folder, bound in (("tight", 2 * largest), ("ahead", 4 * largest)):
         stream = opened(shard_index, cache=ShardCache(tmp_path / folder, bound), **settings)
@@ -536,7 +536,7 @@ def test_from_the_hub_through_a_small_cache_it_is_the_same(tmp_path, monkeypatch
     server.stop()
 
 
-def test_silence_is_read_from_either_kind_of_file(tmp_path):
+def test_silence_is_read_from_npy_and_safetensors(tmp_path):
     np.save(tmp_path / "a.npy", SILENCE.astype(np.float16))
     save_file({"silence": SILENCE}, tmp_path / "b.safetensors", {"codec": "48khz"})
     assert np.array_equal(load_silence(tmp_path / "a.npy", WIDTH), SILENCE.astype(np.float16))

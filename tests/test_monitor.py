@@ -1,4 +1,4 @@
-"""The monitor: how it reads a growing run, whom it answers, and its page in a real browser."""
+"""The monitor: reading a growing run, access control, and its page in a real browser."""
 
 import http.client
 import itertools
@@ -95,7 +95,7 @@ def get_json(port: int, path: str) -> Any:
 
 
 class Page:
-    """What a page holds of one file's curves after each refresh."""
+    """What a page has of one file's curves after each refresh."""
 
     def __init__(self, path: Path):
         self.metrics = MetricsFile(path)
@@ -129,7 +129,7 @@ def test_a_curve_holds_each_value_of_a_short_run(tmp_path: Path):
     assert "peak_memory_bytes" not in curves  # null on CPU
 
 
-def test_a_refresh_brings_only_what_is_new(tmp_path: Path):
+def test_a_refresh_sends_only_new_data(tmp_path: Path):
     file = make_run(tmp_path / "a") / "metrics.jsonl"
     page = Page(file)
     page.refresh()
@@ -141,7 +141,7 @@ def test_a_refresh_brings_only_what_is_new(tmp_path: Path):
     assert page.sent == 2 * 2 * 2  # step and mean of two steps, in loss and lr
 
 
-def test_a_half_written_line_waits(tmp_path: Path):
+def test_a_half_written_line_is_read_later(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(line(1) + line(2)[:20])
     page = Page(file)
@@ -165,7 +165,7 @@ def test_unreadable_lines_are_counted_and_skipped(tmp_path: Path, broken: str):
 
 
 @pytest.mark.parametrize("regrown", [0, 40])
-def test_a_file_that_shrank_is_read_anew(tmp_path: Path, regrown: int):
+def test_a_truncated_file_is_read_again(tmp_path: Path, regrown: int):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(line(step) for step in range(1, 31)))
     page = Page(file)
@@ -178,7 +178,7 @@ def test_a_file_that_shrank_is_read_anew(tmp_path: Path, regrown: int):
     assert curve["mean"] == [1.0] * 10 + [2.0] * regrown
 
 
-def test_values_that_are_not_finite_or_too_large_to_draw_are_gaps(tmp_path: Path):
+def test_nonfinite_and_huge_values_become_gaps(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     values = enumerate([1.0, np.nan, np.inf, 1e300, 2.0], 1)
     file.write_text("".join(line(s, loss=x) for s, x in values))
@@ -220,7 +220,7 @@ def test_a_long_run_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(rest["curves"]["loss"][key] == expected[key] for key in ("step", "mean", "low"))
 
 
-def test_runs_are_the_folder_or_its_sub_folders(tmp_path: Path):
+def test_runs_are_the_folder_or_its_subfolders(tmp_path: Path):
     make_run(tmp_path / "runs" / "a")
     make_run(tmp_path / "runs" / "b", steps=100)
     make_run(tmp_path / "elsewhere")
@@ -253,9 +253,9 @@ def test_an_empty_folder_waits_for_its_first_run(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def secretive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def run_with_links_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A run with links out of it and files that the page must not serve."""
-    place = tmp_path_factory.mktemp("secretive")
+    place = tmp_path_factory.mktemp("run_with_links_out")
     run = make_run(place / "runs" / "a")
     (place / "secret.txt").write_text("secret")
     folder = run / "samples" / "step_000000010"
@@ -290,8 +290,8 @@ def secretive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         "//etc/passwd",
     ],
 )
-def test_no_path_leads_outside_the_samples(secretive: int, path: str):
-    status, _, body = ask(secretive, path)
+def test_no_path_leads_outside_the_samples(run_with_links_out: int, path: str):
+    status, _, body = ask(run_with_links_out, path)
     assert status == 404 and b"secret" not in body
 
 
@@ -367,7 +367,7 @@ NAMES = [b"b\xff", b"b\xfe", b"new\nline", b"a'\"<b>&%2f"]
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a monitor of all odd runs and one good one."""
+    """The port of a monitor that shows all broken runs and one good one."""
     root = tmp_path_factory.mktemp("odd")
     for number, (name, content, _) in enumerate(ODD):
         run = root / str(number)
@@ -400,7 +400,7 @@ def strict_json(port: int, path: str) -> Any:
     return value
 
 
-def test_one_odd_run_is_reported_and_hides_no_other(odd: int):
+def test_a_broken_run_is_reported_without_hiding_others(odd: int):
     runs = {run["name"]: run for run in strict_json(odd, "/runs.json")["runs"]}
     assert len(runs) == len(ODD) + len(NAMES) + 1
     for name in runs:
@@ -454,7 +454,7 @@ def test_200_connections_at_once_are_all_answered(odd: int):
     assert answers(odd, *[request] * 200) == [b"HTTP/1.1 200 OK"] * 200
 
 
-def test_a_run_that_was_stopped_says_that_it_is_saved(tmp_path: Path):
+def test_a_stopped_run_is_shown_as_saved(tmp_path: Path):
     run = make_run(tmp_path / "a")
     assert not Run(run).status()["saved"]
     note_end(run, 30)
@@ -465,7 +465,7 @@ def test_a_run_that_was_stopped_says_that_it_is_saved(tmp_path: Path):
     assert not Run(run).status()["saved"]
 
 
-def test_the_time_left_is_by_the_median_step(tmp_path: Path):
+def test_the_time_left_uses_the_median_step_time(tmp_path: Path):
     moments = [10, 20, 30, 5000, 5010, 5020]  # interrupted after the third report
     file = make_run(tmp_path / "a") / "metrics.jsonl"
     file.write_text("".join(line(10 * n, time=t) for n, t in enumerate(moments, 1)))
@@ -482,8 +482,8 @@ def test_many_samples_are_counted_and_the_first_are_shown(tmp_path: Path):
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "MOVE"])
-def test_only_get_and_head_are_answered(secretive: int, method: str):
-    assert ask(secretive, "/runs.json", method)[0] == 501
+def test_only_get_and_head_are_answered(run_with_links_out: int, method: str):
+    assert ask(run_with_links_out, "/runs.json", method)[0] == 501
 
 
 def test_head_has_the_headers_of_get_and_no_body(tmp_path: Path):
@@ -497,7 +497,7 @@ def test_head_has_the_headers_of_get_and_no_body(tmp_path: Path):
             assert headers["Content-Security-Policy"].startswith("default-src 'self'")
 
 
-def test_parts_of_a_recording_can_be_had(tmp_path: Path):
+def test_range_requests_for_recordings_work(tmp_path: Path):
     whole = (make_run(tmp_path / "a") / "samples/step_000000010/0.wav").read_bytes()
     with serving(tmp_path) as port:
 
@@ -514,14 +514,14 @@ def test_parts_of_a_recording_can_be_had(tmp_path: Path):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
-def test_without_a_token_other_host_names_are_refused(tmp_path: Path, host: str):
+def test_without_a_token_other_host_names_are_rejected(tmp_path: Path, host: str):
     with serving(tmp_path) as port:
         assert ask(port, "/runs.json", Host=host)[0] == 400
         for own in ("localhost", f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
             assert ask(port, "/runs.json", Host=own)[0] == 200
 
 
-def test_a_token_is_given_once_and_kept_in_a_cookie(tmp_path: Path):
+def test_a_token_is_sent_once_and_kept_in_a_cookie(tmp_path: Path):
     with serving(tmp_path, "0.0.0.0", "a b&ü") as port:
         for path in ("/", "/runs.json", "/plotly.js", "/?token=", "/?token=wrong"):
             status, headers, _ = ask(port, path)
@@ -535,7 +535,7 @@ def test_a_token_is_given_once_and_kept_in_a_cookie(tmp_path: Path):
         assert ask(port, "/runs.json", Cookie=cookie[:-1])[0] == 403
 
 
-def test_what_cannot_be_served_is_one_sentence(tmp_path: Path):
+def test_unusable_arguments_give_one_line_errors(tmp_path: Path):
     with pytest.raises(EchoError, match="--runs: expected a folder of runs"):
         MonitorServer(tmp_path / "missing", "127.0.0.1", 0, None)
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
@@ -550,7 +550,7 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path):
         MonitorServer(tmp_path, "127.0.0.1", port, None)
 
 
-def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _read_plotly.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(EchoError, match=r"pip install 'echo_eqx\[monitor\]'"):
@@ -589,7 +589,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def browser(chrome: Any) -> Iterator[Any]:
-    """The browser, whose console has no error in the end."""
+    """A browser whose console must have no errors at the end."""
     yield chrome
     assert [entry["message"] for entry in chrome.get_log("browser")][:3] == []
     chrome.get("about:blank")
@@ -679,7 +679,7 @@ def test_dark_and_phone_and_token(browser: Any, tmp_path: Path):
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_odd_runs_are_drawn_without_an_error(browser: Any, odd: int):
+def test_broken_runs_are_drawn_without_an_error(browser: Any, odd: int):
     until = look(browser, odd)
     number = len(ODD) + len(NAMES) + 1
     until(f"document.querySelectorAll('.run').length == {number}")

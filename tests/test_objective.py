@@ -1,4 +1,4 @@
-"""The loss, its times, and the optimizer: equal to the published trainer's."""
+"""The loss, its timesteps, and the optimizer equal those of the published trainer."""
 
 import dataclasses
 import functools
@@ -52,21 +52,21 @@ def test_losses_equal_golden(golden_dit, dit_cases):
         assert max_difference(loss(golden_dit, batch, sample), dit_cases[name]) < 1e-4, name
 
 
-def test_times_equal_golden(dit_cases):
+def test_timesteps_equal_golden(dit_cases):
     offset, shift = jnp.float32(dit_cases["strat_offset"]), jnp.int32(dit_cases["strat_shift"])
     times = sample_timesteps(offset, shift, jnp.arange(16), 16)
     assert max_difference(times, dit_cases["strat_t"]) < 1e-5
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0])
-def test_every_step_has_one_time_in_each_stratum(mean):
+def test_every_step_has_one_timestep_per_stratum(mean):
     options = {"text_dropout": 0.1, "speaker_dropout": 0.1, "timestep_logit_mean": mean}
     sample = sample_noise(jr.key(3), jnp.arange(64), 64, (1, 1), **options)
     normal = jax.scipy.stats.norm.cdf(jax.scipy.special.logit(sample.t) - mean)
     assert sorted(np.floor(np.asarray(normal) * 64).astype(int)) == list(range(64))
 
 
-def test_a_part_of_a_batch_draws_what_the_whole_does():
+def test_part_of_a_batch_gets_the_same_noise_as_in_the_whole():
     options = {"text_dropout": 0.5, "speaker_dropout": 0.5}
     whole = sample_noise(jr.key(0), jnp.arange(8), 8, (3, 2), **options)
     part = sample_noise(jr.key(0), jnp.arange(4, 8), 8, (3, 2), **options)
@@ -74,7 +74,7 @@ def test_a_part_of_a_batch_draws_what_the_whole_does():
         np.testing.assert_array_equal(a[4:], b)
 
 
-def test_dropout_is_independent_and_of_the_rate_asked_for():
+def test_dropout_is_independent_and_has_the_requested_rate():
     sample = sample_noise(
         jr.key(1), jnp.arange(20_000), 20_000, (1, 1), text_dropout=0.1, speaker_dropout=0.3
     )
@@ -124,7 +124,7 @@ def test_twenty_steps_follow_the_published_trainer(golden_dit, run):
         assert max_difference(ours, cases[name + run]) < 5e-5, name
 
 
-def test_what_decays(golden_dit):
+def test_weight_decay_mask(golden_dit):
     mask = named_leaves(weight_decay_mask(golden_dit))
     decayed = {name for name in mask if mask[name]}
     assert "blocks.attention.gate.weight" in decayed
@@ -134,7 +134,7 @@ def test_what_decays(golden_dit):
     assert "out_proj.weight" not in decayed
 
 
-def test_schedules_rise_hold_and_fall():
+def test_learning_rate_schedules():
     def rates(config):
         return [float(learning_rate(config, 100, jnp.int32(step))) for step in range(101)]
 
@@ -146,7 +146,7 @@ def test_schedules_rise_hold_and_fall():
     assert stable[90] == pytest.approx(0.5) and stable[100] == 0
 
 
-def test_moving_average_follows_closely_at_first():
+def test_ema_follows_closely_at_first():
     old, new = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
     early = update_ema(old, new, 0.999, jnp.int32(0))["a"]
     late = update_ema(old, new, 0.999, jnp.int32(100_000))["a"]

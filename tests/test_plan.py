@@ -1,4 +1,4 @@
-"""The plan of a run: its numbers add up, agree with the program, and bad input is one sentence."""
+"""The plan of a run: its numbers add up and match the compiled program; errors are one line."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def done() -> subprocess.CompletedProcess[str]:
-    """A plan that needs too much memory, on more chips than are closely joined."""
+    """A plan that needs too much memory, on more chips than fast links connect."""
     flags = ("--model", "tiny", "--devices", "10", "--chip", "A100", "--batch_size", "60000")
     return run_plan(*flags, "--mesh", "data=5,fsdp=2", "--ema_decay", "0.99", "--json")
 
@@ -46,7 +46,7 @@ def printed(done) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_memory_is_counted_from_shards(printed):
+def test_memory_is_computed_from_shards(printed):
     memory = printed["memory"]
     model = abstract_state(DIT_PRESETS["tiny"], TRAIN_PRESETS["tiny"].optimizer).model
     shards = sum(
@@ -81,21 +81,21 @@ def test_the_largest_batch_fits_and_the_next_does_not(printed):
     limit = 0.9 * printed["memory_limit"]
     assert printed["largest_batch_memory"] <= limit < printed["next_batch_memory"]
     assert printed["largest_batch"] % 10 == 0 and 16 < printed["largest_batch"] < 60_000
-    # On the line through the plan's own batch.
+    # Memory is on the line through the plan's own batch.
     more = printed["next_batch_memory"] - printed["largest_batch_memory"]
     steps = (60_000 - printed["largest_batch"]) // 10
     expected = printed["largest_batch_memory"] + steps * more
     assert printed["memory"]["total"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_plan_that_does_not_fit_is_warned_of(done, printed):
+def test_a_plan_that_does_not_fit_gives_a_warning(done, printed):
     memory, links = done.stderr.splitlines()
     assert memory.startswith("warning: the step needs ") and "80.0 GiB on each A100" in memory
     assert links.startswith("warning: fast links connect only 8 A100: with 10, communication")
     assert [f"warning: {said}" for said in printed["warnings"]] == [memory, links]
 
 
-def test_the_table_says_what_the_json_says(printed):
+def test_the_table_agrees_with_the_json(printed):
     memory, traffic = printed["memory"], printed["traffic"]
     del memory["total"], traffic["total"]
     facts = {**printed, "memory": Memory(**memory), "traffic": Traffic(**traffic)}
@@ -107,7 +107,7 @@ def test_the_table_says_what_the_json_says(printed):
     assert "120,000,000" in table and "data 5, fsdp 2, tensor 1" in table
 
 
-def test_bad_input_is_one_sentence():
+def test_bad_input_gives_one_line_errors():
     cases = {
         "chip: expected one of v4, v5e,": ("--chip", "v3"),
         "devices: expected 1 to 2048, got 0": ("--devices", "0"),
@@ -132,7 +132,7 @@ def test_bad_input_is_one_sentence():
 
 
 def short_step(mesh_text: str, grad_accum_steps: int, **sizes) -> tuple[TrainConfig, Any]:
-    """The settings of a small step, and the step traced for the eight devices here."""
+    """The settings of a small step, and the step traced for eight devices."""
     config = dataclasses.replace(TRAIN_PRESETS["tiny"], **{**SHORT, **sizes})
     optimizer = dataclasses.replace(config.optimizer, grad_accum_steps=grad_accum_steps)
     objective = dataclasses.replace(config.objective, dtype="bfloat16")
@@ -146,7 +146,7 @@ def short_step(mesh_text: str, grad_accum_steps: int, **sizes) -> tuple[TrainCon
 
 
 def collectives(jaxpr: Any, times: int = 1):
-    """Name, axes, bytes of what goes in, and how often, for all that moves between devices."""
+    """Name, axes, input bytes and count of every collective."""
     for equation in jaxpr.eqns:
         parameters = equation.params
         name = equation.primitive.name
@@ -165,7 +165,7 @@ def collectives(jaxpr: Any, times: int = 1):
 
 
 @pytest.mark.parametrize(("mesh", "grad_accum_steps"), [(MESH, 2), ("data=1,fsdp=8,tensor=1", 1)])
-def test_traffic_is_what_the_step_asks_for(mesh, grad_accum_steps):
+def test_traffic_matches_the_steps_collectives(mesh, grad_accum_steps):
     config, traced = short_step(mesh, grad_accum_steps)
     sizes = mesh_shape(mesh, 8)
     sent = dict.fromkeys(("gathers", "scatters", "gradient_sums", "activation_sums"), 0.0)
@@ -184,7 +184,7 @@ def test_traffic_is_what_the_step_asks_for(mesh, grad_accum_steps):
     assert counted == Traffic(**{name: round(size) for name, size in sent.items()})
 
 
-def test_flops_of_a_step_are_what_the_compiler_counts(monkeypatch):
+def test_step_flops_match_the_compilers_count(monkeypatch):
     # The compiler counts the body of a scan once, so the model has one layer of each kind.
     tiny = DIT_PRESETS["tiny"]
     one = dataclasses.replace(
@@ -203,7 +203,7 @@ def test_flops_of_a_step_are_what_the_compiler_counts(monkeypatch):
     assert 0.9 * counted < expected < counted
 
 
-def test_a_plan_is_of_the_remat_that_is_asked_for():
+def test_a_plan_uses_the_requested_remat():
     for remat in ("full", "none"):
         assert plan.train_config(plan.Args(remat=remat)).objective.remat == remat
 
@@ -211,7 +211,7 @@ def test_a_plan_is_of_the_remat_that_is_asked_for():
 # --- The trainer's check ------------------------------------------------------------------------
 
 
-def test_the_trainer_is_warned_of_a_step_that_hardly_fits():
+def test_the_trainer_warns_if_a_step_barely_fits():
     analysis = SimpleNamespace(
         argument_size_in_bytes=50 * 2**30,
         output_size_in_bytes=41 * 2**30,

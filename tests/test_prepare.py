@@ -1,4 +1,4 @@
-"""From recordings to shards: each clip once, the same bytes in parts."""
+"""From recordings to shards: each clip once, and the same bytes when made in parts."""
 
 import io
 import json
@@ -73,7 +73,7 @@ def prepared(recordings, tmp_path_factory):
 
 
 def prepare_here(source: Path, output: Path, **flags: object) -> dict:
-    """`prepare.py` in this process; its index."""
+    """Run `prepare` in this process; returns its index."""
     config = make.PrepareConfig(codec=str(CODEC), **flags)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make, "SILENCE_SECONDS", 1)
@@ -100,7 +100,7 @@ def latents(data: bytes) -> np.ndarray:
     return np.load(io.BytesIO(data))
 
 
-def test_every_clip_is_there_once_with_its_text_and_voice(prepared):
+def test_every_clip_occurs_once_with_its_text_and_speaker(prepared):
     samples = samples_of(prepared)
     assert len(samples) == 31
     for key, parts in samples.items():
@@ -114,7 +114,7 @@ def test_every_clip_is_there_once_with_its_text_and_voice(prepared):
     assert "ref.npy" not in samples["alone_one"]
 
 
-def test_a_reference_is_other_recordings_of_the_speaker_and_never_the_sample(prepared):
+def test_a_reference_never_contains_its_own_sample(prepared):
     samples = samples_of(prepared)
     own = {key: latents(parts["npy"]) for key, parts in samples.items()}
     for key, parts in samples.items():
@@ -133,14 +133,14 @@ def test_a_reference_is_other_recordings_of_the_speaker_and_never_the_sample(pre
         assert {name.split("_")[0] for name in used} == {key.split("_")[0]}
 
 
-def test_parts_together_are_the_whole(recordings, prepared, tmp_path):
+def test_parts_together_equal_the_whole(recordings, prepared, tmp_path):
     for part in ("2/2", "1/2"):
         prepare(recordings, tmp_path, "--part", part)
     assert bytes_of(tmp_path) == bytes_of(prepared)
     assert len(list(tmp_path.glob("index-*-of-002.json"))) == 2
 
 
-def test_audio_comes_back(recordings, prepared, tmp_path):
+def test_shards_decode_to_the_audio(recordings, prepared, tmp_path):
     codec = echo_eqx.load_codec(CODEC)
     clips, _ = list_clips(str(recordings), max_seconds=30.0, cache=tmp_path)
     clip = next(clip for clip in clips if clip.key == "speaker1_clip_5")
@@ -154,7 +154,7 @@ def test_audio_comes_back(recordings, prepared, tmp_path):
     assert np.abs(np.asarray(direct) - np.asarray(again)).max() < 2e-2
 
 
-def test_silence_says_which_codec_made_it_and_training_refuses_another(prepared, tmp_path):
+def test_training_rejects_silence_of_another_codec(prepared, tmp_path):
     with safe_open(prepared / "silence.safetensors", "numpy") as file:
         identity = file.metadata()["codec"]
         assert file.get_tensor("silence").shape == (750, 12)
@@ -169,14 +169,14 @@ def test_silence_says_which_codec_made_it_and_training_refuses_another(prepared,
         check_codec(prepared / "silence.safetensors", other)
 
 
-def test_the_same_codec_in_another_format_is_the_same_codec(tmp_path):
+def test_the_codec_id_does_not_depend_on_the_file_format(tmp_path):
     codec = echo_eqx.load_codec(CODEC)
     echo_eqx.save(codec, tmp_path / "codec.safetensors")
     again = echo_eqx.load_codec(tmp_path / "codec.safetensors")
     assert codec_identity(again) == codec_identity(codec)
 
 
-def test_other_settings_in_the_same_folder_are_refused(recordings, prepared):
+def test_other_settings_in_the_same_folder_are_rejected(recordings, prepared):
     said = prepare(recordings, prepared, "--latents", "sample", code=1)
     assert "latents was mean, is sample now" in said and len(said.splitlines()) == 1
 
@@ -194,7 +194,7 @@ def test_batches_and_loudness_and_samples(recordings, prepared, tmp_path):
     assert fields["lufs"] == -16.0
 
 
-def test_bad_usage_is_one_sentence(recordings, tmp_path):
+def test_bad_usage_gives_one_line_errors(recordings, tmp_path):
     cases = [
         (["--part", "3/2"], 2, "--part: expected a part such as 2/8, got '3/2'"),
         (["--shard_samples", "0"], 2, "--shard_samples: expected a positive number, got 0"),
@@ -208,7 +208,7 @@ def test_bad_usage_is_one_sentence(recordings, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_one_sentence_and_no_broken_shard(recordings, prepared, tmp_path):
+def test_a_full_disk_gives_a_one_line_error_and_no_broken_shard(recordings, prepared, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
@@ -258,7 +258,7 @@ def oddly_named(tmp_path_factory):
     return folder
 
 
-def test_texts_are_written_as_a_model_is_given_them_and_the_index_says_so(oddly_named, tmp_path):
+def test_texts_are_normalized_and_the_index_records_it(oddly_named, tmp_path):
     output = oddly_named / "shards" / "a"
     index = json.loads((output / "index-000-of-001.json").read_text())
     texts = [json.loads(parts["json"])["text"] for parts in samples_of(output).values()]
@@ -279,7 +279,7 @@ def test_what_prepare_writes_can_be_pushed(oddly_named):
     assert "clips-000.json" in dataset.small_files
 
 
-def test_names_of_any_bytes_are_kept_apart(oddly_named):
+def test_names_with_any_bytes_stay_distinct(oddly_named):
     output = oddly_named / "shards" / "a"
     samples = [json.loads(parts["json"]) for parts in samples_of(output).values()]
     assert len({fields["speaker"] for fields in samples}) == len(NAMES)
@@ -307,7 +307,7 @@ def test_an_output_inside_the_input_resumes_and_leaves_no_temporary_files(oddly_
     assert all((output / name).exists() for name in kept)
     assert (output / ".silence.safetensors.abcdefgh").is_symlink()
     assert (output / ".codec.json.abcdefgh").is_dir()
-    # For another output the recordings are the same, and those inside an output are recordings.
+    # With another output, recordings inside the old output are recordings like any other.
     for name, other, count in ((".", "x", 11), ("good", ".", 1)):
         source, output_here = oddly_named / name, oddly_named / other
         clips, _ = list_clips(str(source), max_seconds=30.0, cache=tmp_path, output=output_here)
@@ -320,7 +320,7 @@ def test_an_output_inside_the_input_resumes_and_leaves_no_temporary_files(oddly_
             list_clips(str(source), max_seconds=30.0, cache=tmp_path, output=oddly_named)
 
 
-def test_what_is_saved_has_the_same_bytes_every_time(tmp_path):
+def test_saved_files_are_reproducible(tmp_path):
     codec = echo_eqx.load_codec(CODEC)
     written = set()
     for _ in range(5):  # with metadata in a random order, all five agree once in 1,296 times
@@ -354,7 +354,7 @@ SHARD = '{"a.tar": {"sha256": "", "samples": %s, "frames": 1, "with_reference": 
     ],
     ids=range(13),
 )
-def test_an_index_of_another_make_is_one_sentence(tmp_path, text):
+def test_a_foreign_index_gives_a_one_line_error(tmp_path, text):
     (tmp_path / "index-000-of-001.json").write_text(text)
     with pytest.raises(EchoError, match="expected an index of shards, got another") as caught:
         PartIndex(tmp_path, 0, 1, {}, {})

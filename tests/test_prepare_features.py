@@ -1,4 +1,4 @@
-"""Speakers, held-out recordings, recordings longer than the window, and additions."""
+"""Speakers, held-out recordings, recordings that are too long, and additions."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def clip(name: str, speaker: str | None = None, seconds: float = 1.0, text: str 
     return Clip(key, text, Path(name), 0.0, None, seconds, speaker, None, {"source": name})
 
 
-def test_clips_are_added_without_touching_what_exists(tmp_path, caplog):
+def test_new_clips_leave_existing_shards_unchanged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     source, output = tmp_path / "in", tmp_path / "out"
     for i in range(6):
@@ -97,7 +97,7 @@ def test_clips_are_added_without_touching_what_exists(tmp_path, caplog):
     assert samples_of(output).keys() == samples.keys() | {"6", "7"}
     assert samples_of(output / "holdout").keys() == held.keys()
 
-    # A run that was cut short after the plan, in two parts, comes to the same bytes.
+    # A run in two parts that was interrupted after planning gives the same bytes.
     again = tmp_path / "again"
     again.mkdir()
     shutil.copytree(output / "holdout", again / "holdout")
@@ -110,7 +110,7 @@ def test_clips_are_added_without_touching_what_exists(tmp_path, caplog):
     assert bytes_of(again) == after
 
 
-def test_a_clip_that_vanished_before_its_shard_was_made_is_counted(tmp_path):
+def test_a_clip_deleted_before_its_shard_was_made_is_counted(tmp_path):
     source, output = tmp_path / "in", tmp_path / "out"
     for i in range(3):
         write_clip(source / f"{i}.wav", 300 + 20 * i)
@@ -124,7 +124,7 @@ def test_a_clip_that_vanished_before_its_shard_was_made_is_counted(tmp_path):
     assert index["shards"]["000000.tar"]["samples"] == 2
 
 
-def test_a_recording_replaced_by_another_of_the_same_size_is_told(tmp_path, caplog):
+def test_a_recording_replaced_by_one_of_the_same_size_is_reported(tmp_path, caplog):
     source, output = tmp_path / "in", tmp_path / "out"
     for i in range(3):
         write_clip(source / f"{i}.wav", 300 + 20 * i, seconds=2.0)
@@ -159,12 +159,12 @@ def test_speakers_come_from_the_source_then_the_user_then_the_layout():
     assert [c.speaker for c in clips] == ["Ida", "Eva"] and "1 of 2 clips keep" in said
 
 
-def test_many_samples_without_a_reference_are_told():
+def test_many_samples_without_a_reference_give_a_warning():
     assert reference_warning(10, 8) is None and reference_warning(0, 0) is None
     assert "3 of 10 samples have no reference" in reference_warning(10, 7)
 
 
-def test_held_out_recordings_do_not_depend_on_what_else_is_there(tmp_path):
+def test_held_out_recordings_do_not_depend_on_the_others(tmp_path):
     clips = [clip(f"{i}.wav") for i in range(400)]
     share = hold_out(clips, parse_holdout("5%"), 0, tmp_path)
     assert 8 <= len(share) <= 35
@@ -180,7 +180,7 @@ def test_held_out_recordings_do_not_depend_on_what_else_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["0", "0%", "100%", "5 %%", "-1", "x", "nan%", "1e3"])
-def test_a_holdout_is_a_share_or_a_count(given):
+def test_a_holdout_is_a_fraction_or_a_count(given):
     with pytest.raises(UsageError, match="expected a share such as 5% or a count"):
         parse_holdout(given)
 
@@ -217,7 +217,7 @@ def bursts(*spans: tuple[float, float], seconds: float) -> np.ndarray:
     return audio.astype(np.float32)
 
 
-def test_pauses_are_where_it_is_quiet():
+def test_pauses_are_found_where_it_is_quiet():
     found = pauses.find_pauses(bursts((0.5, 2.0), (2.1, 3.0), (3.5, 5.0), seconds=5.0))
     assert np.allclose(found, [(0.0, 0.5), (3.0, 3.5)], atol=0.04)
     assert pauses.find_pauses(np.zeros(0, np.float32)) == []
@@ -256,7 +256,7 @@ def test_text_is_divided_only_between_words_heard_on_both_sides_of_a_pause():
     ]
 
 
-def test_what_does_not_match_is_refused_and_nothing_of_it_is_kept():
+def test_mismatched_speech_is_rejected_entirely():
     text = "One two three. " + "Something nobody ever said here at all today. " * 2 + "Four five."
     chunks = [heard("one two three", 0, 0.0), heard("four five", 19, 9.0)]
     aligned = divided(chunks, text)
@@ -266,7 +266,7 @@ def test_what_does_not_match_is_refused_and_nothing_of_it_is_kept():
     assert divided(slow, "One two three.").mismatched
 
 
-def test_without_a_recogniser_long_recordings_are_told_at_once(tmp_path, monkeypatch, caplog):
+def test_without_a_recognizer_long_recordings_are_reported_first(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cut, "installed_recognizer", lambda: None)
     clips = [clip("a.wav", seconds=90.0), clip("b.wav", seconds=5.0)]
     cuts = cut.cut_long(
@@ -318,13 +318,13 @@ def test_a_long_recording_is_cut_where_its_sentences_end(tmp_path, monkeypatch):
     for piece, following, end in zip(cuts.clips, cuts.clips[1:], ends, strict=False):
         assert end - 0.1 < piece.stop <= following.start < end + 0.6
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
-    # Cuts that are kept are not made again, by whichever version.
+    # Saved cuts are not made again, whatever the version of the recognizer.
     monkeypatch.setattr(cut, "Aligner", None)
     assert cut.cut_long(clips, **options) == cuts
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
-def test_shards_that_nobody_lists_are_not_replaced(tmp_path):
+def test_unlisted_shards_are_not_replaced(tmp_path):
     write_clip(tmp_path / "in" / "a.wav", 200)
     (tmp_path / "out").mkdir()
     mine = tmp_path / "out" / "000000.tar"

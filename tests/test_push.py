@@ -1,4 +1,4 @@
-"""Shards onto a Hub: a real server on loopback speaks the part of its protocol that is used."""
+"""Pushing shards to the Hub: a real server on loopback implements what is used of its protocol."""
 
 import base64
 import hashlib
@@ -218,7 +218,7 @@ def entry(name: str, data: bytes) -> dict[str, object]:
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """How long it would have slept."""
+    """The seconds that `push` would have slept."""
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     return waits
@@ -240,7 +240,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Five shards, indexed by two machines, with what lies beside them."""
+    """Five shards, indexed by two machines, and the files next to them."""
     folder = make_dataset(tmp_path / "shards", shards=5, per_shard=3)
     write_index(folder, "index-0.json", range(3))
     write_index(folder, "index-1.json", range(3, 5))
@@ -265,7 +265,7 @@ def write_index(folder: Path, name: str, numbers, **fields: object) -> None:
 
 @pytest.fixture
 def pushed(caplog):
-    """Push, and what is logged."""
+    """Push, and return what is logged."""
 
     def pushed(folder: Path, repo: str = REPO) -> list[str]:
         caplog.clear()
@@ -285,7 +285,7 @@ def refused(folder: Path, repo: str = REPO) -> str:
 
 
 def in_process(hub: Hub, folder: Path, repo: str, **environment: str) -> list[str]:
-    """What a fresh process that knows this Hub by its environment says."""
+    """The output of a new process whose environment points to this Hub."""
     script = """
 import logging
 import sys
@@ -312,7 +312,7 @@ except EchoError as error:
     return done.stdout.splitlines()
 
 
-def test_everything_arrives_and_the_card_comes_last(hub, folder):
+def test_everything_is_uploaded_and_the_card_comes_last(hub, folder):
     lines = in_process(hub, folder, REPO, HF_TOKEN="hf_right")
     beside = ["codec.json", "index-0.json", "index-1.json", "silence.safetensors"]
     shards = [f"{number:05d}.tar" for number in range(5)]
@@ -325,7 +325,7 @@ def test_everything_arrives_and_the_card_comes_last(hub, folder):
     assert lines[1] == "00000.tar sent (1 of 5)" and len(lines) == 7
 
 
-def test_card_says_what_there_is(hub, folder, pushed):
+def test_the_card_describes_the_dataset(hub, folder, pushed):
     write_index(folder, "index-all.json", range(5))
     pushed(folder)
     card = hub.repos[REPO]["README.md"].decode()
@@ -342,7 +342,7 @@ def test_card_says_what_there_is(hub, folder, pushed):
         assert words in card, words
 
 
-def test_held_out_shards_and_lists_of_clips_are_sent(hub, folder, pushed):
+def test_held_out_shards_and_clip_lists_are_uploaded(hub, folder, pushed):
     make_dataset(folder / "holdout", shards=1, per_shard=2, seed=1)
     write_index(folder / "holdout", "index-0.json", range(1))
     for name in ("clips-000.json", "holdout/clips-000.json"):
@@ -366,14 +366,14 @@ def test_many_shards_share_commits(hub, folder, pushed, monkeypatch):
     assert hub.commits[:-1] == [names[:3], names[3:]]
 
 
-def test_again_sends_nothing(hub, folder, pushed):
+def test_pushing_again_sends_nothing(hub, folder, pushed):
     pushed(folder)
     hub.requests.clear()
     assert pushed(folder) == [f"{n:05d}.tar is already there ({n + 1} of 5)" for n in range(5)]
     assert sorted(hub.requests) == ["info", "resolve", "tree"]
 
 
-def test_only_a_new_shard_and_what_lists_it_is_sent(hub, folder, pushed):
+def test_only_new_shards_and_their_index_are_sent(hub, folder, pushed):
     pushed(folder)
     hub.commits.clear()
     (folder / "00005.tar").write_bytes((folder / "00000.tar").read_bytes() + bytes(512))
@@ -383,7 +383,7 @@ def test_only_a_new_shard_and_what_lists_it_is_sent(hub, folder, pushed):
     assert b"18 samples in 6" in hub.repos[REPO]["README.md"]
 
 
-def test_goes_on_after_the_hub_died(hub, folder, waits, pushed):
+def test_an_interrupted_push_is_resumed(hub, folder, waits, pushed):
     hub.commits_to_live = 2
     assert "the Hub cannot be reached" in refused(folder)
     assert set(hub.repos[REPO]) == {".gitattributes", "00000.tar", "00001.tar"}
@@ -397,7 +397,7 @@ def test_goes_on_after_the_hub_died(hub, folder, waits, pushed):
     assert set(hub.repos[REPO]) > {"index-0.json", "README.md", "00004.tar"}
 
 
-def test_failures_that_pass_are_waited_for(hub, folder, waits, pushed):
+def test_transient_failures_are_retried(hub, folder, waits, pushed):
     kinds = "info create tree preupload batch put verify validate commit commit resolve".split()
     hub.faults = [(kind, 503) for kind in kinds] + [("commit", 429), ("commit", 412)]
     lines = pushed(folder)
@@ -409,7 +409,7 @@ def test_failures_that_pass_are_waited_for(hub, folder, waits, pushed):
     assert len(waits) == 13 and 7.0 in waits
 
 
-def test_what_does_not_pass_is_given_up(hub, folder, waits):
+def test_permanent_failures_are_not_retried(hub, folder, waits):
     hub.faults = [("commit", 500)] * 9
     assert refused(folder) == (
         "cannot push to owner/voice: the Hub answered 500 (as the test wants)"
@@ -424,7 +424,7 @@ def test_what_does_not_pass_is_given_up(hub, folder, waits):
     assert "the Hub answered 422" in refused(folder)
 
 
-def test_shard_that_is_not_as_listed_is_refused(hub, folder):
+def test_a_shard_that_differs_from_its_index_is_rejected(hub, folder):
     shard = folder / "00002.tar"
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
@@ -449,7 +449,7 @@ def test_users_card_is_kept(hub, folder, pushed):
     assert hub.repos[REPO]["README.md"].decode() == card + "\nThanks.\n"
 
 
-def test_stray_markers_take_no_text_with_them(hub, folder, pushed):
+def test_stray_markers_delete_no_text(hub, folder, pushed):
     pushed(folder)
     mine = "Not <!-- echo_eqx:end --> a <!-- echo_eqx:begin --> block.\n"
     hub.repos[REPO]["README.md"] = mine.encode()
@@ -462,13 +462,13 @@ def test_stray_markers_take_no_text_with_them(hub, folder, pushed):
         assert "`other`" in card
 
 
-def test_an_existing_dataset_stays_as_open_as_it_is(hub, folder, pushed):
+def test_an_existing_dataset_keeps_its_visibility(hub, folder, pushed):
     hub.repos[REPO] = {}
     lines = pushed(folder)
     assert "create" not in hub.requests and not any("private" in line for line in lines)
 
 
-def test_who_may_not_is_told_so(hub, folder):
+def test_missing_permissions_are_explained(hub, folder):
     (unknown,) = in_process(hub, folder, REPO)
     assert "answered 401" in unknown and "hf auth login" in unknown
     hub.faults = [("create", 403)]
@@ -476,7 +476,7 @@ def test_who_may_not_is_told_so(hub, folder):
     assert hub.commits == [] and hub.put == []
 
 
-def test_no_network_is_one_sentence(hub, folder, waits, monkeypatch):
+def test_no_network_gives_a_one_line_error(hub, folder, waits, monkeypatch):
     hub.stop()
     assert "the Hub cannot be reached" in refused(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -485,11 +485,11 @@ def test_no_network_is_one_sentence(hub, folder, waits, monkeypatch):
 
 
 @pytest.mark.parametrize("repo", ["voice", "a/b/c", "owner/", "/voice", "owner/my voice", ""])
-def test_bad_names_are_told(folder, repo):
+def test_bad_names_are_rejected(folder, repo):
     assert refused(folder, repo).startswith("--push: expected owner/name of a dataset on the Hub")
 
 
-def test_folders_with_nothing_to_push_are_told(folder, tmp_path):
+def test_folders_with_nothing_to_push_are_rejected(folder, tmp_path):
     assert "cannot be read" in refused(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "expected at least one shard (*.tar)" in refused(tmp_path / "empty")

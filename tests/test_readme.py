@@ -1,4 +1,4 @@
-"""The README's commands run, letter by letter."""
+"""The README's commands run exactly as written."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from echo_eqx.commands import COMMANDS
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_first_commands_speak(tmp_path):
+def test_the_first_commands_work(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     install, *lines = blocks[0].splitlines() + blocks[1].splitlines()[:1]
     assert install == "pip install -e ."
@@ -48,7 +48,7 @@ class Parsed(Exception):
     """The flags of a command were accepted."""
 
 
-def test_every_command_it_shows_has_the_flags_it_shows(monkeypatch):
+def test_every_command_in_it_accepts_its_flags(monkeypatch):
     text = (ROOT / "README.md").read_text()
     blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
     lines = re.findall(r"\becho-eqx ([^#|>&\n]*)", blocks)
@@ -77,7 +77,7 @@ def test_every_command_it_shows_has_the_flags_it_shows(monkeypatch):
         assert name in COMMANDS, name
 
 
-def test_names_it_shows_exist():
+def test_names_in_it_exist():
     import echo_eqx
 
     text = (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Recordings of a voice: checked, cleaned and brought to a level."""
+"""Reference recordings: checked, cleaned and normalized in loudness."""
 
 import numpy as np
 import pyloudnorm
@@ -16,7 +16,7 @@ from echo_eqx.data.reference import (
 )
 
 
-def test_references_that_show_no_voice_are_named():
+def test_references_without_a_usable_voice_are_rejected_by_name():
     rate = 48_000
     voice = load_audio(DATA / "speech.wav", rate)
     clipped = np.clip(voice * 30, -1, 1)
@@ -31,7 +31,7 @@ def test_references_that_show_no_voice_are_named():
 
 
 @pytest.mark.parametrize("rate", [16_000, 22_050, 44_100, 48_000])
-def test_clipping_is_seen_at_any_rate_and_through_lossy_codecs(tmp_path, rate):
+def test_clipping_is_detected_at_any_rate_and_through_lossy_codecs(tmp_path, rate):
     voice = load_audio(DATA / "speech.wav", rate)
     clipped = np.clip(voice * 12, -1, 1)
     for name in ("clipped.wav", "clipped.mp3", "clipped.flac"):
@@ -42,7 +42,7 @@ def test_clipping_is_seen_at_any_rate_and_through_lossy_codecs(tmp_path, rate):
     load_reference(tmp_path / "loud.wav", 48_000, 20.0)
 
 
-def test_loudness_meets_its_target_but_never_clips():
+def test_loudness_reaches_its_target_without_clipping():
     rate = 48_000
     voice = 0.3 * load_audio(DATA / "speech.wav", rate)
     quiet = set_loudness(voice, rate, -30.0)
@@ -98,8 +98,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_the_same_speech_is_found_in_any_recording_of_it(tmp_path, change):
-    """Level, offset, channels, and what stands in front of the speech do not matter."""
+def test_the_same_speech_is_extracted_from_any_recording_of_it(tmp_path, change):
+    """Level, offset, channels, and what comes before the speech do not matter."""
     path, changed = tmp_path / "ref.wav", CHANGES[change](voice())
     sf.write(path, changed, RATE, subtype="FLOAT")
     expected, found = extract_speech(voice(), RATE, "x"), load_reference(path, RATE, 1.92)
@@ -107,7 +107,7 @@ def test_the_same_speech_is_found_in_any_recording_of_it(tmp_path, change):
     assert likeness(found, expected) > 0.97
 
 
-def test_long_pauses_are_shortened_and_short_ones_stay():
+def test_long_pauses_are_shortened_and_short_ones_kept():
     speech = extract_speech(voice(), RATE, "x")
     first, last = speech[:RATE], speech[RATE:]
     paused = np.concatenate([first, np.zeros(5 * RATE, np.float32), last])
@@ -130,7 +130,7 @@ def test_errors_say_which_part_is_silent(audio, message):
 
 
 @pytest.mark.parametrize("gain", [1.0, 2.0, 5.0])
-def test_float_recordings_louder_than_full_scale_are_not_clipped_unless_they_are(gain):
+def test_float_recordings_above_full_scale_do_not_count_as_clipped(gain):
     loud = voice() / np.abs(voice()).max() * gain
     check_reference(loud, RATE, "ref")
     with pytest.raises(EchoError, match="clipped"):

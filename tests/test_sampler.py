@@ -1,4 +1,4 @@
-"""The sampler: parity, cached keys, guidance, and what must not recompile."""
+"""The sampler: parity, cached keys, guidance, and changes that must not recompile."""
 
 import dataclasses
 import itertools
@@ -50,7 +50,7 @@ def test_blocks_equal_pytorch(blockwise_dit, blockwise_cases):
 
 
 def plain_euler(dit, conditions, noise, settings):
-    """The equations, step by step, each branch a call of the model from text and reference."""
+    """The equations step by step; each branch calls the model with text and reference."""
     ids, text_mask, speaker, speaker_mask = conditions
     call = jax.jit(jax.vmap(dit.__call__, in_axes=(0, None, 0, 0, 0, 0)))
     times = np.linspace(1, 0, settings.steps + 1, dtype=np.float32)
@@ -101,7 +101,7 @@ def test_no_reference_equals_a_masked_one(golden_dit, dit_cases, conditions):
     assert max_difference(masked, without) < 1e-5
 
 
-def test_a_progress_call_changes_no_bit(golden_dit, dit_cases, conditions):
+def test_progress_calls_do_not_change_the_result(golden_dit, dit_cases, conditions):
     noise, settings = jnp.asarray(dit_cases["noise"]), SamplerSettings(steps=5)
     seen = []
     shown = sample(
@@ -163,7 +163,9 @@ def test_changed_settings_seeds_and_steps_do_not_recompile(golden_dit, condition
     assert not [name for name in compiled if "_euler" in name or "_conditions" in name]
 
 
-def test_reference_scale_acts_only_early_and_in_the_first_layers(golden_dit, dit_cases, conditions):
+def test_speaker_kv_scale_acts_only_early_and_in_the_first_layers(
+    golden_dit, dit_cases, conditions
+):
     noise = jnp.asarray(dit_cases["noise"])
 
     def latents(**changes):
@@ -184,7 +186,7 @@ def test_reference_scale_acts_only_early_and_in_the_first_layers(golden_dit, dit
     assert max_difference(late[0], all_layers[0]) > 1e-4
 
 
-def test_projected_guidance_with_eta_0_is_orthogonal_and_with_eta_1_is_plain():
+def test_apg_is_orthogonal_for_eta_0_and_plain_cfg_for_eta_1():
     v, dropped = jr.normal(jr.key(0), (2, 3, 7, 5))
     update = guidance_update(v, dropped, jnp.float32(2), jnp.float32(0))
     assert max_difference(jnp.sum(update * v, axis=(1, 2)), 0) < 1e-4
@@ -192,7 +194,7 @@ def test_projected_guidance_with_eta_0_is_orthogonal_and_with_eta_1_is_plain():
     assert np.array_equal(plain, 2 * (v - dropped))
 
 
-def test_rescaling_with_k_1_changes_no_bit():
+def test_rescaling_with_k_1_is_the_identity():
     v, x = jr.normal(jr.key(0), (2, 3, 7, 5))
     one, sigma = jnp.float32(1), jnp.float32(3)
     for t in (0.999, 0.5, 1.0):
@@ -211,7 +213,7 @@ def test_rescaling_with_k_1_changes_no_bit():
     ],
     ids=str,
 )
-def test_settings_out_of_range_are_named(change):
+def test_settings_out_of_range_are_rejected_by_name(change):
     (name,) = change
     with pytest.raises(UsageError, match=name):
         dataclasses.replace(SamplerSettings(), **change).check()

@@ -1,4 +1,4 @@
-"""Split over devices, a model has the same loss and gradients, and takes its share of memory."""
+"""A model sharded over devices has the same loss and gradients, and divides its memory."""
 
 import subprocess
 import sys
@@ -87,7 +87,7 @@ def test_loss_and_every_gradient_equal_the_unsharded(unsharded, shape, grad_accu
         assert np.abs(a).max() > 0, f"{name} has no gradient, so nothing was compared"
 
 
-def test_loss_and_gradients_are_those_of_the_objective(unsharded):
+def test_loss_and_gradients_equal_the_plain_objective(unsharded):
     model, batch = random_model(EchoDiT, CONFIG), make_batch()
     key = jr.key(1)
     sample = sample_noise(key, jnp.arange(16), 16, (14, 8), text_dropout=0.1, speaker_dropout=0.1)
@@ -104,7 +104,7 @@ def test_loss_over_valid_frames_is_a_mean_over_the_global_batch():
 
 
 @pytest.mark.parametrize("preset", DIT_PRESETS)
-def test_one_rule_for_each_parameter(preset):
+def test_exactly_one_rule_matches_each_parameter(preset):
     state = abstract_state(DIT_PRESETS[preset], OptimizerConfig(ema_decay=0.5))
     for name in leaf_names(state.model):
         parameter_spec(name)
@@ -114,7 +114,7 @@ def test_one_rule_for_each_parameter(preset):
     assert "tensor" in shardings.model.blocks.mlp.w1.weight.spec
 
 
-def test_meshes_that_do_not_fit_are_refused():
+def test_meshes_that_do_not_fit_are_rejected():
     assert mesh_shape("", 8) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert mesh_shape("data=2, tensor=4", 8) == {"data": 2, "fsdp": 1, "tensor": 4}
     for text in ("fsdp=4", "fsdp=8,fsdp=1", "rows=8", "fsdp=0,data=8", "fsdp=-8", "fsdp", "8"):
@@ -181,7 +181,7 @@ def on_32_devices(*arguments: str) -> str:
 SHARE = 1_303_763_072 * 12 / 32
 
 
-def test_full_size_takes_its_share_of_each_device_and_gathers_in_bfloat16():
+def test_full_size_is_sharded_and_gathered_in_bfloat16():
     size, *found = on_32_devices("fsdp=8,tensor=4").split()
     assert SHARE <= int(size) < 1.1 * SHARE
     assert found == ["bf16", "True", "True"]  # all gathers are, and gradients are scattered
@@ -189,7 +189,7 @@ def test_full_size_takes_its_share_of_each_device_and_gathers_in_bfloat16():
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", ["fsdp=32", "fsdp=8,tensor=4", "fsdp=16,tensor=2"])
-def test_full_size_takes_its_share_as_the_compiler_says(mesh):
+def test_full_size_memory_per_device_according_to_the_compiler(mesh):
     size = int(on_32_devices(mesh, "compile"))
     print(f"{mesh}: {size / SHARE:.4f} of an equal share")
     assert SHARE <= size < 1.1 * SHARE

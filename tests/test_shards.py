@@ -1,4 +1,4 @@
-"""What a source of shards stands for."""
+"""Listing the shards of a source."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_folder_glob_and_file_name_the_same_shards(tmp_path):
     assert [s.name for s in list_shards(str(data / "00001.tar"), tmp_path).shards] == names[1:2]
 
 
-def test_digest_knows_the_data_and_not_its_mount(tmp_path):
+def test_the_digest_does_not_depend_on_the_mount_point(tmp_path):
     data = make_dataset(tmp_path / "data", shards=3, per_shard=1)
     shutil.copytree(data, tmp_path / "elsewhere")
     digest = list_shards(str(data), tmp_path).digest()
@@ -87,7 +87,7 @@ def test_digest_knows_the_data_and_not_its_mount(tmp_path):
         ("x" * 5000, "not a usable path"),
     ],
 )
-def test_sources_without_shards_are_refused(tmp_path, source, message):
+def test_sources_without_shards_are_rejected(tmp_path, source, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(EchoError) as caught:
@@ -95,7 +95,7 @@ def test_sources_without_shards_are_refused(tmp_path, source, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_hub_is_listed_at_a_commit_and_kept_for_offline(tmp_path, server):
+def test_the_hub_is_listed_at_a_commit_and_cached_for_offline_use(tmp_path, server):
     data = make_dataset(server.root / "owner/voices", shards=2, per_shard=1)
     make_dataset(data / "train/en", shards=2, per_shard=1)
     (server.root / "owner/none").mkdir()
@@ -131,14 +131,14 @@ def test_hub_is_listed_at_a_commit_and_kept_for_offline(tmp_path, server):
     assert all("cannot list" in m for m in messages[1:4]), messages
     assert "expected hf://datasets/owner/name" in messages[4]
 
-    server.commit = "d" * 40  # main moves on: what was kept is not what is listed now
+    server.commit = "d" * 40  # main moves on, so the cached listing is outdated
     moved, at_commit = list_in_process(server, cache, whole, f"{whole}@{server.commit}")
     assert moved[0] == at_commit[0] == server.commit and moved[1] != everything[1]
     server.stop()
     assert list_in_process(server, cache, whole)[0] == moved
 
 
-def test_a_name_is_found_in_either_spelling_of_its_letters(tmp_path):
+def test_a_name_is_found_in_both_unicode_spellings(tmp_path):
     for here, there in (("NFC", "NFD"), ("NFD", "NFC")):
         stored = tmp_path / here / unicodedata.normalize(here, "größer é")
         make_dataset(stored, shards=1, per_shard=1)
@@ -146,7 +146,7 @@ def test_a_name_is_found_in_either_spelling_of_its_letters(tmp_path):
         assert list_shards(str(asked), tmp_path).shards[0].path == stored / "00000.tar"
 
 
-def test_no_file_that_is_named_like_a_shard_is_passed_over(tmp_path):
+def test_no_file_named_like_a_shard_is_ignored(tmp_path):
     data = make_dataset(tmp_path / "data", shards=1, per_shard=1)
     (data / "00000.tar").rename(data / "A.TAR")
     (data / "folder.tar").mkdir()

@@ -1,4 +1,4 @@
-"""Sources of recordings: every kind gives the same clips, and what is broken is refused by kind."""
+"""Sources of recordings: every kind gives the same clips, and broken inputs are skipped by kind."""
 
 import dataclasses
 import io
@@ -126,7 +126,7 @@ def test_every_kind_gives_the_same_clips(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "csv", "tar", "parquet"])
-def test_a_source_is_the_same_wherever_it_lies(tmp_path, kind):
+def test_clips_do_not_depend_on_where_the_source_is(tmp_path, kind):
     results = []
     for place in ("here", "some/where/else"):
         clips, _ = listed(make_source(kind, tmp_path / place))
@@ -149,7 +149,7 @@ def test_ljspeech_by_folder_and_by_list(tmp_path):
         assert kinds(skipped) == {"audio": 1, "manifest": 1, "duplicate": 1, "orphan": 1}
 
 
-def test_what_a_folder_cannot_give_is_refused_by_kind(tmp_path):
+def test_unusable_files_of_a_folder_are_skipped_by_kind(tmp_path):
     for name in ("good", "blank", "nul", "latin", "long", "short", "damaged", "nothing", "rate"):
         put(tmp_path / f"{name}.txt", "words")
         put(tmp_path / f"{name}.wav", wav())
@@ -186,7 +186,7 @@ def test_what_a_folder_cannot_give_is_refused_by_kind(tmp_path):
     assert str(tmp_path) not in repr(skipped)
 
 
-def test_samples_that_are_broken_show_when_loaded(tmp_path):
+def test_broken_samples_are_detected_on_loading(tmp_path):
     samples = tone(1.0).astype(np.float32)
     samples[7] = np.nan
     sf.write(tmp_path / "nan.wav", samples, RATE, subtype="FLOAT")
@@ -199,7 +199,7 @@ def test_samples_that_are_broken_show_when_loaded(tmp_path):
         clip.load(RATE)
 
 
-def test_manifest_lines_that_cannot_be_used_are_refused(tmp_path):
+def test_unusable_manifest_lines_are_skipped(tmp_path):
     put(tmp_path / "a.wav", wav(2.0))
     rows = [
         '{"audio": "a.wav", "text": "words", "age": 30, "odd": NaN, "key": "x"}',
@@ -264,7 +264,7 @@ def test_times_in_a_manifest_cut_a_recording(tmp_path):
         assert str(tmp_path) not in repr(clip.metadata)
 
 
-def test_recordings_elsewhere_are_named_from_what_they_share(tmp_path):
+def test_recordings_outside_the_folder_are_named_relative_to_their_common_folder(tmp_path):
     put(tmp_path / "x" / "1" / "a.wav", wav())
     put(tmp_path / "x" / "2" / "a.wav", wav())
     rows = [{"path": str(tmp_path / f"x/{i}/a.wav"), "text": "words"} for i in (1, 2)]
@@ -291,7 +291,7 @@ def test_keys_are_safe_and_collisions_do_not_lose_clips(tmp_path):
     assert keys["-x y"] == "-x_y" and keys["...z"] == "___z" and keys["ÜNÏ"] == "_N_"
 
 
-def test_hostile_members_of_a_tar_are_refused(tmp_path):
+def test_hostile_tar_members_are_skipped(tmp_path):
     good, text = wav(), b'{"text": "words"}'
     members = [
         ("/etc/abs.wav", good),
@@ -343,7 +343,7 @@ def test_hostile_members_of_a_tar_are_refused(tmp_path):
     assert len(clips[1].load(RATE)) == RATE
 
 
-def test_tars_that_are_cut_off_or_no_tars_are_refused(tmp_path):
+def test_truncated_tars_and_other_files_are_reported(tmp_path):
     members = [(f"{i}.{kind}", data) for i in range(3) for kind, data in SAMPLE.items()]
     whole = put_tar(tmp_path / "a.tar", members).read_bytes()
     put(tmp_path / "b.tar", whole)
@@ -351,7 +351,7 @@ def test_tars_that_are_cut_off_or_no_tars_are_refused(tmp_path):
     put(tmp_path / "text.tar", b"hello " * 1000)
     put(tmp_path / "empty.tar", b"")
     clips, skipped = listed(tmp_path / "*.tar")
-    # What a second tar calls the same is another sample.
+    # A sample of the same name in a second tar is another sample.
     assert [clip.metadata["source"] for clip in clips if "_" not in clip.key] == [
         f"a.tar/{i}.wav" for i in range(3)
     ]
@@ -367,7 +367,7 @@ def test_tars_that_are_cut_off_or_no_tars_are_refused(tmp_path):
 SAMPLE = {"wav": wav(), "txt": b"words"}
 
 
-def test_long_recordings_are_cut_in_the_pauses(tmp_path):
+def test_long_recordings_are_cut_at_pauses(tmp_path):
     times = [(0.4, 2.0, "a"), (2.4, 3.0, "b"), (3.1, 5.0, "c"), (7.0, 8.0, "d"), (8.0, 9.9, "e")]
     segments = [dict(zip(("start", "end", "text"), part, strict=True)) for part in times]
     put(tmp_path / "a.wav", wav(10.0))
@@ -394,7 +394,7 @@ def test_long_recordings_are_cut_in_the_pauses(tmp_path):
     assert [clip.text for clip in clips if clip.speaker] == ["a b c d e"]
 
 
-def test_segments_of_no_length_are_left_out_and_not_their_recording(tmp_path):
+def test_zero_length_segments_are_skipped_but_not_their_recording(tmp_path):
     put(tmp_path / "a.wav", wav(10.0))
     times = [(0.4, 2.0, "a"), (2.0, 2.0, "b"), (3.0, 2.9, "c"), (7.0, 8.0, "d")]
     segments = [dict(zip(("start", "end", "text"), part, strict=True)) for part in times]
@@ -406,7 +406,7 @@ def test_segments_of_no_length_are_left_out_and_not_their_recording(tmp_path):
     assert [clip.text for clip in clips] == ["a d"]
 
 
-def test_segments_that_overlap_or_have_no_text_part_clips():
+def test_segments_that_overlap_or_have_no_text_separate_clips():
     parts = [Segment(0.0, 3.0, "a"), Segment(2.0, 2.5, "b"), Segment(2.8, 4.0, "c")]
     assert [s.text for s in join_segments(parts, 0.0, 9.0, 9.0)] == ["a b c"]
     joined = join_segments(parts, 0.0, 9.0, 3.1)
@@ -418,7 +418,7 @@ def test_segments_that_overlap_or_have_no_text_part_clips():
 
 
 @pytest.mark.parametrize("kind", ["wav", "mp3", "flac", "opus", "ogg"])
-def test_a_stretch_is_a_slice_and_bytes_are_the_file(kind):
+def test_a_section_equals_a_slice_and_bytes_equal_the_file(kind):
     path = DATA / f"speech.{kind}"
     whole = decode_audio(path, "whole", 48_000)
     with path.open("rb") as file:
@@ -436,7 +436,7 @@ def test_a_stretch_is_a_slice_and_bytes_are_the_file(kind):
 
 @needs_ffmpeg
 @pytest.mark.parametrize("kind", ["m4a", "aac", "webm", "mka"])
-def test_other_kinds_go_through_ffmpeg(tmp_path, kind):
+def test_other_kinds_are_decoded_by_ffmpeg(tmp_path, kind):
     put(tmp_path / "a.wav", wav(4.0))
     command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", tmp_path / f"http:x.{kind}"]
     command[-1] = f"file:{command[-1]}"
@@ -469,7 +469,7 @@ def test_a_playlist_cannot_name_other_files(tmp_path):
             load_audio(put(tmp_path / name, text), RATE)
 
 
-def test_without_ffmpeg_a_sentence_says_what_is_needed(tmp_path, monkeypatch):
+def test_without_ffmpeg_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     put(tmp_path / "a.m4a", b"\0\0\0 ftypM4A " + bytes(200))
     put(tmp_path / "a.txt", "words")
@@ -479,7 +479,7 @@ def test_without_ffmpeg_a_sentence_says_what_is_needed(tmp_path, monkeypatch):
     assert "expected wav, flac, ogg, opus or mp3, or ffmpeg installed" in item.detail
 
 
-def test_parquet_rows_that_cannot_be_used_are_refused(tmp_path):
+def test_unusable_parquet_rows_are_skipped(tmp_path):
     rows = [
         {"id": 7, "audio": {"bytes": wav(), "path": None}, "text": "words", "raw": b"\0", "n": [1]},
         {"id": 7, "audio": {"bytes": wav(), "path": None}, "text": "words", "raw": b"", "n": None},
@@ -498,14 +498,14 @@ def test_parquet_rows_that_cannot_be_used_are_refused(tmp_path):
     assert len(clips[1].load(RATE)) == RATE
 
 
-def test_without_pyarrow_a_sentence_says_what_is_needed(tmp_path, monkeypatch):
+def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(EchoError, match=r"pyarrow.*pip install 'echo_eqx\[parquet\]'"):
         listed(put(tmp_path / "a.parquet", b"PAR1"))
 
 
-def test_sources_of_no_known_kind_are_one_sentence(tmp_path):
+def test_unknown_kinds_of_sources_give_one_line_errors(tmp_path):
     put(tmp_path / "odd.xyz", "x")
     put(tmp_path / "odd.csv", "name,words\nx,y\n")
     put(tmp_path / "long.csv", "w" * 200_000)
@@ -531,7 +531,7 @@ def test_sources_of_no_known_kind_are_one_sentence(tmp_path):
             listed(source)
 
 
-def test_a_hub_dataset_that_cannot_be_reached_is_one_sentence(tmp_path):
+def test_an_unreachable_hub_dataset_gives_a_one_line_error(tmp_path):
     with pytest.raises(EchoError, match="cannot download hf://datasets/a/b"):
         list_clips("hf://datasets/a/b", max_seconds=30.0, cache=tmp_path)
 

@@ -1,4 +1,4 @@
-"""Text to audio as a library: reference voices, lengths, where speech ends, joining."""
+"""Text to audio with the library: reference voices, lengths, where speech ends, joining."""
 
 import dataclasses
 
@@ -91,8 +91,8 @@ def test_padding_a_reference_changes_only_its_end(dit, codec):
     assert max_difference(latents[:60], mean[:60]) < 1e-5
 
 
-def test_latents_that_are_given_are_used_as_they_are(dit, codec):
-    """The caller of `speaker_latents` has chosen their length."""
+def test_given_latents_are_used_unchanged(dit, codec):
+    """Their length was chosen by the caller of `speaker_latents`."""
     longer = np.zeros((520, 128), np.float32)
     assert np.array_equal(read_speakers(dit, codec, [longer])[0], longer)
 
@@ -102,7 +102,7 @@ def test_only_the_start_of_a_long_reference_is_used(dit, codec):
     default = echo_eqx.speaker_latents(dit, codec, audio)
     assert len(default) == dit.config.max_speaker_frames == 512
     longer = echo_eqx.speaker_latents(dit, codec, audio, max_seconds=28.0)
-    # The loudness of more speech is another by a hair.
+    # The loudness of more speech is slightly different.
     assert len(longer) == 700 and max_difference(longer[:500], default[:500]) < 0.01
     with pytest.raises(UsageError, match="121"):
         echo_eqx.speaker_latents(dit, codec, audio, max_seconds=121.0)
@@ -121,12 +121,12 @@ def test_only_the_start_of_a_long_reference_is_used(dit, codec):
         ("nowhere.npy", "nowhere.npy does not exist"),
     ],
 )
-def test_references_that_cannot_be_used_are_named(dit, codec, speaker, message):
+def test_unusable_references_are_rejected_by_name(dit, codec, speaker, message):
     with pytest.raises(EchoError, match=message):
         speak(dit, codec, speaker=speaker)
 
 
-def test_models_that_do_not_belong_together_are_named(dit, golden_codec):
+def test_mismatched_models_are_rejected(dit, golden_codec):
     with pytest.raises(EchoError, match=r"128 latent channels, .* got one with 12"):
         speak(dit, golden_codec)
 
@@ -139,7 +139,7 @@ def test_the_target_length_is_15_seconds_or_the_longest_in_training(dit, codec):
 
 
 @pytest.mark.parametrize("duration", [0.0, -1.0, 31.0, float("nan")])
-def test_lengths_beyond_training_are_named(dit, codec, duration):
+def test_lengths_beyond_training_are_rejected(dit, codec, duration):
     with pytest.raises(UsageError, match=r"duration: .* 30\.72 s"):
         speak(dit, codec, duration=duration)
 
@@ -158,7 +158,7 @@ def test_speech_ends_where_the_flat_tail_begins(codec):
     assert speech_end(np.tile(silence, (100, 1)), silence, 25.0) == 0
 
 
-def test_silence_is_the_same_everywhere_in_it(codec):
+def test_the_silence_latent_is_the_same_everywhere(codec):
     mean, _ = codec.encode(np.zeros(100 * HOP, np.float32))
     assert max_difference(mean[20:80], silence_latent(codec)[None]) < 1e-5
 
@@ -166,7 +166,7 @@ def test_silence_is_the_same_everywhere_in_it(codec):
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("text", ["Hello.", LONG])
 def test_audio_begins_and_ends_in_silence(dit, codec, trim, text):
-    """Also where speech reaches the last frame, as it does in these random models."""
+    """Also if speech reaches the last frame, as with these random models."""
     audio = speak(dit, codec, text, duration=2.0, trim=trim, message=[0, 1] * 8)
     assert np.abs(audio[[0, -1]]).max() < 1e-3 < np.abs(audio).max()
 
@@ -186,7 +186,7 @@ def test_decoded_silence_has_no_click_at_its_ends(golden_codec):
     assert np.abs(fade_edges(audio, 48_000)[[0, -1]]).max() < 1e-3
 
 
-def test_another_codec_than_that_of_the_data_is_noticed():
+def test_a_codec_other_than_the_datas_is_noticed():
     shipped, generation = echo_eqx.load_codec("voice"), echo_eqx.load_dit("voice").generation
     silence = silence_latent(shipped)
     assert codec_mismatch(generation, silence) is None
@@ -213,7 +213,7 @@ def test_long_texts_are_spoken_whole_in_chunks(dit, codec):
     assert max_difference(audio[: 50 * HOP - 4800], first[: 50 * HOP - 4800]) < 1e-4
 
 
-def test_without_a_reference_all_chunks_take_the_voice_of_the_first(dit, codec, monkeypatch):
+def test_without_a_reference_all_chunks_use_the_voice_of_the_first(dit, codec, monkeypatch):
     given = []
     original = batching.sample
 
@@ -247,7 +247,7 @@ def test_speech_that_does_not_end_is_spoken_again_in_halves(dit, codec, caplog):
 @pytest.mark.parametrize(
     "text, options", [("Hello.", {}), ("Hello everybody out there.", {"trim": False})]
 )
-def test_one_warning_names_what_is_not_spoken_again(dit, codec, caplog, text, options):
+def test_one_warning_names_chunks_that_are_not_spoken_again(dit, codec, caplog, text, options):
     audio = speak(dit, codec, text, duration=2.0, **options)
     assert len(audio) == 50 * HOP
     assert [record.name for record in caplog.records] == ["echo_eqx.speech"]
@@ -268,7 +268,7 @@ def test_speech_that_ends_in_silence_is_kept_without_a_warning(dit, codec, caplo
     assert len(audio) == 30 * HOP and len(calls) == 1 and not caplog.records
 
 
-def test_joined_clips_keep_every_sample_but_at_the_seams():
+def test_joined_clips_keep_every_sample_except_at_the_seams():
     fade = 100
     clips = [(np.full(1000, level, np.float32), 900) for level in (0.1, 0.2, 0.3)]
     audio = crossfade(clips, fade)
@@ -281,7 +281,7 @@ def test_joined_clips_keep_every_sample_but_at_the_seams():
     assert np.array_equal(alone, np.arange(50))
 
 
-def test_batches_of_utterances_give_what_each_gives_alone(dit, codec):
+def test_batched_utterances_equal_single_ones(dit, codec):
     voice = DATA / "speech.flac"
     utterances = [
         Utterance("Hello.", voice, 1),
@@ -302,12 +302,12 @@ def test_batches_of_utterances_give_what_each_gives_alone(dit, codec):
 
 
 @pytest.mark.parametrize("text, message", [("", "empty"), ("a\0", "NUL"), ("\udc80", "UTF-8")])
-def test_text_that_cannot_be_spoken_is_named(dit, codec, text, message):
+def test_unspeakable_text_is_rejected(dit, codec, text, message):
     with pytest.raises(EchoError, match=message):
         speak(dit, codec, text)
 
 
-def test_a_result_that_is_not_finite_is_named(dit, codec):
+def test_a_nonfinite_result_is_reported(dit, codec):
     wild = eqx.tree_at(lambda dit: dit.out_proj.bias, dit, jnp.full(128, 3e38))
     with pytest.raises(EchoError, match=r"expected finite latents .* gentler settings"):
         speak(wild, codec)
@@ -336,7 +336,7 @@ def test_blockwise_models_speak_block_by_block(blockwise_dit):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_out_of_range_are_named(dit, codec, seed):
+def test_seeds_out_of_range_are_rejected(dit, codec, seed):
     with pytest.raises(UsageError, match=f"seed: expected .* got {seed}"):
         speak(dit, codec, seed=seed)
 

@@ -1,4 +1,4 @@
-"""The lowered training step spends no time on what it need not compute."""
+"""The lowered training step computes nothing unnecessary."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.state import sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
 
-# Every length is a prime that no width is a multiple of, so that a shape tells what it is of.
+# Lengths are primes of which no width is a multiple, so that a shape identifies its array.
 FRAMES, TEXT, PATCHES = 13, 11, 7
 CONFIG = dataclasses.replace(
     test_sharding.CONFIG,
@@ -49,7 +49,7 @@ def operands(program: str, operation: str) -> list[list[tuple[tuple[int, ...], s
     return found
 
 
-def test_products_over_tokens_are_in_bfloat16(program):
+def test_matmuls_over_tokens_are_in_bfloat16(program):
     products = operands(program, "dot_general")
     over_tokens = [p for p in products if any({FRAMES, TEXT, PATCHES} & {*s} for s, _ in p)]
     assert len(over_tokens) > 50
@@ -61,7 +61,7 @@ def test_parameters_are_gathered_in_bfloat16(program):
     assert gathered and {dtype for op in gathered for _, dtype in op} == {"bf16"}
 
 
-def test_nothing_is_scattered(program):
+def test_the_step_has_no_scatters(program):
     assert not operands(program, "scatter")
 
 
@@ -85,7 +85,7 @@ def test_remat_changes_neither_loss_nor_gradients(remat):
 
 
 def test_remat_recomputes_what_it_says():
-    """By the matrix products in the program: each kept result is one that is not repeated."""
+    """Counts the matrix products in the program: results that are kept are not computed again."""
     mesh, optimizer, products = mesh_of((1, 1, 1)), OptimizerConfig(), {}
     state, batch = sharded_abstract_state(CONFIG, optimizer, mesh), abstract_batch(mesh, 4, CONFIG)
     for remat in ("full", "dots", "none"):

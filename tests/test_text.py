@@ -1,4 +1,4 @@
-"""Bytes, cleaning, splitting that neither drops nor repeats, and what is read aloud."""
+"""Encoding, cleaning, lossless splitting, and how text is read aloud."""
 
 import random
 import re
@@ -42,7 +42,7 @@ def squeezed(text: str) -> str:
 
 @pytest.mark.parametrize("name", list(TEXTS))
 @pytest.mark.parametrize("max_bytes, max_width", [(767, 210.0), (60, 1e9), (9999, 28.0), (30, 2.0)])
-def test_pieces_fit_and_join_to_the_text(name, max_bytes, max_width):
+def test_chunks_fit_and_join_to_the_text(name, max_bytes, max_width):
     pieces = split_text(TEXTS[name], max_bytes, max_width)
     assert squeezed("".join(pieces)) == squeezed(TEXTS[name])
     for piece in pieces:
@@ -52,7 +52,7 @@ def test_pieces_fit_and_join_to_the_text(name, max_bytes, max_width):
         assert speaking_width(piece) <= max_width or is_one_unit
 
 
-def test_sentences_stay_whole_where_they_fit():
+def test_sentences_stay_whole_if_they_fit():
     pieces = split_text(ENGLISH, 767, 210.0)
     assert all(piece.endswith("times.") for piece in pieces)
     assert len(pieces) == 4  # three sentences of 52 in 210, and twelve of them
@@ -62,11 +62,11 @@ def test_sentences_stay_whole_where_they_fit():
     assert all(piece[-1] in ".!?" for piece in german)
 
 
-def test_short_text_is_one_piece():
+def test_short_text_is_one_chunk():
     assert split_text("Hello.", 767, 210.0) == ["Hello."]
 
 
-def test_every_piece_carries_the_tag_that_holds_there():
+def test_every_chunk_starts_with_the_current_tag():
     text = "[S1] One one one one. Two two two two. [S2] Three three three. Four four four four."
     assert split_text(text, 767, 20.0) == [
         "[S1] One one one one.",
@@ -76,7 +76,7 @@ def test_every_piece_carries_the_tag_that_holds_there():
     ]
 
 
-def test_a_tag_is_never_cut():
+def test_tags_are_never_cut():
     text = "日本語日本語日本語[S2]日本語です"
     pieces = split_text(text, 700, 37.0)
     assert pieces == ["日本語日本語日本語", "[S2] 日本語です"]
@@ -88,14 +88,14 @@ def test_text_is_cleaned_as_in_training():
 
 
 @pytest.mark.parametrize("text", ["(laughs) Hi.", "[music] Hi.", "S1 says hi.", "Hi. [S2] Hello."])
-def test_every_text_has_a_tag_in_front(text):
+def test_every_text_gets_a_leading_tag(text):
     assert normalize_text(text) == f"[S1] {text}"
     assert normalize_text(normalize_text(text)) == normalize_text(text)
     pieces = split_text(normalize_text(f"{text} And more of it. " * 9), 100, 30.0)
     assert len(pieces) > 5 and all(re.match(r"\[S[12]\] ", piece) for piece in pieces)
 
 
-def test_bytes_follow_a_zero():
+def test_encoded_text_starts_with_a_zero():
     ids = encode_text("Köln 猫")
     assert ids.dtype == np.int32 and ids[0] == 0
     assert bytes(ids[1:].astype(np.uint8)).decode() == "Köln 猫"
@@ -111,7 +111,7 @@ def test_bytes_follow_a_zero():
         ("ab\udcff", "not valid UTF-8 at character 2"),
     ],
 )
-def test_text_that_cannot_be_spoken_is_named(text, message):
+def test_unspeakable_text_is_rejected(text, message):
     with pytest.raises(EchoError, match=message):
         check_text(text)
 
@@ -136,7 +136,7 @@ PLAIN = "Turn off the kitchen lights, René."
         PLAIN.replace("off", "off\x1b\x07"),
     ],
 )
-def test_other_forms_of_the_same_letters_are_one_text(written):
+def test_variants_of_the_same_letters_are_unified(written):
     assert normalize_text(written) == f"[S1] {PLAIN}"
 
 
@@ -152,7 +152,7 @@ def test_other_forms_of_the_same_letters_are_one_text(written):
         "Բարև ձեզ",
     ],
 )
-def test_characters_with_a_meaning_of_their_own_stay(text):
+def test_characters_with_a_meaning_of_their_own_are_kept(text):
     assert normalize_text(text) == f"[S1] {text}"
 
 
@@ -174,7 +174,7 @@ def test_dashes_and_foreign_question_marks(text, clean):
 @pytest.mark.parametrize(
     "text", ["...", "?!", "🎉", "\u200b", "\u00ad", "[S1] .", "$ %", "ー", "\u3164"]
 )
-def test_text_without_a_letter_or_digit_is_refused(text):
+def test_text_without_letters_or_digits_is_rejected(text):
     with pytest.raises(EchoError, match=r"nothing to say: expected at least one letter|empty"):
         check_text(text)
     for spoken in ("7", "½", "a", "字", "[S1] é", "1️⃣"):
@@ -210,7 +210,7 @@ def sentences(text: str) -> list[str]:
         "გამარჯობა.| როგორ ხარ?",
     ],
 )
-def test_sentences_end_where_they_end(text):
+def test_sentence_boundaries_are_found(text):
     expected = text.replace("|. ", ".| ").split("|")
     assert sentences("".join(expected)) == [part.strip() for part in expected if part.strip()]
 
@@ -235,7 +235,7 @@ def test_syllables_and_graphemes_stay_whole(syllables):
     assert [text[a:b] for a, b in pairwise([0, *ends])] == syllables.split("|")
 
 
-def test_pieces_are_even_and_none_is_a_single_word():
+def test_chunks_are_even_and_none_is_a_single_word():
     text = normalize_text(
         "Dr. Smith opened the door. He said that Mr. J. R. R. Tolkien had met St. Paul on a "
         "Monday, and that they had a very long conversation about everything under the sun before "
@@ -247,7 +247,7 @@ def test_pieces_are_even_and_none_is_a_single_word():
     assert not any(piece.endswith(("Mr.", "J.", "R.", "St.", "Dr.")) for piece in pieces)
 
 
-def test_a_text_is_halved_between_words_alone():
+def test_text_is_halved_only_between_words():
     assert halve_text("[S1] Hello.") == ["[S1] Hello."]
     first, second = halve_text("[S1] Hello there my friend, how are you doing today?")
     assert (first, second) == ("[S1] Hello there my friend,", "[S1] how are you doing today?")
@@ -255,7 +255,7 @@ def test_a_text_is_halved_between_words_alone():
     assert halve_text("Hello ... !!!") == ["Hello ... !!!"]
 
 
-def test_punctuation_makes_no_piece_of_its_own():
+def test_punctuation_alone_makes_no_chunk():
     pieces = split_text("Hello there. ... !!! And on it goes.", 767, 20.0)
     assert all(re.search("[a-z]", piece) for piece in pieces)
 
@@ -284,7 +284,7 @@ KINDS = {
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_nothing_takes_longer_to_say_than_its_width(kind):
+def test_the_width_is_an_upper_bound_of_the_speaking_time(kind):
     espeak, text = KINDS[kind]
     text = (text * 4).strip()
     audio, rate = speak(text, Voice("", espeak, speed=160, pitch=50))
@@ -337,7 +337,7 @@ def test_nothing_takes_longer_to_say_than_its_width(kind):
         ("see /etc/passwd", "see slash etc slash passwd"),
     ],
 )  # fmt: skip
-def test_english_is_written_out(text, said):
+def test_english_is_expanded(text, said):
     assert expand_english(text) == said
     assert expand_english(said) == said
 
@@ -350,7 +350,7 @@ def test_no_number_or_symbol_is_left_in_english():
         assert not re.search(r"[0-9$€£%&#@+°½²]", expand_english(f"See {text} there.")), text
 
 
-def test_sentences_the_small_voice_was_trained_on_are_left():
+def test_training_sentences_of_the_small_voice_are_unchanged():
     for text in islice(training_texts(0), 500):
         assert normalize_text(text) == f"[S1] {text}"
         if not re.search("[0-9]", text):

@@ -1,4 +1,4 @@
-"""Files of texts for `infer.py`: every encoding of Unicode, JSON by any name, line ends of all."""
+"""Text files for `infer`: every Unicode encoding, JSON with any suffix, all line ends."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,9 @@ def read():
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", ["l.jsonl", "l.JSONL", "l.ndjson", "l.NdJson", "l.txt", "l"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_json_lines_are_known_by_any_name(read, tmp_path, encoding, name, end):
+def test_json_lines_are_read_in_every_encoding_and_with_any_suffix(
+    read, tmp_path, encoding, name, end
+):
     path = tmp_path / name
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     path.write_bytes(end.join([*lines, ""]).encode(encoding))
@@ -32,7 +34,7 @@ def test_json_lines_are_known_by_any_name(read, tmp_path, encoding, name, end):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_plain_lines_stay_plain(read, tmp_path, end, encoding):
+def test_plain_lines_are_not_parsed(read, tmp_path, end, encoding):
     lines = ["[S1] One.", "", "{curly} two.", "3", '"four"']
     (tmp_path / "l.TXT").write_bytes(end.join(lines).encode(encoding))
     assert [job.text for job in read(tmp_path / "l.TXT")] == [line for line in lines if line]
@@ -53,7 +55,7 @@ def test_plain_lines_stay_plain(read, tmp_path, end, encoding):
     ],
     ids=range(9),
 )
-def test_what_cannot_be_read_is_one_sentence(read, tmp_path, content, message):
+def test_unreadable_files_give_one_line_errors(read, tmp_path, content, message):
     data = content if isinstance(content, bytes) else content.encode()
     (tmp_path / "l.jsonl").write_bytes(data)
     with pytest.raises(EchoError, match=message) as caught:

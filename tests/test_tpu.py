@@ -1,4 +1,4 @@
-"""Pods and hosts with stand-ins for gcloud and ssh; their workers are real local processes."""
+"""Pods and hosts, with fake gcloud and ssh programs whose workers are real local processes."""
 
 import json
 import os
@@ -211,7 +211,7 @@ if [ "$1" = venv ]; then mkdir -p echo_eqx/venv/bin; cp "$STAND_IN/python" echo_
 
 
 class World:
-    """The stand-ins' folder, the command under test, and what was called."""
+    """The folder of the fake programs, the command under test, and the calls made."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
         self.root, self._monkeypatch, self._capfd = root, monkeypatch, capfd
@@ -262,7 +262,7 @@ class World:
         return sum(all(word in shlex.join(call) for word in words) for call in self.calls)
 
     def pod(self, state: str = "READY") -> None:
-        """A pod that is there, with the package on its workers."""
+        """A pod that exists, with the package on its workers."""
         pod = {"name": "echo", "number": 0, "looks": 0, "state": state}
         self.write("pod.json", json.dumps(pod))
         for worker in range(3):
@@ -309,7 +309,7 @@ QUICK = "--settle 0 --poll 0.1 --pause 0.05 --tries 3"
 LAUNCH = f"launch --name echo {QUICK} -- --data d --run_dir {{run}} --num_steps"
 
 
-def test_create_asks_for_a_queued_resource_and_prints_the_command(world):
+def test_create_requests_a_queued_resource_and_prints_the_command(world):
     flags = "--name echo --zone us-central2-b --project p --accelerator_type v4-64"
     more = "--spot --valid_until 6h --create_flags='--network=mine --labels=a=b'"
     out = world.ok(f"create {flags} {more}")
@@ -332,7 +332,7 @@ def test_create_asks_for_a_queued_resource_and_prints_the_command(world):
         ("v6e-8", "v2-alpha-tpuv6e"),
     ],
 )
-def test_each_generation_has_its_image(kind, image):
+def test_each_tpu_generation_has_an_image(kind, image):
     args = gcloud.CreateArgs(name="echo", accelerator_type=kind)
     assert gcloud.runtime_version(args) == image
 
@@ -395,7 +395,7 @@ def test_setup_copies_installs_and_compares(world):
     world.ok("setup --name echo --pause 0")  # running it again is harmless
 
 
-def test_setup_names_the_worker_that_differs(world):
+def test_setup_reports_the_worker_that_differs(world):
     world.pod()
     for home in (world.root / "homes").iterdir():
         (home / "echo_eqx" / "source").unlink()
@@ -407,7 +407,7 @@ def test_setup_names_the_worker_that_differs(world):
     )
 
 
-def test_the_version_of_the_code_is_its_digest():
+def test_the_code_version_is_a_digest():
     found = json.loads(subprocess.check_output([sys.executable, "-P", str(WORKER), "versions"]))
     assert found["code of echo_eqx"] == code_digest() and found["jax"]
 
@@ -449,7 +449,7 @@ def test_a_run_lives_on_all_workers_until_it_is_stopped(world):
     assert not (world.root / "pod.json").exists()
 
 
-def test_a_worker_that_does_not_start_ends_the_others_and_all_try_again(world):
+def test_if_one_worker_fails_to_start_all_are_restarted(world):
     world.pod()
     world.play(**{"refuse pod0-2": 1})
     world.write("pauses", "9 9")
@@ -462,7 +462,7 @@ def test_a_worker_that_does_not_start_ends_the_others_and_all_try_again(world):
     assert starts == [2, 2, 1]
 
 
-def test_a_worker_that_never_starts_is_named_and_nothing_is_left_alive(world):
+def test_a_worker_that_never_starts_is_reported_and_nothing_stays_alive(world):
     world.pod()
     world.play(**{"refuse pod0-1": 9})
     code, _, err = world(f"{LAUNCH} 1000".replace("--tries 3", "--tries 2"))
@@ -472,7 +472,7 @@ def test_a_worker_that_never_starts_is_named_and_nothing_is_left_alive(world):
     assert not any(status["alive"] for status in world.statuses())
 
 
-def test_a_run_that_crashes_at_once_is_not_tried_again(world):
+def test_a_run_that_crashes_on_start_is_not_retried(world):
     world.pod()
     world.write("crash pod0-1", "1")
     code, _, err = world(f"{LAUNCH} 1000".replace("--settle 0", "--settle 90"))
@@ -485,7 +485,7 @@ def test_a_run_that_crashes_at_once_is_not_tried_again(world):
 
 
 @pytest.mark.parametrize("again", [0, 1])
-def test_logs_follow_each_line_once_over_broken_connections(world, again):
+def test_followed_logs_print_each_line_once_despite_broken_connections(world, again):
     world.pod()
     world.play(drop=4, again=again)
     world.ok(f"{LAUNCH} 20")
@@ -505,7 +505,7 @@ def test_a_pod_without_a_queue_is_deleted_too(world):
     assert not (world.root / "pod.json").exists()
 
 
-def test_hosts_are_reached_by_ssh_and_told_of_each_other(world):
+def test_hosts_are_reached_by_ssh_and_get_the_coordinator(world):
     for host in ("a", "me@b"):
         world.home(host)
     hosts = "--name echo --hosts a,me@b"
@@ -572,7 +572,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("command", "code", "said"), BAD, ids=[said for _, _, said in BAD])
-def test_bad_input_is_one_sentence(world, command, code, said):
+def test_bad_input_gives_one_line_errors(world, command, code, said):
     world.pod()
     found, out, err = world(command)
     lines = [line for line in err.splitlines() if not line.startswith("warning: --run_dir")]
@@ -580,7 +580,7 @@ def test_bad_input_is_one_sentence(world, command, code, said):
     assert (world.root / "pod.json").exists() and "start echo" not in out
 
 
-def test_a_missing_gcloud_or_account_is_one_sentence(world, monkeypatch):
+def test_a_missing_gcloud_or_account_gives_a_one_line_error(world, monkeypatch):
     for command in ("status --name echo", "create --name echo --accelerator_type v4-8"):
         world.play(logged_out=True)
         code, _, err = world(command)
@@ -600,7 +600,7 @@ def test_a_pod_that_is_not_ready_is_not_launched_on(world):
     assert "pod echo: PREEMPTED, queue: SUSPENDED" in world.ok("status --name echo")
 
 
-def test_a_run_dir_on_a_workers_own_disk_is_warned_of(world):
+def test_a_run_dir_on_a_workers_own_disk_gives_a_warning(world):
     world.pod()
     for place, warned in [("runs/x", 1), ("/home/me/x", 1), ("/mnt/x", 0), ("/gcs/bucket/x", 0)]:
         said = world.ok(f"launch --name echo --dry_run -- --data d --run_dir {place}")
@@ -608,7 +608,7 @@ def test_a_run_dir_on_a_workers_own_disk_is_warned_of(world):
 
 
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
-def test_the_real_gcloud_takes_these_flags(tmp_path):
+def test_the_real_gcloud_accepts_these_flags(tmp_path):
     pod = gcloud.CreateArgs(
         name="echo",
         zone="us-central2-b",

@@ -1,4 +1,4 @@
-"""Training runs in real processes: resumed, preempted, spread over several."""
+"""Training runs in real processes: resumed, preempted, and with several processes."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def uninterrupted(home):
     return losses_of(home, "whole")
 
 
-def test_a_run_leaves_what_explains_it(home, uninterrupted):
+def test_a_run_writes_its_description(home, uninterrupted):
     folder = home / "whole"
     first, last = lines_of(home, "whole")[0], lines_of(home, "whole")[-1]
     assert first["lr"] == pytest.approx(3e-4) and last["samples_seen"] == STEPS * 8
@@ -90,7 +90,7 @@ def test_a_run_leaves_what_explains_it(home, uninterrupted):
     assert len(list((folder / "checkpoints").glob("step_*/manifest.json"))) == 3
 
 
-def test_sigterm_saves_and_leaves_with_its_own_code(home, uninterrupted):
+def test_sigterm_saves_and_exits_with_code_76(home, uninterrupted):
     process = start(home, "stopped", "--log_every", "1", "--checkpoint_every", "100")
     wait_for((home / "stopped" / "metrics.jsonl").is_file, process)
     wait_for(lambda: len(lines_of(home, "stopped")) >= 2, process)
@@ -123,8 +123,8 @@ def assert_close(losses: dict[int, float], expected: dict[int, float]) -> None:
         assert loss == pytest.approx(expected[step], rel=1e-5), step
 
 
-def test_two_processes_stop_together_and_go_on_where_eight_devices_were(home, uninterrupted):
-    # Half of the way in one process, then in two until SIGTERM, then in one on another mesh.
+def test_two_processes_resume_a_run_of_eight_devices_and_stop_together(home, uninterrupted):
+    # Half of the steps in one process, then in two until SIGTERM, then in one on another mesh.
     one = start(home, "spread", "--mesh", "fsdp=8", "--log_every", "1", devices=8)
     wait_for((home / "spread" / "checkpoints" / "step_000000003").is_dir, one)
     one.terminate()
@@ -141,7 +141,7 @@ def test_two_processes_stop_together_and_go_on_where_eight_devices_were(home, un
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_when_a_process_dies_the_others_say_so_and_stop(home, victim):
+def test_when_a_process_dies_the_others_report_it_and_stop(home, victim):
     run = f"widowed{victim}"
     both = start_two(home, run, "--num_steps", "100000", "--log_every", "1")
     try:
@@ -158,7 +158,7 @@ def test_when_a_process_dies_the_others_say_so_and_stop(home, victim):
             process.communicate()
 
 
-def test_hosts_that_differ_are_named(home):
+def test_hosts_that_differ_are_reported(home):
     port = f"127.0.0.1:{free_port()}"
     together = ["--mesh", "fsdp=8", "--coordinator", port, "--num_processes", "2"]
     both = [
@@ -170,7 +170,7 @@ def test_hosts_that_differ_are_named(home):
     assert all(process.returncode != 0 for process in both)
 
 
-def test_a_run_folder_in_use_is_refused(home, uninterrupted):
+def test_a_run_folder_in_use_is_rejected(home, uninterrupted):
     first = start(home, "busy")
     wait_for((home / "busy" / "config.json").is_file, first)
     first.send_signal(signal.SIGSTOP)
@@ -180,7 +180,7 @@ def test_a_run_folder_in_use_is_refused(home, uninterrupted):
     first.communicate()
 
 
-def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(home):
+def test_nonfinite_losses_are_skipped_and_then_stop_the_run(home):
     flags = ["--learning_rate", "1e30", "--max_nonfinite", "3", "--log_every", "2"]
     said = finish(start(home, "wild", *flags), code=1)
     assert "loss or gradient was not finite in 3 consecutive steps" in said
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(home):
 
 def test_held_out_loss_and_samples(home, tmp_path):
     codec = GOLDEN / "dacvae_tiny" / "weights.pth"
-    # The tiny codec has another latent width than the data: that is said before training.
+    # The tiny codec has another latent width than the data, which is reported before training.
     flags = ["--sample_every", "6", "--codec", str(codec), "--sample_count", "2"]
     said = finish(start(home, "mute", *flags), code=1)
     assert "expected a codec with 128 channels, as in the data, got 12" in said
@@ -224,7 +224,7 @@ def test_held_out_loss_and_samples(home, tmp_path):
     assert (samples / "0.txt").read_text().startswith("This is record")
 
 
-def test_a_run_at_its_end_and_a_run_with_other_shards(home, uninterrupted):
+def test_a_finished_run_and_a_run_with_other_shards(home, uninterrupted):
     shutil.copytree(home / "whole", home / "again")
     finish(start(home, "again", "--num_steps", "9"))
     shutil.copytree(home / "data", home / "renamed")
@@ -233,7 +233,7 @@ def test_a_run_at_its_end_and_a_run_with_other_shards(home, uninterrupted):
     assert "renamed differs from what" in said and len(said.splitlines()) == 1
 
 
-def test_a_run_folder_that_hosts_do_not_share_is_refused(home, tmp_path):
+def test_a_run_folder_that_hosts_do_not_share_is_rejected(home, tmp_path):
     together = ["--mesh", "fsdp=8", "--coordinator", f"127.0.0.1:{free_port()}"]
     both = []
     for i in range(2):
@@ -246,7 +246,7 @@ def test_a_run_folder_that_hosts_do_not_share_is_refused(home, tmp_path):
     assert all(process.returncode == 1 for process in both)
 
 
-def test_weights_of_another_run_begin_a_new_one(home, uninterrupted):
+def test_a_run_can_start_from_the_weights_of_another(home, uninterrupted):
     finish(start(home, "heir", "--init_from", str(home / "whole")))
     lines = lines_of(home, "heir")
     assert lines[-1]["samples_seen"] == STEPS * 8 and lines[0]["loss"] != uninterrupted[1]

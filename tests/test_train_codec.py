@@ -86,7 +86,7 @@ def test_white_noise_has_magnitudes_around_one_at_every_resolution():
         assert float(jnp.sqrt(jnp.mean(magnitudes(noise, window) ** 2))) == pytest.approx(1, 0.05)
 
 
-def test_a_tone_lies_in_the_band_of_its_frequency():
+def test_a_tone_is_in_the_mel_band_of_its_frequency():
     tone = jnp.sin(2 * jnp.pi * jnp.arange(24_000.0) / 24)
     mel = np.asarray(magnitudes(tone, 512) @ mel_filters(24_000, 512))
     step = 2595 * np.log10(1 + 12_000 / 700) / 81  # bands lie at equal distances in mel
@@ -94,7 +94,7 @@ def test_a_tone_lies_in_the_band_of_its_frequency():
     assert abs(np.argmax(mel.mean(0)) - expected) <= 1
 
 
-def test_distances_count_factors_and_not_silence():
+def test_spectral_distances_measure_ratios_and_ignore_silence():
     ones = jnp.ones((4, 5))
     assert float(log_distance(ones, 100 * ones)) == pytest.approx(2)
     assert float(log_distance(1e-5 * ones, 1e-9 * ones)) == 0
@@ -118,7 +118,7 @@ def test_autocorrelations_are_the_transform_of_the_power():
     assert max_difference(power @ _autocorrelation(256, lags), np.fft.irfft(power)[:, lags]) < 1e-6
 
 
-def test_periodicity_is_that_of_the_pitch_and_knows_no_phase_or_level():
+def test_periodicity_measures_pitch_and_ignores_phase_and_level():
     def pulses(period: int, first: int = 0) -> jnp.ndarray:
         return jnp.zeros(4096).at[first::period].set(0.5)
 
@@ -133,13 +133,13 @@ def test_periodicity_is_that_of_the_pitch_and_knows_no_phase_or_level():
     assert distance(pulses(40)[:500], voice[:500]) == 0  # no frame fits
 
 
-def test_divergence_is_that_of_gaussians():
+def test_kl_divergence_is_that_of_gaussians():
     mean, deviation = jnp.array([[0.0, 2.0]]), jnp.array([[1.0, 0.5]])
     expected = (0.0 + 0.5 * (4 + 0.25 - 1) - np.log(0.5)) / 2
     assert float(kl_divergence(mean, deviation)) == pytest.approx(expected)
 
 
-def test_signal_to_distortion_knows_no_scale():
+def test_signal_to_distortion_is_scale_invariant():
     rng = np.random.default_rng(0)
     audio, noise = rng.standard_normal((2, 4000))
     noise -= audio * (noise @ audio) / (audio @ audio)
@@ -148,7 +148,7 @@ def test_signal_to_distortion_knows_no_scale():
         assert signal_to_distortion(scale * (audio + noise), audio) == pytest.approx(20, abs=0.2)
 
 
-def test_training_reaches_every_parameter_of_the_main_path():
+def test_every_parameter_of_the_main_path_is_trained():
     codec = jax.jit(lambda key: DACVAE.init(SIZES, key=key))(jr.key(0))
     audio = 0.3 * jnp.sin(0.2 * jnp.arange(800.0))
 
@@ -167,10 +167,10 @@ def test_the_gradient_of_sine_squared_is_sin_2z():
     assert max_difference(slope, np.sin(2 * np.asarray(z, np.float64))) < 1e-5
 
 
-def test_a_rescaled_codec_decodes_the_same_from_latents_without_mean_and_deviation():
+def test_a_standardized_codec_decodes_the_same_audio():
     codec = jax.jit(lambda key: DACVAE.init(SIZES, key=key))(jr.key(0))
     audio = 0.3 * np.sin(0.2 * np.arange(4000, dtype=np.float32) ** 1.1)
-    # As a trained bottleneck has it: narrow around the mean.
+    # As in a trained bottleneck: narrow around the mean.
     narrow = codec.bottleneck.in_proj.bias.at[SIZES.latent_dim :].set(-8.0)
     codec = eqx.tree_at(lambda c: c.bottleneck.in_proj.bias, codec, narrow)
     mean, deviation = codec.encode(audio)
@@ -201,7 +201,7 @@ def test_crops_are_the_same_on_any_number_of_hosts_and_from_any_step(recordings)
     other.close()
 
 
-def test_a_short_recording_is_followed_by_silence_and_a_long_one_is_met_more_often(recordings):
+def test_short_recordings_are_padded_and_long_ones_sampled_more_often(recordings):
     stream = crops_of(recordings, range(8), samples=1600)
     met = {"0": [], "1": [], "2": [], "3": []}
     for _ in range(25):
@@ -211,11 +211,11 @@ def test_a_short_recording_is_followed_by_silence_and_a_long_one_is_met_more_oft
     stream.close()
     assert len(met["2"]) > 2 * len(met["0"]) > 0
     assert all(np.any(audio[-80:]) for audio in met["1"])
-    # 0.1 s, that is 800 samples, and then nothing.
+    # 0.1 s, or 800 samples, and then silence.
     assert met["3"] and all(np.any(a[700:800]) and not np.any(a[800:]) for a in met["3"])
 
 
-def test_a_damaged_recording_is_replaced_and_many_are_refused(recordings, tmp_path):
+def test_a_damaged_recording_is_replaced_and_many_are_an_error(recordings, tmp_path):
     for path in recordings.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     clips, _ = list_clips(str(tmp_path), max_seconds=1e6, cache=tmp_path)
@@ -256,7 +256,7 @@ def run_step(devices: int, settings: CodecTrainConfig, steps: int = 2, samples: 
 
 
 @pytest.mark.full  # a minute of compiling
-def test_a_step_over_eight_devices_is_that_of_one():
+def test_a_step_on_eight_devices_equals_one_on_a_single_device():
     _, one, of_one = run_step(1, config())
     _, eight, of_eight = run_step(8, config())
     assert max_difference(of_one.loss, of_eight.loss) < 1e-5 * of_one.loss
@@ -266,7 +266,7 @@ def test_a_step_over_eight_devices_is_that_of_one():
     assert set(of_one.terms) == {"mel", "stft", "periodicity", "waveform", "kl"}
 
 
-def test_a_frozen_encoder_stays_to_the_bit():
+def test_a_frozen_encoder_does_not_change():
     before, after, _ = run_step(1, config(freeze_encoder=True, init_from="x"))
     kept = [(before.encoder, after.model.encoder)]
     kept += [(before.bottleneck.in_proj, after.model.bottleneck.in_proj)]
@@ -277,7 +277,7 @@ def test_a_frozen_encoder_stays_to_the_bit():
 
 
 @pytest.mark.full  # twenty discriminators take a minute to compile
-def test_discriminators_are_trained_along():
+def test_discriminators_are_trained_too():
     settings = config(loss=CodecLossConfig(adversarial=1.0))
     _, after, metrics = run_step(1, settings, samples=2400)
     assert bool(metrics.updated)
@@ -326,7 +326,7 @@ def whole(home, recordings):
     return home / "whole"
 
 
-def test_a_run_leaves_a_codec_that_everything_takes(whole):
+def test_every_command_accepts_the_trained_codec(whole):
     lines = lines_of(whole.parent, "whole")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["mel"] > 0 and line["periodicity"] > 0 for line in lines)
@@ -342,10 +342,10 @@ def test_a_run_leaves_a_codec_that_everything_takes(whole):
         echo_eqx.load_dit(whole)
 
 
-def test_stopped_and_started_again_the_losses_are_the_same_bits(whole, home, recordings):
+def test_a_resumed_run_has_bit_identical_losses(whole, home, recordings):
     folder = home / "cut"
     train(home, recordings, "cut", "--num_steps", "6", "--checkpoint_every", "3")
-    # As if killed after step 3: nothing of what came later is there.
+    # As if killed after step 3: nothing later exists.
     for path in sorted((folder / "checkpoints").glob("step_000000006*"), reverse=True):
         for child in sorted(path.iterdir()) if path.is_dir() else []:
             child.unlink()
@@ -356,7 +356,7 @@ def test_stopped_and_started_again_the_losses_are_the_same_bits(whole, home, rec
     assert losses[0] == losses[1]
 
 
-def test_what_cannot_be_used_is_one_sentence(whole, home, recordings, tmp_path):
+def test_unusable_inputs_give_one_line_errors(whole, home, recordings, tmp_path):
     refusals = {
         "model: expected one of .*, got 'big'": {"model": "big"},
         "--data is missing": {"data": None},
@@ -377,6 +377,6 @@ def test_what_cannot_be_used_is_one_sentence(whole, home, recordings, tmp_path):
     assert "has another architecture: expected latent_dim 4, got 3" in dit
 
 
-def test_meshes_that_do_not_fit_are_refused():
+def test_meshes_that_do_not_fit_are_rejected():
     with pytest.raises(UsageError, match="expected a mesh of 8 devices"):
         make_mesh(mesh_shape("data=3", 8))

@@ -1,4 +1,4 @@
-"""Settings of a run: where they come from, and what is refused before anything is compiled."""
+"""Settings of a run: where they come from, and what is rejected before anything is compiled."""
 
 import dataclasses
 import json
@@ -64,12 +64,12 @@ def refusal(config: TrainConfig, **changes) -> str:
     return message
 
 
-def test_what_is_right_comes_to_compiling(config):
+def test_valid_inputs_reach_compilation(config):
     with pytest.raises(AssertionError, match="it went on to compile"):
         train(config, Heartbeat(None))
 
 
-def test_data_that_cannot_be_used_is_named(config, tmp_path):
+def test_unusable_data_is_rejected_by_name(config, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty holds no *.tar" in refusal(config, data=str(tmp_path / "empty"))
     assert "gone does not exist" in refusal(config, data=str(tmp_path / "gone"))
@@ -86,14 +86,14 @@ def test_data_that_cannot_be_used_is_named(config, tmp_path):
     assert "hf://datasets" in refusal(config, data="hf://models/a/b")
 
 
-def test_meshes_and_batches_that_do_not_divide(config):
+def test_meshes_and_batches_that_do_not_divide_are_rejected(config):
     message = refusal(config, batch_size=12)
     assert "batch_size: expected a multiple of data x fsdp = 8" in message and "got 12" in message
     assert "expected a mesh of 8 devices" in refusal(config, mesh="fsdp=4")
     assert "expected tensor to divide the" in refusal(config, mesh="tensor=8")
 
 
-def test_streams_that_do_not_divide_over_hosts(monkeypatch):
+def test_streams_that_do_not_divide_over_hosts_are_rejected(monkeypatch):
     from echo_eqx.train import device_loader
 
     mesh = make_mesh(mesh_shape("fsdp=8", 8))
@@ -105,7 +105,7 @@ def test_streams_that_do_not_divide_over_hosts(monkeypatch):
     assert device_loader.owned_streams(mesh, 16, 8) == [0, 1]
 
 
-def test_flags_out_of_range(config):
+def test_flags_out_of_range_are_rejected(config):
     cases = {
         "num_steps: expected at least 1, got 0": {"num_steps": 0},
         "max_speaker_frames: expected a multiple of 4, got 10": {"max_speaker_frames": 10},
@@ -135,25 +135,25 @@ def test_flags_out_of_range(config):
         assert message in refusal(config, optimizer=changed)
 
 
-def test_processes_that_are_not_described_fully():
+def test_incomplete_process_flags_are_rejected():
     for arguments in [("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("nowhere", 2, 0)]:
         with pytest.raises(UsageError, match=r"expected|needs?"):
             start_processes(*arguments, 1)
 
 
-def test_a_run_folder_that_cannot_be_written(config, tmp_path):
+def test_an_unwritable_run_folder_is_reported(config, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to " in refusal(config, run_dir=tmp_path / "file" / "run")
 
 
-def test_another_run_in_the_folder_is_refused(config, tmp_path):
+def test_another_run_in_the_folder_is_rejected(config, tmp_path):
     from test_checkpoint import make_state, save
 
     save(config.run_dir, 1, make_state())
     assert "has another architecture: expected model_dim 192, got 32" in refusal(config)
 
 
-def test_weights_of_other_sizes_are_refused(config, tmp_path):
+def test_weights_of_other_sizes_are_rejected(config, tmp_path):
     model = random_model(EchoDiT, dataclasses.replace(DIT_PRESETS["tiny"], mlp_dim=64))
     echo_eqx.save(model, tmp_path / "m.safetensors")
     message = refusal(config, init_from=str(tmp_path / "m.safetensors"))
@@ -162,7 +162,7 @@ def test_weights_of_other_sizes_are_refused(config, tmp_path):
     assert "does not exist" in refusal(config, resume_from=str(tmp_path / "none.pkl"))
 
 
-def test_settings_go_through_json(tmp_path):
+def test_settings_round_trip_through_json(tmp_path):
     config = dataclasses.replace(TRAIN_PRESETS["tiny"], data="a", run_dir=tmp_path, num_streams=4)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_json(config)))
@@ -188,7 +188,7 @@ def test_settings_go_through_json(tmp_path):
         base_config(file)
 
 
-def test_flags_override_a_file_and_the_command_says_one_sentence(tmp_path):
+def test_flags_override_a_file_and_errors_are_one_line(tmp_path):
     config = dataclasses.replace(TRAIN_PRESETS["tiny"], data=str(tmp_path / "none"), num_steps=7)
     (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
     file = ["--config", tmp_path / "c.json"]
@@ -205,7 +205,7 @@ def test_flags_override_a_file_and_the_command_says_one_sentence(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_step_takes_only_what_it_was_compiled_for(config):
+def test_a_step_accepts_only_the_shapes_it_was_compiled_for(config):
     config = dataclasses.replace(
         config,
         max_frames=8,
@@ -225,7 +225,7 @@ def test_a_step_takes_only_what_it_was_compiled_for(config):
         compiled(state, batch, jr.key(0))
 
 
-def test_flops_are_what_the_compiler_counts():
+def test_flops_match_the_compilers_count():
     for preset in ("tiny", "840M"):
         config = dataclasses.replace(
             DIT_PRESETS[preset], max_frames=64, max_text_bytes=48, max_speaker_frames=32
@@ -258,8 +258,8 @@ def test_known_chips():
     assert peak_flops("TPU v6 lite") == 918e12 and peak_flops("cpu") is None
 
 
-def resumed(config: TrainConfig, **changes) -> None:
-    """Go on from the checkpoint of `saved_run` with other settings."""
+def resume(config: TrainConfig, **changes) -> None:
+    """Resume from the checkpoint of `saved_run` with other settings."""
     from test_checkpoint import CONFIG
 
     changed = dataclasses.replace(config, **changes)
@@ -270,7 +270,7 @@ def resumed(config: TrainConfig, **changes) -> None:
 
 @pytest.fixture
 def saved_run(tmp_path) -> TrainConfig:
-    """Settings of a run with a moving average that has a checkpoint after step 4 of 10."""
+    """Settings of a run with an EMA and a checkpoint after step 4 of 10."""
     from test_checkpoint import CONFIG, make_state, writer_in
 
     optimizer = dataclasses.replace(TRAIN_PRESETS["tiny"].optimizer, ema_decay=0.9)
@@ -278,7 +278,7 @@ def saved_run(tmp_path) -> TrainConfig:
         TRAIN_PRESETS["tiny"], data="a", run_dir=tmp_path / "run", num_steps=10, optimizer=optimizer
     )
     settings = to_json(config)
-    del settings["skip_longer"]  # as an earlier version, which did not have it yet
+    del settings["skip_longer"]  # as from an earlier version without this setting
     manifest = {"step": 4, "samples_seen": 8, "model": dataclasses.asdict(CONFIG), "seed": 0}
     manifest |= {"settings": settings, "data": {"digest": "same"}}
     writer = writer_in(config.run_dir)
@@ -287,9 +287,9 @@ def saved_run(tmp_path) -> TrainConfig:
     return config
 
 
-def test_what_a_resumed_run_does_otherwise_is_told_in_a_line_each(saved_run, capsys):
+def test_changed_settings_of_a_resumed_run_are_reported_one_per_line(saved_run, capsys):
     elsewhere = {"data": "b", "checkpoint_every": 7, "mesh": "fsdp=8", "log_every": 1}
-    resumed(saved_run, **elsewhere)
+    resume(saved_run, **elsewhere)
     assert capsys.readouterr().err == "", "the same run, started again"
     cases = {
         "--batch_size was 16 until step 4 and is 32 from now on": {"batch_size": 32},
@@ -303,29 +303,29 @@ def test_what_a_resumed_run_does_otherwise_is_told_in_a_line_each(saved_run, cap
         "the run has done 4 steps and --num_steps is 3: nothing to do": {"num_steps": 3},
     }
     for message, changed in cases.items():
-        resumed(saved_run, **changed)
+        resume(saved_run, **changed)
         said = capsys.readouterr().err
         assert said.startswith("warning: ") and message in said and said.count("\n") == 1
     optimizer = dataclasses.replace(saved_run.optimizer, learning_rate=1e-2, ema_decay=0.99)
-    resumed(saved_run, optimizer=optimizer)
+    resume(saved_run, optimizer=optimizer)
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in said] == ["--learning_rate", "--ema_decay"]
 
 
-def test_a_stretched_schedule_is_told_with_the_rates(saved_run, capsys):
-    resumed(saved_run, num_steps=1000)
+def test_a_stretched_schedule_is_reported_with_its_rates(saved_run, capsys):
+    resume(saved_run, num_steps=1000)
     said = capsys.readouterr().err
     # After step 4 of 10 the cosine is at 0.4; of 1000 the warm-up of 50 steps is at 4.
     assert "--num_steps was 10 until step 4 and is 1000" in said
     assert "step 5 has rate 8e-05 instead of 0.000655" in said and said.count("\n") == 1
 
 
-def test_a_moving_average_is_not_dropped(saved_run):
+def test_an_ema_is_not_dropped(saved_run):
     optimizer = dataclasses.replace(saved_run.optimizer, ema_decay=0.0)
     with pytest.raises(
         EchoError, match=r"--ema_decay is 0; continue with --ema_decay 0.9, or start another"
     ):
-        resumed(saved_run, optimizer=optimizer)
+        resume(saved_run, optimizer=optimizer)
 
 
 def test_another_latent_width_names_the_models_that_fit(config, tmp_path):
@@ -335,7 +335,7 @@ def test_another_latent_width_names_the_models_that_fit(config, tmp_path):
     assert "no --model fits; --latent_dim 7 makes" in refusal(config, data=str(odd))
 
 
-def test_the_frame_rate_is_that_of_the_codec_beside_the_shards(config, data, tmp_path):
+def test_the_frame_rate_comes_from_the_codec_json_next_to_the_shards(config, data, tmp_path):
     mesh = make_mesh(mesh_shape("fsdp=8", 8))
 
     def rate(source: Path) -> float:

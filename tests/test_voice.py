@@ -1,4 +1,4 @@
-"""The voice in the package: it speaks, is understood, and trains on."""
+"""The voice in the package: it speaks intelligibly, and can be trained further."""
 
 import json
 from itertools import islice
@@ -16,7 +16,7 @@ from echo_eqx.voice.grammar import held_out_texts, training_texts
 from echo_eqx.voice.similarity import dtw_distances, mel_cepstra
 
 
-def test_everything_that_ships_is_small_and_whole():
+def test_all_packaged_files_are_small_and_complete():
     files = [path for path in Path(voice.__file__).parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20e6
     assert echo_eqx.load_codec("voice").config == CODEC_PRESETS["24khz"]
@@ -24,7 +24,7 @@ def test_everything_that_ships_is_small_and_whole():
     assert len(reference_files(voice.REFERENCES)) == 4
 
 
-def test_held_out_sentences_are_understood():
+def test_held_out_sentences_are_intelligible():
     """The speech of ten sentences that were never trained on is nearest to espeak-ng's own
     recording of the same text, among fifty, where chance finds one in fifty.
     `tests/data/held_out.npz` has the mel cepstra of those."""
@@ -42,11 +42,11 @@ def test_held_out_sentences_are_understood():
         assert np.argmin(dtw_distances(cepstra, originals)) == i
 
 
-def test_training_on_the_shards_in_the_package_lowers_the_loss_and_speaks(tmp_path):
+def test_training_on_the_packaged_shards_lowers_the_loss_and_speaks(tmp_path):
     settings = flags(
         num_steps=30, batch_size=8, checkpoint_every=30, sample_every=0, log_every=10, run_dir="run"
     )
-    # With XLA's optimizations, for thirty steps take longer than compiling.
+    # With XLA's optimizations, because thirty steps take longer than compiling.
     done = run(SCRIPTS / "train.py", *settings, cwd=tmp_path, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]

@@ -1,4 +1,4 @@
-"""Texts for a small voice, their speech by espeak-ng, and how speech is compared."""
+"""Texts for a small voice, their speech by espeak-ng, and comparing speech."""
 
 import json
 import random
@@ -61,7 +61,7 @@ def test_texts_are_the_same_everywhere(texts):
     assert texts[:100] == first_texts(0, 100) != first_texts(1, 100)
 
 
-def test_texts_fit_and_the_normaliser_leaves_them(texts, held_out):
+def test_texts_fit_and_are_unchanged_by_normalization(texts, held_out):
     every = [*texts, *(text for kind in KINDS for text in held_out[kind])]
     for text in every:
         assert text.isascii() and len(text) >= 8
@@ -87,7 +87,7 @@ def test_unseen_words_are_never_trained_on(texts, held_out):
         assert not any(held_out_words(text) for text in held_out[kind])
 
 
-def test_each_other_word_is_met_several_times(texts):
+def test_every_other_word_occurs_several_times(texts):
     counts: dict[str, int] = {}
     for text in texts[:6000]:
         for word in words_of(text):
@@ -99,7 +99,7 @@ def test_each_other_word_is_met_several_times(texts):
     assert min(sum(counts.get(word, 0) for word in words) for words in trained.values()) >= 2
 
 
-def test_texts_are_cut_to_runs_of_words(texts):
+def test_phrases_are_consecutive_words(texts):
     rng = random.Random(0)
     pieces = [(text, random_phrase(text, rng, 3)) for text in texts[:2000]]
     assert all(piece in text and piece.strip('.,!?;:-"') == piece for text, piece in pieces)
@@ -120,7 +120,7 @@ def test_words_are_inflected():
             assert inflect(word, form) == wanted.replace("_", " ")
 
 
-def test_warping_equals_a_naive_one():
+def test_dtw_equals_a_naive_implementation():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(17, 13))
     others = [rng.normal(size=(n, 13)) for n in (1, 23, 9, 17, 30, 17, 2, 5, 11)]
@@ -142,7 +142,7 @@ def test_warping_equals_a_naive_one():
     assert similarity.dtw_distances(a, [slow])[0] < 1e-6
 
 
-def test_pitch_of_a_tone_is_its_own():
+def test_the_pitch_of_a_tone_is_its_frequency():
     t = np.arange(22_050) / 22_050
     for hertz in (80.0, 133.0, 240.0, 400.0):
         tone = sum(np.sin(2 * np.pi * hertz * k * t) / k for k in range(1, 6))
@@ -150,7 +150,7 @@ def test_pitch_of_a_tone_is_its_own():
     assert np.isnan(similarity.median_pitch(np.zeros(8000), 8000))
 
 
-def test_cepstra_do_not_hear_loudness():
+def test_cepstra_ignore_loudness():
     audio = np.random.default_rng(1).normal(size=12_345)
     loud, quiet = (similarity.mel_cepstra(audio * gain, 24_000) for gain in (0.5, 0.05))
     assert loud.shape[1] == 13
@@ -158,7 +158,7 @@ def test_cepstra_do_not_hear_loudness():
 
 
 @needs_espeak
-def test_noisy_speech_finds_its_text(spoken):
+def test_noisy_speech_is_nearest_to_its_own_text(spoken):
     rng = np.random.default_rng(2)
     noisy = []
     for audio, rate in spoken["clara"]:
@@ -171,7 +171,7 @@ def test_noisy_speech_finds_its_text(spoken):
 
 
 @needs_espeak
-def test_four_voices_are_told_apart(spoken):
+def test_four_voices_are_distinguished(spoken):
     prints = {name: similarity.voice_print(clips[:4]) for name, clips in spoken.items()}
     pitches = sorted(voice.pitch for voice in prints.values())
     assert all(high > 1.2 * low for low, high in pairwise(pitches))
@@ -181,7 +181,7 @@ def test_four_voices_are_told_apart(spoken):
 
 
 @needs_espeak
-def test_speech_is_as_loud_as_said_and_trimmed(spoken):
+def test_speech_has_the_documented_peak_and_silence(spoken):
     for clips in spoken.values():
         for audio, rate in clips:
             assert audio.dtype == np.float32 and audio.ndim == 1
@@ -192,7 +192,7 @@ def test_speech_is_as_loud_as_said_and_trimmed(spoken):
 
 
 @needs_espeak
-def test_corpus_goes_on_and_is_the_same(tmp_path, texts):
+def test_an_interrupted_corpus_is_continued_identically(tmp_path, texts):
     def files(folder):
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -203,7 +203,7 @@ def test_corpus_goes_on_and_is_the_same(tmp_path, texts):
     espeak.speak_corpus(texts, twice, count=12, max_seconds=2.5)
     assert files(once) == files(twice)
     assert (twice / rows[0]["audio"]).stat().st_mtime_ns == made
-    # Other texts in the same folder are no reason to keep what was there.
+    # With other texts in the same folder, earlier clips are not kept.
     espeak.speak_corpus(texts[100:], twice, count=3)
     first = json.loads((twice / espeak.MANIFEST).read_text().splitlines()[0])
     assert first["text"] == f"[S1] {texts[100]}"
@@ -216,20 +216,20 @@ def test_corpus_goes_on_and_is_the_same(tmp_path, texts):
     assert sf.info(once / rows[0]["audio"]).subtype == "PCM_16"
 
 
-def test_without_espeak_one_sentence_says_so(monkeypatch):
+def test_without_espeak_the_error_is_one_line(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(EchoError, match="espeak-ng is not installed"):
         espeak.speak("Hello.", espeak.VOICES[0])
 
 
 @needs_espeak
-def test_a_text_without_speech_is_refused():
+def test_a_text_without_speech_is_rejected():
     with pytest.raises(EchoError, match=r"silence|no audio"):
         espeak.speak("", espeak.VOICES[0])
 
 
 @needs_espeak
-def test_word_errors_are_counted_where_the_dictionary_has_all_words(spoken, held_out):
+def test_word_errors_use_only_texts_in_the_dictionary(spoken, held_out):
     texts = [*held_out["seen"][:10], "It is 5."]
     nothing = [(np.zeros(16_000, np.float32), 16_000)]
     originals = Originals(texts, {name: clips + nothing for name, clips in spoken.items()})

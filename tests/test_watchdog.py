@@ -1,4 +1,4 @@
-"""The watchdog deletes in order and only as much as needed; nothing else, and not through links."""
+"""The watchdog deletes in order and only as much as needed, and never through links."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def disk(tmp_path):
 
 @contextlib.contextmanager
 def held(path: Path, kind: str = "LOCK_EX"):
-    """Another real process holds a lock on `path`."""
+    """A real other process holds a lock on `path`."""
     script = (
         "import fcntl, sys; file = open(sys.argv[1]); "
         f"fcntl.flock(file, fcntl.{kind}); print('held', flush=True); sys.stdin.read()"
@@ -64,7 +64,7 @@ def held(path: Path, kind: str = "LOCK_EX"):
 
 
 def fill(path: Path, age: float | None = None) -> Path:
-    """A file of one piece; `age` in seconds, or as old as time begins."""
+    """A file of `PIECE` bytes; `age` in seconds, or None for a modification time of 0."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(PIECE))
     moment = 0.0 if age is None else time.time() - age
@@ -96,7 +96,7 @@ def revision(disk: Path, repo: str, commit: str, days: float) -> Path:
 
 
 class Watched:
-    """A watchdog of the small disk, and what it has logged."""
+    """A watchdog for the small disk, and its log."""
 
     def __init__(self, disk: Path, free: int, keep: tuple[int, int] = (1, 0), **args: Any):
         self._log = disk.parent / "log.jsonl"
@@ -125,7 +125,7 @@ class Watched:
 
 
 def fill_with_everything(disk: Path) -> tuple[list[Path], list[Path]]:
-    """What may go, in its order, and what stays."""
+    """Fill the disk; returns what may be deleted, in order, and what must be kept."""
     runs = disk / "runs"
     stay = [shard(disk, 1, age=9 * DAY), shard(disk, 2, age=60, kind="part")]
     goes = [shard(disk, 3), shard(disk, 4), shard(disk, 5, age=2 * 3600, kind="part")]
@@ -144,7 +144,7 @@ def fill_with_everything(disk: Path) -> tuple[list[Path], list[Path]]:
 RULE = 2, 25
 
 
-def test_what_may_go_goes_in_order_and_the_rest_stays(disk):
+def test_deletable_things_are_deleted_in_order_and_nothing_else(disk):
     goes, stay = fill_with_everything(disk)
     watched = Watched(disk, ALL, RULE)
     assert not watched.check()
@@ -161,7 +161,7 @@ def test_what_may_go_goes_in_order_and_the_rest_stays(disk):
     assert last["bytes"] == sum(line["bytes"] for line in watched.lines[:-1])
 
 
-def test_it_stops_as_soon_as_there_is_enough(disk):
+def test_it_stops_as_soon_as_enough_is_free(disk):
     goes, _ = fill_with_everything(disk)
     free = shutil.disk_usage(disk).free
     watched = Watched(disk, free + PIECE + PIECE // 2, RULE)
@@ -171,7 +171,7 @@ def test_it_stops_as_soon_as_there_is_enough(disk):
     assert watched.check() and len(watched.lines) == count
 
 
-def test_dry_run_says_the_same_once_and_removes_nothing(disk):
+def test_a_dry_run_logs_once_and_deletes_nothing(disk):
     goes, stay = fill_with_everything(disk)
     before = shutil.disk_usage(disk).free
     dry = Watched(disk, ALL, RULE, dry_run=True)
@@ -190,7 +190,7 @@ def test_dry_run_says_the_same_once_and_removes_nothing(disk):
     assert dry.paths("would_delete")[len(goes) :] == wet.paths() == goes[:5]
 
 
-def test_the_newest_complete_checkpoint_and_newer_things_stay(disk):
+def test_the_newest_complete_checkpoint_and_newer_ones_are_kept(disk):
     run_dir = disk / "runs" / "one"
     steps = [step(run_dir, n) for n in (1, 2, 3)]
     newer = step(run_dir, 4, complete=False)
@@ -204,7 +204,7 @@ def test_the_newest_complete_checkpoint_and_newer_things_stay(disk):
     assert all(path.exists() for path in (steps[2], newer, fresh, later, *notes))
 
 
-def test_leftovers_stay_while_the_run_lives(disk):
+def test_leftovers_are_kept_while_the_run_is_alive(disk):
     run_dir = disk / "runs" / "one"
     leftovers = [
         step(run_dir, 1, complete=False),
@@ -224,7 +224,7 @@ def test_leftovers_stay_while_the_run_lives(disk):
 
 
 @pytest.mark.parametrize("kind", ["LOCK_SH", "LOCK_EX"])
-def test_what_another_process_holds_stays(disk, kind):
+def test_files_held_by_another_process_are_kept(disk, kind):
     paths = [shard(disk, 1), shard(disk, 2, age=DAY, kind="part")]
     snapshot = revision(disk, "used", "a", days=9)
     revision(disk, "used", "b", days=1)
@@ -263,7 +263,7 @@ def test_links_are_not_followed(disk, tmp_path):
     links[out / "victim"] = fill(outside / "blob", 9 * DAY)
     shutil.copytree(hub / "models--owner--used", outside / "models--o--r", symlinks=True)
     for snapshot in list((outside / "models--o--r" / "snapshots").iterdir()):
-        snapshot.rename(snapshot.with_name(snapshot.name.upper()))  # hashes are of one repository
+        snapshot.rename(snapshot.with_name(snapshot.name.upper()))  # hashes differ by repository
     links[hub / "models--o--r"] = outside / "models--o--r"
     for link, target in links.items():
         link.symlink_to(target)
@@ -275,7 +275,7 @@ def test_links_are_not_followed(disk, tmp_path):
     assert all(link.is_symlink() for link in links)
 
 
-def test_an_error_is_told_once_and_the_next_one_goes(disk, monkeypatch):
+def test_an_error_is_logged_once_and_the_next_candidate_deleted(disk, monkeypatch):
     steps = [step(disk / "runs" / "one", n) for n in (1, 2, 3, 4)]
     delete = candidates._delete_checkpoint
 
@@ -283,7 +283,7 @@ def test_an_error_is_told_once_and_the_next_one_goes(disk, monkeypatch):
         if path == steps[0]:
             raise PermissionError(13, "Permission denied")
         if path == steps[1]:
-            delete(path)  # another watchdog is quicker
+            delete(path)  # as if another watchdog were quicker
         delete(path)
 
     monkeypatch.setattr(candidates, "_delete_checkpoint", hindered)
@@ -308,7 +308,7 @@ def test_a_log_on_a_full_disk_goes_to_stderr(disk, capfd):
     assert [json.loads(line)["event"] for line in lines] == ["first", "third"]
 
 
-def test_sigterm_ends_it_and_a_shortage_is_said_once(disk):
+def test_sigterm_stops_it_and_a_shortage_is_logged_once(disk):
     old = step(disk / "runs" / "one", 1)
     step(disk / "runs" / "one", 2)
     flags = ["--free_gb", "0.0083", "--runs", disk / "runs", "--keep_last", "1", "--every", "0.05"]
@@ -337,7 +337,7 @@ def command(monkeypatch, capfd):
     return call
 
 
-def test_once_says_by_its_code_whether_there_is_enough(command, disk):
+def test_the_exit_code_of_once_says_whether_enough_is_free(command, disk):
     consumed = shard(disk, 1)
     code, out, _ = command("--free_gb", "0.008388", "--cache_dir", disk / "cache", "--once")
     assert code == 0 and not consumed.exists()
@@ -347,7 +347,7 @@ def test_once_says_by_its_code_whether_there_is_enough(command, disk):
     assert code == 1 and json.loads(out)["deleted"] == 0
 
 
-def test_bad_input_is_one_sentence(command, tmp_path):
+def test_bad_input_gives_one_line_errors(command, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
     for flags, code, said in [
@@ -371,6 +371,6 @@ def test_bad_input_is_one_sentence(command, tmp_path):
         assert len(err.splitlines()) == 1
 
 
-def test_a_log_that_cannot_be_made_is_refused(tmp_path):
+def test_an_unwritable_log_is_rejected(tmp_path):
     with pytest.raises(EchoError, match=r"cannot write the log .*: Is a directory"):
         EventLog(tmp_path)

@@ -1,4 +1,4 @@
-"""Loading: what published files hold, and that every import is total."""
+"""Loading published files, and that every import uses every tensor."""
 
 import dataclasses
 import json
@@ -190,7 +190,7 @@ def nested(flat):
         ),
     ],
 )
-def test_flax_import_is_total(tmp_path, damage, message):
+def test_every_flax_tensor_is_used(tmp_path, damage, message):
     params = dict(read_flax_checkpoint(WEIGHTS_ONLY).params)
     damage(params)
     path = tmp_path / "model.pkl"
@@ -227,7 +227,7 @@ def test_export_has_the_tensors_of_the_original(tmp_path):
     assert all(np.array_equal(exported[name], original[name]) for name in original)
 
 
-def test_blockwise_parts_may_be_cut_off_but_only_whole(tmp_path):
+def test_blockwise_parts_may_be_missing_but_only_entirely(tmp_path):
     tensors = load_file(PYTORCH)
     for part in ("latent_encoder.", "latent_norm."):
         tensors = {name: x for name, x in tensors.items() if not name.startswith(part)}
@@ -249,7 +249,7 @@ def test_blockwise_parts_may_be_cut_off_but_only_whole(tmp_path):
         (lambda t: t.update({"out_proj.bias": np.full(20, np.inf)}), "out_proj.bias .*not finite"),
     ],
 )
-def test_pytorch_import_is_total(tmp_path, damage, message):
+def test_every_pytorch_tensor_is_used(tmp_path, damage, message):
     tensors = load_file(PYTORCH)
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
@@ -312,7 +312,7 @@ def test_saved_models_load_as_they_were(tmp_path, golden_codec, dtype, folder):
         assert same(again, rounded)
 
 
-def test_loaded_matrices_have_the_type_asked_for(tmp_path):
+def test_loaded_matrices_have_the_requested_dtype(tmp_path):
     echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), tmp_path)
     leaves = named_leaves(echo_eqx.load_dit(tmp_path, dtype=jnp.bfloat16))
     assert leaves["blocks.mlp.w1.weight"].dtype == jnp.bfloat16
@@ -328,7 +328,7 @@ def test_every_matrix_of_a_codec_is_cast_and_nothing_else(golden_codec):
         assert leaves[f"watermark.{name}"].dtype == jnp.bfloat16
 
 
-def test_file_says_what_it_is_and_others_may_read_it(tmp_path):
+def test_files_describe_themselves_and_other_programs_read_them(tmp_path):
     echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), tmp_path / "a" / "b")
     described = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
     assert (described["format"], described["kind"]) == ("echo_eqx", "dit")
@@ -336,7 +336,7 @@ def test_file_says_what_it_is_and_others_may_read_it(tmp_path):
     assert (tmp_path / "a" / "b" / "model.safetensors").stat().st_mode & 0o044
 
 
-def test_numbers_that_do_not_fit_are_refused_and_the_old_file_stays(tmp_path):
+def test_numbers_that_do_not_fit_are_rejected_and_the_old_file_kept(tmp_path):
     path = tmp_path / "model.safetensors"
     dit = random_model(echo_eqx.EchoDiT, SMALL)
     echo_eqx.save(dit, path)
@@ -348,7 +348,7 @@ def test_numbers_that_do_not_fit_are_refused_and_the_old_file_stays(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_number_that_the_export_scales_out_of_range_is_refused(tmp_path):
+def test_a_number_that_the_export_scales_out_of_range_is_rejected(tmp_path):
     config = dataclasses.replace(SMALL, speaker_proj_scale=1.0)
     dit = random_model(echo_eqx.EchoDiT, config)
     weight = dit.speaker_encoder.in_proj.weight.at[0, 0].set(20_000.0)
@@ -357,7 +357,7 @@ def test_a_number_that_the_export_scales_out_of_range_is_refused(tmp_path):
         echo_eqx.save(dit, tmp_path / "m.safetensors", dtype="float16", layout="pytorch")
 
 
-def test_unwritable_place_is_named(tmp_path):
+def test_an_unwritable_path_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EchoError, match="cannot be written"):
         echo_eqx.save(
@@ -386,12 +386,12 @@ def own_file(tmp_path, **metadata):
         ({"config": '{"model_dim": "x"}'}, "no usable config"),
     ],
 )
-def test_bad_metadata_is_named(tmp_path, metadata, message):
+def test_bad_metadata_is_rejected_by_name(tmp_path, metadata, message):
     with pytest.raises(EchoError, match=message):
         echo_eqx.load_dit(own_file(tmp_path, **metadata))
 
 
-def test_config_fields_of_wrong_type_or_name_are_named(tmp_path):
+def test_config_fields_with_wrong_type_or_name_are_reported(tmp_path):
     config = to_json(SMALL)
     for change, message in (
         ({"model_dim": -4}, "model_dim: expected .* got -4"),
@@ -411,13 +411,13 @@ def test_config_fields_of_wrong_type_or_name_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["echo_eqx", "pytorch"])
-def test_a_flipped_bit_anywhere_in_a_file_of_ours_never_loads_as_other_weights(tmp_path, layout):
+def test_a_flipped_bit_in_our_files_never_loads_as_other_weights(tmp_path, layout):
     dit = random_model(echo_eqx.EchoDiT, SMALL)
     path = tmp_path / "model.safetensors"
     echo_eqx.save(dit, path, layout=layout)
     data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
-    # All through the header, and some in the data, its first and last byte among them.
+    # Bits all over the header, and some in the data, including its first and last byte.
     places = [*range(0, header, 97), *range(header, len(data), 4001), len(data) - 1]
     refused = 0
     for place in places:
@@ -430,7 +430,7 @@ def test_a_flipped_bit_anywhere_in_a_file_of_ours_never_loads_as_other_weights(t
                 opened[name]
         except EchoError:
             refused += 1
-    # Only in the name of the entry of checksums a flip is not seen, and changes nothing.
+    # A flip is missed only in the name of the checksums' own entry, where it changes nothing.
     assert refused >= len(places) - 1
 
 
@@ -456,13 +456,13 @@ PREFIXES = ["module.", "_orig_mod.", "ema_model.", "module._orig_mod.", "net.0.d
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_a_prefix_that_all_names_share_is_left_out(tmp_path, golden_dit, prefix):
+def test_a_prefix_shared_by_all_names_is_removed(tmp_path, golden_dit, prefix):
     path = tmp_path / "model.safetensors"
     expected = echo_eqx.load_dit(PYTORCH)
     tensors = {prefix + name: array for name, array in load_file(PYTORCH).items()}
     save_file(tensors, path)
     assert same(echo_eqx.load_dit(path), expected)
-    # One name without it: nothing is guessed.
+    # If one name lacks it, nothing is guessed.
     name = f"{prefix}out_proj.bias"
     save_file({**tensors, "out_proj.bias": tensors.pop(name)}, path)
     with pytest.raises(EchoError, match="is missing"):
@@ -474,7 +474,7 @@ def test_a_prefix_that_all_names_share_is_left_out(tmp_path, golden_dit, prefix)
     assert same(echo_eqx.load_dit(pickled), golden_dit)
 
 
-def in_parts(folder, tensors, stem="model", count=3):
+def write_sharded(folder, tensors, stem="model", count=3):
     """Write `tensors` as several files with an index; returns the index."""
     where = {}
     for i in range(count):
@@ -489,20 +489,20 @@ def in_parts(folder, tensors, stem="model", count=3):
 
 @pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_parts_with_an_index_load(tmp_path, stem, prefix):
+def test_sharded_files_with_an_index_load(tmp_path, stem, prefix):
     tensors = {prefix + name: array for name, array in load_file(PYTORCH).items()}
-    index = in_parts(tmp_path, tensors, stem)
+    index = write_sharded(tmp_path, tensors, stem)
     part = tmp_path / f"{stem}-00002-of-00003.safetensors"
     expected = echo_eqx.load_dit(PYTORCH)
     for source in (tmp_path, index, part):
         assert same(echo_eqx.load_dit(source), expected)
 
 
-def test_our_own_codec_in_parts_loads(tmp_path, golden_codec):
+def test_our_own_codec_loads_sharded(tmp_path, golden_codec):
     echo_eqx.save(golden_codec, tmp_path / "codec.safetensors")
     with safe_open(tmp_path / "codec.safetensors", "numpy") as file:
         metadata = file.metadata()
-    index = in_parts(tmp_path, load_file(tmp_path / "codec.safetensors"))
+    index = write_sharded(tmp_path, load_file(tmp_path / "codec.safetensors"))
     for part in tmp_path.glob("model-*"):
         save_file(load_file(part), part, metadata)
     assert same(echo_eqx.load_codec(index), golden_codec)
@@ -528,8 +528,8 @@ def test_our_own_codec_in_parts_loads(tmp_path, golden_codec):
         ),
     ],
 )
-def test_a_wrong_index_is_named(tmp_path, change, message):
-    index = in_parts(tmp_path, load_file(PYTORCH))
+def test_a_wrong_index_is_rejected_by_name(tmp_path, change, message):
+    index = write_sharded(tmp_path, load_file(PYTORCH))
     change(index)
     with pytest.raises(EchoError, match=message):
         echo_eqx.load_dit(tmp_path)
@@ -538,7 +538,7 @@ def test_a_wrong_index_is_named(tmp_path, change, message):
 # --- Files that are something else --------------------------------------------------------------
 
 
-def test_models_of_the_wrong_kind_are_named(tmp_path, golden_codec):
+def test_models_of_the_wrong_kind_are_rejected_by_name(tmp_path, golden_codec):
     echo_eqx.save(golden_codec, tmp_path / "codec")
     echo_eqx.save(random_model(echo_eqx.EchoDiT, SMALL), tmp_path / "dit")
     with pytest.raises(EchoError, match="expected an EchoDiT, got a codec"):
@@ -553,7 +553,7 @@ def test_models_of_the_wrong_kind_are_named(tmp_path, golden_codec):
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pkl", "weights.pth"])
 @pytest.mark.parametrize("content", [b"", b"hello, world", b"\x00" * 4096, b"\x80\x04K"])
 @pytest.mark.parametrize("load", [echo_eqx.load_dit, echo_eqx.load_codec])
-def test_files_of_another_kind_are_named(tmp_path, name, content, load):
+def test_files_of_another_kind_are_rejected_by_name(tmp_path, name, content, load):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(EchoError, match=name):
@@ -562,7 +562,7 @@ def test_files_of_another_kind_are_named(tmp_path, name, content, load):
 
 @pytest.mark.parametrize("source", [WEIGHTS_ONLY, FULL_STATE, PYTORCH, PTH])
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.99, 0.99999])
-def test_truncated_files_are_named(tmp_path, source, share):
+def test_truncated_files_are_rejected_by_name(tmp_path, source, share):
     data = source.read_bytes()
     path = tmp_path / source.name
     path.write_bytes(data[: int(len(data) * share)])
@@ -571,7 +571,7 @@ def test_truncated_files_are_named(tmp_path, source, share):
         load(path)
 
 
-def test_missing_and_ambiguous_sources_are_named(tmp_path):
+def test_missing_and_ambiguous_sources_are_reported(tmp_path):
     with pytest.raises(EchoError, match="does not exist"):
         echo_eqx.load_dit(tmp_path / "none.safetensors")
     with pytest.raises(EchoError, match="holds no weights"):
@@ -582,8 +582,8 @@ def test_missing_and_ambiguous_sources_are_named(tmp_path):
         echo_eqx.load_dit(tmp_path)
 
 
-def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path):
-    # A real file of the right size, most of it a hole: nothing of it needs to be there.
+def test_a_model_larger_than_memory_is_rejected_before_it_is_read(tmp_path):
+    # A real file of the right size that is mostly a hole, because its data is never read.
     config = dataclasses.replace(DIT_PRESETS["1.3B"], num_layers=4000)
     skeleton = jax.eval_shape(lambda key: echo_eqx.EchoDiT.init(config, key=key), jax.random.key(0))
     header, offset = {}, 0

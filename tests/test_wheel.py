@@ -1,4 +1,4 @@
-"""A built wheel, installed outside the tree, has all commands and speaks."""
+"""A built wheel, installed outside the source tree, has all commands and works."""
 
 import os
 import re
@@ -57,7 +57,7 @@ def installed(wheel: Path, tmp_path_factory) -> Path:
     return python.parent
 
 
-def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
+def test_the_wheel_contains_every_file_of_the_package(wheel: Path):
     held = set(zipfile.ZipFile(wheel).namelist())
     files = {
         str(path.relative_to(ROOT))
@@ -70,7 +70,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
     assert {"echo_eqx/ops/page/index.html", "echo_eqx/voice/grammar.txt"} <= held
 
 
-def test_the_installed_command_speaks(installed: Path, tmp_path: Path):
+def test_the_installed_command_works(installed: Path, tmp_path: Path):
     flags = ("--text", "Hello from a tiny model.", "--output", "hello.wav")
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     said = run(installed / "echo-eqx", "infer", *flags, cwd=tmp_path, **cache)
@@ -99,7 +99,7 @@ def test_every_command_has_a_script_and_a_line_of_help(installed: Path, tmp_path
     assert described == set(COMMANDS)
 
 
-def test_an_unknown_command_is_one_sentence(installed: Path, tmp_path: Path):
+def test_an_unknown_command_gives_a_one_line_error(installed: Path, tmp_path: Path):
     done = subprocess.run([installed / "echo-eqx", "speek"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"error: expected a command, one of .*; got 'speek'\n", done.stderr)

@@ -196,7 +196,7 @@ def decoder_context_frames(config: CodecConfig) -> int:
     step = config.hop
     receptive_field = 3 * step
     for rate in config.decoder_rates:
-        receptive_field += step  # a transposed convolution joins two neighbours
+        receptive_field += step  # a transposed convolution joins two neighboring frames
         step = step // rate
         receptive_field += step * _UNITS_RECEPTIVE_FIELD
     return -(-(receptive_field + 3) // config.hop)

@@ -84,7 +84,7 @@ def main() -> None:
         init_from=codec,
         freeze_encoder=True,
         num_steps=args.decoder_steps,
-        # Latents do not encode the phase, so a loss on samples favours silence, and spectral losses
+        # Latents do not encode the phase, so a loss on samples favors silence, and spectral losses
         # leave the pitch undetermined.
         **{"loss.waveform": 0.0, "loss.periodicity": 5.0, "learning_rate": 1e-3},
     )

@@ -86,17 +86,17 @@ def generation_config(
         )
         for voice, clips in originals.audio.items()
     }
-    centres = {voice: rows.mean(0) for voice, rows in means.items()}
-    residuals = np.concatenate([rows - centres[voice] for voice, rows in means.items()])
+    centers = {voice: rows.mean(0) for voice, rows in means.items()}
+    residuals = np.concatenate([rows - centers[voice] for voice, rows in means.items()])
     covariance = np.cov(residuals.T)
     # Shrunk towards its diagonal, as there are few recordings for so many values.
     values, vectors = np.linalg.eigh(0.8 * covariance + 0.2 * np.diag(np.diag(covariance)))
     whitening = np.round(vectors / np.sqrt(values), 4)
     voices = []
-    for voice, centre in centres.items():
-        distances = np.sqrt(np.mean(np.square((means[voice] - centre) @ whitening), axis=1))
+    for voice, center in centers.items():
+        distances = np.sqrt(np.mean(np.square((means[voice] - center) @ whitening), axis=1))
         radius = 1.1 * float(distances.max())
-        voices.append(KnownVoice(voice, _rounded(centre), round(radius, 4)))
+        voices.append(KnownVoice(voice, _rounded(center), round(radius, 4)))
     return GenerationConfig(
         sampler=SETTINGS,
         expand_text=True,

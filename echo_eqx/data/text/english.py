@@ -269,9 +269,9 @@ def _acronym(match: regex.Match) -> str:
 def _is_shouted(match: regex.Match) -> bool:
     """Whether the words around the match are in capitals too."""
     around = match.string[max(0, match.start() - 25) : match.end() + 25]
-    neighbours = rf"\p{{Lu}}{{2,}}[!?]? {match[0]}\b|\b{match[0]} \p{{Lu}}{{2,}}"
-    has_neighbour = regex.search(neighbours, around)
-    return has_neighbour is not None and not regex.search(r"\p{Ll}", around)
+    neighbors = rf"\p{{Lu}}{{2,}}[!?]? {match[0]}\b|\b{match[0]} \p{{Lu}}{{2,}}"
+    has_neighbor = regex.search(neighbors, around)
+    return has_neighbor is not None and not regex.search(r"\p{Ll}", around)
 
 
 def _letters(match: regex.Match) -> str:

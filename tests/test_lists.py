@@ -153,7 +153,7 @@ def test_ambiguous_columns_are_rejected(tmp_path):
         "audio|text|text\nwavs/a.wav|One.|Two.\n": "got 'text' more than once",
         "x|One two.\n": "expected a header",
         "# nothing but a comment\n": "expected a header",
-        "a One two.\nb Three.\n": "\\(Kaldi\\) are not supported",
+        "a One two.\nb Three.\n": "\\(Kaldi\\) is not supported",
     }.items():
         with pytest.raises(EchoError, match=message) as caught:
             read(tmp_path / "list.csv", text)

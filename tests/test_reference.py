@@ -120,12 +120,12 @@ def test_long_pauses_are_shortened_and_short_ones_kept():
     [
         (np.zeros(40_000), "silent from 0 to 2.5 s"),
         (np.full(40_000, 0.3), "silent from 0 to 2.5 s"),
-        (np.pad(voice()[4000:7000], (0, 40_000)), "at least.* steady noise from .* to 2.7 s"),
+        (np.pad(voice()[4000:7000], (0, 40_000)), "silent or steady noise from .* to 2.7 s"),
         (click(2.5), "silent or steady noise from 0.0 to 2.5 s"),
     ],
 )
 def test_errors_say_which_part_is_silent(audio, message):
-    with pytest.raises(EchoError, match=f"ref is {message}"):
+    with pytest.raises(EchoError, match=f"ref.* is {message}"):
         extract_speech(audio.astype(np.float32), RATE, "ref")
 
 

@@ -28,17 +28,20 @@ def num_parameters(tree: Any) -> int:
 def cast(tree: T, dtype: Any) -> T:
     """A copy of the model `tree` with its matrices, embeddings and kernels in `dtype`.
 
-    `dtype` is anything that `jnp.dtype` takes, such as "bfloat16". Norm weights, biases and the
-    Snake's alpha are float32 whatever `dtype` is: they are small and used in float32 arithmetic.
+    `dtype` is anything that `jnp.dtype` takes, such as "bfloat16". Norm weights, biases, the
+    Snake's alpha and the scales of int8 weights are float32 whatever `dtype` is: they are small and
+    used in float32 arithmetic. int8 weights stay int8.
     """
     dtype = jnp.dtype(dtype)
 
-    def leaf_dtype(name: str) -> Any:
+    def leaf_dtype(name: str, leaf: Any) -> Any:
+        if leaf.dtype == jnp.int8:
+            return leaf.dtype
         is_matrix = name.endswith(_MATRICES) and not name.endswith("norm.weight")
         return dtype if is_matrix else jnp.float32
 
     leaves, treedef = jax.tree.flatten(tree)
     names = leaf_names(tree)
     return treedef.unflatten(
-        leaf.astype(leaf_dtype(name)) for name, leaf in zip(names, leaves, strict=True)
+        leaf.astype(leaf_dtype(name, leaf)) for name, leaf in zip(names, leaves, strict=True)
     )

@@ -18,10 +18,12 @@ if OWN_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="echo_eqx_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import huggingface_hub  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hub_server import Hub  # noqa: E402
 from processes import xla_flags  # noqa: E402
 
 import echo_eqx  # noqa: E402
@@ -80,6 +82,21 @@ def blockwise_dit() -> echo_eqx.EchoDiT:
 @pytest.fixture(scope="session")
 def blockwise_cases() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "blockwise" / "cases.npz"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on loopback, which `huggingface_hub` takes for the real one."""
+    hub = Hub()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    yield hub
+    hub.stop()
 
 
 @functools.cache

@@ -48,6 +48,7 @@ from echo_eqx.weights.checkpoint.reader import (
 )
 from echo_eqx.weights.checkpoint.retention import Retention
 from echo_eqx.weights.checkpoint.writer import CheckpointWriter
+from echo_eqx.weights.names import to_pytorch
 
 SECONDS = 20.0
 """Of this process's time that a case may take at most; most take milliseconds."""
@@ -94,8 +95,9 @@ class Target(NamedTuple):
 
 def make_pytorch(folder: Path) -> None:
     dit = random_model(EchoDiT, DIT)
-    echo_eqx.save(dit, folder / "model.safetensors", layout="pytorch")
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(dit).items()}
+    tensors = {name: leaf.copy() for name, leaf in to_pytorch(leaves, DIT).items()}
+    save_file(tensors, folder / "model.safetensors")
 
 
 def make_parts(folder: Path) -> None:
@@ -213,6 +215,12 @@ def copied(path: Path) -> Callable[[Path], object]:
 TARGETS = {
     "dit": Target(
         lambda f: echo_eqx.save(random_model(EchoDiT, DIT), f), echo_eqx.load_dit, 24, exact=True
+    ),
+    "int8": Target(
+        lambda f: echo_eqx.save(random_model(EchoDiT, DIT), f, dtype="int8"),
+        echo_eqx.load_dit,
+        10,
+        exact=True,
     ),
     "codec": Target(
         lambda f: echo_eqx.save(random_model(DACVAE, CODEC), f / "codec.safetensors"),

@@ -117,6 +117,7 @@ STRINGS = [
     "watchdog --log -x",
     "make_corpus --output -x",
     "eval_voice --codec -x",
+    "export voice --to native --output x --codec -x",
     "build_voice --work -x",
     "tpu create --accelerator_type v4-8 --name -x",
 ]

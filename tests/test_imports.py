@@ -11,7 +11,17 @@ import echo_eqx
 
 PACKAGE = Path(echo_eqx.__file__).parent
 LAYERS = [
-    {"errors", "hub", "files", "json_data", "config", "trees", "generation", "compilation"},
+    {
+        "errors",
+        "hub",
+        "upload",
+        "files",
+        "json_data",
+        "config",
+        "trees",
+        "generation",
+        "compilation",
+    },
     {"layers"},
     {"model", "codec", "data", "sharding"},
     {"flow"},
@@ -29,6 +39,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LOWEST_LAYER_ORDER = [
     "errors",
     "hub",
+    "upload",
     "files",
     "json_data",
     "config",

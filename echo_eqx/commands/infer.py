@@ -82,7 +82,8 @@ class Args:
     """Chunks of text that are sampled together."""
     codec: str | None = None
     """DACVAE weights: weights.pth or our safetensors. A file, a folder, a Hub id, or voice. By
-    default the codec that the checkpoint names, or else facebook/dacvae-watermarked."""
+    default the codec in the checkpoint's folder, or the one that it names, or else
+    facebook/dacvae-watermarked."""
     watermark: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: if the codec can)")] = (
         True
     )
@@ -124,7 +125,7 @@ def main() -> None:
     if on_terminal():
         logger.info(f"loading {args.checkpoint}")
     dit, checkpoint = load_model(args.checkpoint, "dit", dtype=array_dtype(dtype))
-    codec_name, codec_file = find_codec(dit, args.codec)
+    codec_name, codec_file = find_codec(dit, args.codec, args.checkpoint)
     codec = echo_eqx.load_codec(codec_file)
     check_latent_dim(dit, codec)
     args = with_recommended(dit, codec)

@@ -1,15 +1,22 @@
-"""What an export is made of: the models that were loaded, and checks that a format can hold them."""
+"""What an export is made of: the models, and checks that a format can hold them."""
 
+import logging
 from dataclasses import dataclass
+
+import numpy as np
 
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.errors import UsageError
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.trees import named_leaves
+from echo_eqx.weights.native import DTYPES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models to export. A format writes all that it can hold."""
+    """The models to export, in float32. A format writes all that it can hold."""
 
     dit: EchoDiT | None = None
     codec: DACVAE | None = None
@@ -23,3 +30,35 @@ class Models:
         if self.codec is None:
             raise UsageError(f"{form}: expected a codec, got an EchoDiT")
         return self.codec
+
+    def only_dit(self, form: str) -> EchoDiT:
+        """The EchoDiT, for a format that holds nothing else."""
+        if self.dit is not None and self.codec is not None:
+            logger.warning(f"{form} holds an EchoDiT only; the codec is left out")
+        return self.need_dit(form)
+
+    def only_codec(self, form: str) -> DACVAE:
+        """The codec, for a format that holds nothing else."""
+        if self.dit is not None and self.codec is not None:
+            logger.warning(f"{form} holds a codec only; the EchoDiT is left out")
+        return self.need_codec(form)
+
+
+def float_dtype(form: str, dtype: str) -> np.dtype:
+    """The NumPy dtype of a format that has no int8.
+
+    **Raises**: `UsageError` for int8.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"{form}: expected --dtype {', '.join(DTYPES)}, got {dtype}")
+    return DTYPES[dtype]
+
+
+def published_leaves(dit: EchoDiT, form: str) -> dict[str, np.ndarray]:
+    """Leaves by name, for a format of another implementation of the published EchoDiT.
+
+    **Raises**: `UsageError` if the model differs from it in what no tensor shows.
+    """
+    if dit.config.norm_eps != 1e-5:
+        raise UsageError(f"{form}: expected norm_eps 1e-5, got {dit.config.norm_eps}")
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(dit).items()}

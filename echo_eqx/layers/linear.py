@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray
 
 from echo_eqx.layers.parallel import psum_tensor
 from echo_eqx.layers.precision import matmul_precision
@@ -17,10 +17,13 @@ class Linear(eqx.Module):
 
     Matrix products have the full precision of that dtype, float32 included, unless
     `jax.default_matmul_precision` says otherwise.
+
+    With an int8 `weight` it is `(x @ weight) * scale + bias`: see `echo_eqx.model.int8`.
     """
 
-    weight: Float[Array, "i o"]
+    weight: Float[Array, "i o"] | Int8[Array, "i o"]
     bias: Float[Array, " o"] | None
+    scale: Float[Array, " o"] | None = None
 
     @classmethod
     def init(
@@ -39,6 +42,8 @@ class Linear(eqx.Module):
         y = jnp.matmul(x, self.weight.astype(x.dtype), precision=matmul_precision(x.dtype))
         if row_parallel:
             y = psum_tensor(y)
+        if self.scale is not None:
+            y = (y.astype(jnp.float32) * jnp.broadcast_to(self.scale, y.shape)).astype(x.dtype)
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)

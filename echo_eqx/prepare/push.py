@@ -10,28 +10,17 @@ the folder and knows nothing of indexes.
 import hashlib
 import logging
 import re
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError
-from echo_eqx.hub import REPO, HubDataset, HubOffline, HubUnavailable, hub_errors
 from echo_eqx.prepare.index import parse_index
+from echo_eqx.upload import CARD, Repository, check_repo, is_same, merged_card, new_card
 
-WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds to wait before each retry of a request that may succeed later."""
 MAX_COMMITS = 100
 """Most commits of shards in one upload: the Hub limits how many there are in an hour."""
-_BEGIN, _END = b"<!-- echo_eqx:begin -->", b"<!-- echo_eqx:end -->"
-_CARD = "README.md"
 _SMALL = re.compile(r"silence\.safetensors|codec\.json|(index|clips-).*\.json")
 logger = logging.getLogger(__name__)
 
@@ -62,23 +51,10 @@ def push(folder: Path, repo: str) -> None:
     **Raises**: `EchoError` if `repo` is not such a name, the folder has no shards, a shard differs
     from its index, or the Hub cannot be reached or refuses.
     """
-    if re.fullmatch(REPO, repo) is None:
-        raise EchoError(f"--push: expected owner/name of a dataset on the Hub, got {repo!r}")
+    check_repo(repo, "dataset")
     dataset = _read_dataset(folder)
-    api, action = HfApi(), f"cannot push to {repo}"
-
-    def send(files: Mapping[str, Path | bytes], message: str) -> None:
-        with hub_errors(action):
-            added = [CommitOperationAdd(name, content) for name, content in files.items()]
-            api.preupload_lfs_files(repo, added, repo_type="dataset")
-        # The library retries every request of an upload except the commit.
-        commit = partial(api.create_commit, repo, added, repo_type="dataset")
-        _retry(partial(commit, commit_message=message), action)
-
-    _retry(lambda: _create(api, repo), action)
-    with hub_errors(action):
-        tree = api.list_repo_tree(repo, repo_type="dataset", recursive=True)
-        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    repository = Repository(repo, "dataset")
+    remote = repository.files()
     total, missing = len(dataset.shards), []
     for number, (name, listed) in enumerate(dataset.shards.items(), 1):
         lfs = remote[name].lfs if name in remote else None
@@ -90,46 +66,15 @@ def push(folder: Path, repo: str) -> None:
     for batch in (missing[i : i + size] for i in range(0, len(missing), size)):
         for _, name in batch:
             _check_sum(folder / name, dataset.shards[name]["sha256"])
-        send({name: folder / name for _, name in batch}, f"Add {batch[0][1]}")
+        repository.commit({name: folder / name for _, name in batch}, f"Add {batch[0][1]}")
         for number, name in batch:
             logger.info("%s sent (%d of %d)", name, number, total)
-    with hub_errors(action):
-        old = _read(repo, _CARD)
-    files = {**dataset.small_files, _CARD: _card(repo, dataset, old)}
-    changed = {name: data for name, data in files.items() if not _is_same(remote.get(name), data)}
+    new = new_card(_HEADER, repo.split("/")[1], _description(repo, dataset))
+    files = {**dataset.small_files, CARD: merged_card(repository.read(CARD), new)}
+    changed = {name: data for name, data in files.items() if not is_same(remote.get(name), data)}
     if changed:
-        send(changed, "Update index and card")
+        repository.commit(changed, "Update index and card")
         logger.info("%s sent", ", ".join(changed))
-
-
-def _create(api: HfApi, repo: str) -> None:
-    """Create the dataset if it does not exist: private, since publishing cannot be undone."""
-    if not api.repo_exists(repo, repo_type="dataset"):
-        api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
-        logger.info("%s is new; it is private until you change its settings", repo)
-
-
-def _read(repo: str, name: str) -> bytes | None:
-    """The current content of a file, None if it does not exist."""
-    response = http_backoff("GET", HubDataset(repo).file_url(name), headers=build_hf_headers())
-    if response.status_code == 404:
-        return None
-    hf_raise_for_status(response)
-    return response.content
-
-
-def _retry(call: Callable[[], object], action: str) -> None:
-    for wait in (*WAITS, None):
-        try:
-            with hub_errors(action):
-                call()
-            return
-        except HubUnavailable as error:
-            if wait is None or isinstance(error, HubOffline):
-                raise
-            wait = max(wait, error.retry_after or 0.0)
-            logger.warning("%s; trying again in %.0f s", error, wait)
-        time.sleep(wait)
 
 
 def _read_dataset(folder: Path) -> _Dataset:
@@ -204,27 +149,6 @@ def _check_sum(path: Path, sha256: str) -> None:
         raise EchoError(f"{path} cannot be read: {error.strerror}") from None
     if found != sha256:
         raise EchoError(f"{path}: expected SHA-256 {sha256} as in its index, got {found}")
-
-
-def _is_same(remote: RepoFile | None, data: bytes) -> bool:
-    """Large files are compared by their SHA-256, others by git's hash."""
-    if remote is None:
-        return False
-    if remote.lfs is not None:
-        return remote.lfs.sha256 == hashlib.sha256(data).hexdigest()
-    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _card(repo: str, dataset: _Dataset, old: bytes | None) -> bytes:
-    """The card. An old card is kept byte for byte, except for the block between the markers."""
-    block = _BEGIN + b"\n" + _description(repo, dataset).encode() + _END
-    if old is None:
-        return f"{_HEADER}\n# {repo.split('/')[1]}\n\n".encode() + block + b"\n"
-    begin = old.rfind(_BEGIN)
-    end = old.find(_END, begin)
-    if begin == -1 or end == -1:
-        return old + (b"\n" if old.endswith(b"\n") else b"\n\n") + block + b"\n"
-    return old[:begin] + block + old[end + len(_END) :]
 
 
 _HEADER = """\

@@ -41,6 +41,9 @@ _STACK = re.compile(r"((text|speaker|latent)_encoder\.)?blocks\.")
 
 def parameter_spec(name: str) -> P:
     """The spec of the parameter `name`. Exactly one rule must match it."""
+    if name.endswith(".scale"):  # one number for each column of an int8 weight
+        *layers, _, columns = parameter_spec(f"{name.removesuffix('scale')}weight")
+        return P(*layers, columns)
     stack = _STACK.match(name)
     rest = name[stack.end() :] if stack else name
     matches = [spec for pattern, spec in RULES if re.fullmatch(pattern, rest)]

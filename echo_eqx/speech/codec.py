@@ -52,14 +52,20 @@ def codec_mismatch(generation: GenerationConfig, silence: Float[np.ndarray, " c"
     )
 
 
-def find_codec(dit: EchoDiT, codec: str | None = None) -> tuple[str, Path]:
-    """Name and file of the codec for a model: `codec`, or else the one its checkpoint names, or
-    else the published one.
+def find_codec(
+    dit: EchoDiT, codec: str | None = None, checkpoint: str | None = None
+) -> tuple[str, Path]:
+    """Name and file of the codec for a model: `codec`, or else the one that `checkpoint` holds
+    beside the model, or else the one its checkpoint names, or else the published one.
 
     **Raises**: `EchoError` if there is none, or it cannot be found.
     """
     if codec is not None:
         return codec, find_weights(codec, "codec")
+    if checkpoint is not None:
+        beside = find_weights(checkpoint, "codec")
+        if beside != find_weights(checkpoint, "dit"):
+            return checkpoint, beside
     width, named = dit.config.latent_dim, dit.generation.codec
     if named is None and width != PUBLISHED_WIDTH:
         known = ", such as --codec voice" if width == DIT_PRESETS["voice"].latent_dim else ""

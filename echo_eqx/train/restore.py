@@ -18,6 +18,7 @@ from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.hub import SCHEME, HubDataset
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.model.int8 import dequantize
 from echo_eqx.sharding.specs import state_shardings
 from echo_eqx.train.config import TrainConfig
 from echo_eqx.train.optimizer import learning_rate
@@ -191,7 +192,7 @@ def _all_processes(good: bool) -> bool:
 def _read_model(path: Path, source: str, config: TrainConfig, abstract: TrainState) -> EchoDiT:
     """The model in `path`, on the mesh. Checkpoints are read by shard, other files whole."""
     if not path.is_dir():
-        return _load_whole(lambda: load_dit(path), source, config, abstract.model)
+        return _load_whole(lambda: dequantize(load_dit(path)), source, config, abstract.model)
     checkpoint = TrainingCheckpoint(path)
     if not isinstance(checkpoint.config, DiTConfig):
         raise EchoError(f"expected the weights of an EchoDiT, got a codec: {source}")

@@ -77,7 +77,7 @@ class RunConfig:
     keep_every: int = 50_000
     """Also keep checkpoints at multiples of this many steps; 0 keeps only the newest."""
     export: bool = True
-    """Next to each checkpoint, write its weights in bfloat16, for infer and other runtimes."""
+    """Next to each checkpoint, write its weights in bfloat16, for infer."""
     log_every: int = 10
     """Steps between fetches of metrics; metrics.jsonl gets a line for every step regardless."""
     eval_data: str | None = None

@@ -15,6 +15,7 @@ from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.model.int8 import quantize
 from echo_eqx.trees import cast, leaf_names
 
 T = TypeVar("T")
@@ -36,7 +37,10 @@ def single(arrays: list[np.ndarray]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def abstract_model(
-    config: DiTConfig | CodecConfig, generation: GenerationConfig, dtype: Any
+    config: DiTConfig | CodecConfig,
+    generation: GenerationConfig,
+    dtype: Any,
+    int8: bool = False,
 ) -> Any:
     """A model of `ShapeDtypeStruct`s. It is kept, since tracing an initializer takes a second."""
 
@@ -45,7 +49,8 @@ def abstract_model(
             return DACVAE.init(config, key=jax.random.key(0))
         return EchoDiT.init(config, generation, key=jax.random.key(0))
 
-    return jax.eval_shape(lambda: cast(init(), dtype))
+    model = jax.eval_shape(lambda: cast(init(), dtype))
+    return quantize(model) if int8 else model
 
 
 def load_into(
@@ -57,7 +62,7 @@ def load_into(
     reads a tensor and `names` lists them all; `where` names the source in errors.
 
     **Raises**: `EchoError` naming the tensor that is missing, left over, of another shape, not
-    floating-point or not finite.
+    finite, or not floating-point (int8 where the leaf is int8).
     """
     abstract, treedef = jax.tree.flatten(skeleton)
     known = set(names)
@@ -65,7 +70,7 @@ def load_into(
     filled = []
     for leaf_name, leaf in zip(leaf_names(skeleton), abstract, strict=True):
         source = sources(leaf_name)
-        tensors = [_checked(name, known, arrays, where) for name in source.names]
+        tensors = [_checked(name, known, arrays, where, leaf.dtype) for name in source.names]
         shapes = " and ".join(sorted({str(tensor.shape) for tensor in tensors}))
         got = f"got {source.names[0]} of shape {shapes}"
         try:
@@ -88,10 +93,14 @@ def load_into(
     return treedef.unflatten(filled)
 
 
-def _checked(name: str, known: set[str], arrays: Any, where: str) -> np.ndarray:
+def _checked(name: str, known: set[str], arrays: Any, where: str, dtype: Any) -> np.ndarray:
     if name not in known:
         raise EchoError(f"{where}: tensor {name} is missing")
     array = arrays[name]
+    if dtype == np.int8:
+        if array.dtype != np.int8:
+            raise EchoError(f"{where}: {name}: expected int8, got {array.dtype}")
+        return array
     if array.dtype not in FLOATS:
         raise EchoError(f"{where}: {name}: expected floating-point numbers, got {array.dtype}")
     if not np.isfinite(array.astype(np.float32, copy=False)).all():

@@ -12,7 +12,8 @@ from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, find_checkpoint
 from echo_eqx.weights.sharded import INDEX_SUFFIX, shard_files, weight_map
 
 SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt")
-USUAL_NAMES = (
+Kind = Literal["dit", "codec"]
+_USUAL_NAMES = (
     "model.safetensors",
     "pytorch_model.safetensors",
     "weights.pth",
@@ -34,20 +35,19 @@ _HUB_ID = re.compile(
 )
 
 
-def find_weights(source: str | Path, kind: Literal["dit", "codec"] = "dit") -> Path:
+def find_weights(source: str | Path, kind: Kind = "dit") -> Path:
     """The file or checkpoint that `find_candidates` lists first."""
     return find_candidates(source, kind)[0]
 
 
-def find_candidates(
-    source: str | Path, kind: Literal["dit", "codec"] = "dit", *, exports: bool = True
-) -> list[Path]:
+def find_candidates(source: str | Path, kind: Kind = "dit", *, exports: bool = True) -> list[Path]:
     """Where the weights of `source` are, downloaded once if it is on the Hub. Nothing is verified.
 
     "voice" is the small voice in the package; `kind` says which of its two models is meant. The
-    path of a file or checkpoint is returned as it is. A folder or repository is searched for the
-    usual names, then for its only file of weights. A run folder gives all its complete checkpoints,
-    newest first, each preceded by the file of weights exported from it, if `exports`.
+    path of a file or checkpoint is returned as it is. A folder or repository is searched for
+    `dit.safetensors` or `codec.safetensors`, depending on `kind`, then for the other usual names,
+    then for its only file of weights. A run folder gives all its complete checkpoints, newest
+    first, each preceded by the file of weights exported from it, if `exports`.
 
     **Raises**: `EchoError` if there is nothing, or several files to choose from.
     """
@@ -72,7 +72,7 @@ def find_candidates(
         return found
     if is_folder:
         names = [child.name for child in sorted(path.iterdir()) if child.is_file()]
-        return [path / _choose(names, f"folder {path}", "give the path of one")]
+        return [path / _choose(names, kind, f"folder {path}", "give the path of one")]
     match = _HUB_ID.fullmatch(str(source))
     looks_like_path = path.suffix in SUFFIXES and not (match and match["file"])
     if match is None or looks_like_path:
@@ -80,7 +80,7 @@ def find_candidates(
             f"{source} does not exist; expected a file, a folder, owner/name on the Hub, or "
             f"{', '.join(SHIPPED)}, the small voice in the package"
         )
-    return [_from_hub(match["repo"], match["revision"], match["file"])]
+    return [_from_hub(match["repo"], match["revision"], match["file"], kind)]
 
 
 def _index_of(path: Path) -> Path | None:
@@ -90,7 +90,7 @@ def _index_of(path: Path) -> Path | None:
     return index if index is not None and index.is_file() else None
 
 
-def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
+def _from_hub(repo: str, revision: str | None, file: str | None, kind: Kind) -> Path:
     """The file of weights in a repository.
 
     A cached file is used without asking the Hub; name a revision to get other weights. The
@@ -99,7 +99,7 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
     where = f"{repo}@{revision}" if revision else repo
     cached = _cached_snapshot(repo, revision or "main")
     names = _files_below(cached)
-    for name in [file] if file else USUAL_NAMES:
+    for name in [file] if file else _usual_names(kind):
         if name in names and _is_complete(cached / name):
             return cached / name
     if file is None:
@@ -110,7 +110,7 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> Path:
             if len(candidates := _candidates(names)) == 1:
                 return cached / candidates[0]
             raise
-        file = _choose(listed, f"repository {where}", f"write {where}:FILE")
+        file = _choose(listed, kind, f"repository {where}", f"write {where}:FILE")
     with hub_errors(f"{where}:{file} is not in the cache, and downloading it failed"):
         path = Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
         if file.endswith(INDEX_SUFFIX):
@@ -150,8 +150,14 @@ def _candidates(names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(SUFFIXES) and name not in listed] + indexes
 
 
-def _choose(names: list[str], where: str, advice: str) -> str:
-    for name in USUAL_NAMES:
+def _usual_names(kind: Kind) -> list[str]:
+    """What files of weights are called where they are not the only ones, the best first."""
+    both = (f"{kind}.safetensors", f"{kind}{INDEX_SUFFIX}")  # of a folder with both models
+    return [*both, *_USUAL_NAMES]
+
+
+def _choose(names: list[str], kind: Kind, where: str, advice: str) -> str:
+    for name in _usual_names(kind):
         if name in names:
             return name
     candidates = _candidates(names)

@@ -2,9 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,7 @@ from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.model.int8 import MARKER
 from echo_eqx.weights.assemble import (
     Sources,
     abstract_model,
@@ -24,7 +25,7 @@ from echo_eqx.weights.assemble import (
 )
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.dacvae import load_dacvae_pth
-from echo_eqx.weights.find import find_candidates
+from echo_eqx.weights.find import Kind, find_candidates, find_weights
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.names import flax_config, flax_sources, pytorch_config, pytorch_sources
 from echo_eqx.weights.native import native_config, native_generation, native_kind
@@ -32,7 +33,6 @@ from echo_eqx.weights.safetensors_reader import SafetensorsFile
 from echo_eqx.weights.sharded import INDEX_SUFFIX, ShardedSafetensors, WithoutPrefix
 
 logger = logging.getLogger(__name__)
-Kind = Literal["dit", "codec"]
 _NAMES = {"dit": "an EchoDiT", "codec": "a codec"}
 
 
@@ -43,12 +43,13 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
     - `source`: "voice" for the small voice in the package, or a file, a folder or a Hub id
       `owner/name[@revision][:file]` with
       - our safetensors,
-      - a Flax checkpoint of the published trainer (pickle), or
+      - a Flax checkpoint of the published trainer (pickle or safetensors), or
       - the community's PyTorch safetensors, possibly sharded or with a prefix on all names;
 
       or a training checkpoint (its EMA if it has one); or a run folder (its newest intact
       checkpoint, read from the bfloat16 export if there is one).
-    - `dtype`: of the matrices, and so of the computation.
+    - `dtype`: of the matrices, and so of the computation. int8 weights stay int8: see
+      `echo_eqx.model.int8`.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
@@ -69,13 +70,31 @@ def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
     return load_model(source, "codec", dtype=dtype)[0]
 
 
-def load_model(source: str | Path, kind: Kind, *, dtype: Any = jnp.float32) -> tuple[Any, Path]:
+def model_kind(source: str | Path) -> Kind:
+    """Whether `source` holds an EchoDiT or a codec, by its content. Its weights are not read.
+
+    **Raises**: `EchoError` if it cannot be found or opened.
+    """
+    path = find_weights(source)
+    if path.is_dir():
+        return "codec" if TrainingCheckpoint(path).model_kind == "codec" else "dit"
+    form = _kind(path)
+    if form == "safetensors":
+        file = _open(path)
+        is_dit = native_kind(file) == "dit" or any("speaker_encoder" in n for n in file.names)
+        return "dit" if is_dit else "codec"
+    return "dit" if form == "pickle" else "codec"
+
+
+def load_model(
+    source: str | Path, kind: Kind, *, dtype: Any = jnp.float32, exports: bool = True
+) -> tuple[Any, Path]:
     """The model of `load_dit` or `load_codec`, and the file or checkpoint it was read from.
 
     Only the weights are read and verified, once. If those of a run folder's newest checkpoint are
-    damaged, the previous one is tried.
+    damaged, the previous one is tried. With `exports`, a checkpoint's own export is preferred.
     """
-    candidates = find_candidates(source, kind)
+    candidates = find_candidates(source, kind, exports=exports)
     first: EchoError | None = None
     for path in candidates:
         try:
@@ -98,6 +117,11 @@ def _load_dit(path: Path, dtype: Any) -> EchoDiT:
             return _load_native(file, dtype)
         if native_kind(file) == "codec":
             raise EchoError(f"expected an EchoDiT, got a codec: {path}")
+        if any("/" in name for name in file.names):
+            weights = WithoutPrefix(file, "/")
+            with _naming(path):
+                config = flax_config(weights.shapes())
+            return _load(config, dtype, path, weights.names, weights, flax_sources)
         weights = WithoutPrefix(file)
         with _naming(path):
             config = pytorch_config(weights.shapes())
@@ -185,12 +209,12 @@ def _load(
     config: DiTConfig | CodecConfig,
     dtype: Any,
     path: Path,
-    names: Iterable[str],
+    names: Collection[str],
     arrays: Any,
     sources: Callable[[str, Any], Sources] = lambda leaf, _: Sources([leaf], single),
     generation: GenerationConfig | None = None,
 ) -> Any:
     """The model of `config`, from `arrays` under our names or those of `sources`."""
-    skeleton = abstract_model(config, generation or GenerationConfig(), dtype)
+    skeleton = abstract_model(config, generation or GenerationConfig(), dtype, MARKER in names)
     check_memory(skeleton, str(path))
     return load_into(skeleton, lambda leaf: sources(leaf, config), arrays, names, str(path))

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
-from echo_eqx.errors import EchoError
+from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.weights.assemble import Sources, single
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 _STACK = re.compile(r"(?:^|\.)blocks\.")
+_PATCH_PROJECTION = re.compile(r"(speaker|latent)_encoder\.in_proj\.(weight|bias)")
 
 
 def _num_layers(leaf: str, config: DiTConfig) -> int:
@@ -89,7 +90,7 @@ def to_pytorch(leaves: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str,
     out = {}
     for leaf, array in leaves.items():
         sources = pytorch_sources(leaf, config)
-        if re.fullmatch(r"(speaker|latent)_encoder\.in_proj\.(weight|bias)", leaf):
+        if _PATCH_PROJECTION.fullmatch(leaf):
             array = array * np.float32(6 * config.speaker_proj_scale)
         layers = array if _STACK.search(leaf) else array[None]
         for name, layer in zip(sources.names, layers, strict=True):
@@ -131,6 +132,31 @@ def flax_sources(leaf: str, config: DiTConfig) -> Sources:
             names = [f"{theirs}{layer}.{rest}" for layer in range(_num_layers(leaf, config))]
             return Sources([name.replace(".", "/") for name in names], np.stack)
     return Sources([name.replace(".", "/")], single)
+
+
+def to_flax(leaves: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
+    """Our leaves under the names and in the layout of the Flax EchoDiT.
+
+    That implementation does not scale the reference projection: the layer is multiplied by
+    `config.speaker_proj_scale`, which is 1 for the models that came from there.
+
+    **Raises**: `UsageError` naming the first tensor that it has no place for.
+    """
+    out = {}
+    for leaf, array in leaves.items():
+        if "latent" in leaf:
+            raise UsageError(
+                f"flax: it has no place for {leaf}: the published trainer has no block-wise models"
+            )
+        if _PATCH_PROJECTION.fullmatch(leaf) and config.speaker_proj_scale != 1:
+            array = array * np.float32(config.speaker_proj_scale)
+        names = flax_sources(leaf, config).names
+        if leaf == "time_conditioner.dense2.weight":
+            parts = np.split(array, len(names), axis=1)
+        else:
+            parts = array if _STACK.search(leaf) else array[None]
+        out.update(zip(names, parts, strict=True))
+    return out
 
 
 def flax_config(tensors: Shapes) -> DiTConfig:

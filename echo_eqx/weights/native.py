@@ -15,10 +15,10 @@ from echo_eqx.files import write_json, write_whole
 from echo_eqx.generation import GenerationConfig, generation_from_json
 from echo_eqx.json_data import from_json, parse_json, to_json
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.model.int8 import dequantize, quantize
 from echo_eqx.trees import named_leaves
-from echo_eqx.weights.names import to_pytorch
 from echo_eqx.weights.safetensors_reader import SafetensorsFile
-from echo_eqx.weights.safetensors_writer import save_arrays
+from echo_eqx.weights.safetensors_writer import Tensor, converted, write_safetensors
 from echo_eqx.weights.sharded import ShardedSafetensors
 
 FORMAT = "echo_eqx"
@@ -28,67 +28,77 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+INT8 = "int8"
 
 
 def save(
     model: EchoDiT | DACVAE,
     path: str | Path,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    layout: Literal["echo_eqx", "pytorch"] = "echo_eqx",
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     generation: GenerationConfig | None = None,
 ) -> None:
     """Write a model as safetensors, atomically.
 
     **Arguments**:
     - `path`: a file `*.safetensors`, or a folder, which gets `model.safetensors` and `config.json`.
-    - `dtype`: of the numbers on disk.
-    - `layout`: "pytorch" writes an EchoDiT with the names and shapes of the community's PyTorch
-      model.
+    - `dtype`: of the numbers on disk; see `native_tensors`.
     - `generation`: recommended settings to store with an EchoDiT, by default `model.generation`.
 
     **Raises**: `EchoError` if `path` cannot be written or a number does not fit `dtype`;
-    `UsageError` for an unknown `dtype` or `layout`, or a codec with `layout="pytorch"`.
+    `UsageError` for an unknown `dtype`, or a codec with int8.
     """
     path = Path(path)
-    array_dtype(dtype)
-    if layout not in ("echo_eqx", "pytorch"):
-        raise UsageError(f"layout: expected echo_eqx or pytorch, got {layout!r}")
-    leaves = {name: np.asarray(leaf, np.float32) for name, leaf in named_leaves(model).items()}
-    if layout == "pytorch":
-        if not isinstance(model, EchoDiT):
-            raise UsageError("layout: expected echo_eqx for a codec, got 'pytorch'")
-        leaves = to_pytorch(leaves, model.config)
-        metadata = {"format": "pt"}
-    else:
-        kind = "dit" if isinstance(model, EchoDiT) else "codec"
-        config = json.dumps(to_json(model.config))
-        metadata = {"format": FORMAT, "kind": kind, "config": config}
-        if isinstance(model, EchoDiT):
-            metadata |= generation_metadata(generation or model.generation)
-    leaves = {name: _to_disk(name, array, dtype) for name, array in leaves.items()}
-
+    tensors, metadata = native_tensors(model, dtype), native_metadata(model, generation)
     is_file = path.suffix == ".safetensors"
     file = path if is_file else path / "model.safetensors"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda temporary: save_arrays(temporary, leaves, metadata))
+        write_whole(file, lambda temporary: write_safetensors(temporary, tensors, metadata))
         if not is_file:
-            readable = {
-                name: json.loads(value) if name in ("config", GENERATION) else value
-                for name, value in metadata.items()
-            }
-            write_json(path / "config.json", readable)
+            write_json(path / "config.json", readable(metadata))
     except OSError as error:
         raise EchoError(f"{file} cannot be written: {error}") from None
 
 
-def _to_disk(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        out = array.astype(DTYPES[dtype], order="C")
-    if not np.isfinite(out.astype(np.float32)).all():
-        raise EchoError(f"{name} has values that {dtype} cannot hold")
-    return out
+def native_tensors(model: EchoDiT | DACVAE, dtype: str) -> list[Tensor]:
+    """What a file of ours holds: the leaves by name, in `dtype`.
+
+    With int8, a linear layer NAME of attention or SwiGLU is two tensors: `NAME.weight`, int8
+    (layers, in, out), and `NAME.scale`, float32 (layers, out), whose product is the weight. AdaLN
+    and timestep conditioning are bfloat16, all else is float32. See `echo_eqx.model.int8`.
+
+    **Raises**: `UsageError` if `dtype` is unknown or does not exist for `model`. The tensors raise
+    an `EchoError`, when they are written, if a number does not fit `dtype`.
+    """
+    if dtype == INT8:
+        if not isinstance(model, EchoDiT):
+            raise UsageError("int8: expected an EchoDiT, got a codec, which has no linear layers")
+        leaves = named_leaves(quantize(model))
+        return [converted(name, leaf, leaf.dtype) for name, leaf in sorted(leaves.items())]
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: expected one of {', '.join([*DTYPES, INT8])}, got {dtype!r}")
+    if isinstance(model, EchoDiT):
+        model = dequantize(model)
+    leaves = named_leaves(model)
+    return [converted(name, leaf, DTYPES[dtype]) for name, leaf in sorted(leaves.items())]
+
+
+def native_metadata(
+    model: EchoDiT | DACVAE, generation: GenerationConfig | None = None
+) -> dict[str, str]:
+    """What a file of ours says of its model: format, kind, sizes, and how to speak with it."""
+    kind = "dit" if isinstance(model, EchoDiT) else "codec"
+    metadata = {"config": json.dumps(to_json(model.config)), "format": FORMAT}
+    if isinstance(model, EchoDiT):
+        metadata |= generation_metadata(generation or model.generation)
+    return metadata | {"kind": kind}
+
+
+def readable(metadata: dict[str, str]) -> dict[str, Any]:
+    """`metadata` as `config.json` shows it."""
+    nested = ("config", GENERATION)
+    return {name: json.loads(text) if name in nested else text for name, text in metadata.items()}
 
 
 def native_kind(file: SafetensorsFile | ShardedSafetensors) -> str | None:

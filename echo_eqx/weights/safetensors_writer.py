@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from echo_eqx.errors import EchoError
+
 CHECKSUMS = "echo_eqx.crc32"
 _BLANK = "0" * 8
 NAMES = {
@@ -27,6 +29,7 @@ NAMES = {
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(np.int32): "I32",
+    np.dtype(np.int8): "I8",
 }
 
 
@@ -84,11 +87,29 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
 
     The library's own writer puts the metadata in a random order.
     """
-    tensors = [
-        Tensor(name, array.dtype, array.shape, lambda array=array: [array])
-        for name, array in sorted(arrays.items())
-    ]
+    tensors = [converted(name, array, array.dtype) for name, array in sorted(arrays.items())]
     write_safetensors(path, tensors, dict(sorted(metadata.items())))
+
+
+def converted(name: str, array: Any, dtype: np.dtype) -> Tensor:
+    """`array`, of NumPy or JAX, to be written in `dtype`.
+
+    It is converted when it is written, so that only one array at a time is in memory twice.
+    `parts` raises an `EchoError` naming the array if a number does not fit `dtype`.
+    """
+    return Tensor(name, dtype, tuple(array.shape), lambda: [to_dtype(name, array, dtype)])
+
+
+def to_dtype(name: str, array: Any, dtype: np.dtype) -> np.ndarray:
+    """`array` in `dtype`, contiguous.
+
+    **Raises**: `EchoError` naming the array if a number does not fit `dtype`.
+    """
+    with np.errstate(over="ignore"):
+        out = np.asarray(array).astype(dtype, order="C", copy=False)
+    if dtype != array.dtype and not np.isfinite(out.astype(np.float32, copy=False)).all():
+        raise EchoError(f"{name} has values that {dtype} cannot hold")
+    return out
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> int:

@@ -51,9 +51,9 @@ class WithoutPrefix:
     """Tensors with the prefix removed that all their names share. Wrappers of a model add such
     prefixes: `module.`, `_orig_mod.`, `ema_model.`, also nested."""
 
-    def __init__(self, weights: SafetensorsFile | ShardedSafetensors):
+    def __init__(self, weights: SafetensorsFile | ShardedSafetensors, separator: str = "."):
         self._weights, self.path = weights, weights.path
-        self._prefix = shared_prefix(weights.names)
+        self._prefix = shared_prefix(weights.names, separator)
         self.names = [name.removeprefix(self._prefix) for name in weights.names]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -249,4 +249,4 @@ CODEC_PRESETS: dict[str, CodecConfig] = {
 
 
 CONFIGS: dict[str, type[DiTConfig] | type[CodecConfig]] = {"dit": DiTConfig, "codec": CodecConfig}
-"""Configs by the kind of model that a file says it holds."""
+"""Config classes by the kind of model, as named in a weights file."""

@@ -48,7 +48,7 @@ class SamplerSettings:
     rescale_sigma: Annotated[float, Range(0, 100)] = 3.0
     """Temporal score rescaling: sigma, where larger values start at higher noise."""
     speaker_kv_scale: Annotated[float, Range(0, 100)] = 1.0
-    """Scale of the reference's keys and values; 1.1 to 1.5 holds a voice better."""
+    """Scale of the reference's keys and values; 1.1 to 1.5 keeps closer to the voice."""
     speaker_kv_min_t: Annotated[float, Range(0, 1)] = 0.9
     """Lowest timestep with speaker_kv_scale."""
     speaker_kv_layers: Annotated[int | None, Range(0, 10_000)] = None

@@ -80,7 +80,7 @@ def hub_errors(action: str) -> Iterator[None]:
         yield
     except EchoError:
         raise
-    except Exception as error:  # the library wraps what it meets, each version differently
+    except Exception as error:  # each version of the library wraps errors differently
         raise _translate(error, action) from None
 
 

@@ -169,7 +169,7 @@ def test_revisions_and_files_are_distinguished(hub, tmp_path, blockwise_dit):
     assert load(hub, cache, "owner/voice@v2:runs/step_9.pkl") == "48"
     assert load(hub, cache, "owner/many:b.pkl") == "48"
     message = load(hub, cache, "owner/many")
-    assert "several files of weights (a.pkl, b.pkl)" in message and ":FILE" in message
+    assert "expected one file of weights, got 2 (a.pkl, b.pkl)" in message and ":FILE" in message
     assert re.search("owner/many:c.pkl .* no such file", load(hub, cache, "owner/many:c.pkl"))
     assert "owner/voice@v3" in load(hub, cache, "owner/voice@v3")
     for message in (load(hub, cache, "owner/none"), load(hub, cache, "owner/voice@v3")):

@@ -189,7 +189,7 @@ CASES = {
     "empty checkpoint": (["--checkpoint", "{empty.pkl}", "--text", "Hi."], 1, "got an empty file"),
     "cut checkpoint": (["--checkpoint", "{cut.pkl}", "--text", "Hi."], 1, "truncated"),
     "a note": (["--checkpoint", "{note.txt}", "--text", "Hi."], 1, "expected a safetensors"),
-    "empty folder": (["--checkpoint", "{folder}", "--text", "Hi."], 1, "holds no weights"),
+    "empty folder": (["--checkpoint", "{folder}", "--text", "Hi."], 1, "expected weights"),
     "codec as model": (["--checkpoint", NARROW_CODEC, "--text", "Hi."], 1, "expected an EchoDiT"),
     "two widths": (["@", "--codec", NARROW_CODEC, "--text", "Hi."], 1, "got one with 12"),
     "Hub offline": (["--checkpoint", "a/b", "--text", "Hi."], 1, "a/b"),

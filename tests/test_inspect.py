@@ -263,7 +263,7 @@ def test_samples_that_cannot_be_played_give_one_line_errors(tmp_path):
     ("flags", "code", "sentence"),
     [
         ([], 2, "--data is missing"),
-        (["--data", "."], 1, "holds no *.tar"),
+        (["--data", "."], 1, "got no *.tar"),
         (["--data", ".", "--max_frames", 0], 2, "--max_frames: expected at least 1, got 0"),
         (["--data", ".", "--cache_gb", 0], 2, "--cache_gb: expected a positive number, got 0.0"),
         (["--data", ".", "--plot", "a.pdf"], 2, "expected a *.png, got a.pdf"),

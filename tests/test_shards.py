@@ -81,8 +81,8 @@ def test_the_digest_does_not_depend_on_the_mount_point(tmp_path):
     ("source", "message"),
     [
         ("none", "does not exist"),
-        ("empty", "holds no *.tar"),
-        ("empty/*.tar", "holds no *.tar"),
+        ("empty", "expected at least one shard, got no *.tar"),
+        ("empty/*.tar", "expected at least one shard, got no *.tar"),
         ("a.txt", "expected a *.tar"),
         ("x" * 5000, "not a usable path"),
     ],
@@ -126,7 +126,7 @@ def test_the_hub_is_listed_at_a_commit_and_cached_for_offline_use(tmp_path, serv
         "a/b/../c",
     ]
     messages = list_in_process(server, cache, *(f"hf://datasets/{name}" for name in wrong))
-    assert "holds no *.tar" in messages[0]
+    assert "expected at least one shard, got no *.tar" in messages[0]
     assert all(isinstance(m, str) and "\n" not in m for m in messages), messages
     assert all("cannot list" in m for m in messages[1:4]), messages
     assert "expected hf://datasets/owner/name" in messages[4]

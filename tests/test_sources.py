@@ -520,7 +520,7 @@ def test_unknown_kinds_of_sources_give_one_line_errors(tmp_path):
         tmp_path / "long.csv": "expected a header",
         tmp_path / "empty.csv": "neither",
         tmp_path / "both": "one kind",
-        tmp_path / "none": "holds no recordings",
+        tmp_path / "none": "expected recordings",
         tmp_path / "*.xyz": "got 1 files",
         tmp_path / "*.tar": "got 0 files",
         "hf://models/x": "expected hf://datasets",

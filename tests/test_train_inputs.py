@@ -71,7 +71,9 @@ def test_valid_inputs_reach_compilation(config):
 
 def test_unusable_data_is_rejected_by_name(config, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "empty holds no *.tar" in refusal(config, data=str(tmp_path / "empty"))
+    assert "empty: expected at least one shard, got no *.tar" in refusal(
+        config, data=str(tmp_path / "empty")
+    )
     assert "gone does not exist" in refusal(config, data=str(tmp_path / "gone"))
     assert "no *.tar" in refusal(config, data=str(tmp_path / "*.zip"))
     narrow = make_dataset(tmp_path / "narrow", shards=1, latent_dim=8)

@@ -1,7 +1,7 @@
-"""What an audio file holds, found from its data, because a header may be wrong about the length.
+"""Recordings in an audio file, located from the data, because a header may give the wrong length.
 
 `find_parts` gives the recordings of a file in a form that libsndfile reads to the end. A truncated
-file is refused here, because libsndfile reads what is left without an error.
+file is rejected here, because libsndfile reads the remaining samples without an error.
 """
 
 import io

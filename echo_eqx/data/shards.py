@@ -108,7 +108,7 @@ def _as_stored(path: Path) -> Path:
 
 
 def _no_shards(source: str) -> EchoError:
-    return EchoError(f"{source} holds no *.tar; expected at least one shard")
+    return EchoError(f"{source}: expected at least one shard, got no *.tar")
 
 
 def _is_held_out(name: str) -> bool:

@@ -21,7 +21,7 @@ class Batch(eqx.Module):
 
     latents: Float[Array, "b t c"]
     frame_mask: Bool[Array, "b t"]
-    """True for frames of the recording; after them `latents` holds encoded silence."""
+    """True for frames of the recording; the latents after them are encoded silence."""
     text_ids: Int[Array, "b s"]
     text_mask: Bool[Array, "b s"]
     speaker_latents: Float[Array, "b r c"]

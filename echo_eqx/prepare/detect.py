@@ -132,7 +132,7 @@ def _read_folder(path: Path, output: Path | None) -> Recordings:
     if audios or tars or tables:
         return recordings()
     raise EchoError(
-        f"{shown} holds no recordings; expected audio files with *.txt, *.tar or *.parquet"
+        f"{shown}: expected recordings (audio files with *.txt, *.tar or *.parquet), got none"
     )
 
 

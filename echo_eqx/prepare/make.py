@@ -165,7 +165,10 @@ def _list(config: PrepareConfig, limits: Limits, source: str, output: Path, begi
     if not cuts.clips:
         counts = dict(Counter(item.kind for item in cuts.skipped))
         first = "".join(f"; the first: {item.name}: {item.detail}" for item in cuts.skipped[:1])
-        raise EchoError(f"{printable(source)} holds no usable recording ({counts} left out{first})")
+        raise EchoError(
+            f"{printable(source)}: expected at least one usable recording, got none "
+            f"({counts} left out{first})"
+        )
     if long := count_long_texts(cuts.clips, limits.max_text_bytes):
         logger.warning(
             "%d of %d clips have texts of more than %d bytes, which training cuts at that length",

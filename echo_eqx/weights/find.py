@@ -49,7 +49,7 @@ def find_candidates(source: str | Path, kind: Kind = "dit", *, exports: bool = T
     then for its only file of weights. A run folder gives all its complete checkpoints, newest
     first, each preceded by the file of weights exported from it, if `exports`.
 
-    **Raises**: `EchoError` if there is nothing, or several files to choose from.
+    **Raises**: `EchoError` if there are no weights, or several files to choose from.
     """
     if not str(source):
         raise EchoError(f"{kind}: expected a file, a folder, a Hub id or voice, got ''")
@@ -162,8 +162,10 @@ def _choose(names: list[str], kind: Kind, where: str, advice: str) -> str:
             return name
     candidates = _candidates(names)
     if not candidates:
-        raise EchoError(f"{where} holds no weights; expected a file *{', *'.join(SUFFIXES)}")
+        raise EchoError(f"{where}: expected weights (*{', *'.join(SUFFIXES)}), got none")
     if len(candidates) > 1:
         shown = ", ".join(candidates[:6])
-        raise EchoError(f"{where} holds several files of weights ({shown}); {advice}")
+        raise EchoError(
+            f"{where}: expected one file of weights, got {len(candidates)} ({shown}); {advice}"
+        )
     return candidates[0]

@@ -104,7 +104,7 @@ _SPOKEN = regex.compile(r"[\p{Lu}\p{Ll}\p{Lt}\p{Lo}\p{N}]")
 
 
 def check_text(text: str) -> None:
-    """Refuse text that cannot be spoken.
+    """Reject text that cannot be spoken.
 
     **Raises**: `EchoError` if it is empty, has a NUL, has neither a letter nor a digit, or is not
     valid UTF-8.

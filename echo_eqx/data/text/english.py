@@ -36,7 +36,7 @@ _TAGS = regex.compile(r"(\[S[0-9]+\]\s*)")
 
 
 def expand_english(text: str) -> str:
-    """`text` with everything that is not a word written as it is read aloud in American English:
+    """`text` with everything but words spelled out as it is read aloud in American English:
 
     money, dates, times, years, ordinals, fractions, ranges, units, telephone numbers (digit by
     digit), versions, e-mail and web addresses, titles and abbreviations, acronyms, Roman numerals
@@ -112,7 +112,7 @@ def _counted(number: str, unit: str) -> str:
 
 
 def _address(match: regex.Match) -> str:
-    """Of mail or web, as it is dictated, without `https://`."""
+    """An e-mail or web address as one would dictate it, without `https://`."""
     said = []
     for token in regex.findall(r"[A-Za-z]+|\p{L}+|[0-9]|[^\s\p{L}0-9]", match["address"]):
         is_spelled = 1 < len(token) <= 4 and not regex.search(r"[aeiouy]|\P{ASCII}", token.lower())

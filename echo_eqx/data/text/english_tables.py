@@ -1,4 +1,4 @@
-"""How what is not a word is read in English."""
+"""English readings of numbers, units, symbols and abbreviations."""
 
 MONTHS = (
     "January February March April May June July August September October November December"

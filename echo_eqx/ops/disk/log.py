@@ -14,7 +14,7 @@ from echo_eqx.errors import EchoError
 
 
 class InUse(Exception):
-    """Something that must not be deleted: a process holds it, or it is a link out of its folder."""
+    """Not to be deleted: a process has it open or locked, or it is a link out of its folder."""
 
 
 class EventLog:

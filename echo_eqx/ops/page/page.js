@@ -30,7 +30,7 @@ const CHARTS = [
     zero: true,
   },
 ];
-// Readable on light and on dark ground.
+// Readable on light and dark backgrounds.
 const COLORS =
   ["#2f81e0", "#d9692f", "#2f9e55", "#9a5fe0", "#d94f86", "#1f98ad", "#a8822a", "#77879a"];
 

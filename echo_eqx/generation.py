@@ -9,7 +9,7 @@ from echo_eqx.json_data import from_json
 Guidance = Literal["independent", "joint", "alternating"]
 
 REFERENCE_LUFS = -23.0
-"""Integrated loudness of references unless the checkpoint names another: that of EBU R 128."""
+"""Integrated loudness of references (EBU R 128), unless the checkpoint gives another."""
 
 
 @dataclass(frozen=True)

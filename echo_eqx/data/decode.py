@@ -27,7 +27,7 @@ from echo_eqx.errors import EchoError
 MIN_RATE, MAX_RATE = 1000, 768_000
 MAX_CHANNELS = 64
 MAX_SAMPLES = 2**29
-"""Most samples decoded at once, over all channels: 2 GiB."""
+"""Most samples decoded in one go, over all channels: 2 GiB."""
 _BLOCK = 2**20
 _PREROLL = 0.5
 """Seconds decoded and dropped before the start: an mp3 or Vorbis frame needs earlier ones."""

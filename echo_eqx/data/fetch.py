@@ -70,7 +70,7 @@ class ShardCache:
                 self._make_room(0, demanded=True)
 
     def check_fits(self, num_bytes: int) -> None:
-        """**Raises**: `UsageError` if `num_bytes`, held at once, exceed the bound."""
+        """**Raises**: `UsageError` if `num_bytes` of shards do not fit in the cache together."""
         if num_bytes > self.max_bytes:
             raise UsageError(
                 f"--cache_gb: expected at least {-(-num_bytes // 10**9)}, because the shards read "

@@ -138,9 +138,10 @@ class DataLoader:
     ):
         """`batch_size` is global. `silence` (n, c) pads recordings; its last frame is repeated.
 
-        `cursor` is that of a `LoadedBatch`, or those of all hosts merged. More than a fraction
-        `max_broken` of broken records is an error; each is listed once in `broken_log`, a JSON
-        lines file. Samples that are too long are truncated, or left out with `skip_longer`.
+        To resume, pass as `cursor` the one of a `LoadedBatch`, or the merged cursors of all hosts.
+        More than a fraction `max_broken` of broken records is an error; each is listed once in
+        `broken_log`, a JSON Lines file. Samples that are too long are truncated, or left out with
+        `skip_longer`.
 
         **Raises**: `EchoError` if cursor or silence do not fit, or the shards that are open at once
         exceed the cache. Errors of the background thread are raised while iterating.

@@ -38,7 +38,7 @@ apply_rope.defvjp(
 
 
 def apply_half_rope(x: Float[Array, "t h k"], angles: Float[Array, "t a"]) -> Float[Array, "t h k"]:
-    """`apply_rope` on the first half of the heads; the other half carries no position."""
+    """`apply_rope` on the first half of the heads; the other half is not rotated."""
     if tensor_size() > 1:
         return jnp.where(rope_head_mask(x.shape[1])[None, :, None], apply_rope(x, angles), x)
     half = x.shape[1] // 2

@@ -200,7 +200,7 @@ def _divide(chunks: list[list[_Heard]], words: list[tuple[str, int]], tokens: li
 
 
 def _is_match(heard: list[_Heard], words: list[str], first: int) -> bool:
-    """Whether the speech `heard` is that of `words`, whose first word has the index `first`."""
+    """Whether the speech in `heard` matches `words`, whose first word has the index `first`."""
     spoken = [word.index is not None for word in heard]
     indices = {word.index for word in heard}
     written = [first + i in indices for i in range(len(words))]

@@ -118,7 +118,7 @@ class ShardPlan:
 
 
 def plan_shards(folder: Path, clips: Sequence[Clip], *, seed: int, per_shard: int) -> ShardPlan:
-    """The shards of `folder`: those of earlier runs first, then those of new clips.
+    """The shards of `folder`: first the shards of earlier runs, then shards of new clips.
 
     **Raises**: `EchoError` if the list of an earlier run cannot be read, and `OSError`.
     """

@@ -119,7 +119,7 @@ def list_clips(
 def _clips_of(
     recording: Recording, max_seconds: float, keep_long: bool
 ) -> Iterator[Clip | SkippedInput]:
-    """The clips of a recording, whose keys are not checked yet, and what is skipped."""
+    """The clips of a recording, with keys not checked yet, and the inputs that are skipped."""
     fields, source = dict(recording.fields), recording.source
     text = pop(fields, TEXT_FIELDS)
     speaker, language = pop(fields, SPEAKER_FIELDS), pop(fields, LANGUAGE_FIELDS)
@@ -202,7 +202,7 @@ def _times(fields: dict[str, Any]) -> tuple[float, float | None]:
 
 
 def _text_problem(text: str) -> tuple[str, str] | None:
-    """Kind and detail of what makes a text unusable."""
+    """Kind and detail of the reason why a text is unusable, None if it is usable."""
     is_utf8 = "\0" not in text and not re.search(r"[\ud800-\udfff]", text)
     try:
         check_text(text)

@@ -144,8 +144,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _pieces(
     clip: Clip, cut: dict[str, Any], max_seconds: float, max_bytes: int, keys: set[str]
 ) -> list[Clip | SkippedInput]:
-    """The pieces of a clip according to `cut`, with keys that are not in `keys`, and what is
-    skipped."""
+    """The pieces of a clip according to `cut`, with keys that are not in `keys`, and the parts that
+    are skipped."""
     source = clip.metadata["source"]
     if "reason" in cut:
         detail = cut["reason"]

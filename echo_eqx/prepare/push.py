@@ -4,7 +4,7 @@ Shards are checked against the SHA-256 in their index before they are sent, and 
 follow in the last commit, so the listing on the Hub is correct at all times. Nothing is written to
 the folder, and uploaded files are recognized by their SHA-256, so the same call on any machine
 continues an interrupted upload. `HfApi.upload_large_folder` guarantees no order, keeps its state in
-the folder and knows nothing of indexes.
+the folder and does not know about indexes.
 """
 
 import hashlib

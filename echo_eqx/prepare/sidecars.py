@@ -24,7 +24,7 @@ _SIDECAR = re.compile(r"index[^/]*\.json|codec\.json|silence\.(safetensors|npy)"
 class Broken:
     """A record that cannot be used; if `key` is empty, a whole shard or a file next to it.
 
-    `kind` is one of those of `BrokenRecord`, or
+    `kind` is one of the kinds of `BrokenRecord`, or
 
     - duplicate: an earlier shard has the key, or another member of the record has the same role;
     - member: the member `key` belongs to no record;

@@ -140,7 +140,7 @@ def _plain_rows(path: Path, separator: str) -> Rows:
 
 
 def _unquoted(field: str) -> str:
-    """`field` without its quotes, if they are clearly those of CSV, which doubles inner quotes."""
+    """`field` without its quotes if they are clearly CSV quotes: CSV doubles the inner ones."""
     inside = field[1:-1]
     is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '""' in inside
     return inside.replace('""', '"') if is_quoted and '"' not in inside.replace('""', "") else field

@@ -30,7 +30,7 @@ _log = logging.getLogger("echo_eqx.speech")
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of an utterance that is generated at once."""
+    """A part of an utterance, generated in one go."""
 
     index: tuple[int, ...]
     """Number of the utterance, number of the chunk in it, then 0 or 1 for each halving."""

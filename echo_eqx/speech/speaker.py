@@ -153,8 +153,8 @@ def nearest_voice(dit: EchoDiT, latents: Float[np.ndarray, "r c"]) -> tuple[str,
 
     None if the model takes any voice.
 
-    The distance is the Mahalanobis distance between mean latents, divided by that of the voice's
-    own farthest recording, so above 1 the reference is another voice.
+    The Mahalanobis distance between mean latents is divided by the distance of the voice's own
+    farthest recording, so above 1 the reference is another voice.
 
     **Arguments**: `latents` (r, c), from `speaker_latents`.
     """

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int, step: Int[Array, ""]) -> Array:
-    """Learning rate of step `step`, counted from 0; with a warm-up, that of step 0 is 0."""
+    """Learning rate of step `step`, counted from 0; a warm-up starts from 0 at step 0."""
     warmup = int(num_steps * config.warmup_ratio)
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(

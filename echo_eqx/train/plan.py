@@ -31,7 +31,7 @@ FULL = 0.9
 estimation errors."""
 
 MAX_DEVICES = 2048
-"""With more, JAX takes the devices of one CPU for those of several processes."""
+"""With more simulated devices, JAX assumes that they belong to several processes."""
 
 QUICK = (
     "--xla_backend_optimization_level=0 "
@@ -314,9 +314,9 @@ def step_traffic(
     t, s = config.max_frames, config.max_text_bytes
     p = config.max_speaker_frames // config.patch_size
     d, text, speaker = config.model_dim, config.text, config.speaker
-    # An encoder layer sums the outputs of attention and MLP in the forward pass, that of attention
-    # again when recomputed, and the gradients at the inputs of its six column-parallel products
-    # (q, k, v, gate, w1, w3).
+    # An encoder layer sums the outputs of attention and MLP in the forward pass, the attention
+    # output again when recomputed, and the gradients at the inputs of its six column-parallel
+    # products (q, k, v, gate, w1, w3).
     numbers = 9 * (text.num_layers * s * text.dim + speaker.num_layers * p * speaker.dim)
     # A DiT layer also recomputes the output of its MLP, for the gradient of the gate, and has two
     # products each that read text and reference.

@@ -131,7 +131,7 @@ class RunFolder:
 def note_end(run_dir: Path, step: int) -> None:
     """Record in `environment.json` that the last launch ended, saved at `step`.
 
-    From this the monitor knows that the run was stopped and did not crash.
+    This tells the monitor that the run was stopped and did not crash.
     """
     file = run_dir / "environment.json"
     history = _read_list(file)

@@ -63,7 +63,7 @@ def apply_gradients(
 def jit_step(step: Callable[..., Any], shardings: Any, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted `(state, batch, key) -> (state, metrics)`, which donates the old state.
 
-    `shardings` are those of the state. The batch is sharded over `data` and `fsdp`.
+    `shardings` has the structure of the state. The batch is sharded over `data` and `fsdp`.
     """
     everywhere = replicated(mesh)
     return jax.jit(

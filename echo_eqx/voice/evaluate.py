@@ -89,7 +89,7 @@ def generation_config(
     centers = {voice: rows.mean(0) for voice, rows in means.items()}
     residuals = np.concatenate([rows - centers[voice] for voice, rows in means.items()])
     covariance = np.cov(residuals.T)
-    # Shrunk towards its diagonal, as there are few recordings for so many values.
+    # Shrunk towards its diagonal, since it has many entries and is estimated from few recordings.
     values, vectors = np.linalg.eigh(0.8 * covariance + 0.2 * np.diag(np.diag(covariance)))
     whitening = np.round(vectors / np.sqrt(values), 4)
     voices = []

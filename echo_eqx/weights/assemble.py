@@ -109,9 +109,9 @@ def _checked(name: str, known: set[str], arrays: Any, where: str, dtype: Any) ->
 
 
 def check_sizes(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Reject a config with sizes that none of its tensors has, before any work is done with it.
+    """Reject a config whose sizes exceed those of the tensors, before any work is done with it.
 
-    `shapes` are those of the source's tensors, which are backed by as many bytes in the file.
+    The `shapes` of the source's tensors can be trusted, because the file has enough data for them.
     """
     largest = max((max(shape, default=0) for shape in shapes.values() if 0 not in shape), default=0)
     for name, value in _sizes(dataclasses.asdict(config), ""):

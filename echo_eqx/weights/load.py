@@ -1,4 +1,4 @@
-"""`load_dit` and `load_codec`: any known file of weights. Its content tells its format."""
+"""`load_dit` and `load_codec` read any known weights file; its format is found from its content."""
 
 import contextlib
 import logging
@@ -91,8 +91,9 @@ def load_model(
 ) -> tuple[Any, Path]:
     """The model of `load_dit` or `load_codec`, and the file or checkpoint it was read from.
 
-    Only the weights are read and verified, once. If those of a run folder's newest checkpoint are
-    damaged, the previous one is tried. With `exports`, a checkpoint's own export is preferred.
+    Only the weights are read and verified, once. If the weights in a run folder's newest checkpoint
+    are damaged, the previous checkpoint is tried. With `exports`, a checkpoint's own export is
+    preferred.
     """
     candidates = find_candidates(source, kind, exports=exports)
     first: EchoError | None = None

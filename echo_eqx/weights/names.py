@@ -1,6 +1,6 @@
 """Names of EchoDiT's weights in other trainers and runtimes.
 
-Each table says, for one of our leaves, which tensors of a source make it up. Our kernels are
+Each table maps a leaf of our model to the source tensors that it is made of. Our kernels are
 (in, out), and all layers of a stack are one leaf with a leading layer axis.
 """
 

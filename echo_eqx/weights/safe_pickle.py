@@ -292,7 +292,7 @@ _DTYPES = {
 
 
 def dtype_of(value: Any) -> np.dtype:
-    """The dtype that a record stands for; only plain numeric dtypes are allowed."""
+    """The dtype that a record describes; only plain numeric dtypes are allowed."""
     if not (isinstance(value, Record) and value.name == "dtype"):
         raise EchoError("an array has no dtype")
     dtype = _DTYPES[value.args[0]]

@@ -18,8 +18,8 @@ _MAX_PARTS = 1000
 class ShardedSafetensors:
     """The files that an index `*.safetensors.index.json` lists, as one.
 
-    The index is that of the Hugging Face Hub: `weight_map` names, for each tensor, the file next to
-    the index that holds it (https://huggingface.co/docs/transformers/big_models).
+    The index has the Hugging Face format: `weight_map` gives the file of each tensor, in the folder
+    of the index (https://huggingface.co/docs/transformers/big_models).
 
     **Raises**: `EchoError` naming the index or a file that cannot be used.
     """

@@ -66,7 +66,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
 
 
 class _Opening(io.FileIO):
-    """Bounds what is read while a zip is opened: its central directory."""
+    """A file with a bound on what is read while it is opened as a zip: the central directory."""
 
     is_open = False
 

@@ -1,8 +1,9 @@
-"""Keep a host's disk free during a run: what is deleted when space is short, and what never is.
+"""Keep disk space free on a host during a run.
 
-Things are deleted in this order until enough space is free: shards already read, stalled downloads,
-stale revisions and repositories in the Hub's cache, leftovers of killed runs, checkpoints outside
-the retention rule. Links are not followed, and a file that another process has locked is in use.
+When space is short, files are deleted in this order until enough is free: shards already read,
+stalled downloads, stale revisions and repositories in the Hub's cache, leftovers of killed runs,
+checkpoints outside the retention rule. Links are not followed, and a file that another process has
+locked is in use.
 """
 
 import queue

@@ -85,7 +85,7 @@ def _start(
 
     answers, deadline = workers.call(arguments), time.monotonic() + args.settle
     while not workers.shell.dry_run:
-        # A process that crashed brings others down, and its answer says more than theirs.
+        # When one process crashes, the others fail too, and its answer explains more than theirs.
         worst = max(answers, key=lambda answer: _severity(answer, launch_id))
         if _severity(worst, launch_id):
             return worst

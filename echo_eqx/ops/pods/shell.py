@@ -29,7 +29,7 @@ class Shell:
     def run_all(
         self, commands: Sequence[Sequence[str]], timeout: float, *, is_query: bool = False
     ) -> list[Completed]:
-        """Run all at once, for at most `timeout` s; [] in a dry run.
+        """Run all in parallel, for at most `timeout` s; [] in a dry run.
 
         A query changes nothing and is often repeated, so it is printed only the first time.
 

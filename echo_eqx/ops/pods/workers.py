@@ -1,4 +1,4 @@
-"""Workers: how a command is run on one of them, and what they answer."""
+"""Workers: run a command on each machine and collect the answers."""
 
 import json
 import re

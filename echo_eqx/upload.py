@@ -48,13 +48,13 @@ class Repository:
             logger.info("%s is new; it is private until you change its settings", self.repo)
 
     def files(self) -> dict[str, RepoFile]:
-        """What is there, by name."""
+        """The files in the repository, by name."""
         with hub_errors(self._action):
             tree = self._api.list_repo_tree(self.repo, repo_type=self.kind, recursive=True)
             return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file as it is now, None if it does not exist."""
+        """The current content of a file, None if it does not exist."""
         with hub_errors(self._action):
             url = hf_hub_url(self.repo, name, repo_type=self.kind)
             response = http_backoff("GET", url, headers=build_hf_headers())

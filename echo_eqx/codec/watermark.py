@@ -17,7 +17,7 @@ from echo_eqx.config import WatermarkConfig
 from echo_eqx.layers.precision import matmul_precision
 
 State = Any
-"""What a layer remembers of the previous chunk: arrays, nested in tuples."""
+"""State that a layer carries from one chunk to the next: arrays, nested in tuples."""
 
 
 def _prepend(past: Float[Array, "p c"], x: Float[Array, "t c"]) -> tuple[Array, Array]:

@@ -122,7 +122,7 @@ class RecordLog:
 
 
 def _read_log(path: Path | None) -> set[tuple[str, str]]:
-    """What earlier launches have listed."""
+    """The records that earlier launches listed."""
     listed = set()
     if path is not None and path.is_file():
         for line in path.read_text(errors="replace").splitlines():

@@ -21,7 +21,7 @@ from echo_eqx.data.tar_index import RecordEntry, Skipped, index_tar
 from echo_eqx.errors import EchoError
 
 ASSIGN, SHARDS, RECORDS, CROP = range(4)
-"""What random numbers are used for; part of their seed."""
+"""Uses of random numbers; each has seeds of its own."""
 
 
 def random_bits(count: int, *entropy: int) -> np.ndarray:

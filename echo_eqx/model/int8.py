@@ -30,7 +30,7 @@ _BFLOAT16 = re.compile(r"time_conditioner\.\w+|blocks\.\w+_adaln\.\w+\.\w+")
 MARKER = "blocks.attention.wq.scale"
 """A leaf that only an int8 model has."""
 MIN_SCALE = np.float32(2.0**-100)
-"""Of columns of zeros, or nearly so."""
+"""Scale of columns whose weights are all zero or nearly so."""
 
 
 def quantize(dit: EchoDiT) -> EchoDiT:

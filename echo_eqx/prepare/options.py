@@ -1,4 +1,4 @@
-"""What the options --model, --speaker and --holdout mean."""
+"""Interpretation of the options --model, --speaker and --holdout."""
 
 import hashlib
 import re

@@ -116,7 +116,7 @@ class Recording:
 
 
 Recordings = Iterator[Recording | SkippedInput]
-"""What every reader of a source yields."""
+"""The items that every reader of a source yields."""
 
 
 def pop(fields: dict[str, Any], names: Sequence[str]) -> Any:

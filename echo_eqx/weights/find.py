@@ -151,7 +151,7 @@ def _candidates(names: list[str]) -> list[str]:
 
 
 def _usual_names(kind: Kind) -> list[str]:
-    """What files of weights are called where they are not the only ones, the best first."""
+    """Usual names of weights files, in order of preference."""
     both = (f"{kind}.safetensors", f"{kind}{INDEX_SUFFIX}")  # of a folder with both models
     return [*both, *_USUAL_NAMES]
 

@@ -62,7 +62,7 @@ def save(
 
 
 def native_tensors(model: EchoDiT | DACVAE, dtype: str) -> list[Tensor]:
-    """What a file of ours holds: the leaves by name, in `dtype`.
+    """The tensors of a native file: the leaves by name, in `dtype`.
 
     With int8, a linear layer NAME of attention or SwiGLU is two tensors: `NAME.weight`, int8
     (layers, in, out), and `NAME.scale`, float32 (layers, out), whose product is the weight. AdaLN
@@ -87,7 +87,7 @@ def native_tensors(model: EchoDiT | DACVAE, dtype: str) -> list[Tensor]:
 def native_metadata(
     model: EchoDiT | DACVAE, generation: GenerationConfig | None = None
 ) -> dict[str, str]:
-    """What a file of ours says of its model: format, kind, sizes, and how to speak with it."""
+    """Metadata of a native file: format, kind of model, sizes, and recommended settings."""
     kind = "dit" if isinstance(model, EchoDiT) else "codec"
     metadata = {"config": json.dumps(to_json(model.config)), "format": FORMAT}
     if isinstance(model, EchoDiT):

@@ -54,7 +54,7 @@ PARSE_ERRORS = (
 """What Python raises on malformed data."""
 
 Builder = Callable[[tuple], Any]
-"""What a known class or function does with its arguments."""
+"""What replaces a known class or function when it is called."""
 
 
 _MARK = object()

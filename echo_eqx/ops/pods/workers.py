@@ -37,7 +37,7 @@ class WorkerArgs(Pod):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker answered, or why it did not."""
+    """The answer of a worker, or the reason why there is none."""
 
     worker: str
     value: dict[str, Any] | None

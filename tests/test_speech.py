@@ -127,7 +127,7 @@ def test_unusable_references_are_rejected_by_name(dit, codec, speaker, message):
 
 
 def test_mismatched_models_are_rejected(dit, golden_codec):
-    with pytest.raises(EchoError, match=r"128 latent channels, .* got one with 12"):
+    with pytest.raises(EchoError, match=r"expected 128 latent channels, .* got 12;"):
         speak(dit, golden_codec)
 
 

@@ -29,8 +29,8 @@ def check_latent_dim(dit: EchoDiT, codec: DACVAE) -> None:
     """**Raises**: `EchoError` if the codec cannot decode what the model generates."""
     if dit.config.latent_dim != codec.config.latent_dim:
         raise EchoError(
-            f"expected a codec with {dit.config.latent_dim} latent channels for this checkpoint, "
-            f"got one with {codec.config.latent_dim}; use the codec that the model was trained with"
+            f"codec: expected {dit.config.latent_dim} latent channels, as in this checkpoint, "
+            f"got {codec.config.latent_dim}; use the codec that the model was trained with"
         )
 
 

@@ -245,12 +245,12 @@ def test_published_base_sizes_find_their_training_lengths():
 
 
 def test_all_317_tensors_of_the_codec_are_used(golden_codec):
-    from echo_eqx.weights.dacvae import _sources
+    from echo_eqx.weights.dacvae import published_sources
 
     names = [
         name
         for leaf in leaf_names(golden_codec)
-        for name in _sources(leaf, golden_codec.config).names
+        for name in published_sources(leaf, golden_codec.config).names
     ]
     assert len(names) == len(set(names)) == 317
 

@@ -18,7 +18,7 @@ import tyro
 from echo_eqx import __version__
 from echo_eqx.cli import on_terminal, parse
 from echo_eqx.errors import UsageError
-from echo_eqx.export import flax, native, pytorch
+from echo_eqx.export import dacvae, flax, gguf, mlx, native, pytorch
 from echo_eqx.export.folder import check_target, write_folder
 from echo_eqx.export.hub import push, write_card
 from echo_eqx.export.models import Models
@@ -29,7 +29,7 @@ from echo_eqx.weights.find import SHIPPED, find_weights
 from echo_eqx.weights.load import Kind, load_model, model_kind
 
 logger = logging.getLogger(__name__)
-Format = Literal["native", "pytorch", "flax"]
+Format = Literal["native", "pytorch", "flax", "dacvae", "mlx", "gguf"]
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.15}
 """Of a number on disk; int8 with scales and with what stays in 16 bits."""
 
@@ -40,7 +40,8 @@ class Args:
     """The weights: a file, a folder, a run folder, a Hub id, or voice."""
     to: Format
     """The format: native is our safetensors, pytorch the community's EchoDiT, flax a checkpoint of
-    the published trainer."""
+    the published trainer, dacvae a codec for facebook's DACVAE, mlx both models for mlx-audio, gguf
+    an EchoDiT for echo-tts-cpp."""
     output: Path
     """The folder to write; it appears whole or not at all."""
     codec: str | None = None
@@ -97,6 +98,12 @@ def write(args: Args, models: Models, folder: Path) -> None:
             pytorch.write(models, folder, args.dtype)
         case "flax":
             flax.write(models, folder, args.dtype)
+        case "dacvae":
+            dacvae.write(models, folder, args.dtype)
+        case "mlx":
+            mlx.write(models, folder, args.dtype)
+        case "gguf":
+            gguf.write(models, folder, args.dtype)
     is_ours = args.source in SHIPPED
     write_card(
         models,
@@ -111,7 +118,7 @@ def write(args: Args, models: Models, folder: Path) -> None:
 
 def needed_bytes(form: Format, models: Models, dtype: str) -> int:
     """About how many bytes the files will take."""
-    copies = 2 if form == "flax" else 1
+    copies = 2 if form in ("flax", "dacvae") else 1
     return int(copies * _BYTES[dtype] * sum(map(num_parameters, (models.dit, models.codec))))
 
 

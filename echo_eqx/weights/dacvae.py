@@ -1,6 +1,11 @@
-"""The published `weights.pth` of DACVAE: names, sizes, and weight norm folded into the kernels."""
+"""DACVAE as facebook publishes it, both ways: names, sizes, weight norm folded and split.
+
+`weights.pth` is a `torch.save` of `{"state_dict": tensors, "metadata": {"kwargs": sizes}}`. The
+same tensors are also read from safetensors, with the sizes as JSON in its metadata.
+"""
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +15,26 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.generation import GenerationConfig
-from echo_eqx.json_data import from_json
-from echo_eqx.weights.assemble import Sources, abstract_model, check_memory, load_into, single
+from echo_eqx.json_data import from_json, parse_json
+from echo_eqx.weights.assemble import (
+    Sources,
+    abstract_model,
+    check_memory,
+    check_sizes,
+    load_into,
+    single,
+)
+from echo_eqx.weights.safetensors_reader import SafetensorsFile
+from echo_eqx.weights.sharded import ShardedSafetensors
 from echo_eqx.weights.torch_file import read_torch_file, tensors
 
-Tensors = dict[str, np.ndarray]
+KWARGS = "kwargs"
+"""Of the metadata: the arguments of facebook's class, which say the sizes."""
+IN_PROJ = "quantizer.in_proj.weight_v"
+"""A tensor by which files of these names are recognized."""
+
+Shape = Callable[[str], tuple[int, ...] | None]
+"""The shape of a published tensor, or None if there is no such tensor."""
 
 
 def load_dacvae_pth(path: Path, dtype: Any) -> DACVAE:
@@ -25,54 +45,98 @@ def load_dacvae_pth(path: Path, dtype: Any) -> DACVAE:
     """
     content = read_torch_file(path)
     source = tensors(content.get("state_dict"), path)
-    config = _config(content, source, path)
+    metadata = content.get("metadata")
+    kwargs = metadata.get(KWARGS) if isinstance(metadata, dict) else None
+    shapes = {name: array.shape for name, array in source.items()}
+    config = published_config(kwargs, shapes.get, str(path))
     skeleton = abstract_model(config, GenerationConfig(), dtype)
     check_memory(skeleton, str(path))
-    return load_into(skeleton, lambda leaf: _sources(leaf, config), source, source, str(path))
+    return load_into(
+        skeleton, lambda leaf: published_sources(leaf, config), source, source, str(path)
+    )
 
 
-def _config(content: dict, source: Tensors, path: Path) -> CodecConfig:
-    metadata = content.get("metadata")
-    kwargs = metadata.get("kwargs") if isinstance(metadata, dict) else None
-    if not isinstance(kwargs, dict):
-        raise EchoError(f"{path}: expected a published DACVAE file, got no metadata kwargs")
-    ours = {
-        "encoder_dim": "encoder_dim",
-        "encoder_rates": "encoder_rates",
-        "latent_dim": "hidden_dim",
-        "codebook_dim": "latent_dim",
-        "decoder_dim": "decoder_dim",
-        "decoder_rates": "decoder_rates",
-        "sample_rate": "sample_rate",
-    }
-    known = {name: kwargs[theirs] for theirs, name in ours.items() if theirs in kwargs}
+def load_dacvae_safetensors(file: SafetensorsFile | ShardedSafetensors, dtype: Any) -> DACVAE:
+    """Read the published tensors from safetensors.
+
+    **Raises**: `EchoError` as `load_dacvae_pth`.
+    """
+    try:
+        kwargs = parse_json(file.metadata.get(KWARGS, "").encode("utf-8", "surrogatepass"))
+    except ValueError:
+        raise EchoError(
+            f"{file.path}: expected the sizes of a DACVAE as JSON under {KWARGS} in its metadata, "
+            "got none; use weights.pth"
+        ) from None
+    shapes = file.shapes()
+    config = published_config(kwargs, shapes.get, str(file.path))
+    check_sizes(config, shapes, str(file.path))
+    skeleton = abstract_model(config, GenerationConfig(), dtype)
+    check_memory(skeleton, str(file.path))
+    return load_into(
+        skeleton, lambda leaf: published_sources(leaf, config), file, file.names, str(file.path)
+    )
+
+
+# --- Sizes --------------------------------------------------------------------------------------
+
+_FIELDS = {
+    "encoder_dim": "encoder_dim",
+    "encoder_rates": "encoder_rates",
+    "latent_dim": "hidden_dim",
+    "codebook_dim": "latent_dim",
+    "decoder_dim": "decoder_dim",
+    "decoder_rates": "decoder_rates",
+    "sample_rate": "sample_rate",
+}
+"""Our fields by the arguments of facebook's class."""
+
+
+def published_config(kwargs: Any, shape: Shape, where: str) -> CodecConfig:
+    """Sizes from the arguments of facebook's class and, for the watermark path, from shapes.
+
+    **Raises**: `EchoError` naming `where` and what is missing or of a wrong type.
+    """
+    if not isinstance(kwargs, Mapping):
+        raise EchoError(f"{where}: expected a published DACVAE file, got no metadata kwargs")
+    known = {name: kwargs[theirs] for theirs, name in _FIELDS.items() if theirs in kwargs}
     try:
         plain = from_json(CodecConfig, {**known, "watermark": None})
-        return from_json(CodecConfig, {**known, "watermark": _watermark(plain, source)})
+        return from_json(CodecConfig, {**known, "watermark": _watermark(plain, shape)})
     except EchoError as error:
-        raise EchoError(f"{path}: {error}") from None
+        raise EchoError(f"{where}: {error}") from None
 
 
-def _watermark(config: CodecConfig, source: Tensors) -> dict[str, Any]:
+def published_kwargs(config: CodecConfig) -> dict[str, Any]:
+    """The arguments of facebook's class. Those of its quantizer are unused in a DACVAE."""
+    values = {theirs: getattr(config, name) for theirs, name in _FIELDS.items()}
+    ours = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return {**ours, "n_codebooks": 16, "codebook_size": 1024, "quantizer_dropout": False}
+
+
+def _watermark(config: CodecConfig, shape: Shape) -> dict[str, Any]:
     """Sizes of the watermark path, read from shapes because the metadata lacks them."""
 
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in source or source[name].ndim != rank:
+    def checked(name: str, rank: int) -> tuple[int, ...]:
+        found = shape(name)
+        if found is None or len(found) != rank:
             raise EchoError(f"tensor {name} is missing or of a wrong rank")
-        return source[name].shape
+        return found
 
     wm = "decoder.wm_model."
-    lstm = re.escape(wm) + r"encoder_block\.post\.0\.lstm\.weight_ih_l\d+"
-    embedding = shape(wm + "msg_processor.msg_processor.weight", 2)
+    num_layers = 0
+    while shape(f"{wm}encoder_block.post.0.lstm.weight_ih_l{num_layers}") is not None:
+        num_layers += 1
+    embedding = checked(wm + "msg_processor.msg_processor.weight", 2)
     return {
-        "dim": shape(wm + "encoder_block.pre.3.weight", 3)[0],
+        "dim": checked(wm + "encoder_block.pre.3.weight", 3)[0],
         "strides": [
-            shape(f"decoder.model.{i + 1}.block.3.weight", 3)[2] // 2
+            checked(f"decoder.model.{i + 1}.block.3.weight", 3)[2] // 2
             for i in range(len(config.decoder_rates))
         ],
         "bottleneck_dim": embedding[1],
         "num_bits": embedding[0] // 2,
-        "num_lstm_layers": sum(bool(re.fullmatch(lstm, name)) for name in source),
+        "num_lstm_layers": num_layers,
     }
 
 
@@ -116,39 +180,92 @@ def _module_name(module: str, config: CodecConfig) -> str:
     return f"{stack}.{block}.block.{inner}"
 
 
-def _sources(leaf: str, config: CodecConfig) -> Sources:
+def published_sources(leaf: str, config: CodecConfig) -> Sources:
     """The published tensors that make up one of our leaves, and how."""
-    if leaf == "watermark.message_embedding":
-        return Sources(["decoder.wm_model.msg_processor.msg_processor.weight"], single)
-    if lstm := re.fullmatch(r"watermark\.(encoder|decoder)_lstm\.layers\.(\d+)\.(\w+)", leaf):
+    names = _tensor_names(leaf, config)
+    if leaf.endswith(".alpha"):
+        return Sources(names, lambda arrays: single(arrays)[0, :, 0])
+    if leaf.endswith(".bias"):  # an LSTM has two
+        return Sources(names, lambda arrays: np.sum(np.stack(arrays), axis=0))
+    if _LSTM.fullmatch(leaf):
+        return Sources(names, lambda arrays: single(arrays).T)
+    if leaf == _EMBEDDING:
+        return Sources(names, single)
+    # (out, in, k), or (in, out, k) if transposed, to (k, in, out).
+    axes = (2, 0, 1) if is_transposed(names[-1]) else (2, 1, 0)
+    if len(names) == 1:
+        return Sources(names, lambda arrays: single(arrays).transpose(axes))
+    return Sources(names, lambda arrays: _fold_weight_norm(*arrays).transpose(axes))
+
+
+def to_published(leaves: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str, np.ndarray]:
+    """Our float32 leaves as the published tensors: the inverse of `published_sources`.
+
+    `weight_v` is the kernel and `weight_g` its norm, so that folding gives the kernel again, up to
+    the last bit. One bias of an LSTM layer is ours, the other zero.
+    """
+    out: dict[str, np.ndarray] = {}
+    for leaf, array in leaves.items():
+        names = _tensor_names(leaf, config)
+        if leaf.endswith(".alpha"):
+            arrays = [array[None, :, None]]
+        elif leaf.endswith(".bias"):
+            arrays = [array, np.zeros_like(array)][: len(names)]
+        elif _LSTM.fullmatch(leaf):
+            arrays = [array.T]
+        elif leaf == _EMBEDDING:
+            arrays = [array]
+        else:
+            kernel = array.transpose((1, 2, 0) if is_transposed(names[-1]) else (2, 1, 0))
+            arrays = [kernel] if len(names) == 1 else _split_weight_norm(kernel)
+        out.update(zip(names, arrays, strict=True))
+    return out
+
+
+_EMBEDDING = "watermark.message_embedding"
+_LSTM = re.compile(r"watermark\.(encoder|decoder)_lstm\.layers\.(\d+)\.(\w+)")
+_LSTM_PLACES = {"encoder": "encoder_block.post.0", "decoder": "decoder_block.pre.1"}
+_LSTM_FIELDS = {
+    "weight_in": ["weight_ih"],
+    "weight_hidden": ["weight_hh"],
+    "bias": ["bias_ih", "bias_hh"],
+}
+
+
+def _tensor_names(leaf: str, config: CodecConfig) -> list[str]:
+    if leaf == _EMBEDDING:
+        return ["decoder.wm_model.msg_processor.msg_processor.weight"]
+    if lstm := _LSTM.fullmatch(leaf):
         side, layer, field = lstm.groups()
-        place = {"encoder": "encoder_block.post.0", "decoder": "decoder_block.pre.1"}[side]
-        name = f"decoder.wm_model.{place}.lstm."
-        if field == "bias":
-            names = [f"{name}bias_ih_l{layer}", f"{name}bias_hh_l{layer}"]
-            return Sources(names, lambda arrays: np.sum(np.stack(arrays), axis=0))
-        kind = {"weight_in": "ih", "weight_hidden": "hh"}[field]
-        return Sources([f"{name}weight_{kind}_l{layer}"], lambda arrays: single(arrays).T)
+        place = f"decoder.wm_model.{_LSTM_PLACES[side]}.lstm"
+        return [f"{place}.{name}_l{layer}" for name in _LSTM_FIELDS[field]]
     module, field = leaf.rsplit(".", 1)
     name = _module_name(module, config)
-    if field == "alpha":
-        return Sources([f"{name}.alpha"], lambda arrays: single(arrays)[0, :, 0])
-    if field == "bias":
-        return Sources([f"{name}.bias"], single)
-    # (out, in, k), or (in, out, k) for transposed convolutions, to (k, in, out).
-    axes = (2, 0, 1) if module.endswith((".up", ".up.conv")) else (2, 1, 0)
-    if module.startswith("watermark."):
-        return Sources([f"{name}.weight"], lambda arrays: single(arrays).transpose(axes))
-    names = [f"{name}.weight_g", f"{name}.weight_v"]
-    return Sources(names, lambda arrays: _fold_weight_norm(*arrays).transpose(axes))
+    if field == "weight" and not module.startswith("watermark."):
+        return [f"{name}.weight_g", f"{name}.weight_v"]
+    return [f"{name}.{field}"]
+
+
+def is_transposed(tensor: str) -> bool:
+    """Whether a published tensor is of a transposed convolution: (in, out, k)."""
+    return re.fullmatch(r"decoder\.model\.\d+\.block\.[13]\.weight(_[gv])?", tensor) is not None
 
 
 def _fold_weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
     """`g * v / |v|`, the norm over all axes but the first (Salimans & Kingma, arXiv:1602.07868)."""
     if g.shape != (v.shape[0], 1, 1):
         raise ValueError(f"expected one weight_g for each channel, got shape {g.shape}")
-    wide = v.astype(np.float64)
-    norm = np.sqrt(np.sum(wide**2, axis=(1, 2), keepdims=True))
+    norm = _norm(v)
     if not norm.all():
         raise ValueError("a channel of weight_v is zero, so it has no direction")
-    return (g.astype(np.float64) * wide / norm).astype(np.float32)
+    return (g.astype(np.float64) * v.astype(np.float64) / norm).astype(np.float32)
+
+
+def _split_weight_norm(kernel: np.ndarray) -> list[np.ndarray]:
+    """`weight_g` and `weight_v` of a kernel. Of a channel of zeros any direction will do."""
+    norm = _norm(kernel)
+    return [norm.astype(np.float32), np.where(norm == 0, np.float32(1), kernel)]
+
+
+def _norm(v: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=(1, 2), keepdims=True))

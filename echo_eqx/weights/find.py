@@ -11,7 +11,7 @@ from echo_eqx.hub import REPO, hub_errors
 from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, find_checkpoints
 from echo_eqx.weights.sharded import INDEX_SUFFIX, shard_files, weight_map
 
-SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".pkl", ".pickle", ".pth", ".pt", ".gguf")
 Kind = Literal["dit", "codec"]
 _USUAL_NAMES = (
     "model.safetensors",

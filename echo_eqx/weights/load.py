@@ -1,6 +1,7 @@
 """`load_dit` and `load_codec` read any known weights file; its format is found from its content."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -24,9 +25,11 @@ from echo_eqx.weights.assemble import (
     single,
 )
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
-from echo_eqx.weights.dacvae import load_dacvae_pth
+from echo_eqx.weights.dacvae import IN_PROJ, load_dacvae_pth, load_dacvae_safetensors
 from echo_eqx.weights.find import Kind, find_candidates, find_weights
 from echo_eqx.weights.flax import read_flax_checkpoint
+from echo_eqx.weights.gguf_reader import MAGIC, GGUFFile
+from echo_eqx.weights.mlx import MLX_IN_PROJ, load_dacvae_mlx
 from echo_eqx.weights.names import flax_config, flax_sources, pytorch_config, pytorch_sources
 from echo_eqx.weights.native import native_config, native_generation, native_kind
 from echo_eqx.weights.safetensors_reader import SafetensorsFile
@@ -83,7 +86,7 @@ def model_kind(source: str | Path) -> Kind:
         file = _open(path)
         is_dit = native_kind(file) == "dit" or any("speaker_encoder" in n for n in file.names)
         return "dit" if is_dit else "codec"
-    return "dit" if form == "pickle" else "codec"
+    return "codec" if form == "torch" else "dit"
 
 
 def load_model(
@@ -129,6 +132,8 @@ def _load_dit(path: Path, dtype: Any) -> EchoDiT:
         return _load(config, dtype, path, weights.names, weights, pytorch_sources)
     if kind == "pickle":
         return dit_from_flax(read_flax_checkpoint(path).params, path, dtype)
+    if kind == "gguf":
+        return _load_gguf(GGUFFile(path), dtype)
     raise EchoError(f"expected an EchoDiT, got a PyTorch file of a codec or another model: {path}")
 
 
@@ -140,7 +145,26 @@ def _load_codec(path: Path, dtype: Any) -> DACVAE:
         file = _open(path)
         if native_kind(file) == "codec":
             return _load_native(file, dtype)
+        if IN_PROJ in file.names:
+            return load_dacvae_safetensors(file, dtype)
+        if MLX_IN_PROJ in file.names:
+            return load_dacvae_mlx(file, dtype)
     raise EchoError(f"expected a DACVAE weights.pth or our safetensors of a codec, got {path}")
+
+
+def _load_gguf(file: GGUFFile, dtype: Any) -> EchoDiT:
+    """The EchoDiT in a file of echo-tts-cpp. The PCA in it is of a codec, and left out."""
+    fields = file.fields
+    if (found := fields.get("general.architecture")) != "echo-tts":
+        raise EchoError(f"{file.path}: expected architecture echo-tts, got {str(found)[:50]!r}")
+    eps = fields.get("echo.norm_eps", 1e-5)
+    if type(eps) is not float or not 0 < eps < 1:
+        raise EchoError(f"{file.path}: echo.norm_eps: expected 0 to 1, got {str(eps)[:50]}")
+    shapes = {name: shape for name, shape in file.shapes().items() if not name.startswith("pca.")}
+    with _naming(file.path):
+        config = pytorch_config(shapes)
+        config = dataclasses.replace(config, norm_eps=float(str(np.float32(eps))))  # 1e-5 again
+    return _load(config, dtype, file.path, shapes, file, pytorch_sources)
 
 
 def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> EchoDiT:
@@ -165,6 +189,8 @@ def _kind(path: Path) -> str:
         raise EchoError(f"{path} cannot be read: {error.strerror}") from None
     if not head:
         raise EchoError(f"expected a file of weights, got an empty file: {path}")
+    if head[:4] == MAGIC:
+        return "gguf"
     # A safetensors file begins with the length of its header, which is JSON.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "safetensors"
@@ -175,8 +201,8 @@ def _kind(path: Path) -> str:
     if path.suffix == ".safetensors":
         return "safetensors"
     raise EchoError(
-        f"expected a safetensors, pickle or PyTorch file, got one that starts with {head[:8]!r}: "
-        f"{path}"
+        "expected a safetensors, pickle, PyTorch or GGUF file, got one that starts with "
+        f"{head[:8]!r}: {path}"
     )
 
 

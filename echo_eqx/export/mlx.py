@@ -1,0 +1,140 @@
+"""Both models for mlx-audio, in `echo_tts` and `dacvae`; one alone is in the folder itself.
+
+    model = mlx_audio.tts.load("FOLDER/echo_tts")
+
+    codec = DACVAE(DACVAEConfig(**json.load(open("FOLDER/dacvae/config.json"))))
+    codec.load_weights("FOLDER/dacvae/model.safetensors")
+
+mlx-audio's `generate` of an EchoDiT turns latents into audio by Fish S1-DAC alone. With latents of
+a DACVAE, call `generate_latents` and give them to `codec.decode`.
+
+Source: `tts/models/echo_tts` and `codec/models/dacvae/codec.py` of mlx-audio 0.6.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.config import CodecConfig
+from echo_eqx.errors import UsageError
+from echo_eqx.export.dacvae import check_fits_class, published
+from echo_eqx.export.models import Models, float_dtype, published_leaves
+from echo_eqx.export.pytorch import constructor_arguments
+from echo_eqx.files import write_json
+from echo_eqx.generation import SamplerSettings
+from echo_eqx.model.dit import EchoDiT
+from echo_eqx.weights.dacvae import published_kwargs
+from echo_eqx.weights.mlx import to_mlx
+from echo_eqx.weights.names import to_pytorch
+from echo_eqx.weights.safetensors_writer import converted, write_safetensors
+
+logger = logging.getLogger(__name__)
+FORM = "mlx"
+_NO_FISH = "--no-fish-codec--"
+"""No repository can have this name, so nothing is downloaded for a model with other latents."""
+_RATE, _HOP = 44_100, 2048
+"""Of Fish S1-DAC, which mlx-audio takes for the codec of every EchoDiT."""
+
+
+def write(models: Models, folder: Path, dtype: str) -> None:
+    """Write a folder for each model.
+
+    **Raises**: `UsageError` naming the tensor that mlx-audio cannot hold.
+    """
+    number = float_dtype(FORM, dtype)
+    both = models.dit is not None and models.codec is not None
+    if models.codec is not None:
+        check_fits_mlx(models.codec.config)
+        write_codec_files(models.codec, _new(folder / "dacvae") if both else folder, number)
+    if models.dit is not None:
+        write_dit(models, _new(folder / "echo_tts") if both else folder, number)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+# --- DACVAE -------------------------------------------------------------------------------------
+
+
+def check_fits_mlx(config: CodecConfig) -> None:
+    """Refuse a codec that mlx-audio's class cannot hold, which is facebook's but for odd strides.
+
+    **Raises**: `UsageError` naming a tensor.
+    """
+    check_fits_class(config, f"{FORM}: mlx-audio's DACVAE")
+    for block, rate in enumerate(config.decoder_rates):
+        if rate % 2:
+            raise UsageError(
+                f"{FORM}: mlx-audio's DACVAE: decoder.blocks.{block}.block_1.weight_v: expected an "
+                f"even stride, got {rate}; an odd one loses a sample there"
+            )
+
+
+def write_codec_files(codec: DACVAE, folder: Path, number: np.dtype) -> None:
+    """The files of a codec of any size that has a watermark path."""
+    arrays = to_mlx(published(codec), codec.config)
+    _save(folder, arrays, number, {**published_kwargs(codec.config), "mean": 0.0, "std": 1.0})
+
+
+# --- EchoDiT ------------------------------------------------------------------------------------
+
+
+def write_dit(models: Models, folder: Path, number: np.dtype) -> None:
+    dit = models.need_dit(FORM)
+    arrays = to_pytorch(published_leaves(dit, FORM), dit.config)
+    _save(folder, arrays, number, _echo_tts(dit, models.codec))
+    logger.warning(
+        f"{FORM}: mlx-audio's generate() speaks through Fish S1-DAC only, and the latents of this "
+        "model are not its own; call generate_latents(), then decode() of the DACVAE"
+    )
+
+
+def _echo_tts(dit: EchoDiT, codec: DACVAE | None) -> dict[str, Any]:
+    """`config.json` of an EchoDiT; says which recommended settings mlx-audio has no place for."""
+    config, sampler = dit.config, dit.generation.sampler
+    missing = [
+        f"{name} {getattr(sampler, name)}"
+        for name in ("guidance", "apg_eta", "start_t")
+        if getattr(sampler, name) != getattr(SamplerSettings(), name)
+    ]
+    if missing:
+        logger.warning(f"{FORM}: mlx-audio's sampler cannot be set to {', '.join(missing)}")
+    return {
+        "model_type": "echo_tts",
+        "sample_rate": codec.config.sample_rate if codec else _RATE,
+        "audio_downsample_factor": codec.config.hop if codec else _HOP,
+        "max_text_length": config.max_text_bytes,
+        "max_speaker_latent_length": config.max_speaker_frames,
+        "normalize_text": True,
+        "delete_blockwise_modules": not config.blockwise,
+        "pca_filename": "pca_state.safetensors",
+        "fish_codec_repo": _NO_FISH,
+        "dit": constructor_arguments(config),
+        "sampler": {
+            "num_steps": sampler.steps,
+            "cfg_scale_text": sampler.cfg_scale,
+            "cfg_scale_speaker": sampler.speaker_scale,
+            "cfg_min_t": sampler.cfg_min_t,
+            "cfg_max_t": sampler.cfg_max_t,
+            "truncation_factor": sampler.noise_scale,
+            "rescale_k": None if sampler.rescale_k == 1 else sampler.rescale_k,
+            "rescale_sigma": None if sampler.rescale_k == 1 else sampler.rescale_sigma,
+            "speaker_kv_scale": None if sampler.speaker_kv_scale == 1 else sampler.speaker_kv_scale,
+            "speaker_kv_min_t": sampler.speaker_kv_min_t,
+            "speaker_kv_max_layers": sampler.speaker_kv_layers,
+            "sequence_length": config.max_frames,
+        },
+    }
+
+
+def _save(
+    folder: Path, arrays: dict[str, np.ndarray], number: np.dtype, config: dict[str, Any]
+) -> None:
+    tensors = [converted(name, array, number) for name, array in sorted(arrays.items())]
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "mlx"})
+    write_json(folder / "config.json", config)

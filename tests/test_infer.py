@@ -191,7 +191,11 @@ CASES = {
     "a note": (["--checkpoint", "{note.txt}", "--text", "Hi."], 1, "expected a safetensors"),
     "empty folder": (["--checkpoint", "{folder}", "--text", "Hi."], 1, "expected weights"),
     "codec as model": (["--checkpoint", NARROW_CODEC, "--text", "Hi."], 1, "expected an EchoDiT"),
-    "two widths": (["@", "--codec", NARROW_CODEC, "--text", "Hi."], 1, "got one with 12"),
+    "two widths": (
+        ["@", "--codec", NARROW_CODEC, "--text", "Hi."],
+        1,
+        "latent channels, as in this checkpoint, got 12",
+    ),
     "Hub offline": (["--checkpoint", "a/b", "--text", "Hi."], 1, "a/b"),
     "missing voice": (["@", "--text", "Hi.", "--speaker_ref", "no.wav"], 1, "no.wav does not"),
     "folder as voice": (["@", "--text", "Hi.", "--speaker_ref", "{folder}"], 1, "is not a file"),

@@ -53,7 +53,8 @@ def opened(tmp_path):
         settings = {"batch_size": 16, "seed": 1, "num_streams": 8, **settings}
         settings.setdefault("streams", range(settings["num_streams"]))
         settings.setdefault("cache", ShardCache(tmp_path / "cache", 10**9))
-        streams.append(DataLoader(shard_index, LENGTHS, SILENCE, **settings))
+        silence = settings.pop("silence", SILENCE)
+        streams.append(DataLoader(shard_index, LENGTHS, silence, **settings))
         return streams[-1]
 
     yield open_stream
@@ -201,9 +202,28 @@ def test_every_float16_value_is_widened_exactly(tmp_path):
     path = write_shard(tmp_path / "a.tar", samples)
     with path.open("rb") as file:
         a, b = (read_sample(file.fileno(), entry, WIDTH) for entry in index_tar(path))
-    assert a.latents.tobytes() == halves.astype(np.float32).tobytes()
+    assert a.latents.tobytes() == halves.tobytes() and a.latents.dtype == np.float16
     assert b.latents.tobytes() == np.ascontiguousarray(wide).tobytes()
-    assert a.latents.dtype == b.latents.dtype == np.float32 and a.reference is None
+    assert b.latents.dtype == np.float32 and a.reference is b.reference is None
+
+
+def test_batches_are_float16_until_a_float32_recording_is_read(tmp_path, opened):
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal((5, WIDTH)).astype(np.float32)
+    samples = [(str(i), sample_parts(rng, 3, WIDTH)) for i in range(8)]
+    write_shard(tmp_path / "0.tar", samples[:4])
+    write_shard(tmp_path / "1.tar", samples[4:])
+    options = {"silence": np.zeros((1, WIDTH), np.float32), "batch_size": 2, "num_streams": 2}
+    assert next(opened(list_shards(str(tmp_path), tmp_path), **options)).batch.latents.dtype == "f2"
+    samples.append(("wide", {**samples[0][1], "npy": npy_bytes(wide)}))
+    write_shard(tmp_path / "1.tar", samples[4:])
+    loader = opened(list_shards(str(tmp_path), tmp_path), **options)
+    batches = [next(loader) for _ in range(10)]
+    dtypes = [batch.batch.latents.dtype.name for batch in batches]
+    first = dtypes.index("float32")
+    assert set(dtypes[:first]) <= {"float16"} and set(dtypes[first:]) == {"float32"}
+    row = next(i for i, key in enumerate(batches[first].keys) if key.endswith(":wide"))
+    np.testing.assert_array_equal(batches[first].batch.latents[row, :5], wide)
 
 
 def test_json_may_start_with_a_byte_order_mark(tmp_path):

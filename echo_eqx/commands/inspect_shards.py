@@ -278,7 +278,7 @@ def play(shard_index: ShardIndex, cache: ShardCache, key: str, weights: str, out
     if sample.reference is not None and len(sample.reference):
         parts.append((output.with_stem(f"{output.stem}.ref"), sample.reference))
     for path, latents in parts:
-        audio = np.asarray(codec.decode(latents))
+        audio = np.asarray(codec.decode(latents.astype(np.float32)))
         save_audio(path, audio, rate)
         print(f"{path}: {len(audio) / rate:.2f} s")
     print(f"text: {printable(sample.text)}")

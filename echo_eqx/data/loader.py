@@ -4,10 +4,12 @@ A global batch takes the same number of samples from every stream, in the order 
 its content does not depend on which host reads which streams.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,8 @@ from echo_eqx.errors import EchoError, UsageError, printable
 MAX_STREAMS = 64
 PREFETCH = 2
 """Batches built ahead of the one being used."""
+READERS = 4
+"""Threads that read streams. Python runs one at a time, but not while it reads and copies."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class HostBatch(NamedTuple):
     """
 
     latents: np.ndarray
-    """(b, t, c) float32, the recording, padded with silence."""
+    """(b, t, c), the recording, padded with silence: float16 where that is exact, else float32."""
     frame_mask: np.ndarray
     """(b, t) bool, true on frames of the recording."""
     text_ids: np.ndarray
@@ -62,7 +66,7 @@ class HostBatch(NamedTuple):
     text_mask: np.ndarray
     """(b, s) bool."""
     speaker_latents: np.ndarray
-    """(b, r, c) float32."""
+    """(b, r, c), of the dtype of `latents`."""
     speaker_mask: np.ndarray
     """(b, r) bool, all false where there is no reference."""
 
@@ -171,9 +175,14 @@ class DataLoader:
         self._seed = seed
         self._rows_per_stream = batch_size // num_streams
         self._padding = silence[np.minimum(np.arange(lengths.max_frames), len(silence) - 1)]
+        with np.errstate(over="ignore"):
+            half = self._padding.astype(np.float16)
+        self._padding = half if (half == self._padding).all() else self._padding
+        self._dtype = self._padding.dtype
         self._ready: queue.Queue[LoadedBatch | BaseException] = queue.Queue(PREFETCH)
         self._failure: BaseException | None = None
         self._closed = threading.Event()
+        self._readers = ThreadPool(READERS)  # of daemon threads: a stuck download delays no exit
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -215,6 +224,9 @@ class DataLoader:
                 self._put(self._build())
         except BaseException as error:  # raised in the thread that iterates
             self._put(error)
+        finally:  # no stream is closed while it is read
+            self._readers.close()
+            self._readers.join()
 
     def _put(self, item: LoadedBatch | BaseException) -> None:
         while not self._closed.is_set():
@@ -224,61 +236,83 @@ class DataLoader:
                 continue
 
     def _build(self) -> LoadedBatch:
-        batch = _empty_batch(len(self._streams) * self._rows_per_stream, self.lengths)
-        keys = []
+        batch = _empty_batch(len(self._streams) * self._rows_per_stream, self.lengths, self._dtype)
+
         for stream in self._streams:
             if stream.next_shard is not None:
                 self.cache.request(stream.next_shard)
-            for _ in range(self._rows_per_stream):
-                keys.append(self._fill(batch, len(keys), stream))
+
+        def read(number: int) -> list[tuple[ReadResult, Sample]]:
+            stream, first = self._streams[number], number * self._rows_per_stream
+            found = []
+            for row in range(first, first + self._rows_per_stream):
+                found.append(self._next_used(stream))
+                self._fill(batch, row, *found[-1])
+            return found
+
+        rows = list(itertools.chain(*self._readers.map(read, range(len(self._streams)), 1)))
+        dtype = np.result_type(self._dtype, *{sample.dtype for _, sample in rows})
+        if dtype != self._dtype:  # the first float32 recording, and from now on always
+            self._dtype = dtype
+            batch = _empty_batch(len(rows), self.lengths, dtype)
+            for row, (place, sample) in enumerate(rows):
+                self._fill(batch, row, place, sample)
         cursor = {str(stream.number): stream.position for stream in self._streams}
+        keys = [f"{place.shard.name}:{place.key}" for place, _ in rows]
         return LoadedBatch(batch, keys, cursor, self.log.counts)
 
-    def _fill(self, batch: HostBatch, row: int, stream: SampleStream) -> str:
-        """Write the next sample of `stream` into an empty row; returns its "shard:key"."""
-        read = self._next_used(stream)
-        sample, lengths = read.result, self.lengths
-        assert isinstance(sample, Sample)
-        name = f"{read.shard.name}:{read.key}"
-        frames = min(len(sample.latents), lengths.max_frames)
-        batch.latents[row, :frames] = sample.latents[:frames]
-        batch.latents[row, frames:] = self._padding[: lengths.max_frames - frames]
-        batch.frame_mask[row, :frames] = True
-        if len(sample.latents) > frames:
-            self.log.count(
+    def _fill(self, batch: HostBatch, row: int, read: ReadResult, sample: Sample) -> None:
+        """Write a sample into an empty row."""
+        lengths = self.lengths
+        with np.errstate(over="ignore"):  # of a float32 sample, whose batch is made anew
+            frames = min(len(sample.latents), lengths.max_frames)
+            batch.latents[row, :frames] = sample.latents[:frames]
+            batch.latents[row, frames:] = self._padding[: lengths.max_frames - frames]
+            batch.frame_mask[row, :frames] = True
+            text = encode_text(sample.text)[: lengths.max_text_bytes]
+            batch.text_ids[row, : len(text)] = text
+            batch.text_mask[row, : len(text)] = True
+            if sample.reference is not None:
+                have = len(sample.reference)
+                length = min(have, lengths.max_speaker_frames)
+                start = 0
+                if have > length:
+                    random = int(random_bits(1, self._seed, CROP, *read.place)[0])
+                    start = random % (have - length + 1)
+                length -= length % lengths.patch_size
+                batch.speaker_latents[row, :length] = sample.reference[start : start + length]
+                batch.speaker_mask[row, :length] = True
+
+    def _count_cuts(self, read: ReadResult, sample: Sample) -> None:
+        """Count what is cut to the lengths."""
+        lengths = self.lengths
+
+        def count(kind: str, sentence: str) -> None:
+            self.log.count(kind, f"{printable(f'{read.shard.name}:{read.key}')} {sentence}")
+
+        if len(sample.latents) > lengths.max_frames:
+            count(
                 "cut_recordings",
-                f"{printable(name)} has {len(sample.latents)} frames and is cut to {frames}, while "
-                "its text stays whole; raise --max_frames, or leave such samples out with "
+                f"has {len(sample.latents)} frames and is cut to {lengths.max_frames}, "
+                "while its text stays whole; raise --max_frames, or leave such samples out with "
                 "--skip_longer",
             )
-        text = encode_text(sample.text)
-        if len(text) > lengths.max_text_bytes:
-            self.log.count(
+        if (length := len(encode_text(sample.text))) > lengths.max_text_bytes:
+            count(
                 "cut_texts",
-                f"{printable(name)} has a text of {len(text)} bytes with the leading byte, and is "
-                f"cut to {lengths.max_text_bytes}; raise --max_text_bytes, or leave such samples "
-                "out with --skip_longer",
+                f"has a text of {length} bytes with the leading byte, and is cut to "
+                f"{lengths.max_text_bytes}; raise --max_text_bytes, or leave such samples out with "
+                "--skip_longer",
             )
-        text = text[: lengths.max_text_bytes]
-        batch.text_ids[row, : len(text)] = text
-        batch.text_mask[row, : len(text)] = True
-        if sample.reference is not None:
-            have = len(sample.reference)
-            length = min(have, lengths.max_speaker_frames)
-            start = 0
-            if have > length:
-                start = int(random_bits(1, self._seed, CROP, *read.place)[0]) % (have - length + 1)
-                self.log.count(
-                    "cropped_references",
-                    f"{printable(name)} has a reference of {have} frames, more than "
-                    f"--max_speaker_frames {length}; a random crop is used each time",
-                )
-            length -= length % lengths.patch_size
-            batch.speaker_latents[row, :length] = sample.reference[start : start + length]
-            batch.speaker_mask[row, :length] = True
-        return name
+        have = 0 if sample.reference is None else len(sample.reference)
+        if have > lengths.max_speaker_frames:
+            count(
+                "cropped_references",
+                f"has a reference of {have} frames, more than --max_speaker_frames "
+                f"{lengths.max_speaker_frames}; a random crop is used each time",
+            )
 
-    def _next_used(self, stream: SampleStream) -> ReadResult:
+    def _next_used(self, stream: SampleStream) -> tuple[ReadResult, Sample]:
         while True:
             try:
                 read = stream.read(self.cache, self.lengths.latent_dim)
@@ -289,8 +323,9 @@ class DataLoader:
                 )
                 raise EchoError(self.log.nothing_used(what)) from None
             self.log.add(read)
-            if read.is_used:
-                return read
+            if read.is_used and isinstance(read.result, Sample):
+                self._count_cuts(read, read.result)
+                return read, read.result
             if isinstance(read.result, Sample):
                 name = printable(f"{read.shard.name}:{read.key}")
                 self.log.count(
@@ -306,13 +341,13 @@ class DataLoader:
         )
 
 
-def _empty_batch(rows: int, lengths: SequenceLengths) -> HostBatch:
+def _empty_batch(rows: int, lengths: SequenceLengths, dtype: np.dtype) -> HostBatch:
     text, reference = lengths.max_text_bytes, lengths.max_speaker_frames
     return HostBatch(
-        np.empty((rows, lengths.max_frames, lengths.latent_dim), np.float32),
+        np.empty((rows, lengths.max_frames, lengths.latent_dim), dtype),
         np.zeros((rows, lengths.max_frames), bool),
         np.zeros((rows, text), np.int32),
         np.zeros((rows, text), bool),
-        np.zeros((rows, reference, lengths.latent_dim), np.float32),
+        np.zeros((rows, reference, lengths.latent_dim), dtype),
         np.zeros((rows, reference), bool),
     )

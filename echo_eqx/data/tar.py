@@ -11,6 +11,7 @@ https://www.gnu.org/software/tar/manual/html_node/Standard.html
 import errno
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -96,7 +97,10 @@ def _check(header: bytes, offset: int) -> tuple[bytes, int]:
     field = header[148:156]
     match = _OCTAL.fullmatch(field)
     given = -1 if match is None else int(match[1] or b"0", 8)
-    total = sum(header) - sum(field) + 8 * ord(" ")
+    # Adler-32's low half is one more than the sum of the bytes, modulo 65521, which 256 bytes never
+    # reach: much faster than a sum in Python.
+    halves = zlib.adler32(header[:256]), zlib.adler32(header[256:])
+    total = sum((half & 0xFFFF) - 1 for half in halves) - sum(field) + 8 * ord(" ")
     # Some old writers summed signed bytes.
     if given != total and given != total - 256 * sum(byte > 127 for byte in header):
         raise TarError(f"unreadable header at byte {offset}")

@@ -85,10 +85,12 @@ class DeviceLoader:
         self._source.close()
 
     def _put(self, local: np.ndarray) -> jax.Array:
-        def rows(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(self._batch_size)
-            first = int(np.searchsorted(self._rows, start))
-            return local[first : first + stop - start]
-
+        """This process's rows of a global array. float16 is sent as it is and widened there."""
         shape = (self._batch_size, *local.shape[1:])
-        return jax.make_array_from_callback(shape, self._sharding, rows)
+        shards = []
+        for device, index in self._sharding.addressable_devices_indices_map(shape).items():
+            start, stop, _ = index[0].indices(self._batch_size) if index else (0, len(local), 1)
+            first = int(np.searchsorted(self._rows, start))
+            shard = jax.device_put(local[first : first + stop - start], device)
+            shards.append(shard.astype(np.float32) if shard.dtype == np.float16 else shard)
+        return jax.make_array_from_single_device_arrays(shape, self._sharding, shards)

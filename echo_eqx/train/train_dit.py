@@ -107,7 +107,8 @@ def _sample_writer(
     if not config.sample_every:
         return None
     with contextlib.closing(data.loader(config.batch_size)) as loader:
-        rows = tuple(array[: config.sample_count] for array in next(loader).batch)
+        rows = (array[: config.sample_count] for array in next(loader).batch)
+        rows = tuple(row.astype(np.float32) if row.dtype == np.float16 else row for row in rows)
     rows = HostBatch(*map(np.asarray, multihost_utils.broadcast_one_to_all(rows)))
     assert config.codec is not None
     return SampleWriter(

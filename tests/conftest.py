@@ -1,8 +1,15 @@
 """Shape checks on every call, strict promotion, and the golden vectors."""
 
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
 from jaxtyping import install_import_hook
 
-install_import_hook("echo_eqx", "beartype.beartype")
+SHAPED = ("codec", "flow", "layers", "model", "sharding", "speech", "train", "trees")
+"""Where signatures have shapes. Their checks cost more than those of other types."""
+OTHERS = ("cli", "commands", "data", "export", "files", "generation", "hub", "json_data", "ops")
+OTHERS += ("prepare", "voice", "weights")
+install_import_hook([f"echo_eqx.{name}" for name in SHAPED], "beartype.beartype")
+beartype_packages([f"echo_eqx.{name}" for name in OTHERS], conf=BeartypeConf(claw_is_pep526=False))
 
 import functools  # noqa: E402
 import logging  # noqa: E402

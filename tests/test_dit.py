@@ -121,6 +121,7 @@ def test_padding_frames_change_nothing(golden_dit, dit_cases):
     cache = golden_dit.encode_conditions(*conditions)
     ones = jnp.ones(golden_dit.config.num_layers)
 
+    @jax.jit
     def velocity(x, mask):
         return golden_dit.velocity(x, t, cache, frame_mask=mask, speaker_scale=ones)
 
@@ -131,10 +132,15 @@ def test_padding_frames_change_nothing(golden_dit, dit_cases):
 
 def test_a_new_model_has_zero_velocity():
     config = DIT_PRESETS["tiny"]
-    dit = eqx.filter_jit(lambda key: echo_eqx.EchoDiT.init(config, key=key))(jr.key(0))
     x = jr.normal(jr.key(1), (7, config.latent_dim))
     ones = jnp.ones(8, bool)
-    velocity = dit(x, jnp.float32(0.3), jnp.arange(8), ones, jnp.tile(x[:4], (2, 1)), ones)
+
+    @jax.jit
+    def fresh(key):
+        dit = echo_eqx.EchoDiT.init(config, key=key)
+        return dit(x, jnp.float32(0.3), jnp.arange(8), ones, jnp.tile(x[:4], (2, 1)), ones)
+
+    velocity = fresh(jr.key(0))
     assert velocity.shape == x.shape and not velocity.any()
 
 

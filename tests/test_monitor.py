@@ -450,7 +450,7 @@ def answers(port: int, *requests: bytes) -> list[bytes]:
 
 
 def test_200_connections_at_once_are_all_answered(odd: int):
-    request = b"GET /runs.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    request = b"GET /data.json?run=sound HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     assert answers(odd, *[request] * 200) == [b"HTTP/1.1 200 OK"] * 200
 
 

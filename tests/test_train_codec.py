@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import equinox as eqx
@@ -313,6 +314,9 @@ def train(home: Path, recordings: Path, run: str, *flags: str, code: int = 0) ->
     return done.stdout + done.stderr
 
 
+WHOLE = ("--num_steps", "6", "--checkpoint_every", "3")
+
+
 def lines_of(home: Path, run: str) -> list[dict]:
     return [json.loads(line) for line in (home / run / "metrics.jsonl").read_text().splitlines()]
 
@@ -321,8 +325,7 @@ def lines_of(home: Path, run: str) -> list[dict]:
 def whole(home, recordings):
     held_out = ["--eval_data", str(recordings), "--eval_every", "4", "--eval_batches", "2"]
     samples = ["--sample_every", "6", "--sample_count", "2"]
-    steps = ["--num_steps", "6", "--checkpoint_every", "3"]
-    train(home, recordings, "whole", *held_out, *samples, *steps)
+    train(home, recordings, "whole", *held_out, *samples, *WHOLE)
     return home / "whole"
 
 
@@ -344,13 +347,13 @@ def test_every_command_accepts_the_trained_codec(whole):
 
 def test_a_resumed_run_has_bit_identical_losses(whole, home, recordings):
     folder = home / "cut"
-    train(home, recordings, "cut", "--num_steps", "6", "--checkpoint_every", "3")
+    shutil.copytree(whole, folder)
     # As if killed after step 3: nothing later exists.
     for path in sorted((folder / "checkpoints").glob("step_000000006*"), reverse=True):
         for child in sorted(path.iterdir()) if path.is_dir() else []:
             child.unlink()
         path.rmdir() if path.is_dir() else path.unlink()
-    said = train(home, recordings, "cut", "--num_steps", "6", "--checkpoint_every", "3")
+    said = train(home, recordings, "cut", *WHOLE)
     assert "resuming after step 3" in said
     losses = [[line["loss"] for line in lines_of(home, run)] for run in ("whole", "cut")]
     assert losses[0] == losses[1]

@@ -11,6 +11,8 @@ import pytest
 from conftest import random_model
 from processes import call
 from shards import make_dataset
+from test_sharding import CONFIG as SMALL
+from test_sharding import mesh_of
 
 import echo_eqx
 from echo_eqx.config import DIT_PRESETS
@@ -207,15 +209,18 @@ def test_flags_override_a_file_and_errors_are_one_line(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_step_accepts_only_the_shapes_it_was_compiled_for(config):
+def test_a_step_accepts_only_the_shapes_it_was_compiled_for(config, monkeypatch):
+    monkeypatch.setitem(DIT_PRESETS, "small", SMALL)
     config = dataclasses.replace(
         config,
+        model="small",
+        batch_size=2,
         max_frames=8,
         max_text_bytes=8,
         max_speaker_frames=4,
         objective=ObjectiveConfig(dtype="float32"),
     )
-    mesh = make_mesh(mesh_shape("fsdp=8", 8))
+    mesh = mesh_of((1, 1, 1))
     compiled = compile_step(lambda: lower_step(config, mesh))
     state = init_state(config.dit_config(), config.optimizer, mesh, 0)
     longer = dataclasses.replace(config, max_frames=9).dit_config()
@@ -223,7 +228,7 @@ def test_a_step_accepts_only_the_shapes_it_was_compiled_for(config):
         lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
         abstract_batch(mesh, config.batch_size, longer),
     )
-    with pytest.raises(TypeError, match=r"latents.*float32\[16,8,128\].*float32\[16,9,128\]"):
+    with pytest.raises(TypeError, match=r"latents.*float32\[2,8,8\].*float32\[2,9,8\]"):
         compiled(state, batch, jr.key(0))
 
 

@@ -57,20 +57,20 @@ def make_batch(rows: int = 16) -> Batch:
     )
 
 
-def losses_on(shape, grad_accum_steps=1, loss_frames="all"):
+def losses_on(shape, grad_accum_steps=1, **objective):
     """A program of the loss and its gradients on a mesh, and its arguments."""
     mesh = mesh_of(shape)
-    objective = ObjectiveConfig(dtype="float32", loss_frames=loss_frames)
+    settings = ObjectiveConfig(**{"dtype": "float32", **objective})
     model = random_model(EchoDiT, CONFIG)
     model = jax.device_put(model, state_shardings(model, mesh))
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
     return partial(
-        loss_and_gradients, mesh=mesh, objective=objective, grad_accum_steps=grad_accum_steps
+        loss_and_gradients, mesh=mesh, objective=settings, grad_accum_steps=grad_accum_steps
     ), (model, batch, jr.key(1))
 
 
-def gradients_on(shape, grad_accum_steps=1):
-    run, arguments = losses_on(shape, grad_accum_steps)
+def gradients_on(shape, grad_accum_steps=1, **objective):
+    run, arguments = losses_on(shape, grad_accum_steps, **objective)
     loss, gradients = jax.jit(run)(*arguments)
     return float(loss), jax.tree.map(np.asarray, gradients)
 
@@ -109,6 +109,18 @@ def test_loss_and_gradients_equal_the_plain_objective(unsharded):
     assert unsharded[0] == pytest.approx(float(loss), rel=1e-6)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(unsharded[1]), strict=True):
         assert np.abs(np.asarray(a) - b).max() <= 1e-5 * np.abs(b).max()
+
+
+@pytest.mark.slow  # two more programs
+def test_gradients_summed_in_float32_are_nearer_to_those_of_one_device(unsharded):
+    _, exact = unsharded
+
+    def error(dtype: str) -> float:
+        _, ours = gradients_on((1, 8, 1), dtype="bfloat16", grad_reduce_dtype=dtype)
+        pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True)
+        return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs)))
+
+    assert error("float32") < error("auto")
 
 
 def test_loss_over_valid_frames_is_a_mean_over_the_global_batch():

@@ -1,6 +1,7 @@
 """The lowered training step computes nothing unnecessary."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -29,15 +30,20 @@ CONFIG = dataclasses.replace(
 MESHES = [(1, 1, 1), (1, 2, 2)]
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
-def program(request) -> str:
+@functools.cache
+def lowered(shape: tuple[int, ...], **objective) -> str:
     """StableHLO of a step in bfloat16."""
-    mesh, optimizer = mesh_of(request.param), OptimizerConfig()
+    mesh, optimizer = mesh_of(shape), OptimizerConfig()
     state = sharded_abstract_state(CONFIG, optimizer, mesh)
-    objective = ObjectiveConfig(dtype="bfloat16")
-    step = make_train_step(mesh, state, objective, optimizer, num_steps=10)
+    settings = ObjectiveConfig(**{"dtype": "bfloat16", "grad_reduce_dtype": "auto", **objective})
+    step = make_train_step(mesh, state, settings, optimizer, num_steps=10)
     batch = abstract_batch(mesh, 4, CONFIG)
     return step.lower(state, batch, jax.eval_shape(lambda: jr.key(0))).as_text()
+
+
+@pytest.fixture(params=MESHES, ids=str)
+def program(request) -> str:
+    return lowered(request.param, grad_reduce_dtype="auto")
 
 
 def operands(program: str, operation: str) -> list[list[tuple[tuple[int, ...], str]]]:
@@ -59,6 +65,15 @@ def test_matmuls_over_tokens_are_in_bfloat16(program):
 def test_parameters_are_gathered_in_bfloat16(program):
     gathered = operands(program, "all_gather")
     assert gathered and {dtype for op in gathered for _, dtype in op} == {"bf16"}
+
+
+@pytest.mark.parametrize("dtype, expected", [("auto", "bf16"), ("float32", "f32")])
+def test_gradients_are_reduced_in_the_requested_dtype(dtype, expected):
+    program = lowered((1, 2, 2), grad_reduce_dtype=dtype)
+    operation = r"stablehlo\.reduce_scatter.*?\}\) : \(tensor<[\dx]*(\w+)>"
+    reduced = re.findall(operation, program, re.DOTALL)
+    assert len(reduced) > 20 and set(reduced) == {expected}
+    assert {dtype for op in operands(program, "all_gather") for _, dtype in op} == {"bf16"}
 
 
 def test_the_step_has_no_scatters(program):
@@ -89,13 +104,10 @@ def test_remat_changes_neither_loss_nor_gradients():
 
 def test_remat_recomputes_what_it_says():
     """Counts the matrix products in the program: results that are kept are not computed again."""
-    mesh, optimizer, products = mesh_of((1, 1, 1)), OptimizerConfig(), {}
-    state, batch = sharded_abstract_state(CONFIG, optimizer, mesh), abstract_batch(mesh, 4, CONFIG)
-    for remat in ("full", "dots", "none"):
-        objective = ObjectiveConfig(dtype="float32", remat=remat)
-        step = make_train_step(mesh, state, objective, optimizer, num_steps=10)
-        lowered = step.lower(state, batch, jax.eval_shape(lambda: jr.key(0)))
-        products[remat] = len(operands(lowered.as_text(), "dot_general"))
+    products = {
+        remat: len(operands(lowered((1, 1, 1), dtype="float32", remat=remat), "dot_general"))
+        for remat in ("full", "dots", "none")
+    }
     # Without a fused kernel, attention's own two products are elementwise work to `dots`.
     stacks = 3
     assert products["dots"] == products["none"] + 2 * stacks

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from echo_eqx.cli import parse
 from echo_eqx.config import CODEC_PRESETS
@@ -48,6 +48,8 @@ class Args:
     """Decay of the moving average of the weights; 0 keeps none."""
     remat: Remat = "dots"
     """What the backward pass recomputes to save memory, as in train."""
+    grad_reduce_dtype: Literal["auto", "float32"] = "auto"
+    """In which gradients are summed over devices, as in train."""
     codec: str = "48khz"
     """Preset of the codec that made the latents: 48khz, 24khz, tiny. Its frame rate gives the hours
     of audio."""
@@ -79,7 +81,9 @@ def train_config(args: Args) -> TrainConfig:
     optimizer = dataclasses.replace(
         preset.optimizer, grad_accum_steps=args.grad_accum_steps, ema_decay=args.ema_decay
     )
-    objective = dataclasses.replace(preset.objective, remat=args.remat)
+    objective = dataclasses.replace(
+        preset.objective, remat=args.remat, grad_reduce_dtype=args.grad_reduce_dtype
+    )
     settings = {"mesh": args.mesh, "optimizer": optimizer, "objective": objective, **given}
     return dataclasses.replace(preset, data="", **settings)  # a plan reads no data
 

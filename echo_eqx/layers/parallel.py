@@ -6,6 +6,7 @@ dimension of a matrix is split over `fsdp` and gathered when the layer runs (Raj
 2020, arXiv:1910.02054). Outside `shard_map` the functions here do nothing.
 """
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -25,6 +26,9 @@ class FSDPShard(eqx.Module):
 
     shard: Array
     axis: int = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+    """The dtype in which it is gathered. If it is not the shard's, which is float32, the gradient
+    is summed over devices in float32."""
 
 
 def all_gather_params(tree: Any) -> Any:
@@ -36,9 +40,28 @@ def all_gather_params(tree: Any) -> Any:
     def gather(leaf: Any) -> Any:
         if not isinstance(leaf, FSDPShard):
             return leaf
+        if leaf.shard.dtype != leaf.dtype:
+            return _cast_and_gather(leaf.shard, leaf.axis, leaf.dtype)
         return jax.lax.all_gather(leaf.shard, FSDP, axis=leaf.axis, tiled=True)
 
     return jax.tree.map(gather, tree, is_leaf=lambda leaf: isinstance(leaf, FSDPShard))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _cast_and_gather(shard: Array, axis: int, dtype: Any) -> Array:
+    return jax.lax.all_gather(shard.astype(dtype), FSDP, axis=axis, tiled=True)
+
+
+def _cast_and_gather_forward(shard: Array, axis: int, dtype: Any) -> tuple[Array, None]:
+    return _cast_and_gather(shard, axis, dtype), None
+
+
+def _sum_in_float32(axis: int, dtype: Any, _: None, gradient: Array) -> tuple[Array]:
+    wide = gradient.astype(jnp.float32)
+    return (jax.lax.psum_scatter(wide, FSDP, scatter_dimension=axis, tiled=True),)
+
+
+_cast_and_gather.defvjp(_cast_and_gather_forward, _sum_in_float32)
 
 
 def psum_tensor(x: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from echo_eqx.errors import UsageError
 from echo_eqx.layers.parallel import DATA, FSDP, TENSOR, FSDPShard, all_gather_params
-from echo_eqx.trees import leaf_names
+from echo_eqx.trees import cast, leaf_names
 
 # Specs of a single layer. Stacked layers have a leading layer axis, which is never split.
 RULES: tuple[tuple[str, P], ...] = (
@@ -92,23 +92,28 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return treedef.unflatten(map(sharding, leaf_names(state), leaves))
 
 
-def mark_fsdp_shards(model: Any) -> Any:
+def mark_fsdp_shards(model: Any, dtype: Any, grad_reduce_dtype: Any = None) -> Any:
     """Inside `shard_map`: replace the stacked layers' shards by `FSDPShard`s and gather the others.
+
+    Parameters are gathered in `dtype`, as `cast` has it. Their gradients are summed over devices in
+    that dtype, or in float32 if that is `grad_reduce_dtype`.
 
     The result has the structure of `model` but not its types: only `scan_layers` can use the marked
     shards, which it gathers layer by layer. The other parameters are few and are gathered here.
     """
 
-    def mark(name: str, leaf: Any) -> Any:
+    def mark(name: str, master: Any, leaf: Any) -> Any:
         spec = parameter_spec(name)
         if FSDP not in spec:
             return leaf
+        shard = master if grad_reduce_dtype == "float32" else leaf
         if _STACK.match(name):  # the scan's body sees no layer axis
-            return FSDPShard(leaf, spec.index(FSDP) - 1)
-        return all_gather_params(FSDPShard(leaf, spec.index(FSDP)))
+            return FSDPShard(shard, spec.index(FSDP) - 1, leaf.dtype)
+        return all_gather_params(FSDPShard(shard, spec.index(FSDP), leaf.dtype))
 
     leaves, treedef = jax.tree.flatten(model)
-    return treedef.unflatten(map(mark, leaf_names(model), leaves))
+    marked = map(mark, leaf_names(model), leaves, jax.tree.leaves(cast(model, dtype)))
+    return treedef.unflatten(marked)
 
 
 def replicated_axes(spec: P) -> tuple[str, ...]:

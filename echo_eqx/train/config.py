@@ -36,6 +36,9 @@ class ObjectiveConfig:
     """What the backward pass recomputes to save memory: full (one activation per layer is kept:
     least memory, a third more arithmetic), dots (the outputs of linear layers and attention are
     kept, elementwise operations are recomputed) or none (everything is kept)."""
+    grad_reduce_dtype: Literal["auto", "float32"] = "auto"
+    """In which the gradients are summed over the devices of the mesh axis fsdp: auto is --dtype;
+    float32 sends twice as much and rounds once, at the end."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import BATCH_SPEC
 from echo_eqx.sharding.specs import mark_fsdp_shards, parameter_specs
 from echo_eqx.train.config import ObjectiveConfig
-from echo_eqx.trees import cast
 
 NUM_BANDS = 4
 """Timestep bands, equal parts of [0, 1], with a loss each: the first is almost clean data."""
@@ -35,7 +34,7 @@ def make_evaluate(mesh: Mesh, objective: ObjectiveConfig) -> Evaluate:
             sample = sample_noise(
                 key, index, batch_size, (frames, channels), text_dropout=0.0, speaker_dropout=0.0
             )
-            errors = squared_errors(mark_fsdp_shards(cast(model, objective.dtype)), batch, sample)
+            errors = squared_errors(mark_fsdp_shards(model, objective.dtype), batch, sample)
             weight = frame_weight(batch, objective.loss_frames == "valid")
             band = jnp.minimum((sample.t * NUM_BANDS).astype(jnp.int32), NUM_BANDS - 1)
             in_band = jax.nn.one_hot(band, NUM_BANDS)

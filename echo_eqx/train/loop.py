@@ -121,6 +121,9 @@ def train_loop(trainer: Trainer, launch_id: str, heartbeat: Heartbeat) -> int:
             saving = step % config.checkpoint_every == 0 or last or stopping
             evaluating = trainer.evaluate is not None and (step % config.eval_every == 0 or last)
             sampling = trainer.log_samples is not None and (step % config.sample_every == 0 or last)
+            cursor = batch.cursor
+            if not saving:  # sent while the device computes, before anything here waits for it
+                batch = loader.next()
             if trainer.evaluate is not None and evaluating:
                 with log.pause():
                     log.attach(trainer.evaluate(state))
@@ -132,9 +135,9 @@ def train_loop(trainer: Trainer, launch_id: str, heartbeat: Heartbeat) -> int:
                     trainer.log_samples(state, step)
             if saving:
                 started = time.perf_counter()
-                save(state, batch.cursor)
+                save(state, cursor)
                 log.attach({"save_time_s": time.perf_counter() - started})
-            batch = None if last or stopping else loader.next()  # while the device computes
+                batch = None if last or stopping else loader.next()
     multihost_utils.sync_global_devices("saved")
     if first:
         note_end(config.run_dir, step)

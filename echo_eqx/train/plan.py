@@ -171,7 +171,14 @@ def make_plan(
     most = max(0, math.floor((FULL * chip.memory - base) / slope))
 
     flops = step_flops(dit, config.batch_size)
-    traffic = step_traffic(dit, state.model, sizes, config.batch_size, grad_accum_steps)
+    traffic = step_traffic(
+        dit,
+        state.model,
+        sizes,
+        config.batch_size,
+        grad_accum_steps,
+        config.objective.grad_reduce_dtype,
+    )
     arithmetic = flops / devices / chip.flops / efficiency
     links = traffic.total / chip.link_bandwidth
     # The update reads weights, moments, EMA and gradients, and writes all but the gradients.
@@ -285,7 +292,12 @@ def _memory_warning(needed: int, limit: int, name: str) -> str | None:
 
 
 def step_traffic(
-    config: DiTConfig, model: Any, sizes: Mapping[str, int], batch_size: int, grad_accum_steps: int
+    config: DiTConfig,
+    model: Any,
+    sizes: Mapping[str, int],
+    batch_size: int,
+    grad_accum_steps: int,
+    grad_reduce_dtype: str = "auto",
 ) -> Traffic:
     """Bytes each device sends in a step over a mesh of `sizes`; `model` may be abstract.
 
@@ -303,7 +315,8 @@ def step_traffic(
             passes = 2 if "blocks." in name and "_adaln." not in name else 1
             gathers += grad_accum_steps * passes * _ring(2 * size, sizes[FSDP])
             # Their gradients are reduce-scattered once per microbatch.
-            scatters += grad_accum_steps * _ring(2 * size, sizes[FSDP])
+            width = 4 if grad_reduce_dtype == "float32" else 2
+            scatters += grad_accum_steps * _ring(width * size, sizes[FSDP])
         # Gradients are all-reduced once, in float32, over the axes on which the parameter is
         # replicated.
         axes = replicated_axes(spec)

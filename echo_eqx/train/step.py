@@ -21,7 +21,6 @@ from echo_eqx.sharding.specs import (
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.state import TrainState
 from echo_eqx.train.update import apply_gradients, jit_step
-from echo_eqx.trees import cast
 
 
 def loss_and_gradients(
@@ -58,7 +57,7 @@ def loss_and_gradients(
                 speaker_dropout=objective.speaker_dropout,
                 timestep_logit_mean=objective.timestep_logit_mean,
             )
-            model = mark_fsdp_shards(cast(model, objective.dtype))
+            model = mark_fsdp_shards(model, objective.dtype, objective.grad_reduce_dtype)
             return jnp.sum(squared_errors(model, batch, sample, objective.remat) * weight) / total
 
         # Marking replicated parameters as varying delays the sum of their gradients to the end.

@@ -1,11 +1,13 @@
 """Exports: what other runtimes load, read back bit for bit, in folders that are whole."""
 
 import dataclasses
+import io
 import json
 import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from echo_eqx import voice
 from echo_eqx.config import DIT_PRESETS, DiTConfig, EncoderConfig
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.export import flax, native, pytorch
+from echo_eqx.export import folder as folder_module
 from echo_eqx.export.folder import LISTING, write_folder
 from echo_eqx.export.models import Models
 from echo_eqx.json_data import to_json
@@ -397,7 +400,7 @@ def test_an_export_is_pushed_with_a_card_and_comes_back(tmp_path, hub):
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "apache-2.0" and front["language"] == "en"
     assert front["library_name"] == "echo_eqx" and front["pipeline_tag"] == "text-to-speech"
-    assert "# small-voice\n" in card
+    assert "# small-voice\n" in card and f"infer --checkpoint {repo} --text" in card
     for fact in (
         "24,000 Hz",
         "32 channels",
@@ -514,6 +517,24 @@ def test_an_error_leaves_the_old_export(tmp_path):
         write_folder(tmp_path / "out", fail, overwrite=True, needed=1, origin={})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "a.txt").read_text() == "one"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_how_far_a_long_export_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "BAR_DELAY", 0.0)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+
+    def write(folder: Path) -> None:
+        write_text(folder, "x" * 600)
+        time.sleep(0.5)
+        write_text(folder, "x" * 400, "b.txt")
+
+    write_folder(tmp_path / "out", write, overwrite=False, needed=1000, origin={})
+    assert "writing:  60%" in sys.stderr.getvalue()
 
 
 SLOW = """

@@ -110,7 +110,7 @@ def write(args: Args, models: Models, folder: Path) -> None:
         folder,
         form=args.to,
         dtype=args.dtype,
-        title=args.push.split("/")[1] if args.push else args.output.name,
+        name=args.push or args.output.absolute().name,
         license=args.license or ("apache-2.0" if is_ours else "other"),
         language=args.language or ("en" if is_ours else None),
     )
@@ -141,5 +141,7 @@ def load_models(source: str, codec: str | None) -> tuple[Models, dict[str, dict[
     for kind, name in sources.items():
         model, path = load_model(name, kind, exports=False)
         found[kind] = dequantize(model) if kind == "dit" else model
-        origin[kind] = {"source": name, "file": path.name}
+        # Of a path only its last part: the folder may be published.
+        shown = Path(name).name if Path(name).exists() else name
+        origin[kind] = {"source": shown, "file": path.name}
     return Models(**found), origin

@@ -20,6 +20,11 @@ from echo_eqx.upload import CARD, Repository, is_same, merged_card, new_card
 logger = logging.getLogger(__name__)
 _LIBRARIES = {"native": "echo_eqx", "stablehlo": "jax", "mlx": "mlx-audio"}
 """`library_name` of a format, where it is not the format's name."""
+_SPEAK = """
+```
+echo-eqx infer --checkpoint {} --text "Hello."
+```
+"""
 
 
 def write_card(
@@ -28,11 +33,12 @@ def write_card(
     *,
     form: str,
     dtype: str,
-    title: str,
+    name: str,
     license: str,
     language: str | None,
 ) -> None:
-    """Write the card of an export of `models` in `form` and `dtype`."""
+    """Write the card of an export of `models` in `form` and `dtype`; `name` is the repository's or
+    the folder's."""
     task = "audio-to-audio" if models.dit is None else "text-to-speech"
     language = f"language: {language}\n" if language else ""
     header = f"""\
@@ -47,7 +53,10 @@ pipeline_tag: {task}
 - {form}
 ---
 """
-    (folder / CARD).write_bytes(new_card(header, title, _description(models, form, dtype)))
+    description = _description(models, form, dtype)
+    if form == "native" and models.dit is not None:
+        description += _SPEAK.format(name)
+    (folder / CARD).write_bytes(new_card(header, name.rpartition("/")[2], description))
 
 
 def push(folder: Path, repo: str) -> None:

@@ -94,8 +94,7 @@ def made(tmp_path: Path, form, models: Models, dtype: str = "float32") -> Path:
 # --- Round trips --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed, dtype", enumerate([*DTYPES, "float32"]))
 def test_native_reads_back_bit_for_bit_in_one_file_or_in_parts(tmp_path, seed, dtype, monkeypatch):
     dit = random_dit(seed, blockwise=seed % 2 == 1, speaker_proj_scale=0.7)
     codec = random_model(echo_eqx.DACVAE, CODEC, seed=seed)

@@ -3,7 +3,8 @@
     python echo_dit_torch.py FOLDER CASES.npz VELOCITY.npy
 
 loads `FOLDER/pytorch_model.safetensors` strictly into `EchoDiT(**FOLDER/config.json)`, without the
-block-wise modules if the file has none, and computes the velocity of the batch in CASES.npz.
+block-wise modules if the file has none, and computes the velocity of the batch in CASES.npz, in
+float64: what differs from another implementation is then that one's rounding.
 """
 
 import json
@@ -38,8 +39,8 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     width = x.shape[-1]
     frequencies = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = (positions[:, None] * frequencies)[:, None]
-    turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
     pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    turn = torch.polar(torch.ones_like(angles), angles).to(pairs.dtype)
     return torch.view_as_real(pairs * turn).reshape(x.shape)
 
 
@@ -260,7 +261,8 @@ class EchoDiT(nn.Module):
         speaker_mask: Tensor,
     ) -> Tensor:
         half = self.embed // 2
-        angles = 1000 * t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half) / half)
+        steps = torch.arange(half, dtype=t.dtype) / half
+        angles = 1000 * t[:, None] * torch.exp(-math.log(10_000) * steps)
         shared = self.cond_module(torch.cat([angles.cos(), angles.sin()], dim=1)).chunk(3, dim=1)
         text = self.text_norm(self.text_encoder(text_ids, text_mask))
         speaker = self.speaker_norm(self.speaker_encoder(speaker_latents))
@@ -276,10 +278,11 @@ def main(folder: Path, cases: Path, output: Path) -> None:
     if "latent_norm.weight" not in state:
         model.without_blockwise_modules()
     model.load_state_dict(state, strict=True)
+    model.double()
     names = ("x", "t", "text_ids", "text_mask", "speaker_latents", "speaker_mask")
     arrays = np.load(cases)
     inputs = [torch.from_numpy(arrays[name]) for name in names]
-    inputs[2] = inputs[2].long()
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     with torch.inference_mode():
         np.save(output, model(*inputs).numpy())
 

@@ -9,7 +9,7 @@ import contextlib
 import logging
 from pathlib import Path
 
-from echo_eqx.config import CODEC_PRESETS, CodecConfig
+from echo_eqx.config import CODEC_PRESETS
 from echo_eqx.export.folder import LISTING, listed_files, parse_listing
 from echo_eqx.export.models import Models
 from echo_eqx.model.dit import EchoDiT
@@ -93,8 +93,10 @@ def _description(models: Models, form: str, dtype: str) -> str:
     if models.dit is not None:
         rows += _dit_rows(models.dit)
     if models.codec is not None:
-        rows.append(("codec", f"DACVAE, {num_parameters(models.codec):,} parameters"))
-        rows += _codec_rows(models.codec.config)
+        codec = models.codec
+        kind = type(codec).__name__
+        rows.append(("codec", f"{kind}, {num_parameters(codec):,} parameters"))
+        rows += _codec_rows(codec.config.sample_rate, codec.config.hop, codec.config.latent_dim)
     elif models.dit is not None:
         rows += _named_codec_rows(models.dit)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -129,14 +131,14 @@ def _named_codec_rows(dit: EchoDiT) -> list[tuple[str, str]]:
     """What is known of the codec that the model's latents are from."""
     name = dit.generation.codec
     if name is None and dit.config.latent_dim == PUBLISHED_WIDTH:
-        return [("codec", PUBLISHED_CODEC), *_codec_rows(CODEC_PRESETS["48khz"])]
+        config = CODEC_PRESETS["48khz"]
+        rows = _codec_rows(config.sample_rate, config.hop, config.latent_dim)
+        return [("codec", PUBLISHED_CODEC), *rows]
     return [("codec", name)] if name else []
 
 
-def _codec_rows(config: CodecConfig) -> list[tuple[str, str]]:
-    watermark = "none" if config.watermark is None else f"{config.watermark.num_bits} bits"
+def _codec_rows(sample_rate: int, hop: int, channels: int) -> list[tuple[str, str]]:
     return [
-        ("audio", f"{config.sample_rate:,} Hz, mono, {config.hop:,} samples a frame"),
-        ("codec latents", f"{config.latent_dim} channels, {config.frame_rate:g} frames a second"),
-        ("watermark", watermark),
+        ("audio", f"{sample_rate:,} Hz, mono, {hop:,} samples a frame"),
+        ("codec latents", f"{channels} channels, {sample_rate / hop:g} frames a second"),
     ]

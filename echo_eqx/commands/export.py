@@ -18,7 +18,7 @@ import tyro
 from echo_eqx import __version__
 from echo_eqx.cli import on_terminal, parse
 from echo_eqx.errors import UsageError
-from echo_eqx.export import dacvae, flax, gguf, mlx, native, pytorch
+from echo_eqx.export import dacvae, flax, gguf, mlx, native, onnx, pytorch, stablehlo
 from echo_eqx.export.folder import check_target, write_folder
 from echo_eqx.export.hub import push, write_card
 from echo_eqx.export.models import Models
@@ -29,7 +29,7 @@ from echo_eqx.weights.find import SHIPPED, find_weights
 from echo_eqx.weights.load import Kind, load_model, model_kind
 
 logger = logging.getLogger(__name__)
-Format = Literal["native", "pytorch", "flax", "dacvae", "mlx", "gguf"]
+Format = Literal["native", "pytorch", "flax", "dacvae", "mlx", "gguf", "onnx", "stablehlo"]
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.15}
 """Of a number on disk; int8 with scales and with what stays in 16 bits."""
 
@@ -41,7 +41,7 @@ class Args:
     to: Format
     """The format: native is our safetensors, pytorch the community's EchoDiT, flax a checkpoint of
     the published trainer, dacvae a codec for facebook's DACVAE, mlx both models for mlx-audio, gguf
-    an EchoDiT for echo-tts-cpp."""
+    an EchoDiT for echo-tts-cpp, onnx programs for onnxruntime, stablehlo programs for JAX alone."""
     output: Path
     """The folder to write; it appears whole or not at all."""
     codec: str | None = None
@@ -104,6 +104,10 @@ def write(args: Args, models: Models, folder: Path) -> None:
             mlx.write(models, folder, args.dtype)
         case "gguf":
             gguf.write(models, folder, args.dtype)
+        case "onnx":
+            onnx.write(models, folder, args.dtype)
+        case "stablehlo":
+            stablehlo.write(models, folder, args.dtype)
     is_ours = args.source in SHIPPED
     write_card(
         models,

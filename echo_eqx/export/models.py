@@ -2,11 +2,13 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.errors import UsageError
+from echo_eqx.json_data import to_json
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.native import DTYPES
@@ -62,3 +64,22 @@ def published_leaves(dit: EchoDiT, form: str) -> dict[str, np.ndarray]:
     if dit.config.norm_eps != 1e-5:
         raise UsageError(f"{form}: expected norm_eps 1e-5, got {dit.config.norm_eps}")
     return {name: np.asarray(leaf) for name, leaf in named_leaves(dit).items()}
+
+
+def describe(models: Models) -> dict[str, Any]:
+    """Sizes and recommended settings of the models, for a runtime that reads JSON."""
+    about: dict[str, Any] = {}
+    if models.dit is not None:
+        about |= {"dit": to_json(models.dit.config), "generation": to_json(models.dit.generation)}
+    if models.codec is not None:
+        about["codec"] = to_json(models.codec.config)
+    return about
+
+
+def warn_of_blockwise(dit: EchoDiT, form: str) -> None:
+    """Say that block-wise weights are left out of programs that generate in one go."""
+    if dit.config.blockwise:
+        logger.warning(
+            f"{form}: the programs generate in one go; left out: latent_encoder, latent_norm, "
+            "wk_latent and wv_latent, which only block-wise generation uses"
+        )

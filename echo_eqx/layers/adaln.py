@@ -15,10 +15,14 @@ MAX_PERIOD = 10_000.0
 
 def timestep_embedding(t: Float[Array, ""], dim: int) -> Float[Array, " {dim}"]:
     """`cat(cos a, sin a)` with `a_i = 1000 t * exp(-ln(10000) i / (dim / 2))`, for t in [0, 1]."""
-    half = dim // 2
-    frequencies = 1000.0 * np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
-    angles = t.astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    angles = t.astype(jnp.float32) * jnp.asarray(timestep_frequencies(dim), jnp.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+
+
+def timestep_frequencies(dim: int) -> np.ndarray:
+    """The angles at t = 1, (dim / 2,)."""
+    half = dim // 2
+    return 1000.0 * np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
 
 
 class Modulation(eqx.Module):

@@ -1,5 +1,7 @@
 """Rotary position embedding over interleaved pairs (Su et al., 2021, arXiv:2104.09864)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +12,38 @@ from echo_eqx.layers.parallel import rope_head_mask, tensor_size
 THETA = 10_000.0
 
 
-def rotary_angles(length: int, head_dim: int, *, stride: int = 1) -> Float[Array, "t a"]:
+Length = Any
+"""An int, or a symbolic dimension of `jax.export`."""
+TURN = 2**32
+"""A full turn, in the unit of `rotary_turns`."""
+
+
+def rotary_angles(length: Length, head_dim: int, *, stride: int = 1) -> Float[Array, "t a"]:
     """Angle of pair i at position p: `p * theta^(-2i / head_dim)`, for p = 0, stride, ...
 
-    Computed in float64 and reduced modulo 2 pi, so that late positions are as exact as early ones.
+    Reduced modulo 2 pi, so that late positions are as exact as early ones: in float64, or in
+    integers if the length is symbolic.
     """
-    frequencies = THETA ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.outer(np.arange(length) * stride, frequencies)
-    return jnp.asarray(np.remainder(angles, 2 * np.pi), jnp.float32)
+    if isinstance(length, int):
+        angles = np.outer(np.arange(length) * stride, _frequencies(head_dim))
+        return jnp.asarray(np.remainder(angles, 2 * np.pi), jnp.float32)
+    positions = jnp.arange(length, dtype=jnp.uint32) * stride
+    turns = jnp.asarray(rotary_turns(head_dim), jnp.uint32)
+    fractions = positions[:, None] * turns[None]  # overflow drops whole turns
+    return fractions.astype(jnp.float32) * (2 * np.pi / TURN)
+
+
+def rotary_turns(head_dim: int) -> np.ndarray:
+    """Angle of each pair at position 1 as an integer, where `TURN` is a full turn.
+
+    The product with a position, modulo `TURN`, is the angle at that position, with an error of at
+    most 3e-6 in the first 2,000 positions and 5e-5 in the first 2^16.
+    """
+    return np.round(_frequencies(head_dim) / (2 * np.pi) * TURN).astype(np.int64)
+
+
+def _frequencies(head_dim: int) -> np.ndarray:
+    return THETA ** (-np.arange(0, head_dim, 2) / head_dim)
 
 
 @jax.custom_vjp

@@ -1,5 +1,8 @@
 """Scaled dot-product attention, and the gated self-attention of the encoders."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import equinox as eqx
@@ -13,24 +16,47 @@ from echo_eqx.layers.norm import RMSNorm
 from echo_eqx.layers.precision import matmul_precision
 from echo_eqx.layers.rotary import apply_rope
 
+_PORTABLE = ContextVar("portable attention", default=False)
 
-class KeyMask(eqx.Module):
-    """A mask over keys, and an order that puts the unmasked keys first.
 
-    Fused attention kernels take a number of keys instead of a mask: with the keys in `order`, the
-    first `count` of them are attended to. `inverse` undoes the order.
+@contextmanager
+def portable_attention() -> Iterator[None]:
+    """Attention traced inside uses no fused kernel, so it lowers for every platform."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
+class KeyOrder(eqx.Module):
+    """An order that puts the unmasked keys first.
+
+    Fused attention kernels take a number of keys instead of a mask: of the keys at `indices`, the
+    first `count` are attended to. `inverse` undoes the order.
     """
 
-    mask: Bool[Array, "*b j"]
-    order: Int[Array, "*b j"]
+    indices: Int[Array, "*b j"]
     inverse: Int[Array, "*b j"]
     count: Int[Array, "*b"]
 
     @classmethod
-    def of(cls, mask: Bool[Array, " j"]) -> "KeyMask":
+    def of(cls, mask: Bool[Array, " j"]) -> "KeyOrder":
         count = jnp.sum(mask, dtype=jnp.int32)
         place = jnp.where(mask, jnp.cumsum(mask) - 1, count + jnp.cumsum(~mask) - 1)
-        return cls(mask, jnp.argsort(place), place, count)
+        return cls(jnp.argsort(place), place, count)
+
+
+class KeyMask(eqx.Module):
+    """A mask over keys, and the order of the keys for fused kernels."""
+
+    mask: Bool[Array, "*b j"]
+    order: KeyOrder | None
+    """None in `portable_attention`."""
+
+    @classmethod
+    def of(cls, mask: Bool[Array, " j"]) -> "KeyMask":
+        return cls(mask, None if _PORTABLE.get() else KeyOrder.of(mask))
 
 
 def dot_product_attention(
@@ -44,9 +70,10 @@ def dot_product_attention(
     """`softmax(q k^T / sqrt(k)) v` for each head, with the softmax in float32.
 
     Keys that `mask` excludes are ignored; `causal` also excludes keys after the query's position.
-    The result for a query with no key left is finite but meaningless.
+    The result for a query with no key left is finite but meaningless. On a GPU it is a fused kernel
+    where there is one, except within `portable_attention`.
     """
-    if jax.default_backend() == "gpu" and _has_kernel(queries):
+    if jax.default_backend() == "gpu" and _has_kernel(queries) and not _PORTABLE.get():
         return _flash_attention(queries, keys, values, mask, causal)
     allowed = jnp.ones((1, 1), bool) if mask is None else mask.mask[None]
     if causal:
@@ -105,9 +132,10 @@ def _flash_attention(
 ) -> Float[Array, "t h k"]:
     lengths: dict[str, Any] = {}
     if mask is not None:
-        keys = _permute(keys, mask.order, mask.inverse)
-        values = _permute(values, mask.order, mask.inverse)
-        count = jnp.maximum(mask.count, 1)[None]
+        assert mask.order is not None
+        order, inverse = mask.order.indices, mask.order.inverse
+        keys, values = (_permute(x, order, inverse) for x in (keys, values))
+        count = jnp.maximum(mask.order.count, 1)[None]
         # Derived from `count`, so that vmap batches both lengths, as cuDNN's batching rule expects.
         lengths["query_seq_lengths"] = 0 * count + queries.shape[0]
         lengths["key_value_seq_lengths"] = count
@@ -173,5 +201,6 @@ class SelfAttention(eqx.Module):
         queries = apply_rope(self.q_norm(split_heads(self.wq(x), self.head_dim)), angles)
         keys = apply_rope(self.k_norm(split_heads(self.wk(x), self.head_dim)), angles)
         values = split_heads(self.wv(x), self.head_dim)
-        out = dot_product_attention(queries, keys, values, mask, causal=causal).reshape(len(x), -1)
+        out = dot_product_attention(queries, keys, values, mask, causal=causal)
+        out = out.reshape(x.shape[0], -1)
         return self.wo(jax.nn.sigmoid(self.gate(x)) * out, row_parallel=True)

@@ -249,7 +249,9 @@ class EchoDiT(eqx.Module):
         # The encoder is causal and takes no mask. Zeros after the last unmasked patch keep NaN out
         # and change nothing before them.
         mask = mask[:: self.config.patch_size]
-        is_before_end = jnp.repeat(jnp.cumsum(mask[::-1])[::-1] > 0, self.config.patch_size)
+        patches = jnp.arange(mask.shape[0])
+        last = jnp.max(jnp.where(mask, patches, -1))
+        is_before_end = jnp.repeat(patches <= last, self.config.patch_size)
         latents = jnp.where(is_before_end[:, None], latents, 0).astype(self.dtype)
         return self.speaker_norm(self.speaker_encoder(latents, remat=remat)), mask
 

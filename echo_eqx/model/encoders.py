@@ -35,7 +35,7 @@ class TextEncoder(eqx.Module):
         self, ids: Int[Array, " s"], mask: Bool[Array, " s"], *, remat: Remat = "full"
     ) -> Float[Array, "s e"]:
         x = self.text_embedding(ids)
-        angles = rotary_angles(len(ids), self.blocks.attention.head_dim)
+        angles = rotary_angles(ids.shape[0], self.blocks.attention.head_dim)
         keys = KeyMask.of(mask)
         return scan_layers(lambda block, x, _: block(x, keys, angles), x, self.blocks, remat=remat)
 

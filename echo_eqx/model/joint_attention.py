@@ -89,7 +89,7 @@ class JointAttention(eqx.Module):
 
     def latent_kv(self, state: Float[Array, "p e"], angles: Float[Array, "p a"]) -> KVCache:
         assert self.wk_latent is not None and self.wv_latent is not None
-        kv = self._project(self.wk_latent, self.wv_latent, state, jnp.ones(len(state), bool))
+        kv = self._project(self.wk_latent, self.wv_latent, state, jnp.ones(state.shape[0], bool))
         return KVCache(apply_half_rope(kv.keys, angles), kv.values)
 
     def _project(
@@ -116,5 +116,5 @@ class JointAttention(eqx.Module):
 
         keys = jnp.concatenate([keys, *(kv.keys for kv in extra_kv)])
         values = jnp.concatenate([values, *(kv.values for kv in extra_kv)])
-        out = dot_product_attention(queries, keys, values, mask).reshape(len(x), -1)
+        out = dot_product_attention(queries, keys, values, mask).reshape(x.shape[0], -1)
         return self.wo(jax.nn.sigmoid(self.gate(x)) * out, row_parallel=True)

@@ -3,8 +3,9 @@
     dit, codec = echo_eqx.load_dit("voice"), echo_eqx.load_codec("voice")
     audio = echo_eqx.synthesize(dit, codec, "Hello.")
 
-- Models: `EchoDiT` and `DACVAE`, with their sizes `DiTConfig` and `CodecConfig`. `DIT_PRESETS` and
-  `CODEC_PRESETS` are the sizes by name.
+- Models: `EchoDiT` and the codecs, each a `Codec`: `DACVAE`, and `FishDAC` for Echo-TTS base. Their
+  sizes are `DiTConfig`, `CodecConfig` and `FishConfig`; `DIT_PRESETS` and `CODEC_PRESETS` are sizes
+  by name.
 - Weights: `load_dit` and `load_codec` read every known format, `save` writes ours, `cast` changes
   the dtype, `num_parameters` counts.
 - Text to audio: `synthesize` one text, `synthesize_all` a list of `Utterance`s in batches.
@@ -17,9 +18,11 @@
 
 from importlib.metadata import version
 
+from echo_eqx.codec.codec import Codec
 from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.codec.fish.dac import FishDAC
 from echo_eqx.compilation import use_compilation_cache
-from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, CodecConfig, DiTConfig
+from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS, CodecConfig, DiTConfig, FishConfig
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.flow.sampler import sample, sample_blockwise
 from echo_eqx.generation import GenerationConfig, KnownVoice, SamplerSettings
@@ -36,10 +39,13 @@ __all__ = [
     "CODEC_PRESETS",
     "DACVAE",
     "DIT_PRESETS",
+    "Codec",
     "CodecConfig",
     "DiTConfig",
     "EchoDiT",
     "EchoError",
+    "FishConfig",
+    "FishDAC",
     "GenerationConfig",
     "KnownVoice",
     "SamplerSettings",

@@ -1,4 +1,4 @@
-"""Configs of both models, and the presets.
+"""Configs of the models, and the presets.
 
 Axis names, the same in every signature of the project:
 `b` batch, `t` latent frame, `s` text byte, `r` reference frame, `p` reference patch,
@@ -9,6 +9,7 @@ Axis names, the same in every signature of the project:
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from echo_eqx.errors import EchoError
 
@@ -98,6 +99,23 @@ class DiTConfig(_Sizes):
             raise EchoError(f"time_embed_dim: expected an even number, got {self.time_embed_dim}")
 
 
+def check_rates(
+    sample_rate: int, encoder_rates: tuple[int, ...], decoder_rates: tuple[int, ...], width: int
+) -> None:
+    """**Raises**: `EchoError` unless a codec can have these rates and this width of its decoder."""
+    if sample_rate > MAX_SAMPLE_RATE:
+        raise EchoError(f"sample_rate: expected at most {MAX_SAMPLE_RATE}, got {sample_rate}")
+    if math.prod(encoder_rates) != math.prod(decoder_rates):
+        raise EchoError(
+            "expected encoder_rates and decoder_rates with the same product, got "
+            f"{encoder_rates} and {decoder_rates}"
+        )
+    if width % 2 ** len(decoder_rates):
+        raise EchoError(
+            f"decoder_dim: expected a multiple of {2 ** len(decoder_rates)}, got {width}"
+        )
+
+
 @dataclass(frozen=True)
 class WatermarkConfig(_Sizes):
     """Sizes of the codec's watermark path."""
@@ -140,21 +158,8 @@ class CodecConfig(_Sizes):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sample_rate > MAX_SAMPLE_RATE:
-            raise EchoError(
-                f"sample_rate: expected at most {MAX_SAMPLE_RATE}, got {self.sample_rate}"
-            )
+        check_rates(self.sample_rate, self.encoder_rates, self.decoder_rates, self.decoder_dim)
         hop = math.prod(self.encoder_rates)
-        if hop != math.prod(self.decoder_rates):
-            raise EchoError(
-                "expected encoder_rates and decoder_rates with the same product, got "
-                f"{self.encoder_rates} and {self.decoder_rates}"
-            )
-        if self.decoder_dim % 2 ** len(self.decoder_rates):
-            raise EchoError(
-                f"decoder_dim: expected a multiple of {2 ** len(self.decoder_rates)}, got "
-                f"{self.decoder_dim}"
-            )
         if self.watermark is not None and hop % math.prod(self.watermark.strides):
             raise EchoError(
                 f"expected a hop divisible by the watermark's {math.prod(self.watermark.strides)} "
@@ -165,6 +170,60 @@ class CodecConfig(_Sizes):
     def hop(self) -> int:
         """Samples per latent frame."""
         return math.prod(self.encoder_rates)
+
+    @property
+    def frame_rate(self) -> float:
+        """Latent frames per second."""
+        return self.sample_rate / self.hop
+
+
+@dataclass(frozen=True)
+class FishConfig(_Sizes):
+    """Sizes of Fish S1-DAC, followed by the principal components that Echo-TTS base generates.
+
+    Defaults are the published ones (github.com/fishaudio/fish-speech, `fish_speech/models/dac`;
+    github.com/jordandare/echo-tts, `autoencoder.py`).
+    """
+
+    type: Literal["fish_s1_dac"] = "fish_s1_dac"
+    encoder_dim: int = 64
+    encoder_rates: tuple[int, ...] = (2, 4, 8, 8)
+    encoder_layers: int = 4
+    """Layers of the transformer behind the encoder's last downsampling."""
+    encoder_mlp_dim: int = 3072
+    head_dim: int = 64
+    """Width of an attention head, in all transformers."""
+    hidden_dim: int = 1024
+    """Width of quantized frames, and of the transformers before and after the quantizers."""
+    quantizer_rates: tuple[int, ...] = (2, 2)
+    """Further downsampling before the quantizers, which is undone after them."""
+    quantizer_layers: int = 8
+    """Layers of each of the transformers before and after the quantizers."""
+    quantizer_mlp_dim: int = 3072
+    semantic_codebook_size: int = 4096
+    num_codebooks: int = 9
+    """Residual codebooks, after the semantic one."""
+    codebook_size: int = 1024
+    codebook_dim: int = 8
+    latent_dim: int = 80
+    """Channels of a latent: principal components of the quantized frames."""
+    decoder_dim: int = 1536
+    decoder_rates: tuple[int, ...] = (8, 8, 4, 2)
+    sample_rate: int = 44_100
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rates(self.sample_rate, self.encoder_rates, self.decoder_rates, self.decoder_dim)
+        for width in (self.encoder_dim * 2 ** len(self.encoder_rates), self.hidden_dim):
+            if self.head_dim % 2 or width % self.head_dim:
+                raise EchoError(
+                    f"head_dim: expected an even width that divides {width}, got {self.head_dim}"
+                )
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent frame."""
+        return math.prod(self.encoder_rates) * math.prod(self.quantizer_rates)
 
     @property
     def frame_rate(self) -> float:

@@ -101,8 +101,11 @@ class GenerationConfig:
     """Seconds to generate; None for 15, or the longest in training if that is shorter."""
     expand_text: bool = False
     """Write out numbers, dates, money and abbreviations in English."""
-    reference_lufs: float = REFERENCE_LUFS
-    """Integrated loudness of the references in training, in LUFS."""
+    reference_lufs: float | None = REFERENCE_LUFS
+    """Integrated loudness of the references in training, in LUFS; None if they were not changed."""
+    padding: Literal["silence", "zeros"] = "silence"
+    """What follows the speech in training: the codec's latents of silence, or zeros. It shows where
+    generated speech ends."""
     codec: str | None = None
     """The codec of the latents, as for `load_codec`."""
     codec_silence: tuple[float, ...] | None = None
@@ -117,7 +120,8 @@ class GenerationConfig:
         self.sampler.check()
         duration, lufs, codec = self.duration, self.reference_lufs, self.codec
         _expect(duration is None or 0 < duration < 1e6, "duration", "0 to 10^6 seconds", duration)
-        _expect(-70 <= lufs <= 0, "reference_lufs", "-70 to 0", lufs)
+        _expect(lufs is None or -70 <= lufs <= 0, "reference_lufs", "-70 to 0", lufs)
+        _expect(self.padding in ("silence", "zeros"), "padding", "silence or zeros", self.padding)
         named = codec is None or (0 < len(codec) < 4096 and codec.isprintable())
         _expect(named, "codec", "the name of a codec", codec)
         _expect(self.codec_silence != (), "codec_silence", "a number per channel", ())
@@ -132,6 +136,20 @@ class GenerationConfig:
         _expect(lengths in (set(), {len(rows)}), "voice_whitening", expected, sorted(lengths))
         both = bool(self.voices) == bool(rows)
         _expect(both, "voices, voice_whitening", "both or neither", "one of them")
+
+
+ECHO_TTS_CHANNELS = 80
+"""Latent channels of Echo-TTS base, by which its weights and fine-tuned ones are known."""
+ECHO_TTS = GenerationConfig(
+    sampler=SamplerSettings(
+        steps=40, cfg_scale=3.0, speaker_scale=8.0, noise_scale=0.8, start_t=0.999
+    ),
+    duration=640 * 2048 / 44_100,
+    reference_lufs=None,
+    padding="zeros",
+)
+"""Echo-TTS base as its authors run it (github.com/jordandare/echo-tts, `inference.py`). It always
+generates its 640 frames: a shorter target makes it speak only the beginning of a text."""
 
 
 def generation_from_json(data: Any) -> GenerationConfig:

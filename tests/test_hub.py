@@ -10,8 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import soundfile as sf
 from conftest import GOLDEN
-from processes import run_source
+from processes import SCRIPTS, run, run_source
+from test_fish import WEIGHTS as FISH
+from test_fish import write_base
 
 import echo_eqx
 from echo_eqx.errors import EchoError
@@ -120,6 +123,18 @@ def hub(tmp_path):
     hub.stop()
 
 
+def knowing(hub: Hub, cache: Path, **environment: str) -> dict[str, str]:
+    """The environment of a process that knows this Hub."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **environment,
+    }
+
+
 def load(hub: Hub, cache: Path, source: str, **environment: str) -> str:
     """The outcome of `load_dit(source)` in a process that uses this Hub."""
     script = """
@@ -129,15 +144,7 @@ try:
 except echo_eqx.EchoError as error:
     print(error)
 """
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(cache),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        **environment,
-    }
-    done = run_source(script, source, env=environment)
+    done = run_source(script, source, env=knowing(hub, cache, **environment))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -154,6 +161,23 @@ def test_downloaded_once_and_used_offline(hub, tmp_path, golden_dit):
     assert load(hub, cache, "owner/voice") == "48"
     offline = load(hub, cache, "other/voice", HF_HUB_OFFLINE="1")
     assert "other/voice is not in the cache" in offline and len(offline.splitlines()) == 1
+
+
+def test_echo_tts_base_speaks_by_its_name_alone(hub, tmp_path):
+    """Its repository has the weights and the principal components, another one the codec."""
+    write_base(tmp_path / "base")
+    for name in ("pytorch_model.safetensors", "pca_state.safetensors"):
+        hub.put(tmp_path / "base" / name, "jordand/echo-tts-base", name)
+    hub.put(FISH, "jordand/fish-s1-dac-min", "pytorch_model.safetensors")
+    # A model that is fine-tuned from it, and has no components of its own, has those of the base.
+    hub.put(tmp_path / "base" / "pytorch_model.safetensors", "owner/tuned", "model.safetensors")
+    for name, downloads in (("jordand/echo-tts-base", 3), ("owner/tuned", 4)):
+        words = ["--checkpoint", name, "--text", "Hi.", "--steps", 2, "--duration", 0.1]
+        env = knowing(hub, tmp_path / "cache")
+        done = run(SCRIPTS / "infer.py", *words, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        audio, rate = sf.read(tmp_path / "output.wav")
+        assert rate == 44_100 and len(audio) and len(hub.downloads) == downloads
 
 
 def test_revisions_and_files_are_distinguished(hub, tmp_path, blockwise_dit):

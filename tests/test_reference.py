@@ -48,6 +48,8 @@ def test_loudness_reaches_its_target_without_clipping():
     quiet = set_loudness(voice, rate, -30.0)
     assert pyloudnorm.Meter(rate).integrated_loudness(quiet) == pytest.approx(-30.0, abs=0.1)
     assert np.abs(set_loudness(voice, rate, 0.0)).max() <= 1.0 + 1e-6
+    short = voice[: int(0.39 * rate)]
+    assert np.array_equal(set_loudness(short, rate, -30.0), short)
 
 
 # --- Speech in a recording ----------------------------------------------------------------------

@@ -27,18 +27,27 @@ def init_kernel(
 
 
 class Convolution(eqx.Module):
-    """Stride 1. `__call__` pads both sides to keep the length; `valid` does not pad."""
+    """Stride 1. `__call__` pads to keep the length; `valid` does not pad."""
 
     weight: Float[Array, "w i o"]
     bias: Float[Array, " o"]
     dilation: int = eqx.field(static=True, default=1)
+    causal: bool = eqx.field(static=True, default=False)
+    """Pad only at the start, instead of both sides."""
 
     @classmethod
     def init(
-        cls, kernel: int, in_dim: int, out_dim: int, *, dilation: int = 1, key: PRNGKeyArray
+        cls,
+        kernel: int,
+        in_dim: int,
+        out_dim: int,
+        *,
+        dilation: int = 1,
+        causal: bool = False,
+        key: PRNGKeyArray,
     ) -> "Convolution":
         weight = init_kernel(kernel, in_dim, out_dim, key)
-        return cls(weight, jnp.zeros(out_dim), dilation)
+        return cls(weight, jnp.zeros(out_dim), dilation, causal)
 
     @property
     def total_padding(self) -> int:
@@ -46,8 +55,8 @@ class Convolution(eqx.Module):
         return self.dilation * (self.weight.shape[0] - 1)
 
     def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "t o"]:
-        side = self.total_padding // 2
-        return self.valid(jnp.pad(x, ((side, side), (0, 0))))
+        end = 0 if self.causal else self.total_padding // 2
+        return self.valid(jnp.pad(x, ((self.total_padding - end, end), (0, 0))))
 
     def valid(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         y = jax.lax.conv_general_dilated(
@@ -67,18 +76,23 @@ class Downsample(eqx.Module):
 
     weight: Float[Array, "w i o"]
     bias: Float[Array, " o"]
+    causal: bool = eqx.field(static=True, default=False)
 
     @classmethod
-    def init(cls, stride: int, in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> "Downsample":
-        return cls(init_kernel(2 * stride, in_dim, out_dim, key), jnp.zeros(out_dim))
+    def init(
+        cls, stride: int, in_dim: int, out_dim: int, *, causal: bool = False, key: PRNGKeyArray
+    ) -> "Downsample":
+        return cls(init_kernel(2 * stride, in_dim, out_dim, key), jnp.zeros(out_dim), causal)
 
     @property
     def stride(self) -> int:
         return self.weight.shape[0] // 2
 
     def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
-        """Pads (s + 1) // 2 samples at the start and s // 2 at the end; t is a multiple of s."""
-        return self.valid(jnp.pad(x, (((self.stride + 1) // 2, self.stride // 2), (0, 0))))
+        """Pads (s + 1) // 2 samples at the start and s // 2 at the end, or all s at the start if it
+        is causal; t is a multiple of s."""
+        end = 0 if self.causal else self.stride // 2
+        return self.valid(jnp.pad(x, ((self.stride - end, end), (0, 0))))
 
     def valid(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
         weight = self.weight.astype(x.dtype)
@@ -96,20 +110,24 @@ class Upsample(eqx.Module):
 
     weight: Float[Array, "w i o"]
     bias: Float[Array, " o"]
+    causal: bool = eqx.field(static=True, default=False)
 
     @classmethod
-    def init(cls, stride: int, in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> "Upsample":
+    def init(
+        cls, stride: int, in_dim: int, out_dim: int, *, causal: bool = False, key: PRNGKeyArray
+    ) -> "Upsample":
         # Each output sample is a sum over two frames.
         weight = init_kernel(2 * stride, in_dim, out_dim, key, fan_in=2 * in_dim)
-        return cls(weight, jnp.zeros(out_dim))
+        return cls(weight, jnp.zeros(out_dim), causal)
 
     @property
     def stride(self) -> int:
         return self.weight.shape[0] // 2
 
     def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:
-        """Crops (s + 1) // 2 samples at the start and s // 2 at the end."""
-        crop = (self.stride + 1) // 2
+        """Crops (s + 1) // 2 samples at the start and s // 2 at the end, or all s at the end if it
+        is causal."""
+        crop = 0 if self.causal else (self.stride + 1) // 2
         y = self.overlap_add(jnp.pad(x, ((1, 1), (0, 0))))
         return y[crop : crop + x.shape[0] * self.stride]
 

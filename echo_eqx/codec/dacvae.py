@@ -5,31 +5,24 @@ finite receptive field, so each chunk is read with that much context on both sid
 watermark, which is causal, carries its state from chunk to chunk.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
+from echo_eqx.codec.codec import Codec, check_audio, chunk_frames, split_frames
 from echo_eqx.codec.decoder import Decoder
 from echo_eqx.codec.encoder import Bottleneck, Encoder
 from echo_eqx.codec.residual import DILATIONS
 from echo_eqx.codec.watermark import State, Watermark
-from echo_eqx.config import CodecConfig
-from echo_eqx.errors import EchoError
-
-CHUNK_FRAMES = 256
-"""Frames that one chunk yields on CPU."""
-ACCELERATOR_CHUNK_FRAMES = 1024
-"""Frames that one chunk yields on GPU and TPU, where few large chunks keep the device busy."""
+from echo_eqx.config import CodecConfig, FishConfig
 
 
-class DACVAE(eqx.Module):
+class DACVAE(Codec):
     """The codec. `DACVAE.init(config, key=key)` returns one with random weights.
 
     `encode` and `decode` take one recording; use `jax.vmap` for batches.
@@ -39,7 +32,7 @@ class DACVAE(eqx.Module):
     bottleneck: Bottleneck
     decoder: Decoder
     watermark: Watermark | None
-    config: CodecConfig = eqx.field(static=True)
+    config: CodecConfig = eqx.field(static=True)  # type: ignore[override]  # it is frozen
 
     @classmethod
     def init(cls, config: CodecConfig, *, key: PRNGKeyArray) -> "DACVAE":
@@ -54,6 +47,21 @@ class DACVAE(eqx.Module):
             config=config,
         )
 
+    @property
+    def encoder_context(self) -> tuple[int, int]:
+        frames = encoder_context_frames(self.config)
+        return frames, frames
+
+    @property
+    def decoder_padding(self) -> int:
+        """The receptive field: the decoder pads with zeros, which do not decode to silence, so that
+        audio would start and end with a click."""
+        return decoder_context_frames(self.config)
+
+    @property
+    def encoding_parts(self) -> tuple[eqx.Module, ...]:
+        return self.encoder, self.bottleneck
+
     def encode(
         self, audio: Float[Array | np.ndarray, " samples"]
     ) -> tuple[Float[Array, "t c"], Float[Array, "t c"]]:
@@ -64,21 +72,22 @@ class DACVAE(eqx.Module):
 
         **Raises**: `EchoError` if `audio` is empty or not one-dimensional.
         """
-        if audio.ndim != 1 or audio.shape[0] == 0:
-            raise EchoError(
-                f"audio: expected shape (samples,) with at least one sample, got {audio.shape} "
-                "(for a batch use jax.vmap)"
-            )
+        check_audio(audio.shape)
         hop = self.config.hop
         audio = jnp.asarray(audio, self.encoder.conv_in.weight.dtype)
         audio = jnp.concatenate([audio, audio[_reflection(audio.shape[0], -audio.shape[0] % hop)]])
         means, stds = [], []
-        chunks = _chunks(audio.shape[0] // hop, encoder_context_frames(self.config))
-        for start, stop, crop in chunks:
+        context, _ = self.encoder_context
+        for start, stop, crop in split_frames(audio.shape[0] // hop, context):
             mean, std = _encode(self, audio[start * hop : stop * hop])
             means.append(mean[crop])
             stds.append(std[crop])
         return jnp.concatenate(means), jnp.concatenate(stds)
+
+    def moments(
+        self, audio: Float[Array, " samples"]
+    ) -> tuple[Float[Array, "t c"], Float[Array, "t c"]]:
+        return self.bottleneck.moments(self.encoder(audio))
 
     def decode(
         self,
@@ -93,11 +102,7 @@ class DACVAE(eqx.Module):
         **Raises**: `EchoError` if a shape or the number of bits is wrong, or if the codec cannot
         embed watermarks.
         """
-        if latents.ndim != 2 or latents.shape[0] == 0 or latents.shape[1] != self.config.latent_dim:
-            raise EchoError(
-                f"latents: expected shape (frames, {self.config.latent_dim}) with at least one "
-                f"frame, got {latents.shape} (for a batch use jax.vmap)"
-            )
+        self.check_latents(latents.shape)
         self.check_message(message)
         watermark = None if message is None else self.watermark
         bits = None if message is None else jnp.asarray(message).astype(jnp.int32)
@@ -105,34 +110,21 @@ class DACVAE(eqx.Module):
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
         hop, frames = self.config.hop, latents.shape[0]
         out = []
-        for start, stop, crop in _chunks(frames, decoder_context_frames(self.config)):
+        for start, stop, crop in split_frames(frames, self.decoder_padding):
             audio = _decode(self, latents[start:stop])[crop.start * hop : crop.stop * hop]
             if watermark is not None and bits is not None:
                 samples = audio.shape[0]
                 if frames > stop - start:  # several chunks: pad the last one to the same length
-                    audio = jnp.pad(audio, (0, _chunk_frames() * hop - samples))
+                    audio = jnp.pad(audio, (0, chunk_frames() * hop - samples))
                 audio, state = _watermarked(watermark, audio, bits, state)
                 audio = audio[:samples]
             out.append(audio)
         return jnp.concatenate(out)
 
-    def check_message(self, message: Any) -> None:
-        """**Raises**: `EchoError` unless `message` is None or bits that this codec can embed."""
-        if message is None:
-            return
-        if self.watermark is None:
-            raise EchoError("message: expected None, since this codec cannot embed watermarks")
-        if np.shape(message) != (self.watermark.num_bits,):
-            raise EchoError(
-                f"message: expected {self.watermark.num_bits} bits, got shape {np.shape(message)}"
-            )
-        if not isinstance(message, Tracer) and not np.isin(message, (0, 1)).all():
-            raise EchoError("message: expected only 0 and 1, got other values")
-
 
 @eqx.filter_jit
 def _encode(codec: DACVAE, audio: Array) -> tuple[Array, Array]:
-    return codec.bottleneck.moments(codec.encoder(audio))
+    return codec.moments(audio)
 
 
 @eqx.filter_jit
@@ -149,27 +141,6 @@ def _initial_state(watermark: Watermark) -> State:
 def _watermarked(watermark: Watermark, audio: Array, message: Array, state: State):
     signal, state = watermark(audio, message, state)
     return audio + signal, state
-
-
-def _chunk_frames() -> int:
-    return CHUNK_FRAMES if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK_FRAMES
-
-
-def _chunks(frames: int, context_frames: int) -> Iterator[tuple[int, int, slice]]:
-    """The frames that each chunk reads, `start` to `stop`, and the slice of its output to keep.
-
-    All chunks of a long signal read the same number of frames, so they share one compiled program.
-    The first and the last chunk end where the signal ends, so that the codec pads there.
-    """
-    chunk_frames = _chunk_frames()
-    length = chunk_frames + 2 * context_frames
-    if frames <= length:
-        yield 0, frames, slice(0, frames)
-        return
-    for first in range(0, frames, chunk_frames):
-        last = min(first + chunk_frames, frames)
-        start = min(max(first - context_frames, 0), frames - length)
-        yield start, start + length, slice(first - start, last - start)
 
 
 def _reflection(samples: int, padding: int) -> np.ndarray:
@@ -191,12 +162,15 @@ def encoder_context_frames(config: CodecConfig) -> int:
     return -(-(receptive_field + step) // config.hop)
 
 
-def decoder_context_frames(config: CodecConfig) -> int:
-    """Frames on each side of a frame of audio whose latents it depends on."""
-    step = config.hop
+def decoder_context_frames(config: CodecConfig | FishConfig, *, causal: bool = False) -> int:
+    """Frames on each side of a frame of audio whose latents the decoder's convolutions read.
+
+    Causal ones read at most twice as many frames, all of them before.
+    """
+    step = math.prod(config.decoder_rates)
     receptive_field = 3 * step
     for rate in config.decoder_rates:
         receptive_field += step  # a transposed convolution joins two neighboring frames
         step = step // rate
         receptive_field += step * _UNITS_RECEPTIVE_FIELD
-    return -(-(receptive_field + 3) // config.hop)
+    return -(-(1 + causal) * (receptive_field + 3) // config.hop)

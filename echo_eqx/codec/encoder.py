@@ -19,12 +19,14 @@ class EncoderBlock(eqx.Module):
     down: Downsample
 
     @classmethod
-    def init(cls, dim: int, stride: int, *, key: PRNGKeyArray) -> "EncoderBlock":
+    def init(
+        cls, dim: int, stride: int, *, causal: bool = False, key: PRNGKeyArray
+    ) -> "EncoderBlock":
         key_units, key_down = jr.split(key)
         return cls(
-            units=init_units(dim, key_units),
+            units=init_units(dim, key_units, causal),
             snake=Snake.init(dim),
-            down=Downsample.init(stride, dim, 2 * dim, key=key_down),
+            down=Downsample.init(stride, dim, 2 * dim, causal=causal, key=key_down),
         )
 
     def __call__(self, x: Float[Array, "t i"]) -> Float[Array, "u o"]:

@@ -54,12 +54,14 @@ class ResidualUnit(eqx.Module):
     conv2: Convolution
 
     @classmethod
-    def init(cls, dim: int, dilation: int, *, key: PRNGKeyArray) -> "ResidualUnit":
+    def init(
+        cls, dim: int, dilation: int, *, causal: bool = False, key: PRNGKeyArray
+    ) -> "ResidualUnit":
         key1, key2 = jr.split(key)
         conv2 = Convolution.init(1, dim, dim, key=key2)
         return cls(
             snake1=Snake.init(dim),
-            conv1=Convolution.init(7, dim, dim, dilation=dilation, key=key1),
+            conv1=Convolution.init(7, dim, dim, dilation=dilation, causal=causal, key=key1),
             snake2=Snake.init(dim),
             # Small at first, so that a dozen residual units in a row do not blow up the variance.
             conv2=eqx.tree_at(lambda conv: conv.weight, conv2, 0.3 * conv2.weight),
@@ -69,7 +71,9 @@ class ResidualUnit(eqx.Module):
         return x + self.conv2(self.snake2(self.conv1(self.snake1(x))))
 
 
-def init_units(dim: int, key: PRNGKeyArray) -> tuple[ResidualUnit, ...]:
+def init_units(dim: int, key: PRNGKeyArray, causal: bool = False) -> tuple[ResidualUnit, ...]:
     keys = jr.split(key, len(DILATIONS))
     pairs = zip(DILATIONS, keys, strict=True)
-    return tuple(ResidualUnit.init(dim, dilation, key=key) for dilation, key in pairs)
+    return tuple(
+        ResidualUnit.init(dim, dilation, causal=causal, key=key) for dilation, key in pairs
+    )

@@ -75,6 +75,7 @@ def main() -> None:
     if not codec.is_file():
         clips, _ = list_clips(str(phrases), max_seconds=30.0, cache=work)
         trained = echo_eqx.load_codec(work / "codec")
+        assert isinstance(trained, echo_eqx.DACVAE)
         echo_eqx.save(standardize(trained, clips[:STANDARD_CLIPS]), codec)
     decoder = work / "decoder"  # the encoder is frozen: the same latents, but better sound
     command(

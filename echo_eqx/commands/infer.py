@@ -21,8 +21,9 @@ import numpy as np
 import tyro
 
 import echo_eqx
-from echo_eqx import DACVAE, EchoDiT, SamplerSettings, voice
+from echo_eqx import EchoDiT, SamplerSettings, voice
 from echo_eqx.cli import CompileClock, StepBar, on_terminal, parse
+from echo_eqx.codec.codec import Codec
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import UsageError
@@ -81,9 +82,10 @@ class Args:
     batch_size: int = 8
     """Chunks of text that are sampled together."""
     codec: str | None = None
-    """DACVAE weights: weights.pth or our safetensors. A file, a folder, a Hub id, or voice. By
-    default the codec in the checkpoint's folder, or the one that it names, or else
-    facebook/dacvae-watermarked."""
+    """Codec weights: a DACVAE weights.pth, Fish S1-DAC or our safetensors. A file, a folder, a Hub
+    id, or voice. By default the codec in the checkpoint's folder, or the one that it names, or else
+    that of the published models: facebook/dacvae-watermarked for 128 channels,
+    jordand/fish-s1-dac-min for 80."""
     watermark: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: if the codec can)")] = (
         True
     )
@@ -126,13 +128,14 @@ def main() -> None:
         logger.info(f"loading {args.checkpoint}")
     dit, checkpoint = load_model(args.checkpoint, "dit", dtype=array_dtype(dtype))
     codec_name, codec_file = find_codec(dit, args.codec, args.checkpoint)
-    codec = echo_eqx.load_codec(codec_file)
+    codec = echo_eqx.load_codec(codec_file, pca=args.checkpoint)
     check_latent_dim(dit, codec)
     args = with_recommended(dit, codec)
     duration = target_seconds(dit, codec, args.duration)
     message = message_bits(args, codec)
-    if warning := codec_mismatch(dit.generation, silence_latent(codec)):
-        logger.warning(f"codec {codec_name}: {warning}")
+    if dit.generation.codec_silence is not None:
+        if warning := codec_mismatch(dit.generation, silence_latent(codec)):
+            logger.warning(f"codec {codec_name}: {warning}")
 
     speakers: dict[Path | None, np.ndarray | None] = {None: None}
     for path in dict.fromkeys(request.speaker_ref for request in requests):
@@ -201,7 +204,7 @@ def check_usage(args: Args) -> None:
         raise UsageError("--message: expected --watermark with it, got --no_watermark")
 
 
-def with_recommended(dit: EchoDiT, codec: DACVAE) -> Args:
+def with_recommended(dit: EchoDiT, codec: Codec) -> Args:
     """The flags parsed again, with the models' recommended settings as defaults."""
     generation = dit.generation
     base = Args(
@@ -214,7 +217,7 @@ def with_recommended(dit: EchoDiT, codec: DACVAE) -> Args:
     return dataclasses.replace(args, sampler=sampler)
 
 
-def message_bits(args: Args, codec: DACVAE) -> list[int] | None:
+def message_bits(args: Args, codec: Codec) -> list[int] | None:
     """The watermark's message, None for no watermark."""
     if not args.watermark and args.message is None:
         return None
@@ -255,7 +258,7 @@ def effective_settings(
 
 
 def reference_settings(
-    dit: EchoDiT, codec: DACVAE, args: Args, request: Request, latents: np.ndarray | None
+    dit: EchoDiT, codec: Codec, args: Args, request: Request, latents: np.ndarray | None
 ) -> dict[str, Any]:
     """How the reference was used."""
     if latents is None or request.speaker_ref is None:

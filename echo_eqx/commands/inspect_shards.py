@@ -53,7 +53,7 @@ class Args:
     """Instead of a report, decode the sample with this key to --output, and its reference to a
     file *.ref.wav next to it."""
     codec: str = "facebook/dacvae-watermarked"
-    """With --play: DACVAE weights. A file, a folder, or a Hub id."""
+    """With --play: codec weights. A file, a folder, or a Hub id."""
     output: Path = Path("output.wav")
     """With --play: output file, *.wav or *.flac."""
     cache_dir: Path = Path("~/.cache/echo_eqx/shards")

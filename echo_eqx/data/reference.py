@@ -157,9 +157,14 @@ def _stretches(blocks: np.ndarray) -> list[tuple[float, float]]:
 
 
 def set_loudness(audio: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
-    """`audio` at an integrated loudness (ITU-R BS.1770), or lower so that it does not clip."""
+    """`audio` at an integrated loudness (ITU-R BS.1770), or lower so that it does not clip.
+
+    Less than 0.4 s, in which no loudness can be measured, is returned as it is.
+    """
     import pyloudnorm  # slow to import, and few commands need it
 
+    if len(audio) < 0.4 * sample_rate:
+        return audio
     loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(audio)
     if not np.isfinite(loudness):
         return audio

@@ -9,11 +9,12 @@ import contextlib
 import logging
 from pathlib import Path
 
-from echo_eqx.config import CODEC_PRESETS
+from echo_eqx.config import CODEC_PRESETS, CodecConfig, FishConfig
 from echo_eqx.export.folder import LISTING, listed_files, parse_listing
 from echo_eqx.export.models import Models
+from echo_eqx.generation import ECHO_TTS_CHANNELS
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.speech.codec import PUBLISHED_CODEC, PUBLISHED_WIDTH
+from echo_eqx.speech.codec import PUBLISHED_CODECS
 from echo_eqx.trees import num_parameters
 from echo_eqx.upload import CARD, Repository, is_same, merged_card, new_card
 
@@ -105,6 +106,8 @@ def _description(models: Models, form: str, dtype: str) -> str:
 
 def _dit_rows(dit: EchoDiT) -> list[tuple[str, str]]:
     config, generation = dit.config, dit.generation
+    lufs = generation.reference_lufs
+    level = "its own level" if lufs is None else f"{lufs:g} LUFS"
     return [
         ("model", f"EchoDiT, {num_parameters(dit):,} parameters"),
         ("latents", f"{config.latent_dim} channels, at most {config.max_frames} frames"),
@@ -116,7 +119,7 @@ def _dit_rows(dit: EchoDiT) -> list[tuple[str, str]]:
         (
             "reference voice",
             f"latents, at most {config.max_speaker_frames} frames, a multiple of "
-            f"{config.patch_size}; the recording at {generation.reference_lufs:g} LUFS",
+            f"{config.patch_size}; the recording at {level}",
         ),
         (
             "sampler",
@@ -129,11 +132,13 @@ def _dit_rows(dit: EchoDiT) -> list[tuple[str, str]]:
 
 def _named_codec_rows(dit: EchoDiT) -> list[tuple[str, str]]:
     """What is known of the codec that the model's latents are from."""
-    name = dit.generation.codec
-    if name is None and dit.config.latent_dim == PUBLISHED_WIDTH:
-        config = CODEC_PRESETS["48khz"]
+    name, width = dit.generation.codec, dit.config.latent_dim
+    published: dict[int, CodecConfig | FishConfig]
+    published = {128: CODEC_PRESETS["48khz"], ECHO_TTS_CHANNELS: FishConfig()}
+    if name is None and width in published:
+        config = published[width]
         rows = _codec_rows(config.sample_rate, config.hop, config.latent_dim)
-        return [("codec", PUBLISHED_CODEC), *rows]
+        return [("codec", PUBLISHED_CODECS[width]), *rows]
     return [("codec", name)] if name else []
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from echo_eqx.codec.codec import Codec
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig
 from echo_eqx.errors import UsageError
@@ -47,8 +48,9 @@ def write(models: Models, folder: Path, dtype: str) -> None:
     number = float_dtype(FORM, dtype)
     both = models.dit is not None and models.codec is not None
     if models.codec is not None:
-        check_fits_mlx(models.codec.config)
-        write_codec_files(models.codec, _new(folder / "dacvae") if both else folder, number)
+        codec = models.need_codec(FORM)
+        check_fits_mlx(codec.config)
+        write_codec_files(codec, _new(folder / "dacvae") if both else folder, number)
     if models.dit is not None:
         write_dit(models, _new(folder / "echo_tts") if both else folder, number)
 
@@ -94,7 +96,7 @@ def write_dit(models: Models, folder: Path, number: np.dtype) -> None:
     )
 
 
-def _echo_tts(dit: EchoDiT, codec: DACVAE | None) -> dict[str, Any]:
+def _echo_tts(dit: EchoDiT, codec: Codec | None) -> dict[str, Any]:
     """`config.json` of an EchoDiT; says which recommended settings mlx-audio has no place for."""
     config, sampler = dit.config, dit.generation.sampler
     missing = [

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from echo_eqx.codec.codec import Codec
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.errors import UsageError
 from echo_eqx.json_data import to_json
@@ -21,7 +22,7 @@ class Models:
     """The models to export, in float32. A format writes all that it can hold."""
 
     dit: EchoDiT | None = None
-    codec: DACVAE | None = None
+    codec: Codec | None = None
 
     def need_dit(self, form: str) -> EchoDiT:
         if self.dit is None:
@@ -31,6 +32,8 @@ class Models:
     def need_codec(self, form: str) -> DACVAE:
         if self.codec is None:
             raise UsageError(f"{form}: expected a codec, got an EchoDiT")
+        if not isinstance(self.codec, DACVAE):
+            raise UsageError(f"{form}: expected a DACVAE, got a {type(self.codec).__name__}")
         return self.codec
 
     def only_dit(self, form: str) -> EchoDiT:

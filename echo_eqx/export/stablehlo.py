@@ -74,6 +74,7 @@ def write(models: Models, folder: Path, dtype: str) -> None:
             model = cast(model, dtype)
             of_model = dit_programs(model.config, dtype)
         elif model is not None:
+            model = models.need_codec("stablehlo")
             of_model = codec_programs(model.config)
         else:
             continue

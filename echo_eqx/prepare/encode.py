@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from echo_eqx.codec.dacvae import DACVAE, encoder_context_frames
+from echo_eqx.codec.codec import Codec
 from echo_eqx.data.reference import set_loudness
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import Clip
@@ -37,7 +37,7 @@ class EncodeSettings:
 class ClipEncoder:
     """Encodes clips with a codec, on all local devices."""
 
-    def __init__(self, codec: DACVAE, settings: EncodeSettings):
+    def __init__(self, codec: Codec, settings: EncodeSettings):
         self.codec, self.settings = codec, settings
         devices = np.array(jax.local_devices())
         self._rows = settings.batch_size * len(devices) if settings.batch_size > 1 else 1
@@ -61,7 +61,7 @@ class ClipEncoder:
                 continue
             frames = -(-len(audio) // self.codec.config.hop)
             # Pad at least by the receptive field, so that latents do not depend on the length.
-            needed = frames + encoder_context_frames(self.codec.config)
+            needed = frames + self.codec.encoder_context[1]
             length = next((n for n in LENGTHS if needed <= n), needed)
             waiting[length].append((clip, audio))
             if len(waiting[length]) == self._rows:
@@ -115,8 +115,8 @@ class ClipEncoder:
 
 
 @eqx.filter_jit
-def _encode_rows(codec: DACVAE, audio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.vmap(lambda row: codec.bottleneck.moments(codec.encoder(row)))(audio)
+def _encode_rows(codec: Codec, audio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.vmap(codec.moments)(audio)
 
 
 def _noise(clip: Clip, shape: tuple[int, ...], settings: EncodeSettings) -> np.ndarray:
@@ -125,15 +125,15 @@ def _noise(clip: Clip, shape: tuple[int, ...], settings: EncodeSettings) -> np.n
     return np.asarray(jr.normal(key, shape))
 
 
-def codec_identity(codec: DACVAE) -> str:
-    """SHA-256 of the encoder and bottleneck: the same for the same codec in any file format."""
+def codec_identity(codec: Codec) -> str:
+    """SHA-256 of what makes the latents: the same for the same codec in any file format."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves((codec.encoder, codec.bottleneck)).items()):
+    for name, leaf in sorted(named_leaves(codec.encoding_parts).items()):
         digest.update(name.encode() + np.asarray(leaf, np.float32).tobytes())
     return digest.hexdigest()
 
 
-def encode_silence(codec: DACVAE, frames: int) -> np.ndarray:
+def encode_silence(codec: Codec, frames: int) -> np.ndarray:
     """(frames, channels) float16: latents of digital silence."""
     mean, _ = codec.encode(jnp.zeros(frames * codec.config.hop, jnp.float32))
     return np.asarray(mean).astype(np.float16)

@@ -11,7 +11,7 @@ import jax
 from tqdm import tqdm
 
 from echo_eqx.cli import on_terminal
-from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.codec.codec import Codec
 from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError, UsageError, printable
@@ -44,7 +44,7 @@ class PrepareConfig:
     output: Path | None = None
     """Folder for the shards."""
     codec: str = "facebook/dacvae-watermarked"
-    """DACVAE weights to encode with: a file, a folder, a Hub id, or voice."""
+    """Codec weights to encode with: a file, a folder, a Hub id, or voice."""
     model: str | None = None
     """Preset of the model that will be trained, such as voice: --max_seconds, --max_speaker_seconds
     and the longest text are set to its limits. Clips with longer texts are counted."""
@@ -105,7 +105,7 @@ class PrepareConfig:
         return int(match[1]) - 1, int(match[2])
 
 
-def make_dataset(config: PrepareConfig, codec: DACVAE, source: str, output: Path) -> None:
+def make_dataset(config: PrepareConfig, codec: Codec, source: str, output: Path) -> None:
     """Make the shards of `source` in `output`, and those held out in `output/holdout`."""
     part, parts = config.part_of()
     limits = Limits.of(config.model, codec.config, config.max_seconds, config.max_speaker_seconds)
@@ -246,13 +246,13 @@ def _shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
-def _codec_info(codec: DACVAE) -> dict[str, Any]:
+def _codec_info(codec: Codec) -> dict[str, Any]:
     """Identity and sizes of a codec, as in codec.json and the index."""
     sizes = {name: getattr(codec.config, name) for name in ("sample_rate", "hop", "latent_dim")}
     return {"id": codec_identity(codec), **sizes}
 
 
-def describe_codec(codec: DACVAE, *folders: Path) -> None:
+def describe_codec(codec: Codec, *folders: Path) -> None:
     """Write codec.json, which training reads, and the codec's latents of silence to `folders`."""
     info = _codec_info(codec)
     latents = encode_silence(codec, round(SILENCE_SECONDS * codec.config.frame_rate))

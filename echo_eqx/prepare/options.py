@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from echo_eqx.config import DIT_PRESETS, CodecConfig, DiTConfig, presets_of_width
+from echo_eqx.config import DIT_PRESETS, CodecConfig, DiTConfig, FishConfig, presets_of_width
 from echo_eqx.data.shards import HOLDOUT
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.assign import listed_sources
@@ -37,7 +37,7 @@ class Limits:
     def of(
         cls,
         model: str | None,
-        codec: CodecConfig,
+        codec: CodecConfig | FishConfig,
         max_seconds: float | None = None,
         max_speaker_seconds: float | None = None,
     ) -> "Limits":

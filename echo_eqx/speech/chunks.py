@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.codec.codec import Codec
 from echo_eqx.data.text import (
     CHARACTERS_PER_SECOND,
     check_text,
@@ -48,7 +48,7 @@ class Chunk:
         return encode_text(self.text)
 
 
-def target_seconds(dit: EchoDiT, codec: DACVAE, duration: float | None = None) -> float:
+def target_seconds(dit: EchoDiT, codec: Codec, duration: float | None = None) -> float:
     """Seconds generated for each chunk: `duration`, by default what the model recommends, or else
     15, but at most the longest seen in training.
 

@@ -5,27 +5,36 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from echo_eqx.codec.dacvae import DACVAE, encoder_context_frames
+from echo_eqx.codec.codec import Codec
 from echo_eqx.config import DIT_PRESETS
 from echo_eqx.errors import EchoError
-from echo_eqx.generation import GenerationConfig
+from echo_eqx.generation import ECHO_TTS_CHANNELS, GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.weights.find import find_weights
+from echo_eqx.weights.fish import PUBLISHED_FISH
 
-PUBLISHED_CODEC, PUBLISHED_WIDTH = "facebook/dacvae-watermarked", 128
+PUBLISHED_CODECS = {128: "facebook/dacvae-watermarked", ECHO_TTS_CHANNELS: PUBLISHED_FISH}
+"""Codecs of published models by the channels of their latents."""
 TOLERANCE = 0.05
 """Largest RMS difference between silence latents that still counts as the same codec. Rounding
 weights to bfloat16 changes them by less; latents have a standard deviation of about 1."""
 
 
-def silence_latent(codec: DACVAE) -> Float[np.ndarray, " c"]:
+def silence_latent(codec: Codec) -> Float[np.ndarray, " c"]:
     """The latent of digital silence, away from the edges of the signal."""
-    frames = encoder_context_frames(codec.config)
-    mean, _ = codec.encode(np.zeros((2 * frames + 1) * codec.config.hop, np.float32))
-    return np.asarray(mean[frames], np.float32)
+    before, after = codec.encoder_context
+    mean, _ = codec.encode(np.zeros((before + 1 + after) * codec.config.hop, np.float32))
+    return np.asarray(mean[before], np.float32)
 
 
-def check_latent_dim(dit: EchoDiT, codec: DACVAE) -> None:
+def padding_latent(dit: EchoDiT, codec: Codec) -> Float[np.ndarray, " c"]:
+    """What the model generates after the speech: silence, or zeros."""
+    if dit.generation.padding == "zeros":
+        return np.zeros(codec.config.latent_dim, np.float32)
+    return silence_latent(codec)
+
+
+def check_latent_dim(dit: EchoDiT, codec: Codec) -> None:
     """**Raises**: `EchoError` if the codec cannot decode what the model generates."""
     if dit.config.latent_dim != codec.config.latent_dim:
         raise EchoError(
@@ -56,7 +65,8 @@ def find_codec(
     dit: EchoDiT, codec: str | None = None, checkpoint: str | None = None
 ) -> tuple[str, Path]:
     """Name and file of the codec for a model: `codec`, or else the one that `checkpoint` holds
-    beside the model, or else the one its checkpoint names, or else the published one.
+    beside the model, or else the one its checkpoint names, or else the published one for latents of
+    this width.
 
     **Raises**: `EchoError` if there is none, or it cannot be found.
     """
@@ -67,13 +77,13 @@ def find_codec(
         if beside != find_weights(checkpoint, "dit"):
             return checkpoint, beside
     width, named = dit.config.latent_dim, dit.generation.codec
-    if named is None and width != PUBLISHED_WIDTH:
+    name = named or PUBLISHED_CODECS.get(width)
+    if name is None:
         known = ", such as --codec voice" if width == DIT_PRESETS["voice"].latent_dim else ""
         raise EchoError(
             f"the checkpoint names no codec, and its latents have {width} channels; give --codec "
             f"with the codec it was trained with{known}"
         )
-    name = named or PUBLISHED_CODEC
     try:
         return name, find_weights(name, "codec")
     except EchoError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from echo_eqx.codec.dacvae import DACVAE, decoder_context_frames
+from echo_eqx.codec.codec import Codec
 from echo_eqx.flow.sampler import FRAME_BUCKET
 from echo_eqx.speech.batching import round_up
 from echo_eqx.speech.codec import silence_latent
@@ -18,11 +18,12 @@ Message = Sequence[int] | np.ndarray | None
 
 
 def speech_end(
-    latents: Float[np.ndarray, "t c"], silence: Float[np.ndarray, " c"], frame_rate: float
+    latents: Float[np.ndarray, "t c"], padding: Float[np.ndarray, " c"], frame_rate: float
 ) -> int:
-    """First frame after which every window of 0.8 s differs from silence by less than 0.05 RMS."""
+    """First frame after which every window of 0.8 s differs by less than 0.05 RMS from `padding`,
+    which the model generates after the speech."""
     window = max(1, round(FLAT_SECONDS * frame_rate))
-    square = np.mean(np.square(latents - silence[None]), axis=1)
+    square = np.mean(np.square(latents - padding[None]), axis=1)
     padded = np.concatenate([square, np.zeros(window)])
     means = np.lib.stride_tricks.sliding_window_view(padded, window).mean(axis=1)
     loud = np.flatnonzero(means >= FLAT_STD**2)
@@ -30,38 +31,41 @@ def speech_end(
 
 
 def decode_with_silence(
-    codec: DACVAE,
+    codec: Codec,
     latents: Float[np.ndarray, "t c"],
     message: Message = None,
     silence: Float[np.ndarray, " c"] | None = None,
 ) -> Float[np.ndarray, " samples"]:
     """`codec.decode(latents, message)` as if silence preceded and followed the latents.
 
-    The codec itself pads with zeros, which do not decode to silence, so audio would start and end
-    with a click.
+    A codec that pads with zeros, which do not decode to silence, would start and end audio with a
+    click. See `Codec.decoder_padding`.
     """
+    frames = codec.decoder_padding
+    if frames == 0:
+        return np.asarray(codec.decode(latents, message))
     silence = silence_latent(codec) if silence is None else silence
-    frames = decoder_context_frames(codec.config)
     padding = np.tile(silence, (frames, 1))
     audio = codec.decode(np.concatenate([padding, latents, padding]), message)
     return np.asarray(audio)[frames * codec.config.hop :][: len(latents) * codec.config.hop]
 
 
 def decode_and_join(
-    codec: DACVAE,
+    codec: Codec,
     chunks: Sequence[Float[np.ndarray, "t c"]],
     message: Message,
     trim: bool,
-    silence: Float[np.ndarray, " c"],
+    padding: Float[np.ndarray, " c"],
+    silence: Float[np.ndarray, " c"] | None,
 ) -> Float[np.ndarray, " samples"]:
-    """Audio of one utterance from the latents of its chunks; `trim` cuts the silence after each."""
+    """Audio of one utterance from the latents of its chunks; `trim` cuts the padding after each."""
     config = codec.config
     fade_frames = math.ceil(CROSSFADE_SECONDS * config.frame_rate)
     clips = []
     for latents in chunks:
-        end = (speech_end(latents, silence, config.frame_rate) if trim else 0) or len(latents)
+        end = (speech_end(latents, padding, config.frame_rate) if trim else 0) or len(latents)
         # Most of the silence is not decoded. Lengths are bucketed, so that few are compiled.
-        needed = round_up(end + fade_frames + decoder_context_frames(config), FRAME_BUCKET)
+        needed = round_up(end + fade_frames + codec.decoder_padding, FRAME_BUCKET)
         audio = decode_with_silence(codec, latents[:needed], message, silence)
         clips.append((audio, end * config.hop))
     joined = crossfade(clips, int(CROSSFADE_SECONDS * config.sample_rate))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.codec.codec import Codec
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.model.dit import EchoDiT
@@ -16,7 +16,7 @@ from echo_eqx.weights.checkpoint.reader import MANIFEST
 MAX_BYTES = 1_000_000
 
 
-def describe_model(path: Path, source: str, model: EchoDiT | DACVAE) -> dict[str, Any]:
+def describe_model(path: Path, source: str, model: EchoDiT | Codec) -> dict[str, Any]:
     """Where a model came from, its checksum and its sizes."""
     # For a training checkpoint the manifest counts: it lists the checksums of all files.
     with (path / MANIFEST if path.is_dir() else path).open("rb") as file:

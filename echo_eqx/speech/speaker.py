@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.codec.codec import Codec
 from echo_eqx.data.reference import extract_speech, load_reference, set_loudness
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.flow.sampler import FRAME_BUCKET
@@ -23,7 +23,7 @@ MAX_SPEAKER_SECONDS = 120.0
 
 def speaker_latents(
     dit: EchoDiT,
-    codec: DACVAE,
+    codec: Codec,
     speaker: Speaker,
     *,
     max_seconds: float | None = None,
@@ -38,7 +38,7 @@ def speaker_latents(
     - `speaker`: as in `synthesize`.
     - `max_seconds`: seconds of speech to use, by default the longest seen in training.
     - `lufs`: integrated loudness to normalize a recording to, by default
-      `dit.generation.reference_lufs`.
+      `dit.generation.reference_lufs`, where None keeps the level as recorded.
 
     **Raises**: `EchoError` naming the reference if it is unreadable, too short, silent, clipped,
     not finite, or has the wrong shape; `UsageError` if `max_seconds` or `lufs` is out of range.
@@ -70,10 +70,14 @@ def speaker_latents(
     if array.ndim == 1:
         speech = array if is_clean else extract_speech(array, rate, name)
         speech = speech[: max_frames * hop]
-        # The loudness meter ignores everything below -70 LUFS, so quiet speech is scaled up first.
-        speech = speech * (0.5 / float(np.abs(speech).max()))
         level = dit.generation.reference_lufs if lufs is None else lufs
-        latents = encode_padded(codec, set_loudness(speech, rate, level))
+        peak = float(np.abs(speech).max())
+        if level is None:  # as recorded
+            speech = speech / max(peak, 1.0)
+        else:
+            # The loudness meter ignores everything below -70 LUFS, so quiet speech is scaled first.
+            speech = set_loudness(speech * (0.5 / peak), rate, level)
+        latents = encode_padded(codec, speech)
     elif array.ndim == 2 and array.shape[1] == dit.config.latent_dim:
         latents = array
     else:
@@ -88,7 +92,7 @@ def speaker_latents(
 
 
 def read_speakers(
-    dit: EchoDiT, codec: DACVAE, speakers: Sequence[Speaker | None]
+    dit: EchoDiT, codec: Codec, speakers: Sequence[Speaker | None]
 ) -> list[np.ndarray | None]:
     """`speaker_latents` of each speaker. A recording that is named several times is read once."""
     by_path: dict[str, np.ndarray] = {}
@@ -112,12 +116,12 @@ def read_speakers(
     return latents
 
 
-def longest_reference(dit: EchoDiT, codec: DACVAE) -> float:
+def longest_reference(dit: EchoDiT, codec: Codec) -> float:
     """The longest reference that a model takes, in seconds."""
     return max(MAX_SPEAKER_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate)
 
 
-def encode_padded(codec: DACVAE, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
+def encode_padded(codec: Codec, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
     """Mean latents of the whole frames in `audio`, padded to a bucket to save compilations."""
     hop = codec.config.hop
     frames = len(audio) // hop
@@ -170,7 +174,7 @@ def nearest_voice(dit: EchoDiT, latents: Float[np.ndarray, "r c"]) -> tuple[str,
     return min(distances.items(), key=lambda item: item[1])
 
 
-def describe_reference(dit: EchoDiT, codec: DACVAE, latents: Float[np.ndarray, "r c"]) -> str:
+def describe_reference(dit: EchoDiT, codec: Codec, latents: Float[np.ndarray, "r c"]) -> str:
     """A sentence about the length of a reference and the voice it resembles."""
     used = f"{len(latents) / codec.config.frame_rate:.2f} s of speech"
     nearest = nearest_voice(dit, latents)

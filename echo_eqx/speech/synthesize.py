@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.codec.codec import Codec
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import UsageError
 from echo_eqx.flow.sampler import Progress
@@ -21,7 +21,7 @@ from echo_eqx.speech.chunks import (
     target_seconds,
     warn_of_missing_ends,
 )
-from echo_eqx.speech.codec import check_latent_dim, silence_latent
+from echo_eqx.speech.codec import check_latent_dim, padding_latent
 from echo_eqx.speech.joining import Message, decode_and_join, speech_end
 from echo_eqx.speech.speaker import Speaker, read_speakers, trim_to_patches
 
@@ -39,7 +39,7 @@ class Utterance:
 
 def synthesize(
     dit: EchoDiT,
-    codec: DACVAE,
+    codec: Codec,
     text: str,
     speaker: Speaker | None = None,
     *,
@@ -96,7 +96,7 @@ def synthesize(
 
 def synthesize_all(
     dit: EchoDiT,
-    codec: DACVAE,
+    codec: Codec,
     utterances: Sequence[Utterance],
     *,
     duration: float | None = None,
@@ -130,10 +130,11 @@ def synthesize_all(
     expand = dit.generation.expand_text if expand_text is None else expand_text
     texts = [split_into_chunks(u.text, dit, seconds, normalize_text, expand) for u in utterances]
     sampler = BatchSampler(dit, num_frames, block_frames, settings, batch_size, progress)
-    silence = silence_latent(codec)
+    padding = padding_latent(dit, codec)
+    silence = padding if dit.generation.padding == "silence" else None
 
     def end_of(latents: np.ndarray) -> int:
-        return speech_end(latents, silence, codec.config.frame_rate)
+        return speech_end(latents, padding, codec.config.frame_rate)
 
     # Without a reference, the first chunk settles on a voice, which becomes the others' reference.
     first, second = [], []
@@ -166,7 +167,12 @@ def synthesize_all(
         warn_of_missing_ends(endless, seconds)
     return [
         decode_and_join(
-            codec, [latents[k] for k in sorted(latents) if k[0] == i], message, trim, silence
+            codec,
+            [latents[k] for k in sorted(latents) if k[0] == i],
+            message,
+            trim,
+            padding,
+            silence,
         )
         for i in range(len(utterances))
     ]

@@ -76,7 +76,7 @@ class TrainConfig(RunConfig):
     sample_count: int = 4
     """How many samples to generate."""
     codec: str | None = None
-    """DACVAE weights that the shards were encoded with: a file, a folder, a Hub id, or voice. Used
+    """Codec weights that the shards were encoded with: a file, a folder, a Hub id, or voice. Used
     to decode samples, and by infer with this run's weights."""
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     """Sampler settings for samples, and the defaults of infer with this run's weights."""

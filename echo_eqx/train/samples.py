@@ -8,7 +8,7 @@ import jax.random as jr
 import numpy as np
 from jax.sharding import Mesh
 
-from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.codec.codec import Codec
 from echo_eqx.data.audio import save_audio
 from echo_eqx.data.loader import HostBatch
 from echo_eqx.errors import EchoError
@@ -39,7 +39,7 @@ class SampleWriter:
     ):
         self._folder = run_dir / "samples"
         self._batch = batch
-        self._codec: DACVAE | None = None
+        self._codec: Codec | None = None
         if writes:
             self._codec = load_codec(codec)
             width, channels = batch.latents.shape[-1], self._codec.config.latent_dim

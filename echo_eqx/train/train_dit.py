@@ -95,6 +95,7 @@ def _generation(config: TrainConfig, data: TrainData) -> GenerationConfig:
         sampler=config.sampler,
         expand_text=config.expand_text,
         reference_lufs=config.speaker_lufs,
+        padding="zeros" if config.silence == "zeros" else "silence",
         codec=codec,
         codec_silence=None if config.silence == "zeros" else tuple(middle),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from echo_eqx.codec.dacvae import DACVAE
+from echo_eqx.codec.codec import Codec
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError, optional
 from echo_eqx.flow.sampler import SamplerSettings
@@ -52,7 +52,7 @@ def voice_of(number: int) -> str:
 
 def generate(
     dit: EchoDiT,
-    codec: DACVAE,
+    codec: Codec,
     texts: Sequence[str],
     references: Mapping[str, Path] | None,
     settings: SamplerSettings,
@@ -69,7 +69,7 @@ def generate(
 
 
 def generation_config(
-    dit: EchoDiT, codec: DACVAE, references: Mapping[str, Path], name: str, count: int = 32
+    dit: EchoDiT, codec: Codec, references: Mapping[str, Path], name: str, count: int = 32
 ) -> GenerationConfig:
     """Generation settings of a small voice: sampler, codec `name`, and its known voices, each
     measured on `count` recordings."""
@@ -112,7 +112,7 @@ def _rounded(numbers: np.ndarray) -> tuple[float, ...]:
     return tuple(np.round(numbers.astype(np.float64), 4).tolist())
 
 
-def reconstruct(codec: DACVAE, audio: np.ndarray, rate: int) -> np.ndarray:
+def reconstruct(codec: Codec, audio: np.ndarray, rate: int) -> np.ndarray:
     """`audio` (samples,) encoded and decoded by the codec, at the codec's rate."""
     audio = soxr.resample(audio, rate, codec.config.sample_rate).astype(np.float32)
     padded = np.pad(audio, (0, -len(audio) % codec.config.hop))
@@ -139,7 +139,7 @@ class Metrics:
 
 def measure(
     dit: EchoDiT,
-    codec: DACVAE,
+    codec: Codec,
     kind: Kind,
     count: int,
     references: Mapping[str, Path],

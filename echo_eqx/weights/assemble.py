@@ -10,8 +10,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from echo_eqx.codec.codec import Codec
 from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.config import CodecConfig, DiTConfig
+from echo_eqx.codec.fish.dac import FishDAC
+from echo_eqx.config import CodecConfig, DiTConfig, FishConfig
 from echo_eqx.errors import EchoError
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
@@ -37,16 +39,18 @@ def single(arrays: list[np.ndarray]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def abstract_model(
-    config: DiTConfig | CodecConfig,
+    config: DiTConfig | CodecConfig | FishConfig,
     generation: GenerationConfig,
     dtype: Any,
     int8: bool = False,
 ) -> Any:
     """A model of `ShapeDtypeStruct`s. It is kept, since tracing an initializer takes a second."""
 
-    def init() -> EchoDiT | DACVAE:
+    def init() -> EchoDiT | Codec:
         if isinstance(config, CodecConfig):
             return DACVAE.init(config, key=jax.random.key(0))
+        if isinstance(config, FishConfig):
+            return FishDAC.init(config, key=jax.random.key(0))
         return EchoDiT.init(config, generation, key=jax.random.key(0))
 
     model = jax.eval_shape(lambda: cast(init(), dtype))

@@ -195,7 +195,7 @@ def published_sources(leaf: str, config: CodecConfig) -> Sources:
     axes = (2, 0, 1) if is_transposed(names[-1]) else (2, 1, 0)
     if len(names) == 1:
         return Sources(names, lambda arrays: single(arrays).transpose(axes))
-    return Sources(names, lambda arrays: _fold_weight_norm(*arrays).transpose(axes))
+    return Sources(names, lambda arrays: fold_weight_norm(*arrays).transpose(axes))
 
 
 def to_published(leaves: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str, np.ndarray]:
@@ -251,7 +251,7 @@ def is_transposed(tensor: str) -> bool:
     return re.fullmatch(r"decoder\.model\.\d+\.block\.[13]\.weight(_[gv])?", tensor) is not None
 
 
-def _fold_weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
+def fold_weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
     """`g * v / |v|`, the norm over all axes but the first (Salimans & Kingma, arXiv:1602.07868)."""
     if g.shape != (v.shape[0], 1, 1):
         raise ValueError(f"expected one weight_g for each channel, got shape {g.shape}")

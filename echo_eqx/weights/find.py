@@ -7,7 +7,7 @@ from typing import Literal
 import huggingface_hub  # imports its parts on first use
 
 from echo_eqx.errors import EchoError
-from echo_eqx.hub import REPO, hub_errors
+from echo_eqx.hub import REPO, HubFileNotFound, hub_errors
 from echo_eqx.weights.checkpoint.reader import FOLDER, MANIFEST, find_checkpoints
 from echo_eqx.weights.sharded import INDEX_SUFFIX, shard_files, weight_map
 
@@ -81,6 +81,31 @@ def find_candidates(source: str | Path, kind: Kind = "dit", *, exports: bool = T
             f"{', '.join(SHIPPED)}, the small voice in the package"
         )
     return [_from_hub(match["repo"], match["revision"], match["file"], kind)]
+
+
+def find_beside(source: str | Path, name: str) -> Path | None:
+    """The file `name` in the folder or the Hub repository of weights, None if it has none.
+
+    **Arguments**: `source` as for `find_weights`.
+
+    **Raises**: `EchoError` if the Hub cannot be asked.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or str(source) in SHIPPED:
+        beside = (path if path.is_dir() else path.parent) / name
+        return beside if beside.is_file() else None
+    match = _HUB_ID.fullmatch(str(source))
+    if match is None:
+        return None
+    repo, revision = match["repo"], match["revision"]
+    cached = _cached_snapshot(repo, revision or "main") / name
+    if cached.is_file():
+        return cached
+    try:
+        with hub_errors(f"{repo}:{name} is not in the cache, and downloading it failed"):
+            return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
+    except HubFileNotFound:
+        return None
 
 
 def _index_of(path: Path) -> Path | None:

@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.config import CodecConfig, DiTConfig
+from echo_eqx.codec.codec import Codec
+from echo_eqx.config import CodecConfig, DiTConfig, FishConfig
 from echo_eqx.errors import EchoError
-from echo_eqx.generation import GenerationConfig
+from echo_eqx.generation import ECHO_TTS, ECHO_TTS_CHANNELS, GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.model.int8 import MARKER
 from echo_eqx.weights.assemble import (
@@ -27,6 +27,7 @@ from echo_eqx.weights.assemble import (
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.dacvae import IN_PROJ, load_dacvae_pth, load_dacvae_safetensors
 from echo_eqx.weights.find import Kind, find_candidates, find_weights
+from echo_eqx.weights.fish import is_fish, load_fish
 from echo_eqx.weights.flax import read_flax_checkpoint
 from echo_eqx.weights.gguf_reader import MAGIC, GGUFFile
 from echo_eqx.weights.mlx import MLX_IN_PROJ, load_dacvae_mlx
@@ -59,18 +60,24 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
     return load_model(source, "dit", dtype=dtype)[0]
 
 
-def load_codec(source: str | Path, *, dtype: Any = jnp.float32) -> DACVAE:
-    """Load a DACVAE.
+def load_codec(
+    source: str | Path, *, pca: str | Path | None = None, dtype: Any = jnp.float32
+) -> Codec:
+    """Load a codec: a `DACVAE` or a `FishDAC`, as the file says.
 
     **Arguments**:
     - `source`: "voice" for the codec of the small voice in the package, or a file, a folder or a
-      Hub id `owner/name[@revision][:file]` with our safetensors or the published `weights.pth`, or
-      a training checkpoint or run folder, as in `load_dit`.
+      Hub id `owner/name[@revision][:file]`, with our safetensors, the published DACVAE
+      `weights.pth` or the published Fish S1-DAC, or a training checkpoint or run folder, as in
+      `load_dit`.
+    - `pca`: for the published Fish S1-DAC, the weights of the EchoDiT that it is for: its principal
+      components, `pca_state.safetensors`, are beside them. Without it they are looked for beside
+      the codec, and then in jordand/echo-tts-base.
     - `dtype`: of the kernels, and so of the computation.
 
     **Raises**: `EchoError` naming the file and what is wrong with it. No file can run code.
     """
-    return load_model(source, "codec", dtype=dtype)[0]
+    return load_model(source, "codec", pca=pca, dtype=dtype)[0]
 
 
 def model_kind(source: str | Path) -> Kind:
@@ -90,7 +97,12 @@ def model_kind(source: str | Path) -> Kind:
 
 
 def load_model(
-    source: str | Path, kind: Kind, *, dtype: Any = jnp.float32, exports: bool = True
+    source: str | Path,
+    kind: Kind,
+    *,
+    pca: str | Path | None = None,
+    dtype: Any = jnp.float32,
+    exports: bool = True,
 ) -> tuple[Any, Path]:
     """The model of `load_dit` or `load_codec`, and the file or checkpoint it was read from.
 
@@ -104,7 +116,9 @@ def load_model(
         try:
             if path.is_dir():
                 return _load_checkpoint(path, kind, dtype), path
-            return (_load_dit if kind == "dit" else _load_codec)(path, dtype), path
+            if kind == "dit":
+                return _load_dit(path, dtype), path
+            return _load_codec(path, pca, dtype), path
         except EchoError as error:
             if len(candidates) == 1:
                 raise
@@ -129,7 +143,7 @@ def _load_dit(path: Path, dtype: Any) -> EchoDiT:
         weights = WithoutPrefix(file)
         with _naming(path):
             config = pytorch_config(weights.shapes())
-        return _load(config, dtype, path, weights.names, weights, pytorch_sources)
+        return _load_pytorch(config, dtype, path, weights.names, weights)
     if kind == "pickle":
         return dit_from_flax(read_flax_checkpoint(path).params, path, dtype)
     if kind == "gguf":
@@ -137,7 +151,7 @@ def _load_dit(path: Path, dtype: Any) -> EchoDiT:
     raise EchoError(f"expected an EchoDiT, got a PyTorch file of a codec or another model: {path}")
 
 
-def _load_codec(path: Path, dtype: Any) -> DACVAE:
+def _load_codec(path: Path, pca: str | Path | None, dtype: Any) -> Codec:
     kind = _kind(path)
     if kind == "torch":
         return load_dacvae_pth(path, dtype)
@@ -149,7 +163,12 @@ def _load_codec(path: Path, dtype: Any) -> DACVAE:
             return load_dacvae_safetensors(file, dtype)
         if MLX_IN_PROJ in file.names:
             return load_dacvae_mlx(file, dtype)
-    raise EchoError(f"expected a DACVAE weights.pth or our safetensors of a codec, got {path}")
+        weights = WithoutPrefix(file)
+        if is_fish(weights.names):
+            return load_fish(weights, pca, dtype)
+    raise EchoError(
+        f"expected a DACVAE weights.pth, Fish S1-DAC or our safetensors of a codec, got {path}"
+    )
 
 
 def _load_gguf(file: GGUFFile, dtype: Any) -> EchoDiT:
@@ -164,7 +183,15 @@ def _load_gguf(file: GGUFFile, dtype: Any) -> EchoDiT:
     with _naming(file.path):
         config = pytorch_config(shapes)
         config = dataclasses.replace(config, norm_eps=float(str(np.float32(eps))))  # 1e-5 again
-    return _load(config, dtype, file.path, shapes, file, pytorch_sources)
+    return _load_pytorch(config, dtype, file.path, shapes, file)
+
+
+def _load_pytorch(
+    config: DiTConfig, dtype: Any, path: Path, names: Collection[str], arrays: Any
+) -> EchoDiT:
+    """From tensors under PyTorch names, with the settings of the model that they are of."""
+    generation = ECHO_TTS if config.latent_dim == ECHO_TTS_CHANNELS else None
+    return _load(config, dtype, path, names, arrays, pytorch_sources, generation)
 
 
 def dit_from_flax(tensors: Mapping[str, np.ndarray], path: Path, dtype: Any) -> EchoDiT:
@@ -233,7 +260,7 @@ def _load_native(file: SafetensorsFile | ShardedSafetensors, dtype: Any) -> Any:
 
 
 def _load(
-    config: DiTConfig | CodecConfig,
+    config: DiTConfig | CodecConfig | FishConfig,
     dtype: Any,
     path: Path,
     names: Collection[str],

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from echo_eqx.codec.dacvae import DACVAE
-from echo_eqx.config import CONFIGS, CodecConfig, DiTConfig
+from echo_eqx.codec.codec import Codec
+from echo_eqx.config import CONFIGS, CodecConfig, DiTConfig, FishConfig
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import write_json, write_whole
 from echo_eqx.generation import GenerationConfig, generation_from_json
@@ -32,7 +32,7 @@ INT8 = "int8"
 
 
 def save(
-    model: EchoDiT | DACVAE,
+    model: EchoDiT | Codec,
     path: str | Path,
     *,
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
@@ -61,7 +61,7 @@ def save(
         raise EchoError(f"{file} cannot be written: {error}") from None
 
 
-def native_tensors(model: EchoDiT | DACVAE, dtype: str) -> list[Tensor]:
+def native_tensors(model: EchoDiT | Codec, dtype: str) -> list[Tensor]:
     """The tensors of a native file: the leaves by name, in `dtype`.
 
     With int8, a linear layer NAME of attention or SwiGLU is two tensors: `NAME.weight`, int8
@@ -85,7 +85,7 @@ def native_tensors(model: EchoDiT | DACVAE, dtype: str) -> list[Tensor]:
 
 
 def native_metadata(
-    model: EchoDiT | DACVAE, generation: GenerationConfig | None = None
+    model: EchoDiT | Codec, generation: GenerationConfig | None = None
 ) -> dict[str, str]:
     """Metadata of a native file: format, kind of model, sizes, and recommended settings."""
     kind = "dit" if isinstance(model, EchoDiT) else "codec"
@@ -111,11 +111,16 @@ def native_kind(file: SafetensorsFile | ShardedSafetensors) -> str | None:
     return kind
 
 
-def native_config(file: SafetensorsFile | ShardedSafetensors) -> DiTConfig | CodecConfig:
+def native_config(
+    file: SafetensorsFile | ShardedSafetensors,
+) -> DiTConfig | CodecConfig | FishConfig:
     """The config in one of our files."""
     try:
         data = parse_json(file.metadata["config"].encode("utf-8", "surrogatepass"))
-        return from_json(CONFIGS[native_kind(file) or ""], data)
+        kind = native_kind(file) or ""
+        if kind == "codec" and isinstance(data, dict) and "type" in data:
+            return from_json(FishConfig, data)
+        return from_json(CONFIGS[kind], data)
     except KeyError:
         raise EchoError(f"{file.path} carries no config") from None
     except (EchoError, ValueError) as error:

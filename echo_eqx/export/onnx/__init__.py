@@ -43,7 +43,7 @@ def write(models: Models, folder: Path, dtype: str) -> None:
         model = _in_numpy(models.dit)
         programs += [dit.text_encoder(model), dit.speaker_encoder(model), dit.velocity(model)]
     if models.codec is not None:
-        model = _in_numpy(models.codec)
+        model = _in_numpy(models.need_codec("onnx"))
         programs += [codec.codec_encoder(model), codec.codec_decoder(model)]
     for program in programs:
         program.save(folder, {key: json.dumps(value) for key, value in about.items()})

@@ -44,7 +44,7 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
     axes = mesh_shape(config.mesh, jax.device_count())
     check_batch(config.batch_size, 1, axes)
     mesh = make_mesh(axes)
-    pretrained = load_codec(config.init_from) if config.init_from is not None else None
+    pretrained = _pretrained(config.init_from) if config.init_from is not None else None
     sizes = config.codec_config() if pretrained is None else pretrained.config
     samples = config.crop_frames(sizes) * sizes.hop
     if samples < WINDOWS[-1]:
@@ -90,6 +90,13 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
             else None,
         )
         return train_loop(trainer, launch_id, heartbeat)
+
+
+def _pretrained(source: str | Path) -> DACVAE:
+    codec = load_codec(source)
+    if not isinstance(codec, DACVAE):
+        raise UsageError(f"init_from: expected a DACVAE, got a {type(codec).__name__}: {source}")
+    return codec
 
 
 def find_recordings(source: str) -> list[Clip]:

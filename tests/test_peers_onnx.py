@@ -56,11 +56,16 @@ def test_onnxruntime_computes_what_we_compute(small, batch, text, patches, frame
     check_codec(folder, models.codec, batch, frames)
 
 
-def test_models_of_the_golden_files(tmp_path, golden_dit, golden_codec):
+def test_models_of_the_golden_files(tmp_path, golden_dit, golden_codec, blockwise_dit, caplog):
     """The codec has all the strides and the watermark of the published one."""
     onnx.write(Models(golden_dit, golden_codec), tmp_path, "float32")
     check_dit(tmp_path, golden_dit, 2, 9, 3, 21)
     check_codec(tmp_path, golden_codec, 2, 3)
+
+    assert "left out" not in caplog.text
+    onnx.write(Models(blockwise_dit), tmp_path, "float32")
+    check_dit(tmp_path, blockwise_dit, 2, 9, 3, 21)
+    assert "left out: latent_encoder" in caplog.text
 
 
 def test_the_small_voice(tmp_path):

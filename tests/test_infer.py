@@ -83,6 +83,17 @@ def test_published_flags_work_with_a_reference_voice(place, tmp_path):
     assert call("infer", *command[:-1], 43).returncode == 0 and output.read_bytes() != first
 
 
+def test_a_codec_in_float16_decodes_nearly_the_same(place, tmp_path):
+    audio = {}
+    for dtype in ("float32", "float16"):
+        fast = ("--codec_dtype", dtype, "--matmul_precision", "tensorfloat32")
+        done = run(SCRIPTS / "infer.py", *quick(place), *fast, "--text", "Hello.", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        audio[dtype], _ = sf.read(tmp_path / "output.wav")
+    noise = audio["float16"] - audio["float32"]
+    assert 0 < np.sum(noise**2) < 1e-4 * np.sum(audio["float32"] ** 2)  # 40 dB
+
+
 def test_without_watermark_and_as_flac(place, tmp_path):
     text = ["--text", "Hello.", "--output", tmp_path / "out.flac"]
     done = call("infer", *quick(place), *text, "--no-watermark", "--no-trim")

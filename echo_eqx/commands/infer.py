@@ -27,6 +27,7 @@ from echo_eqx.codec.codec import Codec
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import UsageError
+from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, silence_latent
 from echo_eqx.speech.metadata import describe_model, write_metadata
@@ -106,6 +107,11 @@ class Args:
     checkpoint recommends, or else -23."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the model: auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    codec_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Dtype of the codec. float16 halves the time on GPU; its error is 54 dB below the signal."""
+    matmul_precision: MatmulPrecision = "highest"
+    """Precision of float32 matrix products and convolutions on GPU and TPU. tensorfloat32 decodes
+    in a quarter of the time on GPU, with an error 57 dB below the signal. CPUs ignore it."""
     json: bool = False
     """Next to each result, write a JSON file with all settings and the models' checksums. An
     existing JSON file that this command did not write is never replaced."""
@@ -115,6 +121,7 @@ def main() -> None:
     args = parse(Args, __doc__)
     started = time.perf_counter()
     use_compilation_cache()
+    set_matmul_precision(args.matmul_precision)
     clock = CompileClock()
     check_usage(args)
     base = Request(args.text or "", args.output, args.speaker_ref, args.seed)
@@ -128,7 +135,8 @@ def main() -> None:
         logger.info(f"loading {args.checkpoint}")
     dit, checkpoint = load_model(args.checkpoint, "dit", dtype=array_dtype(dtype))
     codec_name, codec_file = find_codec(dit, args.codec, args.checkpoint)
-    codec = echo_eqx.load_codec(codec_file, pca=args.checkpoint)
+    codec_dtype = array_dtype(args.codec_dtype)
+    codec = echo_eqx.load_codec(codec_file, dtype=codec_dtype, pca=args.checkpoint)
     check_latent_dim(dit, codec)
     args = with_recommended(dit, codec)
     duration = target_seconds(dit, codec, args.duration)

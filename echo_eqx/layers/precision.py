@@ -1,9 +1,11 @@
 """Precision of matrix products and convolutions."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+MatmulPrecision = Literal["highest", "tensorfloat32", "bfloat16"]
 
 
 def matmul_precision(dtype: Any) -> str | None:
@@ -15,3 +17,9 @@ def matmul_precision(dtype: Any) -> str | None:
     if dtype != jnp.float32:
         return None
     return jax.config.jax_default_matmul_precision or "highest"  # type: ignore[attr-defined]
+
+
+def set_matmul_precision(precision: MatmulPrecision) -> None:
+    """Use `precision` for float32 operands in all of this process."""
+    if precision != "highest":  # which holds where nothing is set
+        jax.config.update("jax_default_matmul_precision", precision)

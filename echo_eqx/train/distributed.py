@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import EchoError
+from echo_eqx.layers.precision import set_matmul_precision
 from echo_eqx.sharding.hosts import EXIT_PREEMPTED, Heartbeat, start_processes
 from echo_eqx.train.settings import Config
 
@@ -19,6 +20,7 @@ def run_training(config: Config, train: Callable[[Config, Heartbeat], int]) -> N
     """Check the settings, connect the processes, train, and exit with the code of `train`."""
     config.check()
     use_compilation_cache()
+    set_matmul_precision(config.matmul_precision)
     start_processes(
         config.coordinator, config.num_processes, config.process_id, config.start_timeout
     )

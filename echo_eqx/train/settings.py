@@ -12,6 +12,7 @@ import tyro
 from echo_eqx.cli import parse
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.json_data import MAX_JSON_BYTES, from_json, parse_json, to_json
+from echo_eqx.layers.precision import MatmulPrecision
 from echo_eqx.weights.checkpoint.reader import (
     FOLDER,
     MANIFEST,
@@ -72,6 +73,9 @@ class RunConfig:
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
         default_factory=OptimizerConfig
     )
+    matmul_precision: MatmulPrecision = "highest"
+    """Precision of float32 matrix products and convolutions on GPU and TPU; tensorfloat32 is
+    several times as fast on GPU. Products in bfloat16, and CPUs, ignore it."""
     keep_last: int = 3
     """How many of the newest checkpoints to keep."""
     keep_every: int = 50_000

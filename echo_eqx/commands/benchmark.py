@@ -7,6 +7,7 @@
     echo-eqx benchmark stream           # records per second, against a plain tarfile loop
     echo-eqx benchmark save             # how long a checkpoint blocks the loop
     echo-eqx benchmark monitor          # the page of a long run, until its curves are drawn
+    echo-eqx benchmark gpu              # what an accelerator does, a row at a time
 
 Weights are random; that does not change the cost.
 """
@@ -41,6 +42,7 @@ import tyro
 
 import echo_eqx
 from echo_eqx.cli import parse
+from echo_eqx.commands._benchmark_gpu import Gpu, gpu
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.data import loader
 from echo_eqx.data.fetch import ShardCache
@@ -136,6 +138,7 @@ def main() -> None:
         Stream: stream,
         Save: save,
         Monitor: monitor,
+        Gpu: gpu,
     }
     kinds = tuple(
         Annotated[kind, tyro.conf.subcommand(function.__name__)]

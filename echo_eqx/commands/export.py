@@ -143,7 +143,9 @@ def load_models(source: str, codec: str | None) -> tuple[Models, dict[str, dict[
         sources["codec"] = codec
     found, origin = {}, {}
     for kind, name in sources.items():
-        model, path = load_model(name, kind, exports=False)
+        # Fish S1-DAC needs the principal components that are beside the EchoDiT it is for.
+        pca = source if kind == "codec" and codec is not None else None
+        model, path = load_model(name, kind, pca=pca, exports=False)
         found[kind] = dequantize(model) if kind == "dit" else model
         # Of a path only its last part: the folder may be published.
         shown = Path(name).name if Path(name).exists() else name

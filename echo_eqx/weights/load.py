@@ -47,8 +47,10 @@ def load_dit(source: str | Path, *, dtype: Any = jnp.float32) -> EchoDiT:
     - `source`: "voice" for the small voice in the package, or a file, a folder or a Hub id
       `owner/name[@revision][:file]` with
       - our safetensors,
-      - a Flax checkpoint of the published trainer (pickle or safetensors), or
-      - the community's PyTorch safetensors, possibly sharded or with a prefix on all names;
+      - a Flax checkpoint of the published trainer (pickle or safetensors),
+      - the community's PyTorch safetensors, possibly sharded or with a prefix on all names, also as
+        mlx-audio has them, or
+      - a GGUF file of echo-tts-cpp;
 
       or a training checkpoint (its EMA if it has one); or a run folder (its newest intact
       checkpoint, read from the bfloat16 export if there is one).

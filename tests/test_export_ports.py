@@ -19,7 +19,15 @@ from test_weights import SMALL
 
 import echo_eqx
 from echo_eqx import EchoError
-from echo_eqx.config import CODEC_PRESETS, CodecConfig, DiTConfig, EncoderConfig, WatermarkConfig
+from echo_eqx.codec.fish.dac import FishDAC
+from echo_eqx.config import (
+    CODEC_PRESETS,
+    CodecConfig,
+    DiTConfig,
+    EncoderConfig,
+    FishConfig,
+    WatermarkConfig,
+)
 from echo_eqx.errors import UsageError
 from echo_eqx.export import dacvae, mlx
 from echo_eqx.export import gguf as gguf_export
@@ -259,6 +267,58 @@ def test_an_echo_dit_for_mlx_audio_comes_back(tmp_path, golden_dit, caplog, dtyp
         assert np.allclose(np.asarray(a), factor * np.asarray(b), rtol=tolerance, atol=0), name
 
 
+def fish(**sizes) -> FishDAC:
+    """Fish S1-DAC at a small size."""
+    config = FishConfig(
+        encoder_dim=4,
+        encoder_rates=(2,),
+        encoder_layers=1,
+        encoder_mlp_dim=3,
+        head_dim=4,
+        quantizer_layers=1,
+        quantizer_mlp_dim=3,
+        semantic_codebook_size=5,
+        num_codebooks=1,
+        codebook_size=5,
+        decoder_dim=2,
+        decoder_rates=(2,),
+        **sizes,
+    )
+    return random_model(FishDAC, config)
+
+
+def test_the_principal_components_of_a_codec_are_written_for_mlx_audio(
+    tmp_path, golden_dit, caplog
+):
+    codec = fish(latent_dim=golden_dit.config.latent_dim, hidden_dim=16)
+    mlx.write(Models(golden_dit, codec), tmp_path, "bfloat16")
+    pca = load_file(tmp_path / "pca_state.safetensors")
+    assert np.array_equal(pca["pca_components"], codec.pca.components)
+    assert np.array_equal(pca["pca_mean"], codec.pca.mean)
+    assert pca["latent_scale"] == codec.pca.scale and pca["latent_scale"].dtype == np.float32
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["fish_codec_repo"] == "jordand/fish-s1-dac-min"
+    assert "pca_state.safetensors is written" in caplog.text
+    assert echo_eqx.load_dit(tmp_path).config.latent_dim == golden_dit.config.latent_dim
+    with pytest.raises(UsageError, match="pca_components: expected"):
+        mlx.write(Models(golden_dit, fish(latent_dim=3, hidden_dim=16)), tmp_path, "float32")
+    with pytest.raises(UsageError, match="expected a DACVAE"):
+        mlx.write(Models(codec=codec), tmp_path, "float32")
+
+
+def test_the_principal_components_of_a_codec_are_written_for_echo_tts_cpp(tmp_path, golden_dit):
+    channels = golden_dit.config.latent_dim
+    codec = fish(latent_dim=channels, hidden_dim=1024)
+    gguf_export.write(Models(golden_dit, codec), tmp_path, "float32")
+    reader = gguf.GGUFReader(tmp_path / "echo-dit.gguf")
+    read = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert np.array_equal(read["pca.components"], codec.pca.components)
+    assert np.array_equal(read["pca.mean"], codec.pca.mean)
+    assert reader.fields["pca.latent_scale"].contents() == codec.pca.scale
+    with pytest.raises(UsageError, match=r"pca\.components: expected shape"):
+        gguf_export.write(Models(golden_dit, fish(latent_dim=3, hidden_dim=16)), tmp_path, "int8")
+
+
 def test_block_wise_models_keep_their_parts_in_every_port(tmp_path, blockwise_dit):
     mlx.write(Models(blockwise_dit), tmp_path, "float32")
     assert not json.loads((tmp_path / "config.json").read_text())["delete_blockwise_modules"]
@@ -348,6 +408,11 @@ def test_gguf_of_any_size_comes_back(tmp_path, seed):
     dit = random_model(echo_eqx.EchoDiT, config, seed=seed)
     gguf_export.write(Models(dit), tmp_path, "float32")
     assert_same(echo_eqx.load_dit(tmp_path), dit)
+
+
+def test_a_model_too_small_for_a_type_of_gguf_is_told(tmp_path, golden_dit, caplog):
+    gguf_export.write(Models(golden_dit), tmp_path, "int8")
+    assert "no tensor is Q8_0" in caplog.text
 
 
 def test_numbers_that_a_type_of_gguf_cannot_hold_are_named(tmp_path, large_dit):

@@ -7,8 +7,9 @@ BF16, which its loader cannot read from that; and in a file of Q8_0, AdaLN, `con
 `out_proj` are F16, as are rows that Q8_0 cannot divide.
 
 That program turns latents into audio by Fish S1-DAC (44.1 kHz, hop 2048), after a PCA that is part
-of the file. For latents of another codec the PCA is written as the identity onto the first of its
-1024 channels: the file is complete and the velocities are right, but the audio is not.
+of the file and comes from the codec given. Without Fish S1-DAC the PCA is written as the identity
+onto the first of its 1024 channels, and the file says so: it loads, and what the program samples
+are latents of the model, but what it makes of them is no speech.
 
 Source: github.com/Cirius0310/echo-tts-cpp, `scripts/export_gguf.py` and `cpp/src/echo_model.cpp`.
 """
@@ -19,9 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from echo_eqx.codec.codec import Codec
+from echo_eqx.codec.fish.dac import FishDAC, PrincipalComponents
 from echo_eqx.errors import EchoError, UsageError, optional
 from echo_eqx.export.models import Models
 from echo_eqx.export.pytorch import constructor_arguments
@@ -46,50 +50,66 @@ def write(models: Models, folder: Path, dtype: str) -> None:
     cannot hold.
     """
     gguf = optional("gguf", "export")
-    dit = models.only_dit(FORM)
-    config = dit.config
-    if config.latent_dim > _FISH_CHANNELS:
-        raise UsageError(
-            f"{FORM}: pca.components: expected latents of at most {_FISH_CHANNELS} channels, got "
-            f"{config.latent_dim}"
-        )
+    dit = models.need_dit(FORM)
+    config, pca = dit.config, _pca(dit, models.codec)
     writer = gguf.GGUFWriter(folder / FILE, arch=ARCHITECTURE)
     for key, value in constructor_arguments(config).items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"echo.{key}", value)
     writer.add_bool("echo.include_blockwise", config.blockwise)
     writer.add_string("echo.dtype", TYPES[dtype].lower())
-    writer.add_float32("pca.latent_scale", 1.0)
-    writer.add_description("The latents are of another codec than Fish S1-DAC; the PCA is identity")
-    logger.warning(
-        f"{FORM}: echo-tts-cpp speaks through Fish S1-DAC only, and the latents of this model are "
-        "not its own; the file loads, but only its latents can be used"
-    )
+    writer.add_float32("pca.latent_scale", float(pca.scale))
+    if not isinstance(models.codec, FishDAC):
+        writer.add_description("The PCA is the identity, since none was given")
+        logger.warning(
+            f"{FORM}: echo-tts-cpp speaks through Fish S1-DAC, and no --codec with its PCA was "
+            "given; the file loads, but only its latents can be used"
+        )
 
     kinds = {}
-    for name, shape in _shapes(dit).items():
+    for name, shape in _shapes(dit, pca).items():
         kinds[name] = kind = gguf.GGMLQuantizationType[_type(name, shape, TYPES[dtype])]
         as_bytes = gguf.quants.quant_shape_to_byte_shape(shape, kind)
         writer.add_tensor_info(name, as_bytes, np.dtype(np.uint8), math.prod(as_bytes), kind)
+    if all(kind.name != TYPES[dtype] for kind in kinds.values()):
+        logger.warning(
+            f"{FORM}: no tensor is {TYPES[dtype]}; those of less than a million numbers are F32"
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, array in _tensors(dit):
+    for name, array in _tensors(dit, pca):
         writer.write_tensor_data(_encode(gguf, name, array, kinds[name]))
     writer.close()
 
 
-def _tensors(dit: EchoDiT) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and float32 arrays, one leaf of the model in memory at a time."""
+def _pca(dit: EchoDiT, codec: Codec | None) -> PrincipalComponents:
+    """Those of Fish S1-DAC, or the identity."""
     channels = dit.config.latent_dim
-    yield "pca.components", np.eye(channels, _FISH_CHANNELS, dtype=np.float32)
-    yield "pca.mean", np.zeros(_FISH_CHANNELS, np.float32)
+    if isinstance(codec, FishDAC):
+        pca = codec.pca
+    else:
+        components = np.eye(channels, _FISH_CHANNELS, dtype=np.float32)
+        mean, scale = np.zeros(_FISH_CHANNELS, np.float32), np.float32(1)
+        pca = PrincipalComponents(*map(jnp.asarray, (components, mean, scale)))
+    if channels > _FISH_CHANNELS or pca.components.shape != (channels, _FISH_CHANNELS):
+        raise UsageError(
+            f"{FORM}: pca.components: expected shape ({channels}, {_FISH_CHANNELS}) for latents of "
+            f"{channels} channels, got {pca.components.shape}; the channels of frames are fixed"
+        )
+    return pca
+
+
+def _tensors(dit: EchoDiT, pca: PrincipalComponents) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and float32 arrays, one leaf of the model in memory at a time."""
+    yield "pca.components", np.asarray(pca.components)
+    yield "pca.mean", np.asarray(pca.mean)
     for leaf, array in named_leaves(dit).items():
         yield from to_pytorch({leaf: np.asarray(array, np.float32)}, dit.config).items()
 
 
-def _shapes(dit: EchoDiT) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in _tensors(dit)}
+def _shapes(dit: EchoDiT, pca: PrincipalComponents) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in _tensors(dit, pca)}
 
 
 def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:

@@ -70,8 +70,8 @@ def load_codec(
     **Arguments**:
     - `source`: "voice" for the codec of the small voice in the package, or a file, a folder or a
       Hub id `owner/name[@revision][:file]`, with our safetensors, the published DACVAE
-      `weights.pth` or the published Fish S1-DAC, or a training checkpoint or run folder, as in
-      `load_dit`.
+      `weights.pth` or its tensors as safetensors, mlx-audio's DACVAE with its `config.json`, or the
+      published Fish S1-DAC, or a training checkpoint or run folder, as in `load_dit`.
     - `pca`: for the published Fish S1-DAC, the weights of the EchoDiT that it is for: its principal
       components, `pca_state.safetensors`, are beside them. Without it they are looked for beside
       the codec, and then in jordand/echo-tts-base.

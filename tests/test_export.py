@@ -22,6 +22,7 @@ from processes import call
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_dit import batched, inputs_of
+from test_fish import WEIGHTS, write_base
 from test_fuzz import CODEC
 
 import echo_eqx
@@ -381,6 +382,19 @@ def test_both_models_are_in_one_folder_and_speak(tmp_path):
     assert again.returncode == 0, again.stderr
     assert same(echo_eqx.load_dit(tmp_path / "again"), dequantize(dit))
     assert same(echo_eqx.load_codec(tmp_path / "again"), codec)
+
+
+def test_echo_tts_base_and_its_codec_are_exported_together(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "out"
+    write_base(base)
+    for words in ([], ["--codec", WEIGHTS, "--overwrite"]):
+        done = call("export", base, "--to", "native", "--output", folder, *words)
+        assert done.returncode == 0, done.stderr
+        assert same(echo_eqx.load_dit(folder), echo_eqx.load_dit(base))
+        assert same(echo_eqx.load_codec(folder), echo_eqx.load_codec(WEIGHTS, pca=base))
+    assert "44,100 Hz, mono" in (folder / "README.md").read_text()
+    done = call("export", base, "--to", "dacvae", "--output", tmp_path / "dacvae")
+    assert done.returncode == 2 and "dacvae: expected a DACVAE, got a FishDAC" in done.stderr
 
 
 def test_sources_that_do_not_go_together_are_named(tmp_path, golden_codec):

@@ -90,8 +90,12 @@ def find_beside(source: str | Path, name: str) -> Path | None:
 
     **Raises**: `EchoError` if the Hub cannot be asked.
     """
-    path = Path(source).expanduser()
-    if path.exists() or str(source) in SHIPPED:
+    try:
+        path = Path(source).expanduser()
+        is_local = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EchoError(f"{str(source)[:200]!r} is not a usable path: {error}") from None
+    if is_local or str(source) in SHIPPED:
         beside = (path if path.is_dir() else path.parent) / name
         return beside if beside.is_file() else None
     match = _HUB_ID.fullmatch(str(source))

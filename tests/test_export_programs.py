@@ -32,6 +32,8 @@ from echo_eqx.export import onnx, stablehlo
 from echo_eqx.export.models import Models
 from echo_eqx.flow.sampler import sample
 from echo_eqx.layers.rotary import rotary_angles
+from echo_eqx.speech.codec import silence_latent
+from echo_eqx.speech.joining import decode_with_silence
 from echo_eqx.trees import cast, leaf_names
 
 # Runs the programs in a folder on the inputs in a file, and prints the largest differences from the
@@ -116,7 +118,7 @@ def spoken(models: Models, voice: np.ndarray) -> np.ndarray:
         noise=noise[None],
         settings=SETTINGS,
     )
-    return np.asarray(codec.decode(latents[0]))
+    return decode_with_silence(codec, np.asarray(latents[0]), None, silence_latent(codec))
 
 
 def test_programs_run_without_this_package(models, programs, cases, tmp_path):

@@ -11,6 +11,7 @@ from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.errors import UsageError
 from echo_eqx.json_data import to_json
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.speech.codec import silence_latent
 from echo_eqx.trees import named_leaves
 from echo_eqx.weights.native import DTYPES
 
@@ -70,12 +71,18 @@ def published_leaves(dit: EchoDiT, form: str) -> dict[str, np.ndarray]:
 
 
 def describe(models: Models) -> dict[str, Any]:
-    """Sizes and recommended settings of the models, for a runtime that reads JSON."""
+    """Sizes and recommended settings of the models, for a runtime that reads JSON.
+
+    `silence` is the latent of silence: `decoder_padding` frames of it before and after an utterance
+    that is decoded, cut off again, keep the edges from sounding as clicks.
+    """
     about: dict[str, Any] = {}
     if models.dit is not None:
         about |= {"dit": to_json(models.dit.config), "generation": to_json(models.dit.generation)}
     if models.codec is not None:
         about["codec"] = to_json(models.codec.config)
+        about["silence"] = silence_latent(models.codec).tolist()
+        about["decoder_padding"] = models.codec.decoder_padding
     return about
 
 

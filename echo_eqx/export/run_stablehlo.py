@@ -66,7 +66,12 @@ def speak(text, voice=None, seed=42):
         v, *dropped = np.asarray(velocity(*batch, voice_scale))
         v = v + sum(scale * (v - d) for scale, d in zip(scales, dropped, strict=False))
         x = x - start_t / steps * v
-    return np.asarray(load("decode")(x[None])[0])
+
+    # The decoder starts and ends with a click, which falls into silence that is cut off again.
+    padding = ABOUT["decoder_padding"]
+    silence = np.repeat(np.array([ABOUT["silence"]], np.float32), padding, axis=0)
+    audio = np.asarray(load("decode")(np.concatenate([silence, x, silence])[None])[0])
+    return audio[padding * HOP : len(audio) - padding * HOP]
 
 
 def main(text, out, voice=None):

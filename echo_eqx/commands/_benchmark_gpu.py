@@ -58,8 +58,8 @@ class Gpu:
     voice_batch_size: int = 256
     """Of training the small voice."""
     runs: int = 5
-    parts: tuple[Part, ...] = PARTS
-    """Which parts to run, in this order."""
+    rows: tuple[Part, ...] = PARTS
+    """Which rows to measure, in this order."""
     json: Path | None = None
     """Also write the rows to this file, an object per line, the first about the machine."""
 
@@ -96,7 +96,7 @@ def gpu(args: Gpu) -> None:
         "exactness": exactness,
     }
     started = time.perf_counter()
-    for part in args.parts:
+    for part in args.rows:
         try:
             for row in functions[part](args):
                 at = time.perf_counter() - started

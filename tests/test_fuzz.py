@@ -230,11 +230,11 @@ TARGETS = {
     ),
     "pytorch": Target(make_pytorch, echo_eqx.load_dit, 14),
     "parts": Target(make_parts, echo_eqx.load_dit, 14),
-    "flax": Target(copied(GOLDEN / "dit_tiny" / "weights_only.pkl"), echo_eqx.load_dit, 20),
+    "flax": Target(copied(GOLDEN / "dit_tiny" / "weights_only.pkl"), echo_eqx.load_dit, 16),
     "torch": Target(
         copied(GOLDEN / "dacvae_tiny" / "weights.pth"), echo_eqx.load_codec, 14, exact=True
     ),
-    "checkpoint": Target(make_checkpoint, rounded_weights, 26, exact=True),
+    "checkpoint": Target(make_checkpoint, rounded_weights, 20, exact=True),
     "export": Target(make_checkpoint, export_of, 10, exact=True),
     "shard": Target(lambda f: make_dataset(f, 1, 3, latent_dim=4, frames=(2, 9)), read_shards, 20),
     "silence": Target(make_silence, read_silence, 8),

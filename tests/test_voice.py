@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from conftest import DATA
-from processes import SCRIPTS, call, flags, run
+from processes import SCRIPTS, call, flags, run, xla_flags
 
 import echo_eqx
 from echo_eqx import voice
@@ -46,8 +46,7 @@ def test_training_on_the_packaged_shards_lowers_the_loss_and_speaks(tmp_path):
     settings = flags(
         num_steps=20, batch_size=4, checkpoint_every=20, sample_every=0, log_every=10, run_dir="run"
     )
-    # With XLA's optimizations, because the steps take longer than compiling.
-    done = run(SCRIPTS / "train.py", *settings, cwd=tmp_path, XLA_FLAGS="")
+    done = run(SCRIPTS / "train.py", *settings, cwd=tmp_path, XLA_FLAGS=xla_flags())
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     losses = [line["loss"] for line in lines]

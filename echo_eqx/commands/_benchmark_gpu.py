@@ -230,14 +230,15 @@ def random_batch(sizes: echo_eqx.DiTConfig, rows: int) -> Batch:
     def mask(length: int) -> np.ndarray:
         return np.arange(length) < rng.integers(length // 8, length, (rows, 1))
 
-    return Batch(
-        latents=rng.standard_normal((rows, t, sizes.latent_dim), np.float32),
-        frame_mask=np.ones((rows, t), bool),
-        text_ids=rng.integers(0, 256, (rows, s), np.int32),
-        text_mask=mask(s),
-        speaker_latents=rng.standard_normal((rows, r, sizes.latent_dim), np.float32),
-        speaker_mask=mask(r),
-    )
+    arrays = {
+        "latents": rng.standard_normal((rows, t, sizes.latent_dim), np.float32),
+        "frame_mask": np.ones((rows, t), bool),
+        "text_ids": rng.integers(0, 256, (rows, s), np.int32),
+        "text_mask": mask(s),
+        "speaker_latents": rng.standard_normal((rows, r, sizes.latent_dim), np.float32),
+        "speaker_mask": mask(r),
+    }
+    return Batch(**jax.tree.map(jnp.asarray, arrays))
 
 
 def speech(args: Gpu) -> Iterator[Row]:

@@ -31,6 +31,13 @@ def test_audio_equals_golden(golden_codec, codec_cases, case, row):
     assert max_difference(marked, codec_cases[f"watermarked_{case}"][row]) < 1e-5
 
 
+def test_a_codec_in_float16_decodes_nearly_the_same(golden_codec, codec_cases):
+    latents = codec_cases["latents_0"][0]
+    expected = np.asarray(golden_codec.decode(latents))
+    noise = np.asarray(echo_eqx.cast(golden_codec, jnp.float16).decode(latents)) - expected
+    assert 0 < np.sum(noise**2) < 1e-4 * np.sum(expected**2)  # 40 dB
+
+
 def test_vmap_over_a_batch_equals_single_rows(golden_codec, codec_cases):
     latents, bits = (jnp.asarray(codec_cases[f"{name}_0"]) for name in ("latents", "message"))
     batch = jax.vmap(golden_codec.decode)(latents, bits)

@@ -83,7 +83,8 @@ def test_published_flags_work_with_a_reference_voice(place, tmp_path):
     assert call("infer", *command[:-1], 43).returncode == 0 and output.read_bytes() != first
 
 
-def test_a_codec_in_float16_decodes_nearly_the_same(place, tmp_path):
+@pytest.mark.slow
+def test_codec_dtype_and_matmul_precision_are_used(place, tmp_path):
     audio = {}
     for dtype in ("float32", "float16"):
         fast = ("--codec_dtype", dtype, "--matmul_precision", "tensorfloat32")

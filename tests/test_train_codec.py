@@ -149,6 +149,7 @@ def test_signal_to_distortion_is_scale_invariant():
         assert signal_to_distortion(scale * (audio + noise), audio) == pytest.approx(20, abs=0.2)
 
 
+@pytest.mark.slow
 def test_every_parameter_of_the_main_path_is_trained():
     codec = jax.jit(lambda key: DACVAE.init(SIZES, key=key))(jr.key(0))
     audio = 0.3 * jnp.sin(0.2 * jnp.arange(800.0))
@@ -267,6 +268,7 @@ def test_a_step_on_eight_devices_equals_one_on_a_single_device():
     assert set(of_one.terms) == {"mel", "stft", "periodicity", "waveform", "kl"}
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_does_not_change():
     before, after, _ = run_step(1, config(freeze_encoder=True, init_from="x"))
     kept = [(before.encoder, after.model.encoder)]

@@ -209,6 +209,7 @@ def test_flags_override_a_file_and_errors_are_one_line(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_step_accepts_only_the_shapes_it_was_compiled_for(config, monkeypatch):
     monkeypatch.setitem(DIT_PRESETS, "small", SMALL)
     config = dataclasses.replace(

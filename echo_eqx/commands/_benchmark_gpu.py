@@ -49,7 +49,7 @@ PARTS: tuple[Part, ...] = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator: its ceilings, training, speech and the codec, in 8 minutes on an H100."""
+    """One accelerator: its ceilings, training, speech and the codec."""
 
     model: Literal["1.3B", "840M", "tiny"] = "1.3B"
     codec: Literal["48khz", "tiny"] = "48khz"

@@ -74,8 +74,8 @@ class RunConfig:
         default_factory=OptimizerConfig
     )
     matmul_precision: MatmulPrecision = "highest"
-    """Precision of float32 matrix products and convolutions on GPU and TPU; tensorfloat32 is
-    several times as fast on GPU. Products in bfloat16, and CPUs, ignore it."""
+    """Precision of float32 matrix products and convolutions on GPU and TPU: highest is exact, the
+    others are faster. Products in bfloat16, and CPUs, ignore it."""
     keep_last: int = 3
     """How many of the newest checkpoints to keep."""
     keep_every: int = 50_000

@@ -33,9 +33,13 @@ def test_audio_equals_golden(golden_codec, codec_cases, case, row):
 
 def test_a_codec_in_float16_decodes_nearly_the_same(golden_codec, codec_cases):
     latents = codec_cases["latents_0"][0]
-    expected = np.asarray(golden_codec.decode(latents))
-    noise = np.asarray(echo_eqx.cast(golden_codec, jnp.float16).decode(latents)) - expected
-    assert 0 < np.sum(noise**2) < 1e-4 * np.sum(expected**2)  # 40 dB
+    half = echo_eqx.cast(golden_codec, jnp.float16)
+    for message in (None, codec_cases["message_0"][0]):
+        expected = np.asarray(golden_codec.decode(latents, message))
+        audio = half.decode(latents, message)
+        noise = np.asarray(audio, np.float32) - expected
+        assert audio.dtype == jnp.float16  # also the watermark is computed in it
+        assert 0 < np.sum(noise**2) < 1e-4 * np.sum(expected**2)  # 40 dB
 
 
 def test_vmap_over_a_batch_equals_single_rows(golden_codec, codec_cases):

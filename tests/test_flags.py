@@ -5,11 +5,15 @@ import sys
 from collections import defaultdict
 from importlib import import_module
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tyro
+from processes import call
 
 from echo_eqx import cli
 from echo_eqx.commands import COMMANDS
+from echo_eqx.layers.precision import matmul_precision
 
 KEPT = {
     "infer": "checkpoint text output speaker_ref cfg_scale steps duration seed",
@@ -123,3 +127,25 @@ def test_flags_are_lower_case_with_underscores(flags):
 @pytest.mark.parametrize("command", KEPT)
 def test_published_flags_still_exist(flags, command):
     assert {f"--{name}" for name in KEPT[command].split()} <= flags[command]
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("infer", ("--text", "x", "--checkpoint")),
+        ("train", ("--data",)),
+        ("train_codec", ("--data",)),
+    ],
+)
+def test_matmul_precision_is_set_before_anything_is_loaded(name, flags, tmp_path):
+    option = "jax_default_matmul_precision"
+    before = getattr(jax.config, option)
+    try:
+        asked = ("--matmul_precision", "tensorfloat32")
+        done = call(name, *flags, tmp_path / "none.safetensors", *asked, cwd=tmp_path)
+        assert done.returncode == 1 and "none.safetensors" in done.stderr
+        assert getattr(jax.config, option) == matmul_precision(jnp.float32) == "tensorfloat32"
+        assert matmul_precision(jnp.bfloat16) is None
+    finally:
+        jax.config.update(option, before)
+    assert matmul_precision(jnp.float32) == "highest"

@@ -131,11 +131,15 @@ def test_bad_input_gives_one_line_errors():
 # --- Against the program itself -----------------------------------------------------------------
 
 
-def short_step(mesh_text: str, grad_accum_steps: int, **sizes) -> tuple[TrainConfig, Any]:
+def short_step(
+    mesh_text: str, grad_accum_steps: int, reduce_dtype: Any = "auto", **sizes
+) -> tuple[TrainConfig, Any]:
     """The settings of a small step, and the step traced for eight devices."""
     config = dataclasses.replace(TRAIN_PRESETS["tiny"], **{**SHORT, **sizes})
     optimizer = dataclasses.replace(config.optimizer, grad_accum_steps=grad_accum_steps)
-    objective = dataclasses.replace(config.objective, dtype="bfloat16")
+    objective = dataclasses.replace(
+        config.objective, dtype="bfloat16", grad_reduce_dtype=reduce_dtype
+    )
     config = dataclasses.replace(config, optimizer=optimizer, objective=objective)
     mesh = make_mesh(mesh_shape(mesh_text, 8))
     dit = config.dit_config()
@@ -164,9 +168,12 @@ def collectives(jaxpr: Any, times: int = 1):
                     yield from collectives(inner, again)
 
 
-@pytest.mark.parametrize(("mesh", "grad_accum_steps"), [(MESH, 2), ("data=1,fsdp=8,tensor=1", 1)])
-def test_traffic_matches_the_steps_collectives(mesh, grad_accum_steps):
-    config, traced = short_step(mesh, grad_accum_steps)
+@pytest.mark.parametrize(
+    ("mesh", "grad_accum_steps", "reduce_dtype"),
+    [(MESH, 2, "auto"), ("data=1,fsdp=8,tensor=1", 1, "float32")],
+)
+def test_traffic_matches_the_steps_collectives(mesh, grad_accum_steps, reduce_dtype):
+    config, traced = short_step(mesh, grad_accum_steps, reduce_dtype)
     sizes = mesh_shape(mesh, 8)
     sent = dict.fromkeys(("gathers", "scatters", "gradient_sums", "activation_sums"), 0.0)
     for name, axes, size, times in collectives(traced.jaxpr.jaxpr):
@@ -180,7 +187,7 @@ def test_traffic_matches_the_steps_collectives(mesh, grad_accum_steps):
             sent[kind] += times * 2 * size * (n - 1) / n
     dit = config.dit_config()
     model = abstract_state(dit, config.optimizer).model
-    counted = step_traffic(dit, model, sizes, config.batch_size, grad_accum_steps)
+    counted = step_traffic(dit, model, sizes, config.batch_size, grad_accum_steps, reduce_dtype)
     assert counted == Traffic(**{name: round(size) for name, size in sent.items()})
 
 
@@ -206,6 +213,8 @@ def test_step_flops_match_the_compilers_count(monkeypatch):
 def test_a_plan_uses_the_requested_remat():
     for remat in ("full", "none"):
         assert plan.train_config(plan.Args(remat=remat)).objective.remat == remat
+    wide = plan.Args(grad_reduce_dtype="float32")
+    assert plan.train_config(wide).objective.grad_reduce_dtype == "float32"
 
 
 # --- The trainer's check ------------------------------------------------------------------------

@@ -38,7 +38,9 @@ class CausalConvolution(eqx.Module):
         return cls(Convolution.init(kernel, in_dim, out_dim, key=key))
 
     def init_state(self) -> State:
-        return jnp.zeros((self.conv.total_padding, self.conv.weight.shape[1]))
+        return jnp.zeros(
+            (self.conv.total_padding, self.conv.weight.shape[1]), self.conv.weight.dtype
+        )
 
     def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "t o"], State]:
         joined, state = _prepend(state, x)
@@ -57,7 +59,7 @@ class CausalDownsample(eqx.Module):
         return cls(Downsample.init(stride, in_dim, out_dim, key=key))
 
     def init_state(self) -> State:
-        return jnp.zeros((self.conv.stride, self.conv.weight.shape[1]))
+        return jnp.zeros((self.conv.stride, self.conv.weight.shape[1]), self.conv.weight.dtype)
 
     def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "u o"], State]:
         joined, state = _prepend(state, x)
@@ -74,7 +76,7 @@ class CausalUpsample(eqx.Module):
         return cls(Upsample.init(stride, in_dim, out_dim, key=key))
 
     def init_state(self) -> State:
-        return jnp.zeros((1, self.conv.weight.shape[1]))
+        return jnp.zeros((1, self.conv.weight.shape[1]), self.conv.weight.dtype)
 
     def __call__(self, x: Float[Array, "t i"], state: State) -> tuple[Float[Array, "u o"], State]:
         joined, state = _prepend(state, x)
@@ -122,7 +124,7 @@ class LSTMLayer(eqx.Module):
         )
 
     def init_state(self) -> State:
-        zeros = jnp.zeros(self.weight_in.shape[0])
+        zeros = jnp.zeros(self.weight_in.shape[0], self.weight_in.dtype)
         return zeros, zeros
 
     def __call__(self, x: Float[Array, "t d"], state: State) -> tuple[Float[Array, "t d"], State]:

@@ -9,6 +9,7 @@ import math
 import platform
 import statistics
 import time
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,16 +36,7 @@ from echo_eqx.train.flops import peak_flops, step_flops
 from echo_eqx.train.plan import lower_step
 from echo_eqx.train.state import init_state
 
-Part = Literal["ceilings", "train", "speech", "codec", "attention", "voice", "exactness"]
-PARTS: tuple[Part, ...] = (
-    "ceilings",
-    "train",
-    "speech",
-    "codec",
-    "voice",
-    "attention",
-    "exactness",
-)
+Part = Literal["ceilings", "train", "speech", "codec", "voice", "attention", "exactness"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Gpu:
     voice_batch_size: int = 256
     """Of training the small voice."""
     runs: int = 5
-    rows: tuple[Part, ...] = PARTS
+    rows: tuple[Part, ...] = typing.get_args(Part)
     """Which rows to measure, in this order."""
     json: Path | None = None
     """Also write the rows to this file, an object per line, the first about the machine."""

@@ -9,6 +9,7 @@ folder it is the newest checkpoint, and the moving average of its weights if the
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,6 +31,16 @@ from echo_eqx.weights.load import Kind, load_model, model_kind
 
 logger = logging.getLogger(__name__)
 Format = Literal["native", "pytorch", "flax", "dacvae", "mlx", "gguf", "onnx", "stablehlo"]
+WRITERS: dict[Format, Callable[[Models, Path, str], None]] = {
+    "native": native.write,
+    "pytorch": pytorch.write,
+    "flax": flax.write,
+    "dacvae": dacvae.write,
+    "mlx": mlx.write,
+    "gguf": gguf.write,
+    "onnx": onnx.write,
+    "stablehlo": stablehlo.write,
+}
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.15}
 """Of a number on disk; int8 with scales and with what stays in 16 bits."""
 
@@ -91,23 +102,7 @@ def write(args: Args, models: Models, folder: Path) -> None:
 
     **Raises**: `EchoError` naming what the format cannot hold.
     """
-    match args.to:
-        case "native":
-            native.write(models, folder, args.dtype)
-        case "pytorch":
-            pytorch.write(models, folder, args.dtype)
-        case "flax":
-            flax.write(models, folder, args.dtype)
-        case "dacvae":
-            dacvae.write(models, folder, args.dtype)
-        case "mlx":
-            mlx.write(models, folder, args.dtype)
-        case "gguf":
-            gguf.write(models, folder, args.dtype)
-        case "onnx":
-            onnx.write(models, folder, args.dtype)
-        case "stablehlo":
-            stablehlo.write(models, folder, args.dtype)
+    WRITERS[args.to](models, folder, args.dtype)
     is_ours = args.source in SHIPPED
     write_card(
         models,

@@ -89,7 +89,8 @@ class DeviceLoader:
         shape = (self._batch_size, *local.shape[1:])
         shards = []
         for device, index in self._sharding.addressable_devices_indices_map(shape).items():
-            start, stop, _ = index[0].indices(self._batch_size) if index else (0, len(local), 1)
+            assert index is not None
+            start, stop, _ = index[0].indices(self._batch_size)
             first = int(np.searchsorted(self._rows, start))
             shard = jax.device_put(local[first : first + stop - start], device)
             shards.append(shard.astype(np.float32) if shard.dtype == np.float16 else shard)

@@ -124,7 +124,7 @@ class ShardCache:
             # Wait on while our own prefetches run, which make room when done, or while another
             # process's download of this shard grows.
             before, pulse = pulse, self._pulse(shard)
-            if pulse != before or any(not future.done() for future in list(self._ahead.values())):
+            if pulse != before or any(not future.done() for future in self._ahead.values()):
                 deadline = time.monotonic() + ROOM_WAIT
             if time.monotonic() > deadline:
                 raise UsageError(

@@ -4,12 +4,10 @@ A global batch takes the same number of samples from every stream, in the order 
 its content does not depend on which host reads which streams.
 """
 
-import itertools
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +34,6 @@ from echo_eqx.errors import EchoError, UsageError, printable
 MAX_STREAMS = 64
 PREFETCH = 2
 """Batches built ahead of the one being used."""
-READERS = 4
-"""Threads that read streams. Python runs one at a time, but not while it reads and copies."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,6 @@ class DataLoader:
         self._ready: queue.Queue[LoadedBatch | BaseException] = queue.Queue(PREFETCH)
         self._failure: BaseException | None = None
         self._closed = threading.Event()
-        self._readers = ThreadPool(READERS)  # of daemon threads: a stuck download delays no exit
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -224,9 +219,6 @@ class DataLoader:
                 self._put(self._build())
         except BaseException as error:  # raised in the thread that iterates
             self._put(error)
-        finally:  # no stream is closed while it is read
-            self._readers.close()
-            self._readers.join()
 
     def _put(self, item: LoadedBatch | BaseException) -> None:
         while not self._closed.is_set():
@@ -237,51 +229,44 @@ class DataLoader:
 
     def _build(self) -> LoadedBatch:
         batch = _empty_batch(len(self._streams) * self._rows_per_stream, self.lengths, self._dtype)
-
+        keys = []
         for stream in self._streams:
             if stream.next_shard is not None:
                 self.cache.request(stream.next_shard)
-
-        def read(number: int) -> list[tuple[ReadResult, Sample]]:
-            stream, first = self._streams[number], number * self._rows_per_stream
-            found = []
-            for row in range(first, first + self._rows_per_stream):
-                found.append(self._next_used(stream))
-                self._fill(batch, row, *found[-1])
-            return found
-
-        rows = list(itertools.chain(*self._readers.map(read, range(len(self._streams)), 1)))
-        dtype = np.result_type(self._dtype, *{sample.dtype for _, sample in rows})
-        if dtype != self._dtype:  # the first float32 recording, and from now on always
-            self._dtype = dtype
-            batch = _empty_batch(len(rows), self.lengths, dtype)
-            for row, (place, sample) in enumerate(rows):
-                self._fill(batch, row, place, sample)
+            for _ in range(self._rows_per_stream):
+                read, sample = self._next_used(stream)
+                if np.result_type(self._dtype, sample.dtype) != self._dtype:
+                    self._dtype = sample.dtype  # the first float32 recording: float32 from now on
+                    latents, speaker = batch.latents, batch.speaker_latents
+                    batch = batch._replace(
+                        latents=latents.astype(sample.dtype),
+                        speaker_latents=speaker.astype(sample.dtype),
+                    )
+                self._fill(batch, len(keys), read, sample)
+                keys.append(f"{read.shard.name}:{read.key}")
         cursor = {str(stream.number): stream.position for stream in self._streams}
-        keys = [f"{place.shard.name}:{place.key}" for place, _ in rows]
         return LoadedBatch(batch, keys, cursor, self.log.counts)
 
     def _fill(self, batch: HostBatch, row: int, read: ReadResult, sample: Sample) -> None:
         """Write a sample into an empty row."""
         lengths = self.lengths
-        with np.errstate(over="ignore"):  # of a float32 sample, whose batch is made anew
-            frames = min(len(sample.latents), lengths.max_frames)
-            batch.latents[row, :frames] = sample.latents[:frames]
-            batch.latents[row, frames:] = self._padding[: lengths.max_frames - frames]
-            batch.frame_mask[row, :frames] = True
-            text = encode_text(sample.text)[: lengths.max_text_bytes]
-            batch.text_ids[row, : len(text)] = text
-            batch.text_mask[row, : len(text)] = True
-            if sample.reference is not None:
-                have = len(sample.reference)
-                length = min(have, lengths.max_speaker_frames)
-                start = 0
-                if have > length:
-                    random = int(random_bits(1, self._seed, CROP, *read.place)[0])
-                    start = random % (have - length + 1)
-                length -= length % lengths.patch_size
-                batch.speaker_latents[row, :length] = sample.reference[start : start + length]
-                batch.speaker_mask[row, :length] = True
+        frames = min(len(sample.latents), lengths.max_frames)
+        batch.latents[row, :frames] = sample.latents[:frames]
+        batch.latents[row, frames:] = self._padding[: lengths.max_frames - frames]
+        batch.frame_mask[row, :frames] = True
+        text = encode_text(sample.text)[: lengths.max_text_bytes]
+        batch.text_ids[row, : len(text)] = text
+        batch.text_mask[row, : len(text)] = True
+        if sample.reference is not None:
+            have = len(sample.reference)
+            length = min(have, lengths.max_speaker_frames)
+            start = 0
+            if have > length:
+                random = int(random_bits(1, self._seed, CROP, *read.place)[0])
+                start = random % (have - length + 1)
+            length -= length % lengths.patch_size
+            batch.speaker_latents[row, :length] = sample.reference[start : start + length]
+            batch.speaker_mask[row, :length] = True
 
     def _count_cuts(self, read: ReadResult, sample: Sample) -> None:
         """Count what is cut to the lengths."""

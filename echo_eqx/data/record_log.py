@@ -1,7 +1,6 @@
 """Counts of what a data loader skips, truncates or leaves out, with an example of each."""
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ class RecordLog:
     """Counts since this process started, also of prefetched records that are not used yet.
 
     `broken` counts broken records by kind, and `seen` all records read. `examples` has, for each
-    counter, a sentence about its first case, in order of appearance. Several threads may count.
+    counter, a sentence about its first case, in order of appearance.
     """
 
     def __init__(self, source: str, max_broken: float, path: Path | None):
@@ -46,7 +45,6 @@ class RecordLog:
         self._source, self._max_broken, self._path = source, max_broken, path
         self._listed = _read_log(path)
         self._indexed: set[str] = set()
-        self._lock = threading.RLock()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -54,30 +52,28 @@ class RecordLog:
         return {"broken_records": self.broken.total(), **self._counts}
 
     def count(self, name: str, sentence: str) -> None:
-        with self._lock:
-            self._counts[name] += 1
-            self.examples.setdefault(name, sentence)
+        self._counts[name] += 1
+        self.examples.setdefault(name, sentence)
 
     def add(self, read: ReadResult) -> None:
         """Count a record.
 
         **Raises**: `EchoError` if too many are broken, or the list cannot be written.
         """
-        with self._lock:
-            self.seen += 1
-            if isinstance(read.result, BrokenRecord):
-                broken = read.result
-                self.broken[broken.kind] += 1
-                sentence = f"skipped broken record {read.shard.name}:{read.key}: {broken.detail}"
-                self.examples.setdefault("broken_records", printable(sentence))
-                self._list(read.shard, read.key, broken.kind, broken.detail)
-            total, examples = self.broken.total(), self.examples
-            if self.seen >= MIN_SEEN and total > self._max_broken * self.seen:
-                kinds = ", ".join(f"{kind} {count}" for kind, count in self.broken.most_common())
-                raise EchoError(
-                    f"expected at most {self._max_broken:.1%} broken records (--max_broken), got "
-                    f"{total} of {self.seen} ({kinds}); the first: {examples['broken_records']}"
-                )
+        self.seen += 1
+        if isinstance(read.result, BrokenRecord):
+            broken = read.result
+            self.broken[broken.kind] += 1
+            sentence = f"skipped broken record {read.shard.name}:{read.key}: {broken.detail}"
+            self.examples.setdefault("broken_records", printable(sentence))
+            self._list(read.shard, read.key, broken.kind, broken.detail)
+        total, examples = self.broken.total(), self.examples
+        if self.seen >= MIN_SEEN and total > self._max_broken * self.seen:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in self.broken.most_common())
+            raise EchoError(
+                f"expected at most {self._max_broken:.1%} broken records (--max_broken), got "
+                f"{total} of {self.seen} ({kinds}); the first: {examples['broken_records']}"
+            )
 
     def add_skipped(self, shard: Shard, members: list[Skipped]) -> None:
         """Count the members of a shard that belong to no record, once per shard.
@@ -85,22 +81,21 @@ class RecordLog:
         **Raises**: `EchoError` if there are many and no record was seen yet, or the list cannot be
         written.
         """
-        with self._lock:
-            members = [member for member in members if member.kind != "extra"]
-            if not members or shard.name in self._indexed:
-                return
-            self._indexed.add(shard.name)
-            self._counts["skipped_members"] += len(members)
-            sentence = (
-                f"skipped {len(members)} members of {shard.name} that belong to no record, such as "
-                f"{members[0].name[:100]}: {members[0].detail}"
-            )
-            self.examples.setdefault("skipped_members", printable(sentence))
-            for member in members:
-                self._list(shard, member.name, member.kind, member.detail)
-            many = self._counts["skipped_members"] >= MIN_SEEN and self._max_broken < 1
-            if self.seen == 0 and many:
-                raise EchoError(self.nothing_used("the shards read so far have no record"))
+        members = [member for member in members if member.kind != "extra"]
+        if not members or shard.name in self._indexed:
+            return
+        self._indexed.add(shard.name)
+        self._counts["skipped_members"] += len(members)
+        sentence = (
+            f"skipped {len(members)} members of {shard.name} that belong to no record, such as "
+            f"{members[0].name[:100]}: {members[0].detail}"
+        )
+        self.examples.setdefault("skipped_members", printable(sentence))
+        for member in members:
+            self._list(shard, member.name, member.kind, member.detail)
+        many = self._counts["skipped_members"] >= MIN_SEEN and self._max_broken < 1
+        if self.seen == 0 and many:
+            raise EchoError(self.nothing_used("the shards read so far have no record"))
 
     def nothing_used(self, what: str) -> str:
         """Why there is nothing to train on, with counts and examples."""

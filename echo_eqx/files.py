@@ -1,5 +1,6 @@
 """Files that are replaced atomically, and paths as a user writes them."""
 
+import errno
 import json
 import os
 import re
@@ -31,22 +32,39 @@ def expand(path: Path) -> Path:
     )
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
     """Let `write` fill a temporary file in the same folder, then rename it to `path`.
 
     If anything fails, `path` is unchanged and the temporary file is removed.
+
+    **Raises**: `FileExistsError` if `path` exists and `replace` is false.
     """
+    if not replace and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if replace or not _link(temporary, path):
+            temporary.replace(path)
         _sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give `temporary` the name `path` unless another process has just made that file."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False  # some file systems have no links
+    temporary.unlink()
+    return True
 
 
 def write_json(path: Path, data: Any, indent: int = 2) -> None:

@@ -23,8 +23,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.export import pytorch
 from echo_eqx.export.models import Models
 from echo_eqx.generation import ECHO_TTS
-from echo_eqx.prepare.encode import codec_identity
-from echo_eqx.speech.codec import find_codec, padding_latent, silence_latent
+from echo_eqx.speech.codec import codec_identity, find_codec, padding_latent, silence_latent
 from echo_eqx.speech.speaker import encode_padded, speaker_latents
 from echo_eqx.trees import leaf_names, named_leaves
 from echo_eqx.weights import fish

@@ -22,10 +22,10 @@ from echo_eqx.errors import EchoError
 from echo_eqx.prepare import make
 from echo_eqx.prepare.assign import CLUSTER, assign
 from echo_eqx.prepare.clips import list_clips
-from echo_eqx.prepare.encode import codec_identity
 from echo_eqx.prepare.index import PartIndex
 from echo_eqx.prepare.push import _read_dataset
 from echo_eqx.prepare.write import write_silence
+from echo_eqx.speech.codec import codec_identity
 from echo_eqx.train.data import check_codec
 
 CODEC = GOLDEN / "dacvae_tiny" / "weights.pth"

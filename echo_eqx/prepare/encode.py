@@ -18,7 +18,6 @@ from echo_eqx.codec.codec import Codec
 from echo_eqx.data.reference import set_loudness
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import Clip
-from echo_eqx.trees import named_leaves
 
 LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768)
 """Lengths in frames that clips are padded to with silence, so that few programs are compiled."""
@@ -123,14 +122,6 @@ def _noise(clip: Clip, shape: tuple[int, ...], settings: EncodeSettings) -> np.n
     digest = hashlib.sha256(f"{settings.seed} {clip.key}".encode()).digest()
     key = jr.key(int.from_bytes(digest[:4], "little"))
     return np.asarray(jr.normal(key, shape))
-
-
-def codec_identity(codec: Codec) -> str:
-    """SHA-256 of what makes the latents: the same for the same codec in any file format."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(codec.encoding_parts).items()):
-        digest.update(name.encode() + np.asarray(leaf, np.float32).tobytes())
-    return digest.hexdigest()
 
 
 def encode_silence(codec: Codec, frames: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from echo_eqx.files import remove_temporary_files
 from echo_eqx.prepare.assign import ShardEntry, ShardPlan, plan_shards
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.prepare.cut import CUTS, Cuts, count_long_texts, cut_long
-from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, codec_identity, encode_silence
+from echo_eqx.prepare.encode import ClipEncoder, EncodeSettings, encode_silence
 from echo_eqx.prepare.index import PartIndex, write_json
 from echo_eqx.prepare.options import (
     Limits,
@@ -29,6 +29,7 @@ from echo_eqx.prepare.options import (
     with_speakers,
 )
 from echo_eqx.prepare.write import write_shard, write_silence
+from echo_eqx.speech.codec import codec_identity
 
 SILENCE, SILENCE_SECONDS = "silence.safetensors", 30
 CODEC = "codec.json"

@@ -1,5 +1,6 @@
 """Whether a codec fits a model, and which codec a model needs."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from echo_eqx.config import DIT_PRESETS
 from echo_eqx.errors import EchoError
 from echo_eqx.generation import ECHO_TTS_CHANNELS, GenerationConfig
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.trees import named_leaves
 from echo_eqx.weights.find import find_weights
 from echo_eqx.weights.fish import PUBLISHED_FISH
 
@@ -25,6 +27,14 @@ def silence_latent(codec: Codec) -> Float[np.ndarray, " c"]:
     before, after = codec.encoder_context
     mean, _ = codec.encode(np.zeros((before + 1 + after) * codec.config.hop, np.float32))
     return np.asarray(mean[before], np.float32)
+
+
+def codec_identity(codec: Codec) -> str:
+    """SHA-256 of what makes the latents: the same for the same codec in any file format."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(codec.encoding_parts).items()):
+        digest.update(name.encode() + np.asarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def padding_latent(dit: EchoDiT, codec: Codec) -> Float[np.ndarray, " c"]:

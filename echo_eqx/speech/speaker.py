@@ -13,12 +13,11 @@ from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.flow.sampler import FRAME_BUCKET
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.speech.batching import round_up
+from echo_eqx.speech.voices import MAX_SECONDS, SUFFIX, check_codec, load_voice
 
 Speaker = str | Path | Float[np.ndarray | Array, "..."]
-"""Path of a recording, path `*.npy` or array (r, c) of latents, or audio (samples,) at the sample
-rate of the codec."""
-
-MAX_SPEAKER_SECONDS = 120.0
+"""Path of a recording, of a voice (`*.safetensors`) or of latents (`*.npy`); or an array: latents
+(r, c), or audio (samples,) at the sample rate of the codec."""
 
 
 def speaker_latents(
@@ -41,7 +40,8 @@ def speaker_latents(
       `dit.generation.reference_lufs`, where None keeps the level as recorded.
 
     **Raises**: `EchoError` naming the reference if it is unreadable, too short, silent, clipped,
-    not finite, or has the wrong shape; `UsageError` if `max_seconds` or `lufs` is out of range.
+    not finite, has the wrong shape, or is a voice of another codec; `UsageError` if `max_seconds`
+    or `lufs` is out of range, or `lufs` is given for a voice.
     """
     rate, hop = codec.config.sample_rate, codec.config.hop
     trained = dit.config.max_speaker_frames / codec.config.frame_rate
@@ -58,11 +58,13 @@ def speaker_latents(
     name = str(speaker) if isinstance(speaker, str | Path) else "the reference"
     is_clean = False
     if isinstance(speaker, str | Path):
-        speaker = (
-            _load_latents(Path(speaker))
-            if Path(speaker).suffix == ".npy"
-            else load_reference(speaker, rate, max_seconds)
-        )
+        path = Path(speaker)
+        if path.suffix == SUFFIX:
+            speaker = _voice_latents(path, codec, lufs)
+        elif path.suffix == ".npy":
+            speaker = _load_latents(path)
+        else:
+            speaker = load_reference(path, rate, max_seconds)
         is_clean = speaker.ndim == 1
     array = np.asarray(speaker if speaker.ndim == 1 else speaker[:max_frames], np.float32)
     if not np.isfinite(array).all():
@@ -118,7 +120,7 @@ def read_speakers(
 
 def longest_reference(dit: EchoDiT, codec: Codec) -> float:
     """The longest reference that a model takes, in seconds."""
-    return max(MAX_SPEAKER_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate)
+    return max(MAX_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate)
 
 
 def encode_padded(codec: Codec, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
@@ -130,6 +132,17 @@ def encode_padded(codec: Codec, audio: Float[np.ndarray, " samples"]) -> np.ndar
     padded[: frames * hop] = audio[: frames * hop]
     mean, _ = codec.encode(padded)
     return np.asarray(mean[:frames], np.float32)
+
+
+def _voice_latents(path: Path, codec: Codec, lufs: float | None) -> np.ndarray:
+    voice = load_voice(path)
+    check_codec(voice, codec)
+    if lufs is not None and lufs != voice.info.lufs:
+        raise UsageError(
+            f"{path}: expected no loudness for a voice, whose level was set to {voice.info.lufs} "
+            f"LUFS when it was made; got {lufs}"
+        )
+    return voice.latents
 
 
 def _load_latents(path: Path) -> np.ndarray:

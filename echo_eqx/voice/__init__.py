@@ -6,12 +6,13 @@ It was trained on the speech of espeak-ng alone.
 from pathlib import Path
 
 from echo_eqx.flow.sampler import SamplerSettings
+from echo_eqx.speech.voices import BUILT_IN
 from echo_eqx.weights.find import SHIPPED
 
 CHECKPOINT, CODEC = SHIPPED["voice"]["dit"], SHIPPED["voice"]["codec"]
 """The files that `load_dit("voice")` and `load_codec("voice")` read."""
 WEIGHTS = CHECKPOINT.parent
-REFERENCES = Path(__file__).parent / "references"
+REFERENCES = BUILT_IN
 """A recording of each voice, `NAME.flac`."""
 SHARDS = Path(__file__).parent / "shards"
 """A small part of its training data."""

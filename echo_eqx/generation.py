@@ -37,12 +37,18 @@ class SamplerSettings:
     """Lowest timestep with guidance."""
     cfg_max_t: Annotated[float, Range(0, 1)] = 1.0
     """Highest timestep with guidance."""
+    guidance_every: Annotated[int, Range(1, 10_000)] = 1
+    """Compute the guidance at every n-th step only and reuse it at the steps in between, which then
+    cost as little as steps without guidance."""
     apg_eta: Annotated[float, Range(-10, 10)] = 1.0
     """Adaptive projected guidance: weight of the guidance parallel to the velocity; 1 is off."""
     noise_scale: Annotated[float, Range(0, 10)] = 1.0
     """Scale of the initial noise; 0.8 to 0.9 gives a steadier voice."""
     start_t: Annotated[float | None, Range(1e-3, 1)] = None
     """First timestep. None for 1, or 0.999 with score rescaling, which needs t < 1."""
+    sway: Annotated[float, Range(-1, 1.75)] = 0.0
+    """Sway sampling: 0 spaces the timesteps evenly, -1 puts more of them near noise, where the
+    outline of the speech is decided, and positive values more near the end."""
     rescale_k: Annotated[float, Range(1e-3, 100)] = 1.0
     """Temporal score rescaling: 1 is off, 1.2 is usual."""
     rescale_sigma: Annotated[float, Range(0, 100)] = 3.0

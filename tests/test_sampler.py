@@ -12,6 +12,7 @@ from conftest import max_difference
 
 from echo_eqx import SamplerSettings, UsageError, sample, sample_blockwise
 from echo_eqx.flow.guidance import guidance_update, rescale_score
+from echo_eqx.flow.sampler import _conditions, _euler, _trace, timestep
 
 CONDITIONS = ("text_ids", "text_mask", "speaker_latents", "speaker_mask")
 GOLDEN_SETTINGS = {
@@ -53,15 +54,19 @@ def plain_euler(dit, conditions, noise, settings):
     """The equations step by step; each branch calls the model with text and reference."""
     ids, text_mask, speaker, speaker_mask = conditions
     call = jax.jit(jax.vmap(dit.__call__, in_axes=(0, None, 0, 0, 0, 0)))
-    times = np.linspace(1, 0, settings.steps + 1, dtype=np.float32)
+    done = np.linspace(0, 1, settings.steps + 1)
+    done += settings.sway * (np.cos(np.pi / 2 * done) - 1 + done)
+    every, updates = settings.guidance_every, []
     x = noise * np.float32(settings.noise_scale)
-    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+    for step, (t, t_next) in enumerate(itertools.pairwise((1 - done).astype(np.float32))):
         v = cond = call(x, jnp.float32(t), *conditions)
-        if settings.cfg_min_t <= t <= settings.cfg_max_t:
+        is_guided = settings.cfg_min_t <= t <= settings.cfg_max_t
+        if is_guided and (step % every == 0 or not updates):
+            updates = []
             no_text = call(x, jnp.float32(t), ids, text_mask & False, speaker, speaker_mask)
             no_voice = call(x, jnp.float32(t), ids, text_mask, speaker, speaker_mask & False)
-            text_on = settings.guidance == "independent" or step % 2 == 0
-            voice_on = settings.guidance == "independent" or step % 2 == 1
+            text_on = settings.guidance == "independent" or step // every % 2 == 0
+            voice_on = settings.guidance == "independent" or step // every % 2 == 1
             for on, scale, dropped in (
                 (text_on, settings.cfg_scale, no_text),
                 (voice_on, settings.speaker_scale, no_voice),
@@ -70,7 +75,9 @@ def plain_euler(dit, conditions, noise, settings):
                     difference = np.asarray(cond - dropped)
                     unit = np.asarray(cond) / np.linalg.norm(cond, axis=(1, 2), keepdims=True)
                     along = np.sum(difference * unit, axis=(1, 2), keepdims=True) * unit
-                    v = v + scale * (difference - (1 - settings.apg_eta) * along)
+                    updates.append(scale * (difference - (1 - settings.apg_eta) * along))
+        if is_guided:
+            v = v + sum(updates)
         x = x + v * np.float32(t_next - t)
     return x
 
@@ -81,13 +88,46 @@ def plain_euler(dit, conditions, noise, settings):
         SamplerSettings(steps=5, cfg_min_t=0.3, cfg_max_t=0.9),
         SamplerSettings(steps=5, guidance="alternating", cfg_min_t=0.1),
         SamplerSettings(steps=5, apg_eta=0.25),
+        SamplerSettings(steps=5, sway=-1.0, cfg_min_t=0.6),
+        SamplerSettings(steps=5, sway=1.0, cfg_min_t=0.6),
+        SamplerSettings(steps=9, guidance_every=3, cfg_min_t=0.2, cfg_max_t=0.8),
+        SamplerSettings(steps=9, guidance_every=2, cfg_min_t=0.2, guidance="alternating"),
     ],
-    ids=["independent", "alternating", "projected"],
+    ids=["independent", "alternating", "projected", "sway", "late sway", "reused", "both reused"],
 )
 def test_batched_cached_branches_equal_plain_calls(golden_dit, dit_cases, conditions, settings):
     noise = jnp.asarray(dit_cases["noise"])
     latents = sample(golden_dit, *conditions, noise=noise, settings=settings)
     assert max_difference(latents, plain_euler(golden_dit, conditions, noise, settings)) < 1e-3
+
+
+@pytest.mark.parametrize("sway", [-1.0, -0.4, 0.0, 0.7, 1.75])
+def test_timesteps_fall_from_start_t_to_0_by_the_formula(sway):
+    # F5-TTS counts from noise (0) to data (1), and we the other way round.
+    steps, start_t = 32, np.float32(0.999)
+    settings = {"steps": jnp.float32(steps), "start_t": start_t, "sway": jnp.float32(sway)}
+    times = jax.vmap(lambda step: timestep(step, settings))(jnp.arange(steps + 1))
+    share = np.arange(steps + 1) / steps
+    swayed = share + sway * (np.cos(np.pi / 2 * share) - 1 + share)
+    assert max_difference(times, start_t * (1 - swayed)) < 1e-6
+    assert (np.diff(times) < 0).all() and times[0] == start_t
+    assert (times[steps // 2] > start_t / 2) == (sway < 0)  # more of them near noise
+    if sway == 0:
+        even = start_t * (1 - np.arange(steps + 1, dtype=np.float32) / np.float32(steps))
+        assert np.array_equal(times, even)
+
+
+def test_steps_without_new_guidance_skip_its_branches(golden_dit, dit_cases, conditions):
+    """The program has a conditional, which `vmap` would turn into a selection of both results."""
+    traced = _trace(SamplerSettings(), golden_dit.config.num_layers)
+    x, bounds = jnp.asarray(dit_cases["noise"]), (jnp.int32(0), jnp.int32(3))
+    b, t, _ = x.shape
+    mask = jnp.ones(t, bool)
+    cache, branches = _conditions(golden_dit, *conditions), ("text", "speaker")
+    lowered = _euler.lower(golden_dit, (x, x), mask, cache, None, traced, branches, bounds)
+    conditionals = lowered.as_text().split('"stablehlo.case"')[1:]
+    assert len(conditionals) == 1
+    assert all(f"tensor<{rows}x{b}x{t}x" in conditionals[0] for rows in (3, 1))
 
 
 def test_no_reference_equals_a_masked_one(golden_dit, dit_cases, conditions):
@@ -102,7 +142,8 @@ def test_no_reference_equals_a_masked_one(golden_dit, dit_cases, conditions):
 
 
 def test_progress_calls_do_not_change_the_result(golden_dit, dit_cases, conditions):
-    noise, settings = jnp.asarray(dit_cases["noise"]), SamplerSettings(steps=5)
+    noise = jnp.asarray(dit_cases["noise"])
+    settings = SamplerSettings(steps=5, sway=-0.5, guidance_every=2)
     seen = []
     shown = sample(
         golden_dit,
@@ -157,6 +198,7 @@ def test_changed_settings_seeds_and_steps_do_not_recompile(golden_dit, condition
         {"noise_scale": 0.8, "start_t": 0.95},
         {"rescale_k": 1.2, "rescale_sigma": 2.0},
         {"speaker_kv_scale": 1.4, "speaker_kv_min_t": 0.5, "speaker_kv_layers": 1},
+        {"sway": -1.0, "guidance_every": 3},
     ):
         changed = dataclasses.replace(settings, **change)
         sample(golden_dit, *conditions, num_frames=77, settings=changed, key=jr.key(1))
@@ -210,6 +252,8 @@ def test_rescaling_with_k_1_is_the_identity():
         {"cfg_scale": float("nan")},
         {"start_t": 0.0},
         {"noise_scale": float("inf")},
+        {"sway": -1.1},
+        {"guidance_every": 0},
     ],
     ids=str,
 )

@@ -133,7 +133,7 @@ def _echo_tts(dit: EchoDiT, codec: Codec | None) -> dict[str, Any]:
     config, sampler = dit.config, dit.generation.sampler
     missing = [
         f"{name} {getattr(sampler, name)}"
-        for name in ("guidance", "apg_eta")
+        for name in ("guidance", "guidance_every", "apg_eta", "sway")
         if getattr(sampler, name) != getattr(SamplerSettings(), name)
     ]
     if missing:

@@ -2,10 +2,12 @@
 
 Needs jax, flatbuffers, numpy and safetensors. The reference voice.wav is 16-bit mono at the rate of
 out.wav; without one the voice is arbitrary. The text is spoken as it is: write numbers as words. Of
-the recommended settings, `guidance`, `apg_eta`, `rescale_*` and `speaker_kv_*` are not used.
+the recommended settings, `guidance`, `guidance_every`, `apg_eta`, `rescale_*` and `speaker_kv_*`
+are not used.
 """
 
 import functools
+import itertools
 import json
 import math
 import sys
@@ -59,13 +61,15 @@ def speak(text, voice=None, seed=42):
     steps, start_t = SETTINGS["steps"], SETTINGS["start_t"] or 1.0
     noise = np.random.default_rng(seed).standard_normal((frames, channels), np.float32)
     x = SETTINGS["noise_scale"] * noise
-    for step in range(steps):
-        t = start_t * (1 - step / steps)
+    done = np.arange(steps + 1) / steps
+    done = done + SETTINGS["sway"] * (np.cos(np.pi / 2 * done) - 1 + done)
+    times = start_t * (1 - done)
+    for t, t_next in itertools.pairwise(times.tolist()):
         n = rows if SETTINGS["cfg_min_t"] <= t <= SETTINGS["cfg_max_t"] else 1
         batch = np.repeat(x[None], n, axis=0), np.float32(t), *(array[:n] for array in inputs)
         v, *dropped = np.asarray(velocity(*batch, voice_scale))
         v = v + sum(scale * (v - d) for scale, d in zip(scales, dropped, strict=False))
-        x = x - start_t / steps * v
+        x = x + (t_next - t) * v
 
     # The decoder starts and ends with a click, which falls into silence that is cut off again.
     padding = ABOUT["decoder_padding"]

@@ -27,6 +27,8 @@ Progress = Callable[[int, int], None]
 """Called with the number of steps done and the total."""
 TracedSettings = dict[str, Float[Array, ""]]
 """The numbers of `SamplerSettings` by name, as arrays."""
+EulerState = tuple[Float[Array, "b t c"], Float[Array, "b t c"]]
+"""Latents, and the guidance that was last added to their velocity; zeros before the first."""
 
 
 def sample(
@@ -217,32 +219,45 @@ def _write(latents: Array, block: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(latents, block, start, axis=1)
 
 
-def _integrate(dit, x, frame_mask, conditions, prefix, traced, branches, steps, progress):
-    def run(x, first: int, last: int):
-        bounds = jnp.int32(first), jnp.int32(last)
-        return _euler(dit, x, frame_mask, conditions, prefix, traced, branches, bounds)
+def timestep(step: Int[Array, ""], settings: TracedSettings) -> Float[Array, ""]:
+    """The time before step `step` of `settings["steps"]`, from `start_t` down to 0.
 
+    It is `start_t (1 - p')`, where `p' = p + sway (cos(pi p / 2) - 1 + p)` and `p` is the share of
+    steps done: sway sampling (F5-TTS, Chen et al., arXiv:2410.06885), where 0 is noise and 1 data.
+    """
+    done = step.astype(jnp.float32) / settings["steps"]
+    swayed = done + settings["sway"] * (jnp.cos(jnp.pi / 2 * done) - 1.0 + done)
+    return settings["start_t"] * (1.0 - swayed)
+
+
+def _integrate(dit, x, frame_mask, conditions, prefix, traced, branches, steps, progress):
+    def run(state: EulerState, first: int, last: int) -> EulerState:
+        bounds = jnp.int32(first), jnp.int32(last)
+        return _euler(dit, state, frame_mask, conditions, prefix, traced, branches, bounds)
+
+    state = x, jnp.zeros_like(x)
     if progress is None:
-        return run(x, 0, steps)
+        return run(state, 0, steps)[0]
     for step in range(steps):  # the same program as above, one step at a time
-        x = jax.block_until_ready(run(x, step, step + 1))
+        state = jax.block_until_ready(run(state, step, step + 1))
         progress(step + 1, steps)
-    return x
+    return state[0]
 
 
 @eqx.filter_jit
 def _euler(
     dit: EchoDiT,
-    x: Float[Array, "b t c"],
+    state: EulerState,
     frame_mask: Bool[Array, " t"],
     conditions: ConditionCache,
     prefix: Prefix | None,
     settings: TracedSettings,
     branches: tuple[str, ...],
     bounds: tuple[Int[Array, ""], Int[Array, ""]],
-) -> Float[Array, "b t c"]:
+) -> EulerState:
     """Steps `bounds[0]` to `bounds[1]` of `settings["steps"]`: `x += v (t_next - t)`."""
     layers = jnp.arange(dit.config.num_layers, dtype=jnp.float32)
+    every = settings["guidance_every"].astype(jnp.int32)
 
     def velocities(
         x: Array, t: Array, keeps_text: Bool[Array, " m"], keeps_speaker: Bool[Array, " m"]
@@ -267,12 +282,12 @@ def _euler(
         v = batched(branches_x, conditions, prefix, keeps_text, keeps_speaker)
         return jnp.where(frame_mask[None, None, :, None], v, 0.0)
 
-    def plain(x: Array, t: Array, step: Array) -> Array:
+    def reused(x: Array, t: Array, step: Array, update: Array) -> EulerState:
         keeps = jnp.ones(1, bool)
-        return velocities(x, t, keeps, keeps)[0]
+        return velocities(x, t, keeps, keeps)[0] + update, update
 
-    def guided(x: Array, t: Array, step: Array) -> Array:
-        even, yes, no = step % 2 == 0, jnp.bool_(True), jnp.bool_(False)
+    def guided(x: Array, t: Array, step: Array, _: Array) -> EulerState:
+        even, yes, no = step // every % 2 == 0, jnp.bool_(True), jnp.bool_(False)
         text_scale, speaker_scale = settings["cfg_scale"], settings["speaker_scale"]
         # By branch: whether it keeps the text, whether it keeps the reference, and its scale.
         table = {
@@ -285,19 +300,24 @@ def _euler(
         v, *dropped = velocities(
             x, t, jnp.stack([yes, *keeps_text]), jnp.stack([yes, *keeps_speaker])
         )
-        return v + sum(
+        update = sum(
             guidance_update(v, without, scale, settings["apg_eta"])
             for scale, without in zip(scales, dropped, strict=True)
         )
+        return v + update, update
 
-    def time(step: Array) -> Array:
-        return settings["start_t"] * (1.0 - step.astype(jnp.float32) / settings["steps"])
+    def is_guided(step: Array) -> Bool[Array, ""]:
+        t = timestep(step, settings)
+        return (t >= settings["cfg_min_t"]) & (t <= settings["cfg_max_t"])
 
-    def body(step: Array, x: Array) -> Array:
-        t, t_next = time(step), time(step + 1)
-        is_guided = (t >= settings["cfg_min_t"]) & (t <= settings["cfg_max_t"])
-        v = jax.lax.cond(is_guided, guided, plain, x, t, step)
+    def body(step: Array, state: EulerState) -> EulerState:
+        x, update = state
+        t, t_next = timestep(step, settings), timestep(step + 1, settings)
+        is_first = (step == 0) | ~is_guided(step - 1)
+        is_new = is_guided(step) & ((step % every == 0) | is_first)
+        update = jnp.where(is_guided(step), update, 0.0)
+        v, update = jax.lax.cond(is_new, guided, reused, x, t, step, update)
         v = rescale_score(v, x, t, settings["rescale_k"], settings["rescale_sigma"])
-        return x + v * (t_next - t)
+        return x + v * (t_next - t), update
 
-    return jax.lax.fori_loop(*bounds, body, x)
+    return jax.lax.fori_loop(*bounds, body, state)

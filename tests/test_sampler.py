@@ -11,6 +11,7 @@ import pytest
 from conftest import max_difference
 
 from echo_eqx import SamplerSettings, UsageError, sample, sample_blockwise
+from echo_eqx.flow.conditions import encode_speaker, stack_speakers
 from echo_eqx.flow.guidance import guidance_update, rescale_score
 from echo_eqx.flow.sampler import _conditions, _euler, _trace, timestep
 
@@ -289,3 +290,24 @@ def test_blocks_need_a_blockwise_model_and_whole_patches(golden_dit, blockwise_d
         sample_blockwise(blockwise_dit, ids, mask, block_sizes=[8], noise=noise)
     with pytest.raises(UsageError, match="6 frames"):
         sample_blockwise(blockwise_dit, ids, mask, block_sizes=[8, 6], key=jr.key(0))
+
+
+def test_references_encoded_once_give_the_same_speech_in_any_row(golden_dit, dit_cases):
+    ids, mask, speaker, speaker_mask = (dit_cases[name] for name in CONDITIONS)
+    ends = 4 * speaker_mask[:, ::4].sum(axis=1)  # one of them is no reference at all
+    noise, settings = dit_cases["noise"], SamplerSettings(steps=3)
+    plain = sample(golden_dit, ids, mask, speaker, speaker_mask, noise=noise, settings=settings)
+    caches = [
+        encode_speaker(golden_dit, row[:end], 64) for row, end in zip(speaker, ends, strict=True)
+    ]
+    stacked = stack_speakers(caches)
+    cached = sample(golden_dit, ids, mask, stacked, noise=noise, settings=settings)
+    assert max_difference(cached, plain) < 1e-4
+    stacked = stack_speakers(caches[::-1])
+    turned = [np.ascontiguousarray(array[::-1]) for array in (ids, mask, noise)]
+    again = sample(golden_dit, *turned[:2], stacked, noise=turned[2], settings=settings)
+    assert np.array_equal(again[::-1], cached)
+    with pytest.raises(UsageError, match="at most 64 frames of 128 channels"):
+        encode_speaker(golden_dit, np.zeros((65, 128), np.float32), 64)
+    with pytest.raises(UsageError, match=f"expected {len(ids)} stacked references"):
+        sample(golden_dit, ids, mask, caches[0], noise=noise)

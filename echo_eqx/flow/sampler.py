@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from echo_eqx.errors import UsageError
+from echo_eqx.flow.conditions import encode_conditions
 from echo_eqx.flow.guidance import guidance_update, rescale_score
 from echo_eqx.generation import Guidance, SamplerSettings
-from echo_eqx.model.dit import ConditionCache, EchoDiT, Prefix
+from echo_eqx.model.dit import ConditionCache, EchoDiT, Prefix, SpeakerCache
 
 FRAME_BUCKET = 128
 """Lengths in latent frames are padded to a multiple of this."""
@@ -35,7 +36,7 @@ def sample(
     dit: EchoDiT,
     text_ids: Int[Array | np.ndarray, "b s"],
     text_mask: Bool[Array | np.ndarray, "b s"],
-    speaker_latents: Float[Array | np.ndarray, "b r c"] | None = None,
+    speaker_latents: Float[Array | np.ndarray, "b r c"] | SpeakerCache | None = None,
     speaker_mask: Bool[Array | np.ndarray, "b r"] | None = None,
     *,
     num_frames: int | None = None,
@@ -48,7 +49,8 @@ def sample(
 
     **Arguments**:
     - Text and reference as in `EchoDiT.__call__`, with a leading batch axis. Without a reference
-      the voice is arbitrary.
+      the voice is arbitrary. `speaker_latents` may be a `SpeakerCache` instead, of references
+      encoded by `encode_speaker` and stacked by `stack_speakers`, without `speaker_mask`.
     - `num_frames`: by default the longest seen in training.
     - `settings`: by default `SamplerSettings()`, not what the checkpoint recommends.
     - Either `key`, from which each row gets its own noise, or standard normal `noise` of shape
@@ -76,7 +78,7 @@ def sample(
         raise UsageError(
             f"noise: expected shape {(batch, num_frames, latent_dim)}, got {noise.shape}"
         )
-    conditions = _conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask)
+    conditions = encode_conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask)
     frame_mask = jnp.arange(padded) < num_frames
     branches = _branches(settings.guidance, speaker_latents is not None)
     x = noise * traced["noise_scale"]
@@ -88,7 +90,7 @@ def sample_blockwise(
     dit: EchoDiT,
     text_ids: Int[Array | np.ndarray, "b s"],
     text_mask: Bool[Array | np.ndarray, "b s"],
-    speaker_latents: Float[Array | np.ndarray, "b r c"] | None = None,
+    speaker_latents: Float[Array | np.ndarray, "b r c"] | SpeakerCache | None = None,
     speaker_mask: Bool[Array | np.ndarray, "b r"] | None = None,
     *,
     block_sizes: Sequence[int],
@@ -134,7 +136,7 @@ def sample_blockwise(
             f"noise, continuation: expected shapes ({batch}, frames, {latent_dim}) with {sizes} "
             f"frames, got {given}"
         )
-    conditions = _conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask)
+    conditions = encode_conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask)
     branches = _branches(settings.guidance, speaker_latents is not None)
     latents = jnp.zeros((batch, done + sum(block_sizes), latent_dim))
     if continuation is not None:
@@ -185,27 +187,6 @@ def _branches(guidance: Guidance, has_speaker: bool) -> tuple[str, ...]:
     if not has_speaker:
         return ("text",)
     return ("text", "speaker") if guidance == "independent" else ("alternating",)
-
-
-def _conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask) -> ConditionCache:
-    batch, patch = text_ids.shape[0], dit.config.patch_size
-    if (speaker_latents is None) != (speaker_mask is None):
-        raise UsageError("expected both speaker_latents and speaker_mask or neither, got one")
-    if speaker_latents is None:
-        speaker_latents = jnp.zeros((batch, patch, dit.config.latent_dim))
-        speaker_mask = jnp.zeros((batch, patch), bool)
-    shape = (batch, speaker_latents.shape[1], dit.config.latent_dim)
-    if speaker_latents.shape != shape or shape[1] % patch or shape[1] == 0:
-        raise UsageError(
-            f"speaker_latents: expected shape ({batch}, frames, {dit.config.latent_dim}), frames a "
-            f"multiple of {patch}, got {speaker_latents.shape}"
-        )
-    return _batched_conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask)
-
-
-@eqx.filter_jit
-def _batched_conditions(dit: EchoDiT, *inputs: Array) -> ConditionCache:
-    return jax.vmap(dit.encode_conditions)(*inputs)
 
 
 @eqx.filter_jit

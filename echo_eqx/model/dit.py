@@ -39,6 +39,13 @@ class ConditionCache(eqx.Module):
     speaker_mask: Bool[Array, "*b p"]
 
 
+class SpeakerCache(eqx.Module):
+    """Keys and values of a reference, which depend on neither text nor noise."""
+
+    keys_values: KVCache
+    mask: Bool[Array, "*b p"]
+
+
 class Prefix(eqx.Module):
     """Keys and values of latents already generated, and the frame at which `x` continues them."""
 
@@ -173,12 +180,27 @@ class EchoDiT(eqx.Module):
         speaker_mask: Bool[Array, " r"],
     ) -> ConditionCache:
         """Keys and values of text and reference for all layers; arguments as in `__call__`."""
+        text, text_mask = self.encode_text(text_ids, text_mask)
+        speaker = self.encode_speaker(speaker_latents, speaker_mask)
+        return ConditionCache(text, text_mask, speaker.keys_values, speaker.mask)
+
+    def encode_text(
+        self, text_ids: Int[Array, " s"], text_mask: Bool[Array, " s"]
+    ) -> tuple[KVCache, Bool[Array, " s"]]:
+        """Keys and values of a text for all layers, and its mask."""
         text, text_mask = self._encode_text(text_ids, text_mask)
-        speaker, speaker_mask = self._encode_speaker(speaker_latents, speaker_mask)
-        text_kv = eqx.filter_vmap(lambda layer: layer.text_kv(text, text_mask))
-        speaker_kv = eqx.filter_vmap(lambda layer: layer.speaker_kv(speaker, speaker_mask))
-        layers = self.blocks.attention
-        return ConditionCache(text_kv(layers), text_mask, speaker_kv(layers), speaker_mask)
+        keys_values = eqx.filter_vmap(lambda layer: layer.text_kv(text, text_mask))
+        return keys_values(self.blocks.attention), text_mask
+
+    def encode_speaker(
+        self,
+        speaker_latents: Float[Array, "r {self.config.latent_dim}"],
+        speaker_mask: Bool[Array, " r"],
+    ) -> SpeakerCache:
+        """Keys and values of a reference for all layers, and the mask of its patches."""
+        speaker, mask = self._encode_speaker(speaker_latents, speaker_mask)
+        keys_values = eqx.filter_vmap(lambda layer: layer.speaker_kv(speaker, mask))
+        return SpeakerCache(keys_values(self.blocks.attention), mask)
 
     def encode_prefix(
         self, latents: Float[Array, "r {self.config.latent_dim}"], start: Int[Array, ""]

@@ -10,6 +10,7 @@ from conftest import max_difference, random_model
 import echo_eqx
 from echo_eqx.codec import dacvae
 from echo_eqx.codec.residual import sine_squared
+from echo_eqx.codec.watermark import add_watermark
 from echo_eqx.config import CodecConfig
 
 HOP = 1920
@@ -78,7 +79,7 @@ def test_joined_chunks_equal_a_single_pass(golden_codec, frames):
     whole = dacvae._decode(golden_codec, jnp.asarray(latents))
     assert max_difference(golden_codec.decode(latents), whole) < 1e-5
     watermark = golden_codec.watermark
-    marked, _ = dacvae._watermarked(watermark, whole, jnp.asarray(bits), watermark.init_state())
+    marked, _ = add_watermark(watermark, whole, jnp.asarray(bits), watermark.init_state())
     assert max_difference(golden_codec.decode(latents, bits), marked) < 1e-5
 
     audio = np.asarray(whole)[: frames * HOP - 77]
@@ -97,7 +98,7 @@ def test_all_long_signals_share_a_compiled_program(golden_codec):
     )
     golden_codec.decode(jnp.ones((700, 12)), np.ones(16, np.int32))
     names = [str(name) for event, name in compiled if "backend_compile" in event]
-    assert not [name for name in names if "_decode" in name or "_watermarked" in name]
+    assert not [name for name in names if "_decode" in name or "add_watermark" in name]
 
 
 def test_odd_and_even_rates_give_whole_frames():

@@ -40,6 +40,11 @@ class Codec(eqx.Module):
 
     @property
     @abc.abstractmethod
+    def decoder_context(self) -> tuple[int, int]:
+        """Frames before and after a frame of audio that `decode_window` reads for it."""
+
+    @property
+    @abc.abstractmethod
     def encoding_parts(self) -> tuple[eqx.Module, ...]:
         """The modules that make the latents: equal ones make equal latents."""
 
@@ -76,6 +81,18 @@ class Codec(eqx.Module):
         **Raises**: `EchoError` if a shape or the number of bits is wrong, or if the codec cannot
         embed watermarks.
         """
+
+    @abc.abstractmethod
+    def decoder_input(
+        self, latents: Float[np.ndarray, "t c"]
+    ) -> Float[np.ndarray, "u d"] | Float[Array, "u d"]:
+        """What `decode_window` takes windows of: the same number of rows for each frame, which
+        depend on no later frame."""
+
+    @abc.abstractmethod
+    def decode_window(self, rows: Float[Array | np.ndarray, "u d"]) -> Float[Array, " samples"]:
+        """Audio of consecutive rows of `decoder_input`, as if they were all. It equals `decode`,
+        without a message, where `decoder_context` lies within the window."""
 
     def check_message(self, message: Any) -> None:
         """**Raises**: `EchoError` unless `message` is None or bits that this codec can embed."""

@@ -18,7 +18,7 @@ from echo_eqx.codec.codec import Codec, check_audio, chunk_frames, split_frames
 from echo_eqx.codec.decoder import Decoder
 from echo_eqx.codec.encoder import Bottleneck, Encoder
 from echo_eqx.codec.residual import DILATIONS
-from echo_eqx.codec.watermark import State, Watermark
+from echo_eqx.codec.watermark import Watermark, add_watermark, initial_state
 from echo_eqx.config import CodecConfig, FishConfig
 
 
@@ -57,6 +57,11 @@ class DACVAE(Codec):
         """The receptive field: the decoder pads with zeros, which do not decode to silence, so that
         audio would start and end with a click."""
         return decoder_context_frames(self.config)
+
+    @property
+    def decoder_context(self) -> tuple[int, int]:
+        frames = decoder_context_frames(self.config)
+        return frames, frames
 
     @property
     def encoding_parts(self) -> tuple[eqx.Module, ...]:
@@ -106,7 +111,7 @@ class DACVAE(Codec):
         self.check_message(message)
         watermark = None if message is None else self.watermark
         bits = None if message is None else jnp.asarray(message).astype(jnp.int32)
-        state = None if watermark is None else _initial_state(watermark)
+        state = None if watermark is None else initial_state(watermark)
         latents = jnp.asarray(latents, self.decoder.conv_in.weight.dtype)
         hop, frames = self.config.hop, latents.shape[0]
         out = []
@@ -116,10 +121,16 @@ class DACVAE(Codec):
                 samples = audio.shape[0]
                 if frames > stop - start:  # several chunks: pad the last one to the same length
                     audio = jnp.pad(audio, (0, chunk_frames() * hop - samples))
-                audio, state = _watermarked(watermark, audio, bits, state)
+                audio, state = add_watermark(watermark, audio, bits, state)
                 audio = audio[:samples]
             out.append(audio)
         return jnp.concatenate(out)
+
+    def decoder_input(self, latents: Float[np.ndarray, "t c"]) -> Float[np.ndarray, "t c"]:
+        return latents
+
+    def decode_window(self, rows: Float[Array | np.ndarray, "u d"]) -> Float[Array, " samples"]:
+        return _decode(self, jnp.asarray(rows, self.decoder.conv_in.weight.dtype))
 
 
 @eqx.filter_jit
@@ -130,17 +141,6 @@ def _encode(codec: DACVAE, audio: Array) -> tuple[Array, Array]:
 @eqx.filter_jit
 def _decode(codec: DACVAE, latents: Array) -> Array:
     return codec.decoder(codec.bottleneck.out_proj(latents))
-
-
-@eqx.filter_jit
-def _initial_state(watermark: Watermark) -> State:
-    return watermark.init_state()
-
-
-@eqx.filter_jit
-def _watermarked(watermark: Watermark, audio: Array, message: Array, state: State):
-    signal, state = watermark(audio, message, state)
-    return audio + signal, state
 
 
 def _reflection(samples: int, padding: int) -> np.ndarray:

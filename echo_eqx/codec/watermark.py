@@ -285,3 +285,21 @@ class Watermark(eqx.Module):
             x = run(block, x)
         x = run(self.conv_out, jax.nn.elu(x))
         return self.gain * x[:, 0], tuple(next_states)
+
+
+@eqx.filter_jit
+def initial_state(watermark: Watermark) -> State:
+    """The state before the first chunk."""
+    return watermark.init_state()
+
+
+@eqx.filter_jit
+def add_watermark(
+    watermark: Watermark,
+    audio: Float[Array, " samples"],
+    message: Int[Array, " bits"],
+    state: State,
+) -> tuple[Float[Array, " samples"], State]:
+    """A chunk of audio with the watermark in it, and the state for the next chunk."""
+    signal, state = watermark(audio, message, state)
+    return audio + signal, state

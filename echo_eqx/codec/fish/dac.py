@@ -127,6 +127,10 @@ class FishDAC(Codec):
         return 0
 
     @property
+    def decoder_context(self) -> tuple[int, int]:
+        return decoder_context_frames(self.config, causal=True), 0
+
+    @property
     def encoding_parts(self) -> tuple[eqx.Module, ...]:
         return self.encoder, self.quantizer, self.pca
 
@@ -165,12 +169,18 @@ class FishDAC(Codec):
         self.check_message(message)
         hop, steps = self.config.hop, math.prod(self.config.quantizer_rates)
         hidden = _restore(self, jnp.asarray(latents, jnp.float32))
-        context = decoder_context_frames(self.config, causal=True)
+        context, _ = self.decoder_context
         out = []
         for start, stop, crop in split_frames(latents.shape[0], context):
             audio = _decode(self.decoder, hidden[start * steps : stop * steps])
             out.append(audio[crop.start * hop : crop.stop * hop])
         return jnp.concatenate(out)
+
+    def decoder_input(self, latents: Float[np.ndarray, "t c"]) -> Float[Array, "u d"]:
+        return _restore(self, jnp.asarray(latents, jnp.float32))
+
+    def decode_window(self, rows: Float[Array | np.ndarray, "u d"]) -> Float[Array, " samples"]:
+        return _decode(self.decoder, jnp.asarray(rows))
 
 
 @eqx.filter_jit

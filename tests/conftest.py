@@ -7,7 +7,7 @@ from jaxtyping import install_import_hook
 SHAPED = ("codec", "flow", "layers", "model", "sharding", "speech", "train", "trees")
 """Where signatures have shapes. Their checks cost more than those of other types."""
 OTHERS = ("cli", "commands", "data", "export", "files", "generation", "hub", "json_data", "ops")
-OTHERS += ("prepare", "voice", "weights")
+OTHERS += ("prepare", "serve", "voice", "weights")
 install_import_hook([f"echo_eqx.{name}" for name in SHAPED], "beartype.beartype")
 beartype_packages([f"echo_eqx.{name}" for name in OTHERS], conf=BeartypeConf(claw_is_pep526=False))
 

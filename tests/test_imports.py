@@ -28,6 +28,7 @@ LAYERS = [
     {"weights"},
     {"speech"},
     {"cli"},
+    {"serve"},
     {"prepare", "voice", "export"},
     {"train"},
     {"ops"},

@@ -9,6 +9,7 @@ from echo_eqx.cli import run
 
 COMMANDS = (
     "infer",
+    "serve",
     "prepare",
     "inspect_shards",
     "train",

@@ -1,0 +1,190 @@
+"""Serve speech over HTTP, to every client of OpenAI's speech endpoint, and a page to speak from.
+
+    echo-eqx serve
+    echo-eqx serve --checkpoint MODEL --voices voices/ --host 0.0.0.0 --api_key SECRET
+
+Without flags the small voice in the package speaks at http://127.0.0.1:8000. All programs are
+compiled, or read from the cache, before the server says that it is ready; no request compiles
+anything. SIGTERM and Ctrl-C finish what is being spoken, then end it.
+"""
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+import echo_eqx
+from echo_eqx import SamplerSettings, voice
+from echo_eqx.cli import CompileClock, parse
+from echo_eqx.commands.infer import RECOMMENDED, SAMPLER_FLAGS
+from echo_eqx.compilation import use_compilation_cache
+from echo_eqx.errors import UsageError, optional
+from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
+from echo_eqx.speech.chunks import target_seconds
+from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, silence_latent
+from echo_eqx.speech.speaker import speaker_latents
+from echo_eqx.weights.load import load_model
+from echo_eqx.weights.native import array_dtype
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Args:
+    checkpoint: str = "voice"
+    """EchoDiT weights, as for infer: a file, a folder, a Hub id owner/name[@revision][:file], or
+    voice, the small voice in the package."""
+    codec: str | None = None
+    """Codec weights, as for infer."""
+    voices: Path | None = None
+    """Folder of recordings (*.wav, *.flac, *.mp3 ...), each a voice by the name of its file. By
+    default the voices in the package."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 can be reached from other machines and needs --api_key."""
+    port: int = 8000
+    """Port of the server; 0 picks a free one."""
+    api_key: str | None = None
+    """Secret that clients must send as Authorization: Bearer TEXT. By default the environment
+    variable ECHO_API_KEY, which other users of this machine cannot see in the list of processes."""
+    batch_size: int | None = None
+    """Chunks of text that are sampled at a time. By default 1 on CPU, where more are not faster
+    together, and 4 elsewhere."""
+    max_requests: int = 64
+    """Requests that wait or are spoken at a time; more are answered 503 with Retry-After."""
+    max_characters: int = 20_000
+    """Longest text of a request, in characters."""
+    max_body_mb: float = 16.0
+    """Largest body of a request, in MiB."""
+    max_steps: int = 200
+    """Most sampling steps that a request may ask for."""
+    duration: float | None = None
+    """Seconds generated for each chunk of text, as for infer; requests may ask for others."""
+    speaker_seconds: float | None = None
+    """Seconds of a reference's speech to use, up to 120. By default the longest in training."""
+    sampler: Annotated[SamplerSettings, tyro.conf.arg(name="", constructor=SAMPLER_FLAGS)] = field(
+        default_factory=SamplerSettings
+    )
+    watermark: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: if the codec can)")] = (
+        True
+    )
+    """Embed an inaudible message that marks the audio as generated."""
+    expand_text: Annotated[bool, RECOMMENDED] = False
+    """Write out numbers, dates, money, addresses and abbreviations as they are read in English;
+    requests may say otherwise."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the model: auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    codec_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Dtype of the codec. float16 is faster on GPU; its error is over 40 dB below the signal."""
+    matmul_precision: MatmulPrecision = "highest"
+    """Precision of float32 matrix products and convolutions on GPU and TPU: highest is exact, the
+    others are faster. CPUs ignore it."""
+
+
+def main() -> None:
+    args = parse(Args, __doc__)
+    for module in ("starlette", "uvicorn"):
+        optional(module, "serve")
+    from echo_eqx.serve.engine import Engine
+    from echo_eqx.serve.metrics import Metrics
+    from echo_eqx.serve.programs import Programs
+    from echo_eqx.serve.requests import Limits
+    from echo_eqx.serve.server import bind, serve
+    from echo_eqx.serve.service import Service
+    from echo_eqx.serve.voices import Voices
+
+    check_usage(args)
+    api_key = args.api_key or os.environ.get("ECHO_API_KEY") or None
+    listener = bind(args.host, args.port, api_key)
+    use_compilation_cache()
+    set_matmul_precision(args.matmul_precision)
+    metrics, clock = Metrics(), CompileClock()
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    logger.info(f"loading {args.checkpoint}")
+    dit, _ = load_model(args.checkpoint, "dit", dtype=array_dtype(dtype))
+    codec_name, codec_file = find_codec(dit, args.codec, args.checkpoint)
+    codec = echo_eqx.load_codec(
+        codec_file, dtype=array_dtype(args.codec_dtype), pca=args.checkpoint
+    )
+    check_latent_dim(dit, codec)
+    if dit.generation.codec_silence is not None:
+        if warning := codec_mismatch(dit.generation, silence_latent(codec)):
+            logger.warning(f"codec {codec_name}: {warning}")
+    args = with_recommended(dit, codec)
+    target_seconds(dit, codec, args.duration)
+    trained = dit.config.max_speaker_frames / codec.config.frame_rate
+    seconds = trained if args.speaker_seconds is None else args.speaker_seconds
+    programs = Programs(
+        dit, codec, dit.config.max_frames, int(seconds * codec.config.frame_rate + 1e-6)
+    )
+    batch_size = args.batch_size or (1 if jax.default_backend() == "cpu" else 4)
+    engine = Engine(programs, batch_size, args.max_requests)
+    service = Service(
+        programs=programs,
+        engine=engine,
+        voices=Voices(
+            find_recordings(args.voices),
+            lambda path: speaker_latents(dit, codec, path, max_seconds=seconds),
+        ),
+        metrics=metrics,
+        limits=Limits(
+            max_body_bytes=int(args.max_body_mb * 2**20),
+            max_characters=args.max_characters,
+            max_steps=args.max_steps,
+        ),
+        defaults=SamplerSettings(**dataclasses.asdict(args.sampler)),
+        model=Path(args.checkpoint).name or "echo",
+        duration=args.duration,
+        watermark=args.watermark and codec.watermark is not None,
+        expand_text=args.expand_text,
+        api_key=api_key,
+    )
+    programs.compile(service.message(0))
+    for name in service.voices.names:
+        service.voices.latents(name)
+    metrics.set_ready()
+    engine.start()
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    serve(
+        service,
+        listener,
+        f"ready at {address} after compiling for {clock.seconds:.1f} s; voices: "
+        f"{', '.join(service.voices.names)}",
+    )
+    engine.stop()
+
+
+def check_usage(args: Args) -> None:
+    """**Raises**: `UsageError` for flags that are wrong with any model."""
+    args.sampler.check()
+    for name in ("batch_size", "max_requests", "max_characters", "max_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: expected at least 1, got {value}")
+
+
+def find_recordings(folder: Path | None) -> dict[str, Path]:
+    """Recordings of voices by name."""
+    from echo_eqx.data.audio import AUDIO_SUFFIXES
+
+    folder = voice.REFERENCES if folder is None else folder
+    if not folder.is_dir():
+        raise UsageError(f"voices: expected a folder, got {folder}")
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in AUDIO_SUFFIXES}
+
+
+def with_recommended(dit: echo_eqx.EchoDiT, codec: echo_eqx.codec.codec.Codec) -> Args:
+    """The flags parsed again, with the models' recommended settings as defaults."""
+    base = Args(
+        sampler=dit.generation.sampler,
+        watermark=codec.watermark is not None,
+        expand_text=dit.generation.expand_text,
+    )
+    return parse(Args, __doc__, default=base)

@@ -1,0 +1,1 @@
+"""An HTTP server that speaks: the engine that owns the device, and the endpoints that clients know."""

@@ -1,1 +1,1 @@
-"""An HTTP server that speaks: the engine that owns the device, and the endpoints that clients know."""
+"""An HTTP server that speaks: the engine that owns the device, and the endpoints."""

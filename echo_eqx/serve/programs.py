@@ -38,6 +38,8 @@ class Row:
     """Frames to generate, at most the length of `x`."""
     conditions: ConditionCache
     x: Array
+    update: Array
+    """The guidance that was last added to the velocity of `x`."""
     step: int = 0
 
     @property
@@ -89,15 +91,15 @@ class Programs:
         conditions = _conditions(self.dit, ids, text_mask, speaker, speaker_mask)
         key = reduce(_fold, map(np.uint32, chunk.index[1:]), _key(np.uint32(chunk.seed)))
         x = _noise(key, np.float32(settings.noise_scale), canvas, width)
-        return Row(chunk, settings, frames, conditions, x)
+        return Row(chunk, settings, frames, conditions, x, np.zeros(x.shape, np.float32))
 
     def advance(self, rows: Sequence[Row]) -> None:
         """One step of each row. Returns before the device has computed it."""
         for row in rows:
             branches = sampler._branches(row.settings.guidance, row.chunk.speaker is not None)
-            row.x = sampler._euler(
+            row.x, row.update = sampler._euler(
                 self.dit,
-                row.x,
+                (row.x, row.update),
                 np.arange(row.x.shape[1]) < row.frames,
                 row.conditions,
                 None,

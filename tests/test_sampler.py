@@ -11,9 +11,10 @@ import pytest
 from conftest import max_difference
 
 from echo_eqx import SamplerSettings, UsageError, sample, sample_blockwise
-from echo_eqx.flow.conditions import encode_speaker, stack_speakers
+from echo_eqx.flow.conditions import encode_conditions, encode_speaker, stack_speakers
+from echo_eqx.flow.euler import euler_steps, timestep
 from echo_eqx.flow.guidance import guidance_update, rescale_score
-from echo_eqx.flow.sampler import _conditions, _euler, _trace, timestep
+from echo_eqx.flow.sampler import trace_settings
 
 CONDITIONS = ("text_ids", "text_mask", "speaker_latents", "speaker_mask")
 GOLDEN_SETTINGS = {
@@ -120,12 +121,12 @@ def test_timesteps_fall_from_start_t_to_0_by_the_formula(sway):
 
 def test_steps_without_new_guidance_skip_its_branches(golden_dit, dit_cases, conditions):
     """The program has a conditional, which `vmap` would turn into a selection of both results."""
-    traced = _trace(SamplerSettings(), golden_dit.config.num_layers)
+    traced = trace_settings(SamplerSettings(), golden_dit.config.num_layers)
     x, bounds = jnp.asarray(dit_cases["noise"]), (jnp.int32(0), jnp.int32(3))
     b, t, _ = x.shape
     mask = jnp.ones(t, bool)
-    cache, branches = _conditions(golden_dit, *conditions), ("text", "speaker")
-    lowered = _euler.lower(golden_dit, (x, x), mask, cache, None, traced, branches, bounds)
+    cache, branches = encode_conditions(golden_dit, *conditions), ("text", "speaker")
+    lowered = euler_steps.lower(golden_dit, (x, x), mask, cache, None, traced, branches, bounds)
     conditionals = lowered.as_text().split('"stablehlo.case"')[1:]
     assert len(conditionals) == 1
     assert all(f"tensor<{rows}x{b}x{t}x" in conditionals[0] for rows in (3, 1))
@@ -203,7 +204,7 @@ def test_changed_settings_seeds_and_steps_do_not_recompile(golden_dit, condition
     ):
         changed = dataclasses.replace(settings, **change)
         sample(golden_dit, *conditions, num_frames=77, settings=changed, key=jr.key(1))
-    assert not [name for name in compiled if "_euler" in name or "_conditions" in name]
+    assert not [name for name in compiled if "euler" in name or "_conditions" in name]
 
 
 def test_speaker_kv_scale_acts_only_early_and_in_the_first_layers(

@@ -18,18 +18,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from echo_eqx.errors import UsageError
 from echo_eqx.flow.conditions import encode_conditions
-from echo_eqx.flow.guidance import guidance_update, rescale_score
-from echo_eqx.generation import Guidance, SamplerSettings
-from echo_eqx.model.dit import ConditionCache, EchoDiT, Prefix, SpeakerCache
+from echo_eqx.flow.euler import EulerState, TracedSettings, euler_steps, guidance_branches
+from echo_eqx.generation import SamplerSettings
+from echo_eqx.model.dit import EchoDiT, Prefix, SpeakerCache
 
 FRAME_BUCKET = 128
 """Lengths in latent frames are padded to a multiple of this."""
 Progress = Callable[[int, int], None]
 """Called with the number of steps done and the total."""
-TracedSettings = dict[str, Float[Array, ""]]
-"""The numbers of `SamplerSettings` by name, as arrays."""
-EulerState = tuple[Float[Array, "b t c"], Float[Array, "b t c"]]
-"""Latents, and the guidance that was last added to their velocity; zeros before the first."""
 
 
 def sample(
@@ -60,7 +56,7 @@ def sample(
     **Raises**: `UsageError` if a setting is out of range or shapes do not match.
     """
     settings = settings or SamplerSettings()
-    traced = _trace(settings, dit.config.num_layers)
+    traced = trace_settings(settings, dit.config.num_layers)
     batch, latent_dim = text_ids.shape[0], dit.config.latent_dim
     if (noise is None) == (key is None):
         raise UsageError("sample: expected either key or noise")
@@ -80,7 +76,7 @@ def sample(
         )
     conditions = encode_conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask)
     frame_mask = jnp.arange(padded) < num_frames
-    branches = _branches(settings.guidance, speaker_latents is not None)
+    branches = guidance_branches(settings.guidance, speaker_latents is not None)
     x = noise * traced["noise_scale"]
     x = _integrate(dit, x, frame_mask, conditions, None, traced, branches, settings.steps, progress)
     return x[:, :num_frames]
@@ -114,7 +110,7 @@ def sample_blockwise(
     **Raises**: `UsageError` if the model has no block-wise weights, or sizes do not match.
     """
     settings = settings or SamplerSettings()
-    traced = _trace(settings, dit.config.num_layers)
+    traced = trace_settings(settings, dit.config.num_layers)
     patch, latent_dim = dit.config.patch_size, dit.config.latent_dim
     batch, done = text_ids.shape[0], 0 if continuation is None else continuation.shape[1]
     if not dit.config.blockwise:
@@ -137,7 +133,7 @@ def sample_blockwise(
             f"frames, got {given}"
         )
     conditions = encode_conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask)
-    branches = _branches(settings.guidance, speaker_latents is not None)
+    branches = guidance_branches(settings.guidance, speaker_latents is not None)
     latents = jnp.zeros((batch, done + sum(block_sizes), latent_dim))
     if continuation is not None:
         latents = _write(latents, jnp.asarray(continuation), jnp.int32(0))
@@ -167,7 +163,7 @@ def initial_noise(key: PRNGKeyArray, batch: int, num_frames: int, latent_dim: in
     return jax.vmap(lambda key: jr.normal(key, (num_frames, latent_dim)))(keys)
 
 
-def _trace(settings: SamplerSettings, num_layers: int) -> TracedSettings:
+def trace_settings(settings: SamplerSettings, num_layers: int) -> TracedSettings:
     settings.check()
     numbers = dataclasses.asdict(settings) | {"start_t": settings.first_time}
     del numbers["guidance"]
@@ -178,15 +174,6 @@ def _trace(settings: SamplerSettings, num_layers: int) -> TracedSettings:
 
 def _offset(progress: Progress, done: int, total: int) -> Progress:
     return lambda step, _: progress(done + step, total)
-
-
-def _branches(guidance: Guidance, has_speaker: bool) -> tuple[str, ...]:
-    """The condition that each guidance branch drops. Without a reference, only the text is."""
-    if guidance == "joint":
-        return ("both",)
-    if not has_speaker:
-        return ("text",)
-    return ("text", "speaker") if guidance == "independent" else ("alternating",)
 
 
 @eqx.filter_jit
@@ -200,21 +187,10 @@ def _write(latents: Array, block: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(latents, block, start, axis=1)
 
 
-def timestep(step: Int[Array, ""], settings: TracedSettings) -> Float[Array, ""]:
-    """The time before step `step` of `settings["steps"]`, from `start_t` down to 0.
-
-    It is `start_t (1 - p')`, where `p' = p + sway (cos(pi p / 2) - 1 + p)` and `p` is the share of
-    steps done: sway sampling (F5-TTS, Chen et al., arXiv:2410.06885), where 0 is noise and 1 data.
-    """
-    done = step.astype(jnp.float32) / settings["steps"]
-    swayed = done + settings["sway"] * (jnp.cos(jnp.pi / 2 * done) - 1.0 + done)
-    return settings["start_t"] * (1.0 - swayed)
-
-
 def _integrate(dit, x, frame_mask, conditions, prefix, traced, branches, steps, progress):
     def run(state: EulerState, first: int, last: int) -> EulerState:
         bounds = jnp.int32(first), jnp.int32(last)
-        return _euler(dit, state, frame_mask, conditions, prefix, traced, branches, bounds)
+        return euler_steps(dit, state, frame_mask, conditions, prefix, traced, branches, bounds)
 
     state = x, jnp.zeros_like(x)
     if progress is None:
@@ -223,82 +199,3 @@ def _integrate(dit, x, frame_mask, conditions, prefix, traced, branches, steps, 
         state = jax.block_until_ready(run(state, step, step + 1))
         progress(step + 1, steps)
     return state[0]
-
-
-@eqx.filter_jit
-def _euler(
-    dit: EchoDiT,
-    state: EulerState,
-    frame_mask: Bool[Array, " t"],
-    conditions: ConditionCache,
-    prefix: Prefix | None,
-    settings: TracedSettings,
-    branches: tuple[str, ...],
-    bounds: tuple[Int[Array, ""], Int[Array, ""]],
-) -> EulerState:
-    """Steps `bounds[0]` to `bounds[1]` of `settings["steps"]`: `x += v (t_next - t)`."""
-    layers = jnp.arange(dit.config.num_layers, dtype=jnp.float32)
-    every = settings["guidance_every"].astype(jnp.int32)
-
-    def velocities(
-        x: Array, t: Array, keeps_text: Bool[Array, " m"], keeps_speaker: Bool[Array, " m"]
-    ) -> Float[Array, "m b t c"]:
-        is_scaled = (t >= settings["speaker_kv_min_t"]) & (layers < settings["speaker_kv_layers"])
-        speaker_scale = jnp.where(is_scaled, settings["speaker_kv_scale"], 1.0)
-
-        def velocity(x, conditions: ConditionCache, prefix, keeps_text, keeps_speaker):
-            kept = ConditionCache(
-                conditions.text,
-                conditions.text_mask & keeps_text,
-                conditions.speaker,
-                conditions.speaker_mask & keeps_speaker,
-            )
-            return dit.velocity(
-                x, t, kept, frame_mask=frame_mask, speaker_scale=speaker_scale, prefix=prefix
-            )
-
-        batched = jax.vmap(velocity, in_axes=(0, 0, 0, None, None))
-        batched = jax.vmap(batched, in_axes=(0, None, None, 0, 0))
-        branches_x = jnp.broadcast_to(x, (len(keeps_text), *x.shape))
-        v = batched(branches_x, conditions, prefix, keeps_text, keeps_speaker)
-        return jnp.where(frame_mask[None, None, :, None], v, 0.0)
-
-    def reused(x: Array, t: Array, step: Array, update: Array) -> EulerState:
-        keeps = jnp.ones(1, bool)
-        return velocities(x, t, keeps, keeps)[0] + update, update
-
-    def guided(x: Array, t: Array, step: Array, _: Array) -> EulerState:
-        even, yes, no = step // every % 2 == 0, jnp.bool_(True), jnp.bool_(False)
-        text_scale, speaker_scale = settings["cfg_scale"], settings["speaker_scale"]
-        # By branch: whether it keeps the text, whether it keeps the reference, and its scale.
-        table = {
-            "text": (no, yes, text_scale),
-            "speaker": (yes, no, speaker_scale),
-            "both": (no, no, text_scale),
-            "alternating": (~even, even, jnp.where(even, text_scale, speaker_scale)),
-        }
-        keeps_text, keeps_speaker, scales = zip(*(table[name] for name in branches), strict=True)
-        v, *dropped = velocities(
-            x, t, jnp.stack([yes, *keeps_text]), jnp.stack([yes, *keeps_speaker])
-        )
-        update = sum(
-            guidance_update(v, without, scale, settings["apg_eta"])
-            for scale, without in zip(scales, dropped, strict=True)
-        )
-        return v + update, update
-
-    def is_guided(step: Array) -> Bool[Array, ""]:
-        t = timestep(step, settings)
-        return (t >= settings["cfg_min_t"]) & (t <= settings["cfg_max_t"])
-
-    def body(step: Array, state: EulerState) -> EulerState:
-        x, update = state
-        t, t_next = timestep(step, settings), timestep(step + 1, settings)
-        is_first = (step == 0) | ~is_guided(step - 1)
-        is_new = is_guided(step) & ((step % every == 0) | is_first)
-        update = jnp.where(is_guided(step), update, 0.0)
-        v, update = jax.lax.cond(is_new, guided, reused, x, t, step, update)
-        v = rescale_score(v, x, t, settings["rescale_k"], settings["rescale_sigma"])
-        return x + v * (t_next - t), update
-
-    return jax.lax.fori_loop(*bounds, body, state)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from echo_eqx.codec.codec import Codec
 from echo_eqx.errors import EchoError
-from echo_eqx.flow import sampler
+from echo_eqx.flow.euler import euler_steps, guidance_branches
 from echo_eqx.flow.sampler import FRAME_BUCKET
 from echo_eqx.generation import SamplerSettings
 from echo_eqx.model.dit import ConditionCache, EchoDiT
@@ -96,8 +96,8 @@ class Programs:
     def advance(self, rows: Sequence[Row]) -> None:
         """One step of each row. Returns before the device has computed it."""
         for row in rows:
-            branches = sampler._branches(row.settings.guidance, row.chunk.speaker is not None)
-            row.x, row.update = sampler._euler(
+            branches = guidance_branches(row.settings.guidance, row.chunk.speaker is not None)
+            row.x, row.update = euler_steps(
                 self.dit,
                 (row.x, row.update),
                 np.arange(row.x.shape[1]) < row.frames,

@@ -7,6 +7,7 @@ from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.json_data import from_json
 
 Guidance = Literal["independent", "joint", "alternating"]
+Length = Literal["full", "auto"]
 
 REFERENCE_LUFS = -23.0
 """Integrated loudness of references (EBU R 128), unless the checkpoint gives another."""
@@ -105,6 +106,11 @@ class GenerationConfig:
     sampler: SamplerSettings = SamplerSettings()
     duration: float | None = None
     """Seconds to generate; None for 15, or the longest in training if that is shorter."""
+    length: Length = "full"
+    """`full`: generate `duration` for any text. `auto`: less for texts that need less."""
+    frames_per_byte: float | None = None
+    """Latent frames per byte of text that few recordings of the training data exceed, for `auto`.
+    The bytes are those that the model reads, with the zero in front and the speaker tag."""
     expand_text: bool = False
     """Write out numbers, dates, money and abbreviations in English."""
     reference_lufs: float | None = REFERENCE_LUFS
@@ -126,6 +132,9 @@ class GenerationConfig:
         self.sampler.check()
         duration, lufs, codec = self.duration, self.reference_lufs, self.codec
         _expect(duration is None or 0 < duration < 1e6, "duration", "0 to 10^6 seconds", duration)
+        _expect(self.length in get_args(Length), "length", "full or auto", self.length)
+        pace = self.frames_per_byte
+        _expect(pace is None or 1e-3 <= pace <= 1e3, "frames_per_byte", "0.001 to 1000", pace)
         _expect(lufs is None or -70 <= lufs <= 0, "reference_lufs", "-70 to 0", lufs)
         _expect(self.padding in ("silence", "zeros"), "padding", "silence or zeros", self.padding)
         named = codec is None or (0 < len(codec) < 4096 and codec.isprintable())

@@ -36,6 +36,8 @@ SMALL = DiTConfig(
 ALL = GenerationConfig(
     sampler=SamplerSettings(steps=7, guidance="joint", start_t=0.9, speaker_kv_layers=1),
     duration=2.5,
+    length="auto",
+    frames_per_byte=1.25,
     reference_lufs=-30.5,
     codec="voice",
     codec_silence=(0.5, 1.0, -2.0),
@@ -87,6 +89,8 @@ def test_files_without_settings_have_the_defaults(tmp_path, dit):
         ({"sampler": {"warp": 1}}, "warp"),
         ({"sampler": 3}, "expected an object"),
         ({"duration": "long"}, "duration"),
+        ({"length": "short"}, "length"),
+        ({"frames_per_byte": 0}, "frames_per_byte: expected 0.001 to 1000"),
         ({"reference_lufs": 10**400}, "reference_lufs"),
         ({"codec": "a\x1b[2J"}, "codec"),
         ({"codec_silence": ["x"]}, "codec_silence"),

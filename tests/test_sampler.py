@@ -14,7 +14,7 @@ from echo_eqx import SamplerSettings, UsageError, sample, sample_blockwise
 from echo_eqx.flow.conditions import encode_conditions, encode_speaker, stack_speakers
 from echo_eqx.flow.euler import euler_steps, timestep
 from echo_eqx.flow.guidance import guidance_update, rescale_score
-from echo_eqx.flow.sampler import trace_settings
+from echo_eqx.flow.sampler import padded_frames, trace_settings
 
 CONDITIONS = ("text_ids", "text_mask", "speaker_latents", "speaker_mask")
 GOLDEN_SETTINGS = {
@@ -159,7 +159,7 @@ def test_progress_calls_do_not_change_the_result(golden_dit, dit_cases, conditio
 
 
 def test_padding_to_a_bucket_changes_nothing(golden_dit, dit_cases, conditions):
-    # 30 frames are padded to 128; the plain equations run on exactly 30.
+    # 30 frames are padded to 32; the plain equations run on exactly 30.
     settings = SamplerSettings(steps=3, apg_eta=0.5)
     noise = jnp.asarray(dit_cases["noise"])
     exact = plain_euler(golden_dit, conditions, noise, settings)
@@ -167,6 +167,13 @@ def test_padding_to_a_bucket_changes_nothing(golden_dit, dit_cases, conditions):
         max_difference(sample(golden_dit, *conditions, noise=noise, settings=settings), exact)
         < 1e-3
     )
+
+
+def test_lengths_are_padded_to_few_buckets_and_never_beyond_the_longest():
+    padded = {padded_frames(n, 640) for n in range(1, 641)}
+    assert padded == {32, 64, 96, 128, 192, 256, 384, 512, 640}
+    assert [padded_frames(n, 80) for n in (1, 64, 65, 80, 81, 97)] == [32, 64, 80, 80, 96, 128]
+    assert all(padded_frames(n, most) >= n for n in range(1, 200) for most in (1, 80, 100))
 
 
 def test_a_row_does_not_depend_on_its_batch(golden_dit, conditions):
@@ -203,7 +210,7 @@ def test_changed_settings_seeds_and_steps_do_not_recompile(golden_dit, condition
         {"sway": -1.0, "guidance_every": 3},
     ):
         changed = dataclasses.replace(settings, **change)
-        sample(golden_dit, *conditions, num_frames=77, settings=changed, key=jr.key(1))
+        sample(golden_dit, *conditions, num_frames=31, settings=changed, key=jr.key(1))
     assert not [name for name in compiled if "euler" in name or "_conditions" in name]
 
 

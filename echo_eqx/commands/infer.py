@@ -27,6 +27,7 @@ from echo_eqx.codec.codec import Codec
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import UsageError
+from echo_eqx.generation import Length
 from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, silence_latent
@@ -73,6 +74,9 @@ class Args:
     """Seconds generated for each chunk of text. The model fills them with speech and then silence;
     the pace may change with the duration. By default what the checkpoint recommends, or else 15, or
     the longest the model was trained with if that is shorter."""
+    length: Annotated[Length, RECOMMENDED] = "full"
+    """full: generate --duration for every chunk. auto: only as much as the text needs, which is
+    faster for short texts but changes what is spoken; where speech does not end, full is used."""
     seed: int = 42
     """Seed of the noise, and of the watermark's message."""
     sampler: Annotated[SamplerSettings, tyro.conf.arg(name="", constructor=SAMPLER_FLAGS)] = field(
@@ -166,6 +170,7 @@ def main() -> None:
             codec,
             [echo_eqx.Utterance(r.text, speakers[r.speaker_ref], r.seed) for r in batch],
             duration=duration,
+            length=args.length,
             settings=args.sampler,
             message=message,
             trim=args.trim,
@@ -216,6 +221,7 @@ def with_recommended(dit: EchoDiT, codec: Codec) -> Args:
     """The flags parsed again, with the models' recommended settings as defaults."""
     generation = dit.generation
     base = Args(
+        length=generation.length,
         sampler=generation.sampler,
         watermark=codec.watermark is not None,
         expand_text=generation.expand_text,

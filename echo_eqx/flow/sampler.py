@@ -2,8 +2,8 @@
 
 Keys and values of text and reference are computed once, and the guidance branches run as one batch.
 All numbers in `SamplerSettings`, the step count among them, are traced, so changing them never
-recompiles. Latents are padded to a multiple of `FRAME_BUCKET` frames, and the padding is masked, so
-that few lengths are ever compiled.
+recompiles. Latents are padded to `padded_frames`, and the padding is masked, so that few lengths
+are ever compiled.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ from echo_eqx.generation import SamplerSettings
 from echo_eqx.model.dit import EchoDiT, Prefix, SpeakerCache
 
 FRAME_BUCKET = 128
-"""Lengths in latent frames are padded to a multiple of this."""
+"""Lengths in latent frames are padded to a multiple of this, if they are not short."""
+SHORT_BUCKETS = (32, 64, 96, 128, 192)
+"""What shorter lengths are padded to."""
 Progress = Callable[[int, int], None]
 """Called with the number of steps done and the total."""
 
@@ -64,7 +66,7 @@ def sample(
         num_frames = dit.config.max_frames if noise is None else int(np.shape(noise)[1])
     if num_frames < 1:
         raise UsageError(f"num_frames: expected at least 1, got {num_frames}")
-    padded = -(-num_frames // FRAME_BUCKET) * FRAME_BUCKET
+    padded = padded_frames(num_frames, dit.config.max_frames)
     if noise is None:
         assert key is not None
         noise = initial_noise(key, batch, padded, latent_dim)
@@ -155,6 +157,13 @@ def sample_blockwise(
         latents = _write(latents, x, start)
         done += size
     return latents
+
+
+def padded_frames(num_frames: int, most: int) -> int:
+    """`num_frames` rounded up to a bucket, or to `most` if that is less."""
+    rounded = -(-num_frames // FRAME_BUCKET) * FRAME_BUCKET
+    bucket = next((size for size in SHORT_BUCKETS if num_frames <= size), rounded)
+    return min(bucket, most) if num_frames <= most else bucket
 
 
 def initial_noise(key: PRNGKeyArray, batch: int, num_frames: int, latent_dim: int) -> Array:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,61 +21,85 @@ TEXT_BUCKETS = (64, 128, 256, 512)
 """Lengths in bytes to which texts are padded; longer ones to a multiple of 256."""
 
 
+class Lengths(NamedTuple):
+    """Lengths of a batch. Chunks with equal ones share a compiled program."""
+
+    frames: int
+    text: int
+    """Bytes to which the texts are padded."""
+    speaker: int
+    """Frames to which the references are padded, 0 without."""
+
+
 class BatchSampler:
     """Samples the latents of chunks, and reports progress over all batches together."""
 
     def __init__(
         self,
         dit: EchoDiT,
-        num_frames: int,
         block_frames: int | None,
         settings: SamplerSettings,
         batch_size: int,
         progress: Progress | None,
     ):
-        self._dit, self._num_frames, self._settings = dit, num_frames, settings
-        self._block_sizes = _block_sizes(num_frames, block_frames, dit.config.patch_size)
+        self._dit, self._block_frames, self._settings = dit, block_frames, settings
         self._batch_size, self._progress = batch_size, progress
-        self._batches_done = 0
+        self._steps_done = 0
 
     def __call__(
         self, chunks: list[Chunk], later: Sequence[Chunk] = ()
     ) -> dict[tuple[int, ...], np.ndarray]:
-        """Latents (num_frames, c) of each chunk by its index.
+        """Latents (chunk.num_frames, c) of each chunk by its index.
 
         `later` are chunks that will follow; they count towards the total of the progress.
         """
         batches = list(_batches(chunks, self._batch_size))
-        num_later = sum(1 for _ in _batches(later, self._batch_size))
-        total = self._batches_done + len(batches) + num_later
-        steps = self._settings.steps * max(1, len(self._block_sizes))
+        all_lengths = [lengths for lengths, _ in [*batches, *_batches(later, self._batch_size)]]
+        total = self._steps_done + sum(map(self._num_steps, all_lengths))
         latents = {}
         for lengths, members in batches:
-            first_step = self._batches_done * steps
-            progress = self._progress and _offset(self._progress, first_step, total * steps)
+            progress = self._progress and _offset(self._progress, self._steps_done, total)
             for chunk, row in zip(members, self._sample(members, lengths, progress), strict=False):
                 latents[chunk.index] = row
-            self._batches_done += 1
+            self._steps_done += self._num_steps(lengths)
         return latents
 
+    def block_sizes(self, num_frames: int) -> list[int]:
+        """Sizes of the blocks of block-wise sampling; empty without `block_frames`.
+
+        **Raises**: `UsageError` if they are not whole patches.
+        """
+        size, patch = self._block_frames, self._dit.config.patch_size
+        if size is None:
+            return []
+        if size < 1 or size % patch or num_frames % patch:
+            raise UsageError(
+                f"block_frames, duration: expected multiples of {patch} frames, got blocks of "
+                f"{size} and a total of {num_frames}"
+            )
+        whole, rest = divmod(num_frames, size)
+        return [size] * whole + [rest] * (rest > 0)
+
+    def _num_steps(self, lengths: Lengths) -> int:
+        return self._settings.steps * max(1, len(self.block_sizes(lengths.frames)))
+
     def _sample(
-        self, chunks: list[Chunk], lengths: tuple[int, int], progress: Progress | None
+        self, chunks: list[Chunk], lengths: Lengths, progress: Progress | None
     ) -> np.ndarray:
-        text_length, speaker_length = lengths
         # The number of rows is a power of two; the first chunk fills the rest.
         size = 1 << (len(chunks) - 1).bit_length()
         filled = chunks + chunks[:1] * (size - len(chunks))
-        text = _padded([chunk.ids for chunk in filled], text_length)
+        text = _padded([chunk.ids for chunk in filled], lengths.text)
         references = [chunk.speaker for chunk in filled if chunk.speaker is not None]
-        speaker = _padded(references, speaker_length) if references else (None, None)
-        noise = _noise(filled, self._num_frames, self._dit.config.latent_dim)
-        if self._block_sizes:
+        speaker = _padded(references, lengths.speaker) if references else (None, None)
+        noise = _noise(filled, lengths.frames, self._dit.config.latent_dim)
+        if sizes := self.block_sizes(lengths.frames):
             latents = sample_blockwise(
                 self._dit,
                 *text,
                 *speaker,
-                block_sizes=self._block_sizes,
-                noise=jnp.split(noise, np.cumsum(self._block_sizes)[:-1], axis=1),
+                block_sizes=sizes,
+                noise=jnp.split(noise, np.cumsum(sizes)[:-1], axis=1),
                 settings=self._settings,
                 progress=progress,
             )
@@ -101,32 +126,17 @@ def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _block_sizes(num_frames: int, block_frames: int | None, patch_size: int) -> list[int]:
-    """Sizes of the blocks of block-wise sampling; empty without `block_frames`."""
-    if block_frames is None:
-        return []
-    if block_frames < 1 or block_frames % patch_size or num_frames % patch_size:
-        raise UsageError(
-            f"block_frames, duration: expected multiples of {patch_size} frames, got blocks of "
-            f"{block_frames} and a total of {num_frames}"
-        )
-    whole, rest = divmod(num_frames, block_frames)
-    return [block_frames] * whole + [rest] * (rest > 0)
-
-
-def _buckets(chunk: Chunk) -> tuple[int, int]:
-    """Padded lengths of text and reference. Chunks with equal ones share a compiled program."""
+def _lengths(chunk: Chunk) -> Lengths:
     size = len(chunk.ids)
     text = next((n for n in TEXT_BUCKETS if size <= n), round_up(size, 256))
-    return text, 0 if chunk.speaker is None else round_up(len(chunk.speaker), FRAME_BUCKET)
+    speaker = 0 if chunk.speaker is None else round_up(len(chunk.speaker), FRAME_BUCKET)
+    return Lengths(chunk.num_frames, text, speaker)
 
 
-def _batches(
-    chunks: Sequence[Chunk], batch_size: int
-) -> Iterator[tuple[tuple[int, int], list[Chunk]]]:
+def _batches(chunks: Sequence[Chunk], batch_size: int) -> Iterator[tuple[Lengths, list[Chunk]]]:
     by_lengths = defaultdict(list)
     for chunk in chunks:
-        by_lengths[_buckets(chunk)].append(chunk)
+        by_lengths[_lengths(chunk)].append(chunk)
     for lengths, members in sorted(by_lengths.items(), key=lambda item: item[0]):
         for start in range(0, len(members), batch_size):
             yield lengths, members[start : start + batch_size]

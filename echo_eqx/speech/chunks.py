@@ -1,6 +1,8 @@
 """The length to generate, and long texts split into chunks that fit it."""
 
+import dataclasses
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ from echo_eqx.data.text import (
     split_text,
 )
 from echo_eqx.errors import UsageError
+from echo_eqx.flow.sampler import padded_frames
 from echo_eqx.model.dit import EchoDiT
 
 DEFAULT_SECONDS = 15.0
@@ -38,6 +41,8 @@ class Chunk:
     speaker: np.ndarray | None
     """Reference latents (r, c)."""
     seed: int
+    num_frames: int
+    """Latent frames to generate: the speech and some silence after it."""
 
     @property
     def utterance(self) -> int:
@@ -63,6 +68,21 @@ def target_seconds(dit: EchoDiT, codec: Codec, duration: float | None = None) ->
             f"was trained with, got {duration} s (longer texts are split and joined)"
         )
     return duration
+
+
+def frames_for_text(text: str, dit: EchoDiT, codec: Codec, most: int) -> int:
+    """Latent frames that the speech of a chunk needs, rounded up to one of few lengths, at most
+    `most`.
+
+    The estimate is `dit.generation.frames_per_byte` times the bytes that the model reads, or, for
+    weights without it, how long the text takes to read aloud.
+    """
+    per_byte = dit.generation.frames_per_byte
+    if per_byte is None:
+        frames = speaking_width(text) / CHARACTERS_PER_SECOND * codec.config.frame_rate
+    else:
+        frames = per_byte * len(encode_text(text))
+    return padded_frames(min(max(1, math.ceil(frames)), most), most)
 
 
 def split_into_chunks(
@@ -92,7 +112,10 @@ def halve_chunk(chunk: Chunk, speaker: np.ndarray, seconds: float) -> list[Chunk
     halves = halve_text(chunk.text)
     if len(halves) == 1:
         return []
-    return [Chunk((*chunk.index, i), text, speaker, chunk.seed) for i, text in enumerate(halves)]
+    return [
+        dataclasses.replace(chunk, index=(*chunk.index, i), text=text, speaker=speaker)
+        for i, text in enumerate(halves)
+    ]
 
 
 def warn_of_missing_ends(chunks: list[Chunk], seconds: float) -> None:

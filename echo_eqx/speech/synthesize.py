@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -11,11 +12,12 @@ from echo_eqx.codec.codec import Codec
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import UsageError
 from echo_eqx.flow.sampler import Progress
-from echo_eqx.generation import SamplerSettings
+from echo_eqx.generation import Length, SamplerSettings
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.speech.batching import BatchSampler
 from echo_eqx.speech.chunks import (
     Chunk,
+    frames_for_text,
     halve_chunk,
     split_into_chunks,
     target_seconds,
@@ -44,6 +46,7 @@ def synthesize(
     speaker: Speaker | None = None,
     *,
     duration: float | None = None,
+    length: Length | None = None,
     seed: int = 42,
     settings: SamplerSettings | None = None,
     message: Message = None,
@@ -60,6 +63,10 @@ def synthesize(
     - `duration`: seconds generated for each chunk of text, which the model fills with speech and
       then silence. None for `dit.generation.duration`, or else 15 s or the longest the model was
       trained with.
+    - `length`: "full" generates `duration` for every chunk. "auto" generates less for chunks whose
+      text needs less, which is faster; since all frames attend to each other, it changes what is
+      spoken. A chunk whose speech does not end then is spoken again with "full". None for
+      `dit.generation.length`.
     - `seed`: seed of the noise, from 0 to 2^32 - 1.
     - `settings`: of the sampler; None for `dit.generation.sampler`.
     - `message`: bits to embed as a watermark; None for no watermark.
@@ -84,6 +91,7 @@ def synthesize(
         codec,
         [Utterance(text, speaker, seed)],
         duration=duration,
+        length=length,
         settings=settings,
         message=message,
         trim=trim,
@@ -100,6 +108,7 @@ def synthesize_all(
     utterances: Sequence[Utterance],
     *,
     duration: float | None = None,
+    length: Length | None = None,
     settings: SamplerSettings | None = None,
     message: Message = None,
     trim: bool = True,
@@ -121,6 +130,9 @@ def synthesize_all(
     settings.check()
     check_latent_dim(dit, codec)
     codec.check_message(message)
+    length = length or dit.generation.length
+    if length not in get_args(Length):
+        raise UsageError(f"length: expected {' or '.join(get_args(Length))}, got {length!r}")
     for utterance in utterances:
         if not 0 <= utterance.seed < 2**32:
             raise UsageError(f"seed: expected 0 to 2^32 - 1, got {utterance.seed}")
@@ -129,30 +141,48 @@ def synthesize_all(
     num_frames = max(1, round(seconds * codec.config.frame_rate))
     expand = dit.generation.expand_text if expand_text is None else expand_text
     texts = [split_into_chunks(u.text, dit, seconds, normalize_text, expand) for u in utterances]
-    sampler = BatchSampler(dit, num_frames, block_frames, settings, batch_size, progress)
+    sampler = BatchSampler(dit, block_frames, settings, batch_size, progress)
+    sampler.block_sizes(num_frames)
     padding = padding_latent(dit, codec)
     silence = padding if dit.generation.padding == "silence" else None
 
     def end_of(latents: np.ndarray) -> int:
         return speech_end(latents, padding, codec.config.frame_rate)
 
+    def spoken(chunks: list[Chunk], later: list[Chunk]) -> dict[tuple[int, ...], np.ndarray]:
+        """Latents of the chunks; those that do not end within a shorter length get the full one."""
+        latents = sampler(chunks, later)
+        longer = [
+            dataclasses.replace(chunk, num_frames=num_frames)
+            for chunk in chunks
+            if end_of(latents[chunk.index]) == chunk.num_frames < num_frames
+        ]
+        return latents | sampler(longer, later)
+
     # Without a reference, the first chunk settles on a voice, which becomes the others' reference.
     first, second = [], []
     for i, (utterance, parts) in enumerate(zip(utterances, texts, strict=True)):
         for j, part in enumerate(parts):
-            chunk = Chunk((i, j), part, speakers[i], utterance.seed)
+            frames = num_frames
+            if length == "auto":
+                frames = frames_for_text(part, dit, codec, num_frames)
+            chunk = Chunk((i, j), part, speakers[i], utterance.seed, frames)
             (second if speakers[i] is None and j > 0 else first).append(chunk)
-    latents = sampler(first, second)
+    latents = spoken(first, second)
     for i, speaker in enumerate(speakers):
         if speaker is None:
-            spoken = latents[i, 0]
-            spoken = spoken[: end_of(spoken) or None][: dit.config.max_speaker_frames]
-            speakers[i] = trim_to_patches(spoken, dit)
+            voice = latents[i, 0]
+            voice = voice[: end_of(voice) or None][: dit.config.max_speaker_frames]
+            speakers[i] = trim_to_patches(voice, dit)
     second = [dataclasses.replace(chunk, speaker=speakers[chunk.utterance]) for chunk in second]
-    latents |= sampler(second)
+    latents |= spoken(second, [])
 
     chunks, endless = first + second, []
-    while full := [chunk for chunk in chunks if end_of(latents[chunk.index]) == num_frames]:
+    while full := [
+        dataclasses.replace(chunk, num_frames=num_frames)
+        for chunk in chunks
+        if end_of(latents[chunk.index]) == num_frames
+    ]:
         chunks = []
         for chunk in full:
             speaker = speakers[chunk.utterance]

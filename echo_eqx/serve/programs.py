@@ -74,7 +74,7 @@ class Programs:
             for speaker in (None, voice):
                 for guidance in ("independent", "joint", "alternating"):
                     settings = dataclasses.replace(quick, guidance=guidance)
-                    row = self.begin(Chunk((0, 0), "a", speaker, 0), settings, canvas)
+                    row = self.begin(Chunk((0, 0), "a", speaker, 0, canvas), settings, canvas)
                     self.advance([row])
             self.decode(self.latents(row), message)
         longest = round_up(self.max_speaker_frames, FRAME_BUCKET)

@@ -80,7 +80,7 @@ class Speech:
         self._programs, self._task, self._emit = programs, task, emit
         self._voice = task.voice
         self._waiting = deque(
-            Chunk((0, j), text, None, task.seed) for j, text in enumerate(task.texts)
+            Chunk((0, j), text, None, task.seed, task.frames) for j, text in enumerate(task.texts)
         )
         self._order = [chunk.index for chunk in self._waiting]
         self._latents: dict[tuple[int, ...], tuple[np.ndarray, int]] = {}

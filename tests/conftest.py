@@ -12,6 +12,7 @@ install_import_hook([f"echo_eqx.{name}" for name in SHAPED], "beartype.beartype"
 beartype_packages([f"echo_eqx.{name}" for name in OTHERS], conf=BeartypeConf(claw_is_pep526=False))
 
 import functools  # noqa: E402
+import gc  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
@@ -38,6 +39,7 @@ from echo_eqx.cli import log_to_stderr  # noqa: E402
 from echo_eqx.flow.objective import frame_weight, squared_errors  # noqa: E402
 from echo_eqx.trees import leaf_names  # noqa: E402
 
+gc.set_threshold(50_000, 20, 20)  # as commands do
 log_to_stderr()
 logging.getLogger("echo_eqx").propagate = True  # for caplog
 # Devices for meshes; everything else runs on the first one.

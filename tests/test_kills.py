@@ -121,7 +121,7 @@ def wait_for_traces(folder: Path, before: int, process: Process) -> None:
     deadline = time.monotonic() + 120
     while traces(folder) == before and process.poll() is None:
         assert time.monotonic() < deadline, f"nothing new in {folder}"
-        time.sleep(0.002)
+        time.sleep(0.02)
 
 
 def killed(job: str, count: int, home: Path, seed: int) -> list[str]:
@@ -155,7 +155,7 @@ def killed(job: str, count: int, home: Path, seed: int) -> list[str]:
     return moments
 
 
-@pytest.mark.parametrize("job, count", [("train", 2), ("prepare", 2)])
+@pytest.mark.parametrize("job, count", [("train", 1), ("prepare", 1)])
 def test_runs_killed_at_random_moments_end_with_the_same_bits(job, count, home, seed):
     moments = killed(job, count, home, seed)
     print(f"{job}: seed {seed}, killed after {', '.join(moments)} s")

@@ -1,6 +1,7 @@
 """Training runs in real processes: resumed, preempted, and with several processes."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -69,7 +70,7 @@ def wait_for(condition, process: Process, seconds: float = 240) -> None:
         assert time.monotonic() < deadline, "it did not come to that"
         if process.poll() is not None:
             pytest.fail(f"ended with {process.returncode}: {process.communicate()[1][-3000:]}")
-        time.sleep(0.001)
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +109,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start_two(home: Path, run: str, *flags: str) -> list[Process]:
+def start_two(home: Path, run: str, mesh: str, *flags: str) -> list[Process]:
     together = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", "2"]
-    mesh = ["--mesh", "data=2,fsdp=2,tensor=2"]
+    devices = math.prod(int(size) for size in re.findall(r"=(\d+)", mesh)) // 2
     return [
-        start(home, run, *flags, *mesh, *together, "--process_id", str(i), devices=4)
+        start(home, run, *flags, "--mesh", mesh, *together, "--process_id", str(i), devices=devices)
         for i in range(2)
     ]
 
@@ -129,7 +130,7 @@ def test_two_processes_resume_a_run_of_one_and_stop_together(home, uninterrupted
     for path in (home / "spread" / "checkpoints").iterdir():
         if path.name.startswith(("step_000000009", "step_000000012")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    both = start_two(home, "spread", "--log_every", "1")
+    both = start_two(home, "spread", "data=2,fsdp=2,tensor=2", "--log_every", "1")
     wait_for(lambda: 6 < lines_of(home, "spread")[-1]["step"] < STEPS, both[0])
     both[1].terminate()
     said = [finish(process, code=76) for process in both]
@@ -142,7 +143,7 @@ def test_two_processes_resume_a_run_of_one_and_stop_together(home, uninterrupted
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_others_report_it_and_stop(home, victim):
     run = f"widowed{victim}"
-    both = start_two(home, run, "--num_steps", "100000", "--log_every", "1")
+    both = start_two(home, run, "fsdp=2", "--num_steps", "100000", "--log_every", "1")
     try:
         wait_for((home / run / "metrics.jsonl").is_file, both[0])
         wait_for(lambda: len(lines_of(home, run)) >= 2, both[0])

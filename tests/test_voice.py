@@ -25,7 +25,7 @@ def test_all_packaged_files_are_small_and_complete():
 
 
 def test_held_out_sentences_are_intelligible():
-    """The speech of four sentences that were never trained on is nearest to espeak-ng's own
+    """The speech of two sentences that were never trained on is nearest to espeak-ng's own
     recording of the same text, among fifty, where chance finds one in fifty.
     `tests/data/held_out.npz` has the mel cepstra of those."""
     stored = np.load(DATA / "held_out.npz")
@@ -36,7 +36,7 @@ def test_held_out_sentences_are_intelligible():
     originals = np.split(stored["cepstra"].astype(np.float64), ends[:-1])
     dit, codec = echo_eqx.load_dit(voice.CHECKPOINT), echo_eqx.load_codec(voice.CODEC)
     reference = {"anna": voice.REFERENCES / "anna.flac"}
-    spoken = generate(dit, codec, texts[:4], reference, voice.SETTINGS)
+    spoken = generate(dit, codec, texts[:2], reference, voice.SETTINGS)
     for i, audio in enumerate(spoken):
         cepstra = mel_cepstra(audio, codec.config.sample_rate)
         assert np.argmin(dtw_distances(cepstra, originals)) == i
@@ -44,7 +44,13 @@ def test_held_out_sentences_are_intelligible():
 
 def test_training_on_the_packaged_shards_lowers_the_loss_and_speaks(tmp_path):
     settings = flags(
-        num_steps=20, batch_size=4, checkpoint_every=20, sample_every=0, log_every=10, run_dir="run"
+        num_steps=20,
+        batch_size=4,
+        max_frames=96,
+        checkpoint_every=20,
+        sample_every=0,
+        log_every=10,
+        run_dir="run",
     )
     done = run(SCRIPTS / "train.py", *settings, cwd=tmp_path, XLA_FLAGS=xla_flags())
     assert done.returncode == 0, done.stderr[-3000:]

@@ -79,8 +79,9 @@ class DACVAE(Codec):
         """
         check_audio(audio.shape)
         hop = self.config.hop
-        audio = jnp.asarray(audio, self.encoder.conv_in.weight.dtype)
-        audio = jnp.concatenate([audio, audio[_reflection(audio.shape[0], -audio.shape[0] % hop)]])
+        xp = np if isinstance(audio, np.ndarray) else jnp  # on the host nothing is compiled
+        audio = xp.asarray(audio, self.encoder.conv_in.weight.dtype)
+        audio = xp.concatenate([audio, audio[_reflection(audio.shape[0], -audio.shape[0] % hop)]])
         means, stds = [], []
         context, _ = self.encoder_context
         for start, stop, crop in split_frames(audio.shape[0] // hop, context):

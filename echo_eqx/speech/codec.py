@@ -26,7 +26,7 @@ def silence_latent(codec: Codec) -> Float[np.ndarray, " c"]:
     """The latent of digital silence, away from the edges of the signal."""
     before, after = codec.encoder_context
     mean, _ = codec.encode(np.zeros((before + 1 + after) * codec.config.hop, np.float32))
-    return np.asarray(mean[before], np.float32)
+    return np.asarray(mean, np.float32)[before]
 
 
 def codec_identity(codec: Codec) -> str:

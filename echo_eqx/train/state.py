@@ -1,5 +1,6 @@
 """The training state: everything that a step changes."""
 
+import functools
 from typing import Any, cast
 
 import equinox as eqx
@@ -40,6 +41,7 @@ def init_train_state(model: EchoDiT, config: OptimizerConfig) -> TrainState:
     return TrainState(zero, zero, model, moments, ema)
 
 
+@functools.cache
 def abstract_state(config: DiTConfig, optimizer: OptimizerConfig) -> TrainState:
     """A state of shapes only, as from `jax.eval_shape`: every leaf is a `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: init_train_state(EchoDiT.init(config, key=jr.key(0)), optimizer))

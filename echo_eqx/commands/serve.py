@@ -19,15 +19,17 @@ import jax
 import tyro
 
 import echo_eqx
-from echo_eqx import SamplerSettings, voice
+from echo_eqx import EchoDiT, SamplerSettings
 from echo_eqx.cli import CompileClock, parse
+from echo_eqx.codec.codec import Codec
 from echo_eqx.commands.infer import RECOMMENDED, SAMPLER_FLAGS
 from echo_eqx.compilation import use_compilation_cache
-from echo_eqx.errors import UsageError, optional
+from echo_eqx.errors import EchoError, UsageError, optional
+from echo_eqx.generation import Length
 from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, silence_latent
-from echo_eqx.speech.speaker import speaker_latents
+from echo_eqx.speech.voices import SUFFIX, list_voices, load_voice
 from echo_eqx.weights.load import load_model
 from echo_eqx.weights.native import array_dtype
 
@@ -42,8 +44,8 @@ class Args:
     codec: str | None = None
     """Codec weights, as for infer."""
     voices: Path | None = None
-    """Folder of recordings (*.wav, *.flac, *.mp3 ...), each a voice by the name of its file. By
-    default the voices in the package."""
+    """Folder of the voices; default: that of echo-eqx voice. Those in the package are served
+    too."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 can be reached from other machines and needs --api_key."""
     port: int = 8000
@@ -64,6 +66,10 @@ class Args:
     """Most sampling steps that a request may ask for."""
     duration: float | None = None
     """Seconds generated for each chunk of text, as for infer; requests may ask for others."""
+    length: Annotated[Length, RECOMMENDED] = "full"
+    """Generate the full duration for every chunk of text (full), or less for shorter texts (auto),
+    as for infer. Requests may ask for either; with auto more lengths are compiled, so that short
+    texts cost less."""
     speaker_seconds: float | None = None
     """Seconds of a reference's speech to use, up to 120. By default the longest in training."""
     sampler: Annotated[SamplerSettings, tyro.conf.arg(name="", constructor=SAMPLER_FLAGS)] = field(
@@ -118,20 +124,27 @@ def main() -> None:
             logger.warning(f"codec {codec_name}: {warning}")
     args = with_recommended(dit, codec)
     target_seconds(dit, codec, args.duration)
-    trained = dit.config.max_speaker_frames / codec.config.frame_rate
-    seconds = trained if args.speaker_seconds is None else args.speaker_seconds
+    rate = codec.config.frame_rate
+    frames = [dit.config.max_speaker_frames]
+    if args.speaker_seconds is None:
+        files = [path for path in list_voices(args.voices).values() if path.suffix == SUFFIX]
+        frames += [len(load_voice(path).latents) for path in files]
+    else:
+        frames = [int(args.speaker_seconds * rate + 1e-6)]
     programs = Programs(
-        dit, codec, dit.config.max_frames, int(seconds * codec.config.frame_rate + 1e-6)
+        dit,
+        codec,
+        batch_size=args.batch_size or (1 if jax.default_backend() == "cpu" else 4),
+        max_frames=dit.config.max_frames,
+        max_speaker_frames=max(frames),
+        max_steps=args.max_steps,
+        all_lengths=args.length == "auto",
     )
-    batch_size = args.batch_size or (1 if jax.default_backend() == "cpu" else 4)
-    engine = Engine(programs, batch_size, args.max_requests)
+    engine = Engine(programs, args.max_requests)
     service = Service(
         programs=programs,
         engine=engine,
-        voices=Voices(
-            find_recordings(args.voices),
-            lambda path: speaker_latents(dit, codec, path, max_seconds=seconds),
-        ),
+        voices=Voices(programs, args.voices),
         metrics=metrics,
         limits=Limits(
             max_body_bytes=int(args.max_body_mb * 2**20),
@@ -141,13 +154,17 @@ def main() -> None:
         defaults=SamplerSettings(**dataclasses.asdict(args.sampler)),
         model=Path(args.checkpoint).name or "echo",
         duration=args.duration,
+        length=args.length,
         watermark=args.watermark and codec.watermark is not None,
         expand_text=args.expand_text,
         api_key=api_key,
     )
     programs.compile(service.message(0))
-    for name in service.voices.names:
-        service.voices.latents(name)
+    for name, path in list_voices(args.voices).items():
+        try:
+            service.voices.reference(path)
+        except EchoError as error:
+            logger.warning(f"voice {name} is not served: {error}")
     metrics.set_ready()
     engine.start()
     host = f"[{args.host}]" if ":" in args.host else args.host
@@ -170,21 +187,12 @@ def check_usage(args: Args) -> None:
             raise UsageError(f"{name}: expected at least 1, got {value}")
 
 
-def find_recordings(folder: Path | None) -> dict[str, Path]:
-    """Recordings of voices by name."""
-    from echo_eqx.data.audio import AUDIO_SUFFIXES
-
-    folder = voice.REFERENCES if folder is None else folder
-    if not folder.is_dir():
-        raise UsageError(f"voices: expected a folder, got {folder}")
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in AUDIO_SUFFIXES}
-
-
-def with_recommended(dit: echo_eqx.EchoDiT, codec: echo_eqx.codec.codec.Codec) -> Args:
+def with_recommended(dit: EchoDiT, codec: Codec) -> Args:
     """The flags parsed again, with the models' recommended settings as defaults."""
     base = Args(
         sampler=dit.generation.sampler,
         watermark=codec.watermark is not None,
         expand_text=dit.generation.expand_text,
+        length=dit.generation.length,
     )
     return parse(Args, __doc__, default=base)

@@ -57,11 +57,13 @@ def euler_step(
     settings: TracedSettings,
     branches: tuple[str, ...],
     step: Int[Array, " b"],
+    is_new: Bool[Array, ""],
 ) -> EulerState:
     """`x += v (t_next - t)` in each row, with one number of each setting and one step per row.
 
-    The rows must agree on `computes_guidance`, since steps that do not skip the guidance branches.
-    `branches` are by `guidance_branches`. A row does not depend on the other rows.
+    `is_new` is `computes_guidance` of the rows, which must agree on it, since steps that do not
+    compute guidance skip its branches. `branches` are by `guidance_branches`. A row does not depend
+    on the other rows.
     """
     x, update = state
     t, t_next = timestep(step, settings), timestep(step + 1, settings)
@@ -115,7 +117,6 @@ def euler_step(
         return v + update, update
 
     update = jnp.where(is_guided(step, settings)[:, None, None], update, 0.0)
-    is_new = computes_guidance(step, settings)[0]
     v, update = jax.lax.cond(is_new, guided, reused, update)
     v = _by_row(rescale_score)(v, x, t, settings["rescale_k"], settings["rescale_sigma"])
     return x + v * (t_next - t)[:, None, None], update
@@ -139,7 +140,10 @@ def euler_steps(
 
     def body(step: Array, state: EulerState) -> EulerState:
         steps = jnp.broadcast_to(step, rows)
-        return euler_step(dit, state, frame_mask, conditions, prefix, settings, branches, steps)
+        is_new = computes_guidance(steps, settings)[0]
+        return euler_step(
+            dit, state, frame_mask, conditions, prefix, settings, branches, steps, is_new
+        )
 
     return jax.lax.fori_loop(*bounds, body, state)
 

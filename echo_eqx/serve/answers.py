@@ -174,7 +174,6 @@ class SpeechAnswer:
         data = await anyio.to_thread.run_sync(encoder.encode, event.samples)
         if not self._status:
             self._service.metrics.add_first_byte(time.monotonic() - self._arrived)
-        self._pending = seconds
         self._speech.unread -= seconds
         return data
 

@@ -127,8 +127,8 @@ class _Endpoints:
 
     async def metrics(self, request: Request) -> Response:
         engine = self._service.engine
-        gauges = {"requests_in_progress": engine.num_requests, "rows": engine.num_rows}
-        gauges["steps"] = engine.num_steps
+        gauges: dict[str, float] = {"requests_in_progress": engine.num_requests}
+        gauges |= {"rows": engine.num_rows, "steps": engine.num_steps}
         text = self._service.metrics.text(gauges)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 

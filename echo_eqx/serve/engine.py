@@ -22,14 +22,14 @@ _log = logging.getLogger("echo_eqx.serve")
 
 
 class Engine:
-    """Speaks `Speech`es: up to `batch_size` chunks at a time, each a step per turn.
+    """Speaks `Speech`es: up to `programs.batch_size` chunks at a time, each a step per turn.
 
     A free place goes to the chunk whose listener needs it first, so a short text never waits for
     the end of a long one. At most `max_requests` speeches wait or are spoken.
     """
 
-    def __init__(self, programs: Programs, batch_size: int, max_requests: int):
-        self.programs, self._batch_size, self._max_requests = programs, batch_size, max_requests
+    def __init__(self, programs: Programs, max_requests: int):
+        self.programs, self._max_requests = programs, max_requests
         self._changed = threading.Condition()
         self._speeches: list[Speech] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -66,7 +66,7 @@ class Engine:
         with self._changed:
             if len(self._speeches) >= self._max_requests:
                 waiting = sum(speech.num_waiting for speech in self._speeches)
-                seconds = (waiting + 1) * self._chunk_seconds / self._batch_size
+                seconds = (waiting + 1) * self._chunk_seconds / self.programs.batch_size
                 raise ApiError(
                     503,
                     f"{len(self._speeches)} requests are waiting already; try again later",
@@ -85,7 +85,7 @@ class Engine:
         return future
 
     def _run(self) -> None:
-        computing: list[Row] = []
+        computing: list[Any] = []
         while True:
             with self._changed:
                 self._speeches = [s for s in self._speeches if not (s.is_over or s.is_cancelled)]
@@ -96,29 +96,32 @@ class Engine:
             for function, future in calls:
                 _answer(function, future)
             self._fill()
-            if not self._rows:
-                with self._changed:
-                    if not (self._calls or self._stops):
-                        self._changed.wait(None if not self._speeches else 0.1)
-                continue
+            is_busy = bool(self._rows)
             started = time.monotonic()
             self._advance()
+            for speech in self._speeches:
+                with _failing([speech]):
+                    is_busy |= speech.decode_next()
             # The device may be one step behind, so that it never waits for this thread.
-            jax.block_until_ready([row.x for row in computing])
-            computing = [row for _, row in self._rows]
+            jax.block_until_ready(computing)
+            computing = [row.state for _, row in self._rows]
+            if self._rows:
+                steps = max(row.num_steps for _, row in self._rows)
+                seconds = (time.monotonic() - started) * steps
+                self._chunk_seconds += 0.01 * (seconds - self._chunk_seconds)
             self._finish()
-            share = (time.monotonic() - started) * max(row.settings.steps for row in computing)
-            self._chunk_seconds += 0.01 * (share - self._chunk_seconds)
+            with self._changed:
+                if not (is_busy or self._calls or self._stops):
+                    self._changed.wait(0.1 if self._speeches else None)
 
     def _fill(self) -> None:
-        while len(self._rows) < self._batch_size:
+        while len(self._rows) < self.programs.batch_size:
             ready = [s for s in self._speeches if s.can_start and s.unread < MAX_UNREAD_SECONDS]
             if not ready:
                 return
             speech = min(ready, key=lambda speech: speech.due)
             with _failing([speech]):
-                row = self.programs.begin(speech.start_chunk(), speech.settings, speech.frames)
-                self._rows.append((speech, row))
+                self._rows.append((speech, speech.start_chunk()))
 
     def _advance(self) -> None:
         with _failing([speech for speech, _ in self._rows]):
@@ -131,7 +134,7 @@ class Engine:
         for speech, row in self._rows:
             if row.is_done:
                 with _failing([speech]):
-                    speech.finish_chunk(row.chunk, self.programs.latents(row))
+                    speech.finish_chunk(row)
         self._rows = [(s, row) for s, row in self._rows if not (row.is_done or s.is_over)]
 
 

@@ -3,11 +3,12 @@
 libsndfile writes wav, flac, mp3 and opus; aac needs the program ffmpeg.
 """
 
+import io
 import shutil
 import struct
 import subprocess
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile as sf
@@ -113,10 +114,11 @@ class _StreamedWAV:
         pass
 
 
-class _Output:
+class _Output(io.BytesIO):
     """A file for libsndfile. Of a stream, what was taken cannot be rewritten."""
 
     def __init__(self, streamed: bool):
+        super().__init__()
         self._data, self._taken, self._position, self._streamed = bytearray(), 0, 0, streamed
 
     def take(self) -> bytes:
@@ -124,14 +126,14 @@ class _Output:
         self._data.clear()
         return data
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: Any, /) -> int:
         start, end = self._position - self._taken, self._position - self._taken + len(data)
         if start >= 0 and (start == len(self._data) or not self._streamed):
             self._data[start:end] = data
         self._position += len(data)
         return len(data)
 
-    def seek(self, offset: int, whence: int = 0) -> int:
+    def seek(self, offset: int, whence: int = 0, /) -> int:
         base = (0, self._position, self._taken + len(self._data))[whence]
         self._position = base + offset
         return self._position
@@ -139,11 +141,8 @@ class _Output:
     def tell(self) -> int:
         return self._position
 
-    def read(self, count: int = -1) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
         return b""
-
-    def flush(self) -> None:
-        pass
 
 
 class _SoundFile:

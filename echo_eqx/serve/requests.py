@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from echo_eqx.errors import EchoError
-from echo_eqx.generation import Range, SamplerSettings
+from echo_eqx.generation import Length, Range, SamplerSettings
 from echo_eqx.json_data import parse_json
 from echo_eqx.serve.errors import ApiError
 from echo_eqx.serve.formats import CONTENT_TYPES
@@ -46,6 +46,7 @@ class SpeechRequest:
     seed: int
     settings: SamplerSettings
     duration: float | None
+    length: Length | None
     trim: bool
     normalize_text: bool
     expand_text: bool | None
@@ -93,6 +94,7 @@ def parse_speech(
         seed=42 if seed is None else int(seed),
         settings=_settings(fields, defaults, limits),
         duration=fields.number("duration", 0.1, 1000),
+        length=fields.choice("length", typing.get_args(Length)),  # type: ignore[arg-type]
         trim=fields.boolean("trim") is not False,
         normalize_text=fields.boolean("normalize_text") is not False,
         expand_text=fields.boolean("expand_text"),

@@ -1,24 +1,27 @@
 """What the endpoints share: the engine, the voices, the limits, and requests made into tasks."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import anyio.to_thread
 import numpy as np
 
 from echo_eqx.data.audio import decode_audio
 from echo_eqx.errors import EchoError
-from echo_eqx.generation import SamplerSettings
+from echo_eqx.generation import Length, SamplerSettings
 from echo_eqx.serve.engine import Engine
 from echo_eqx.serve.errors import ApiError
 from echo_eqx.serve.metrics import Metrics
-from echo_eqx.serve.programs import Programs
+from echo_eqx.serve.programs import Programs, Reference
 from echo_eqx.serve.requests import Limits, SpeechRequest
 from echo_eqx.serve.speech import Task
 from echo_eqx.serve.voices import Voices
-from echo_eqx.speech.chunks import split_into_chunks, target_seconds
+from echo_eqx.speech.chunks import frames_for_text, split_into_chunks, target_seconds
 from echo_eqx.speech.speaker import speaker_latents
 
+T = TypeVar("T")
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Names that clients have built in. They stand for the model there is."""
 
@@ -37,6 +40,7 @@ class Service:
     """Seconds to generate for each chunk of text, unless a request says otherwise."""
     watermark: bool = False
     expand_text: bool = False
+    length: Length = "full"
     api_key: str | None = None
 
     @property
@@ -48,19 +52,24 @@ class Service:
 
         **Raises**: `ApiError` if it cannot be spoken.
         """
-        texts, frames = await anyio.to_thread.run_sync(self._split, request)
+        texts, lengths, most = await anyio.to_thread.run_sync(self._split, request)
         voice = None
-        if request.reference is not None:
-            voice = await self._encode(request.reference)
-        elif request.voice is not None:
-            name = self.voices.resolve(request.voice)
-            voice = await asyncio.wrap_future(self.engine.call(lambda: self.voices.latents(name)))
+        try:
+            if request.reference is not None:
+                voice = await self._encode(request.reference)
+            elif request.voice is not None:
+                path = self.voices.resolve(request.voice)
+                voice = await self._on_device(lambda: self.voices.reference(path))
+        except EchoError as error:
+            param = "speaker_ref" if request.reference is not None else "voice"
+            raise ApiError(400, str(error), param=param, code="invalid_reference") from None
         return Task(
             texts=texts,
+            lengths=lengths,
             voice=voice,
             seed=request.seed,
             settings=request.settings,
-            frames=frames,
+            most=most,
             trim=request.trim,
             message=self.message(request.seed),
         )
@@ -72,8 +81,8 @@ class Service:
             return None
         return np.random.default_rng(seed).integers(0, 2, watermark.num_bits).tolist()
 
-    def _split(self, request: SpeechRequest) -> tuple[list[str], int]:
-        """Chunks of the text, and frames to generate for each.
+    def _split(self, request: SpeechRequest) -> tuple[list[str], list[int], int]:
+        """Chunks of the text, frames to generate for each, and the most for any.
 
         A faster speech is asked for by fewer frames for the same text, a slower one by less text
         for the same frames.
@@ -89,21 +98,27 @@ class Service:
         except EchoError as error:
             param = "duration" if str(error).startswith("duration") else "input"
             raise ApiError(400, str(error), param=param) from None
-        frames = max(1, round(seconds / max(1.0, speed) * codec.config.frame_rate))
-        return texts, min(frames, self.programs.max_frames)
+        full = round(seconds * codec.config.frame_rate)
+        lengths = [full] * len(texts)
+        if (request.length or self.length) == "auto":
+            lengths = [frames_for_text(text, dit, codec, full) for text in texts]
+        lengths = [max(1, min(full, round(frames / speed))) for frames in lengths]
+        return texts, lengths, max(1, round(full / max(1.0, speed)))
 
-    async def _encode(self, recording: bytes) -> np.ndarray:
-        """Latents of a reference that came with a request."""
+    async def _encode(self, recording: bytes) -> Reference:
+        """The voice of a recording that came with a request.
+
+        **Raises**: `EchoError` if it cannot be used.
+        """
         dit, codec = self.programs.dit, self.programs.codec
-        rate = codec.config.sample_rate
-        longest = self.programs.max_speaker_frames / codec.config.frame_rate
-        try:
-            audio = await anyio.to_thread.run_sync(
-                lambda: decode_audio(recording, "speaker_ref", rate, 0.0, longest + 30)
-            )
-            return await asyncio.wrap_future(
-                self.engine.call(lambda: speaker_latents(dit, codec, audio, max_seconds=longest))
-            )
-        except EchoError as error:
-            message = str(error).replace("the reference", "speaker_ref")
-            raise ApiError(400, message, param="speaker_ref", code="invalid_reference") from None
+        rate, name = codec.config.sample_rate, "speaker_ref"
+        seconds = self.programs.max_speaker_frames / codec.config.frame_rate
+        audio = await anyio.to_thread.run_sync(
+            lambda: decode_audio(recording, name, rate, 0.0, seconds + 30)
+        )
+        return await self._on_device(
+            lambda: self.programs.reference(speaker_latents(dit, codec, audio, max_seconds=seconds))
+        )
+
+    async def _on_device(self, function: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self.engine.call(function))

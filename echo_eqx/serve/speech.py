@@ -4,16 +4,17 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from echo_eqx.generation import SamplerSettings
-from echo_eqx.serve.programs import Programs
+from echo_eqx.serve.joiner import Joiner
+from echo_eqx.serve.programs import Programs, Reference, Row
 from echo_eqx.speech.chunks import Chunk, halve_chunk
-from echo_eqx.speech.joining import CROSSFADE_SECONDS, EDGE_SECONDS, Message, speech_end
+from echo_eqx.speech.joining import CROSSFADE_SECONDS, Message, speech_end
 from echo_eqx.speech.speaker import trim_to_patches
 
 
@@ -59,12 +60,14 @@ class Task:
 
     texts: Sequence[str]
     """Chunks of the text, each spoken in one go."""
-    voice: Float[np.ndarray, "r c"] | None
-    """Reference latents. None: the first chunk settles on a voice."""
+    lengths: Sequence[int]
+    """Frames to generate for each chunk."""
+    voice: Reference | None
+    """None: the first chunk settles on a voice."""
     seed: int
     settings: SamplerSettings
-    frames: int
-    """Frames to generate for each chunk."""
+    most: int
+    """Frames to generate for a chunk whose speech does not end within fewer."""
     trim: bool
     message: Message
 
@@ -72,31 +75,25 @@ class Task:
 class Speech:
     """A task in the engine. `emit` is called in the engine's thread with each event.
 
-    `cancel` may be called in any thread, and `unread` may be set by the reader: the seconds of
-    audio that were emitted and that the client has not taken yet.
+    `cancel` may be called in any thread. `unread` are the seconds of audio that were emitted and
+    that the client has not taken yet; the reader lowers it.
     """
 
     def __init__(self, programs: Programs, task: Task, emit: Callable[[Event], None]):
         self._programs, self._task, self._emit = programs, task, emit
         self._voice = task.voice
         self._waiting = deque(
-            Chunk((0, j), text, None, task.seed, task.frames) for j, text in enumerate(task.texts)
+            Chunk((0, j), text, None, task.seed, frames)
+            for j, (text, frames) in enumerate(zip(task.texts, task.lengths, strict=True))
         )
         self._order = [chunk.index for chunk in self._waiting]
         self._latents: dict[tuple[int, ...], tuple[np.ndarray, int]] = {}
         self._joiner = Joiner(programs.codec.config.sample_rate)
-        self._num_started = self._num_steps = self._num_chunks = self._frames = self._endless = 0
+        self._clip: Iterator[np.ndarray] | None = None
+        self._num_started = self._num_steps = self._frames = self._endless = 0
         self._num_chunks = len(task.texts)
         self.arrived, self.is_cancelled, self.is_over = time.monotonic(), False, False
         self.unread = 0.0
-
-    @property
-    def settings(self) -> SamplerSettings:
-        return self._task.settings
-
-    @property
-    def frames(self) -> int:
-        return self._task.frames
 
     @property
     def due(self) -> float:
@@ -108,20 +105,29 @@ class Speech:
         return len(self._waiting)
 
     @property
+    def has_begun(self) -> bool:
+        return self._num_started > 0
+
+    @property
     def can_start(self) -> bool:
         """Whether a chunk may start now: later ones need the voice of the first."""
-        return bool(self._waiting) and (self._voice is not None or self._num_started == 0)
+        return bool(self._waiting) and (
+            self._voice is not None or len(self._waiting) == len(self._order)
+        )
 
     @property
     def _seconds(self) -> float:
-        return self._task.frames / self._programs.codec.config.frame_rate
+        return self._task.most / self._programs.codec.config.frame_rate
 
     def cancel(self) -> None:
         self.is_cancelled = True
 
-    def start_chunk(self) -> Chunk:
+    def start_chunk(self) -> Row:
+        """The row of the next chunk."""
         self._num_started += 1
-        return dataclasses.replace(self._waiting.popleft(), speaker=self._voice)
+        programs, task = self._programs, self._task
+        voice = self._voice or programs.no_reference
+        return programs.begin(self._waiting.popleft(), voice, task.settings)
 
     def count_step(self) -> None:
         self._num_steps += 1
@@ -131,16 +137,21 @@ class Speech:
         self.is_over = True
         self._emit(Failed(message, is_internal))
 
-    def finish_chunk(self, chunk: Chunk, latents: Float[np.ndarray, "t c"]) -> None:
-        """Take the latents of a chunk, and emit the audio that they complete."""
-        programs, trim = self._programs, self._task.trim
-        dit, frame_rate = programs.dit, programs.codec.config.frame_rate
-        end = speech_end(latents, programs.padding, frame_rate)
+    def finish_chunk(self, row: Row) -> None:
+        """Take the latents of a chunk, to be decoded when it is their turn."""
+        programs, chunk = self._programs, row.chunk
+        latents = programs.latents(row)
+        end = speech_end(latents, programs.padding, programs.codec.config.frame_rate)
+        if end == len(latents) < self._task.most:
+            self._waiting.appendleft(dataclasses.replace(chunk, num_frames=self._task.most))
+            self._num_chunks += 1
+            return
         if self._voice is None:
-            spoken = latents[: end or None][: dit.config.max_speaker_frames]
-            self._voice = trim_to_patches(spoken, dit)
+            spoken = latents[: end or None][: programs.dit.config.max_speaker_frames]
+            self._voice = programs.reference(trim_to_patches(spoken, programs.dit))
         if end == len(latents):
-            halves = halve_chunk(chunk, self._voice, self._seconds) if trim else []
+            voice = self._voice.latents
+            halves = halve_chunk(chunk, voice, self._seconds) if self._task.trim else []
             if halves:
                 self._waiting.extendleft(reversed(halves))
                 at = self._order.index(chunk.index)
@@ -148,50 +159,25 @@ class Speech:
                 self._num_chunks += 2
                 return
             self._endless += 1
-        self._latents[chunk.index] = latents, (end if trim else 0) or len(latents)
-        while self._order and self._order[0] in self._latents:
+        self._latents[chunk.index] = latents, (end if self._task.trim else 0) or len(latents)
+
+    def decode_next(self) -> bool:
+        """Decode and emit the next piece of audio, if its latents are known."""
+        if self._clip is None:
+            if not self._order or self._order[0] not in self._latents:
+                return False
             latents, end = self._latents.pop(self._order.pop(0))
-            clip = programs.decode(latents, self._task.message)
-            samples = self._joiner.join(clip, end * programs.codec.config.hop, not self._order)
             self._frames += end
+            config, is_last = self._programs.codec.config, not self._order
+            fade = 0 if is_last else math.ceil(CROSSFADE_SECONDS * config.frame_rate)
+            pieces = self._programs.decode(latents, end + fade, self._task.message)
+            self._clip = self._joiner.join(pieces, end * config.hop, is_last)
+        samples = next(self._clip, None)
+        if samples is None:
+            self._clip = None
+            if not self._order:
+                self.is_over = True
+                self._emit(Done(self._frames, self._endless))
+        elif len(samples):
             self._emit(Audio(samples))
-        if not self._order:
-            self.is_over = True
-            self._emit(Done(self._frames, self._endless))
-
-
-class Joiner:
-    """`crossfade` and `fade_edges` of clips that come one after the other."""
-
-    def __init__(self, sample_rate: int):
-        self._fade, self._edge = (
-            int(CROSSFADE_SECONDS * sample_rate),
-            int(EDGE_SECONDS * sample_rate),
-        )
-        self._tail = np.zeros(0, np.float32)
-        self._held = np.zeros(0, np.float32)
-        self._is_first = True
-
-    def join(self, clip: np.ndarray, end: int, is_last: bool) -> Float[np.ndarray, " samples"]:
-        """Samples that are final once `clip` is known, whose speech ends before sample `end`."""
-        ramp = np.linspace(0, 1, self._fade, endpoint=False, dtype=np.float32)
-        shaped = np.zeros(end + self._fade, np.float32)
-        available = min(len(clip), len(shaped))
-        shaped[:available] = clip[:available]
-        if not is_last:
-            shaped[end:] *= 1 - ramp
-        if not self._is_first:
-            shaped[: self._fade] *= ramp
-            shaped[: len(self._tail)] += self._tail
-        out, self._tail = np.concatenate([self._held, shaped[:end]]), shaped[end:]
-        length = min(self._edge, len(out) // 2)
-        rise = np.sin(np.linspace(0, math.pi / 2, length, endpoint=False, dtype=np.float32)) ** 2
-        if self._is_first:
-            out[:length] *= rise
-            self._is_first = False
-        if is_last:
-            out[len(out) - length :] *= rise[::-1]
-            return out
-        held = min(self._edge, len(out))
-        out, self._held = out[: len(out) - held], out[len(out) - held :]
-        return out
+        return True

@@ -15,6 +15,9 @@ from echo_eqx.model.dit import EchoDiT
 from echo_eqx.speech.batching import round_up
 from echo_eqx.speech.voices import MAX_SECONDS, SUFFIX, check_codec, load_voice
 
+_WINDOW = 2 * FRAME_BUCKET
+"""Frames that one window of a long reference yields."""
+
 Speaker = str | Path | Float[np.ndarray | Array, "..."]
 """Path of a recording, of a voice (`*.safetensors`) or of latents (`*.npy`); or an array: latents
 (r, c), or audio (samples,) at the sample rate of the codec."""
@@ -124,14 +127,21 @@ def longest_reference(dit: EchoDiT, codec: Codec) -> float:
 
 
 def encode_padded(codec: Codec, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
-    """Mean latents of the whole frames in `audio`, padded to a bucket to save compilations."""
-    hop = codec.config.hop
+    """Mean latents of the whole frames in `audio`, padded with zeros to a multiple of
+    `FRAME_BUCKET`. Long audio is encoded in windows, so that few lengths are ever compiled."""
+    hop, (before, after) = codec.config.hop, codec.encoder_context
     frames = len(audio) // hop
-    samples = round_up(max(frames, 1), FRAME_BUCKET) * hop
-    padded = np.zeros(samples, np.float32)
+    total, window = round_up(max(frames, 1), FRAME_BUCKET), _WINDOW + before + after
+    padded = np.zeros(max(total, window if total > _WINDOW else 0) * hop, np.float32)
     padded[: frames * hop] = audio[: frames * hop]
-    mean, _ = codec.encode(padded)
-    return np.asarray(mean[:frames], np.float32)
+    if total <= _WINDOW:
+        return np.asarray(codec.encode(padded)[0][:frames], np.float32)
+    latents = []
+    for first in range(0, frames, _WINDOW):
+        start = min(max(first - before, 0), len(padded) // hop - window)
+        mean, _ = codec.encode(padded[start * hop : (start + window) * hop])
+        latents.append(np.asarray(mean, np.float32)[first - start :][:_WINDOW])
+    return np.concatenate(latents)[:frames]
 
 
 def _voice_latents(path: Path, codec: Codec, lufs: float | None) -> np.ndarray:

@@ -169,11 +169,11 @@ def collectives(jaxpr: Any, times: int = 1):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "grad_accum_steps", "reduce_dtype"),
-    [(MESH, 2, "auto"), ("data=1,fsdp=8,tensor=1", 1, "float32")],
+    ("mesh", "grad_accum_steps", "reduce_dtype", "blockwise"),
+    [(MESH, 2, "auto", True), ("data=1,fsdp=8,tensor=1", 1, "float32", False)],
 )
-def test_traffic_matches_the_steps_collectives(mesh, grad_accum_steps, reduce_dtype):
-    config, traced = short_step(mesh, grad_accum_steps, reduce_dtype)
+def test_traffic_matches_the_steps_collectives(mesh, grad_accum_steps, reduce_dtype, blockwise):
+    config, traced = short_step(mesh, grad_accum_steps, reduce_dtype, blockwise=blockwise)
     sizes = mesh_shape(mesh, 8)
     sent = dict.fromkeys(("gathers", "scatters", "gradient_sums", "activation_sums"), 0.0)
     for name, axes, size, times in collectives(traced.jaxpr.jaxpr):
@@ -191,7 +191,8 @@ def test_traffic_matches_the_steps_collectives(mesh, grad_accum_steps, reduce_dt
     assert counted == Traffic(**{name: round(size) for name, size in sent.items()})
 
 
-def test_step_flops_match_the_compilers_count(monkeypatch):
+@pytest.mark.parametrize("blockwise", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_step_flops_match_the_compilers_count(monkeypatch, blockwise):
     # The compiler counts the body of a scan once, so the model has one layer of each kind.
     tiny = DIT_PRESETS["tiny"]
     one = dataclasses.replace(
@@ -203,7 +204,9 @@ def test_step_flops_match_the_compilers_count(monkeypatch):
     monkeypatch.setitem(DIT_PRESETS, "tiny", one)
     nothing_twice = dataclasses.replace(TRAIN_PRESETS["tiny"].objective, remat="none")
     lengths = {"max_frames": 96, "max_text_bytes": 80, "max_speaker_frames": 64}
-    config, traced = short_step("fsdp=8", 1, objective=nothing_twice, **lengths)
+    config, traced = short_step(
+        "fsdp=8", 1, objective=nothing_twice, blockwise=blockwise, **lengths
+    )
     counted = traced.lower().cost_analysis()["flops"]
     expected = step_flops(config.dit_config(), config.batch_size) / 8
     # The compiler counts norms, softmax and the update as well.

@@ -40,6 +40,8 @@ class Args:
     """Longest text in bytes; by default the preset's."""
     max_speaker_frames: int | None = None
     """Longest reference in latent frames, a multiple of 4; by default the preset's."""
+    blockwise: bool = False
+    """The model has a latent encoder, as in train."""
     num_steps: int | None = None
     """Total training steps; by default the preset's."""
     grad_accum_steps: int = 1
@@ -85,6 +87,7 @@ def train_config(args: Args) -> TrainConfig:
         preset.objective, remat=args.remat, grad_reduce_dtype=args.grad_reduce_dtype
     )
     settings = {"mesh": args.mesh, "optimizer": optimizer, "objective": objective, **given}
+    settings["blockwise"] = args.blockwise
     return dataclasses.replace(preset, data="", **settings)  # a plan reads no data
 
 

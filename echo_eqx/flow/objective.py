@@ -13,7 +13,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from echo_eqx.model.blocks import Remat
-from echo_eqx.model.dit import EchoDiT
+from echo_eqx.model.dit import Block, EchoDiT
 
 
 class Batch(eqx.Module):
@@ -35,6 +35,13 @@ class NoiseSample(eqx.Module):
     noise: Float[Array, "b t c"]
     keep_text: Bool[Array, " b"]
     keep_speaker: Bool[Array, " b"]
+
+
+class Bounds(eqx.Module):
+    """The block that each row trains: frames `start` to `end`, as in `Block`."""
+
+    start: Int[Array, " b"]
+    end: Int[Array, " b"]
 
 
 def sample_timesteps(
@@ -85,10 +92,52 @@ def sample_noise(
     return NoiseSample(t, noise, keep_text, keep_speaker)
 
 
+_BOUNDS = 2**31
+"""Folded into the step's key. `sample_noise` splits that key, which amounts to small numbers."""
+
+
+def sample_bounds(
+    key: PRNGKeyArray,
+    index: Int[Array, " b"],
+    num_frames: int,
+    patch_size: int,
+    *,
+    prefix_probability: float,
+    cut_probability: float,
+) -> Bounds:
+    """Blocks for rows `index` of a global batch, on a canvas of `num_frames`, in whole patches.
+
+    With `prefix_probability` a block starts at any patch but the first, otherwise at frame 0. With
+    `cut_probability` it ends behind any patch after that, otherwise with the canvas. `key` is the
+    one of `sample_noise`; the blocks do not depend on how the batch is sharded.
+    """
+    num_patches = -(-num_frames // patch_size)
+    key = jr.fold_in(key, _BOUNDS)
+
+    def row(i: Int[Array, ""]) -> tuple[Array, Array]:
+        keys = jr.split(jr.fold_in(key, i), 4)
+        later = jr.randint(keys[0], (), 1, num_patches)
+        start = jnp.where(jr.bernoulli(keys[1], prefix_probability), later, 0)
+        earlier = jr.randint(keys[2], (), start + 1, num_patches + 1)
+        end = jnp.where(jr.bernoulli(keys[3], cut_probability), earlier, num_patches)
+        return start * patch_size, jnp.minimum(end * patch_size, num_frames)
+
+    return Bounds(*jax.vmap(row)(index))
+
+
 def squared_errors(
-    dit: EchoDiT, batch: Batch, sample: NoiseSample, remat: Remat = "full"
+    dit: EchoDiT,
+    batch: Batch,
+    sample: NoiseSample,
+    remat: Remat = "full",
+    bounds: Bounds | None = None,
 ) -> Float[Array, "b t"]:
-    """`|v(x_t, t) - (n - x_0)|^2` for each frame, averaged over channels."""
+    """`|v(x_t, t) - (n - x_0)|^2` for each frame, averaged over channels.
+
+    With `bounds`, only the frames inside them mean anything: they follow the clean latents of the
+    frames before.
+    """
+    block = None if bounds is None else Block(batch.latents, bounds.start, bounds.end)
     t = sample.t[:, None, None]
     noisy = (1.0 - t) * batch.latents + t * sample.noise
     velocity = jax.vmap(functools.partial(dit, remat=remat))(
@@ -98,10 +147,17 @@ def squared_errors(
         batch.text_mask & sample.keep_text[:, None],
         batch.speaker_latents,
         batch.speaker_mask & sample.keep_speaker[:, None],
+        block=block,
     )
     return jnp.mean(jnp.square(velocity - (sample.noise - batch.latents)), axis=-1)
 
 
-def frame_weight(batch: Batch, valid_frames_only: bool) -> Float[Array, "b t"]:
+def frame_weight(
+    batch: Batch, valid_frames_only: bool, bounds: Bounds | None = None
+) -> Float[Array, "b t"]:
+    """1 for frames that count in the loss: those inside `bounds`, and of recordings if asked."""
     weight = batch.frame_mask if valid_frames_only else jnp.ones_like(batch.frame_mask)
+    if bounds is not None:
+        frames = jnp.arange(weight.shape[1])[None]
+        weight &= (frames >= bounds.start[:, None]) & (frames < bounds.end[:, None])
     return weight.astype(jnp.float32)

@@ -53,6 +53,17 @@ class Prefix(eqx.Module):
     start: Int[Array, ""]
 
 
+class Block(eqx.Module):
+    """The part of a canvas that is generated after the latents before it, as in training."""
+
+    latents: Float[Array, "*b t c"]
+    """The whole canvas without noise. Only frames before `start` are read."""
+    start: Int[Array, "*b"]
+    """First frame of the block, a multiple of `config.patch_size`."""
+    end: Int[Array, "*b"]
+    """The frame after its last."""
+
+
 class EchoDiT(eqx.Module):
     """The velocity model. `EchoDiT.init(config, key=key)` returns one with random weights.
 
@@ -117,6 +128,7 @@ class EchoDiT(eqx.Module):
         speaker_latents: Shaped[Array | np.ndarray, "..."],
         speaker_mask: Shaped[Array | np.ndarray, "..."],
         *,
+        block: Block | None = None,
         remat: Remat = "full",
     ) -> Float[Array, "t {self.config.latent_dim}"]:
         """Velocity at `x` (t, c) and timestep `t` (0 = data, 1 = noise) of one example, float32.
@@ -125,6 +137,9 @@ class EchoDiT(eqx.Module):
         a multiple of `config.patch_size`. Text and reference are ignored where `text_mask` (s,) and
         `speaker_mask` (r,) are false. `remat` is what the backward pass recomputes.
 
+        With `block`, which needs `config.blockwise`, the frames of the block have the velocity that
+        `velocity` gives them alone behind their `Prefix`; that of other frames is meaningless.
+
         **Raises**: `EchoError` naming the argument whose shape or dtype is wrong.
         """
         self._check(x, t, text_ids, text_mask, speaker_latents, speaker_mask)
@@ -132,13 +147,23 @@ class EchoDiT(eqx.Module):
         text, text_mask = self._encode_text(jnp.asarray(text_ids), jnp.asarray(text_mask), remat)
         speaker, speaker_mask = self._encode_speaker(latents, jnp.asarray(speaker_mask), remat)
 
-        def extra_kv(block: DiTBlock, _):
+        earlier = None if block is None else self._encode_latents(block.latents, remat)
+
+        def extra_kv(layer: DiTBlock, _):
+            attention = layer.attention
+            latents = [] if earlier is None else [attention.latent_kv(*earlier)]
             return [
-                block.attention.text_kv(text, text_mask),
-                block.attention.speaker_kv(speaker, speaker_mask),
+                *latents,
+                attention.text_kv(text, text_mask),
+                attention.speaker_kv(speaker, speaker_mask),
             ]
 
         masks = [jnp.ones(x.shape[0], bool), text_mask, speaker_mask]
+        if block is not None:
+            frames = jnp.arange(x.shape[0])
+            in_block = (frames >= block.start) & (frames < block.end)
+            patches = frames[: self._whole_patches(x.shape[0]) : self.config.patch_size]
+            masks = [in_block, patches < block.start, text_mask, speaker_mask]
         return self._decode(noisy, time, extra_kv, None, masks, None, remat)
 
     def _check(self, x, t, text_ids, text_mask, speaker_latents, speaker_mask) -> None:
@@ -209,9 +234,7 @@ class EchoDiT(eqx.Module):
 
         Only for models with `config.blockwise`. r is a multiple of `config.patch_size`.
         """
-        assert self.latent_encoder is not None and self.latent_norm is not None
-        state = self.latent_norm(self.latent_encoder(latents.astype(self.dtype)))
-        angles = rotary_angles(state.shape[0], self._head_dim, stride=self.config.patch_size)
+        state, angles = self._encode_latents(latents)
         latents_kv = eqx.filter_vmap(lambda layer: layer.latent_kv(state, angles))
         return Prefix(latents_kv(self.blocks.attention), start)
 
@@ -276,6 +299,16 @@ class EchoDiT(eqx.Module):
         is_before_end = jnp.repeat(patches <= last, self.config.patch_size)
         latents = jnp.where(is_before_end[:, None], latents, 0).astype(self.dtype)
         return self.speaker_norm(self.speaker_encoder(latents, remat=remat)), mask
+
+    def _encode_latents(self, latents, remat: Remat = "full"):
+        """States of the latents' whole patches, and the angles of their first frames."""
+        assert self.latent_encoder is not None and self.latent_norm is not None
+        latents = latents[: self._whole_patches(latents.shape[0])].astype(self.dtype)
+        state = self.latent_norm(self.latent_encoder(latents, remat=remat))
+        return state, rotary_angles(state.shape[0], self._head_dim, stride=self.config.patch_size)
+
+    def _whole_patches(self, frames: int) -> int:
+        return frames - frames % self.config.patch_size
 
     @property
     def _head_dim(self) -> int:

@@ -29,6 +29,12 @@ class ObjectiveConfig:
     loss_frames: Literal["all", "valid"] = "all"
     """all: the loss includes the silence after a recording, so that the model learns when to stop;
     valid: only the frames of the recording."""
+    prefix_probability: float = 0.5
+    """Block-wise models: fraction of samples that continue the beginning of their recording, of
+    random length. The loss is over what follows it."""
+    cut_probability: float = 0.5
+    """Block-wise models: fraction of samples whose canvas ends at a random frame, so that a short
+    block is not taken for the end of the speech."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of the model: auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters,
     moments, norms and the loss are float32 always."""
@@ -65,6 +71,9 @@ class TrainConfig(RunConfig):
     default they are truncated; a truncated recording keeps its whole text. Both are counted."""
     latent_dim: int | None = None
     """Channels of a latent frame; by default the preset's, 128."""
+    blockwise: bool = False
+    """Train a latent encoder too, with which infer --block_frames continues latents already
+    generated. The preset 2.4B always has one."""
     objective: Annotated[ObjectiveConfig, tyro.conf.arg(name="")] = field(
         default_factory=ObjectiveConfig
     )
@@ -97,7 +106,8 @@ class TrainConfig(RunConfig):
         """Sizes of the model, with the maximum lengths of this run."""
         names = ("max_frames", "max_text_bytes", "max_speaker_frames", "latent_dim")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(DIT_PRESETS[self.model], **given)
+        preset = DIT_PRESETS[self.model]
+        return dataclasses.replace(preset, blockwise=self.blockwise or preset.blockwise, **given)
 
     def check(self) -> None:
         """**Raises**: `UsageError` for settings that are wrong with any data."""
@@ -118,12 +128,26 @@ class TrainConfig(RunConfig):
         objective = self.objective
         dropout = {name: getattr(objective, name) for name in ("text_dropout", "speaker_dropout")}
         check_range(0.0, 1.0, **dropout)
+        self._check_blocks()
         check_range(-10.0, 10.0, timestep_logit_mean=objective.timestep_logit_mean)
         check_range(-70.0, 0.0, speaker_lufs=self.speaker_lufs)
         check_positive(cache_gb=self.cache_gb)
         self.sampler.check()
         if self.sample_every and self.codec is None:
             raise UsageError("--sample_every needs --codec")
+
+    def _check_blocks(self) -> None:
+        objective, sizes = self.objective, self.dit_config()
+        for name in ("prefix_probability", "cut_probability"):
+            value = getattr(objective, name)
+            check_range(0.0, 1.0, **{name: value})
+            if not sizes.blockwise and value != getattr(ObjectiveConfig(), name):
+                raise UsageError(f"--{name} {value} needs a block-wise model; add --blockwise")
+        if sizes.blockwise and sizes.max_frames <= sizes.patch_size:
+            raise UsageError(
+                f"max_frames: expected more than {sizes.patch_size} for a block-wise model, got "
+                f"{sizes.max_frames}"
+            )
 
 
 # The tiny model is for a laptop, so its batches are small too.

@@ -9,7 +9,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from echo_eqx.flow.objective import Batch, frame_weight, sample_noise, squared_errors
+from echo_eqx.flow.objective import (
+    Batch,
+    frame_weight,
+    sample_bounds,
+    sample_noise,
+    squared_errors,
+)
 from echo_eqx.layers.parallel import DATA, FSDP
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import BATCH_SPEC
@@ -22,8 +28,11 @@ NUM_BANDS = 4
 Evaluate = Callable[[EchoDiT, Batch, PRNGKeyArray], Float[Array, "2 bands"]]
 
 
-def make_evaluate(mesh: Mesh, objective: ObjectiveConfig) -> Evaluate:
-    """A jitted `(model, batch, key) -> sums` of squared errors and weights per timestep band."""
+def make_evaluate(mesh: Mesh, objective: ObjectiveConfig, after_prefix: bool = False) -> Evaluate:
+    """A jitted `(model, batch, key) -> sums` of squared errors and weights per timestep band.
+
+    `after_prefix` is for block-wise models: the loss of what follows a prefix of random length.
+    """
 
     def sums(model: EchoDiT, batch: Batch, key: PRNGKeyArray) -> Float[Array, "2 bands"]:
         batch_size, frames, channels = batch.latents.shape
@@ -34,8 +43,19 @@ def make_evaluate(mesh: Mesh, objective: ObjectiveConfig) -> Evaluate:
             sample = sample_noise(
                 key, index, batch_size, (frames, channels), text_dropout=0.0, speaker_dropout=0.0
             )
-            errors = squared_errors(mark_fsdp_shards(model, objective.dtype), batch, sample)
-            weight = frame_weight(batch, objective.loss_frames == "valid")
+            bounds = None
+            if after_prefix:
+                bounds = sample_bounds(
+                    key,
+                    index,
+                    frames,
+                    model.config.patch_size,
+                    prefix_probability=1.0,
+                    cut_probability=0.0,
+                )
+            marked = mark_fsdp_shards(model, objective.dtype)
+            errors = squared_errors(marked, batch, sample, bounds=bounds)
+            weight = frame_weight(batch, objective.loss_frames == "valid", bounds)
             band = jnp.minimum((sample.t * NUM_BANDS).astype(jnp.int32), NUM_BANDS - 1)
             in_band = jax.nn.one_hot(band, NUM_BANDS)
             of_rows = jnp.stack([jnp.sum(errors * weight, 1), jnp.sum(weight, 1)])

@@ -57,17 +57,19 @@ def forward_flops(config: DiTConfig) -> int:
     d, c, rank = config.model_dim, config.latent_dim, config.adaln_rank
     t, s = config.max_frames, config.max_text_bytes
     p = config.max_speaker_frames // config.patch_size
+    q = t // config.patch_size if config.blockwise else 0  # patches of latents already generated
     text, speaker = config.text.dim, config.speaker.dim
 
-    projections = t * 5 * d * d + 2 * d * (s * text + p * speaker)
-    attention = 2 * t * (t + s + p) * d
+    projections = t * 5 * d * d + 2 * d * (s * text + (p + q) * speaker)
+    attention = 2 * t * (t + s + p + q) * d
     mlp = 3 * t * d * config.mlp_dim
     adaln = 6 * 2 * d * rank
     decoder = config.num_layers * (projections + attention + mlp + adaln)
 
     conditioner = config.time_embed_dim * d + 4 * d * d
-    ends = 2 * t * c * d + p * config.patch_size * c * speaker
-    encoders = _encoder(config.text, s) + _encoder(config.speaker, p)
+    ends = 2 * t * c * d + (p + q) * config.patch_size * c * speaker
+    encoders = sum(_encoder(config.speaker, patches) for patches in (p, q))
+    encoders += _encoder(config.text, s)
     return 2 * (decoder + conditioner + ends + encoders)
 
 

@@ -309,7 +309,7 @@ def step_traffic(
     for name, leaf in named_leaves(model).items():
         spec = parameter_spec(name)
         size = leaf.size / (sizes[TENSOR] if TENSOR in spec else 1)
-        if FSDP in spec and "latent_encoder" not in name and "_latent" not in name:
+        if FSDP in spec:
             # Matrices are sent in bfloat16. Stacked layers are gathered in the forward pass and
             # again in the backward pass; AdaLN and other parameters only once.
             passes = 2 if "blocks." in name and "_adaln." not in name else 1
@@ -325,7 +325,9 @@ def step_traffic(
 
     rows = batch_size // (sizes[DATA] * sizes[FSDP])
     t, s = config.max_frames, config.max_text_bytes
+    # Patches of the reference, and of the latents before a block.
     p = config.max_speaker_frames // config.patch_size
+    p += t // config.patch_size if config.blockwise else 0
     d, text, speaker = config.model_dim, config.text, config.speaker
     # An encoder layer sums the outputs of attention and MLP in the forward pass, the attention
     # output again when recomputed, and the gradients at the inputs of its six column-parallel

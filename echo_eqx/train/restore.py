@@ -1,12 +1,14 @@
 """The initial state of a run: random, from weights, from a published state, or restored."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,7 +158,7 @@ def init_or_restore(
     if config.resume_from is not None:
         path = find_weights(config.resume_from)
         published = read_flax_checkpoint(path)
-        state = _from_published(published, path, config, abstract)
+        state = _from_published(published, path, abstract)
         return state, published.samples_seen, None
     if config.init_from is not None:
         return _from_weights(config.init_from, config, abstract), 0, None
@@ -173,15 +175,13 @@ def _from_weights(source: str, config: TrainConfig, abstract: TrainState) -> Tra
     for path in (candidates := find_candidates(source, exports=False)):
         model = None
         try:
-            model = _read_model(path, source, config, abstract)
+            model = _read_model(path, source, abstract.model)
         except EchoError as error:
             first = first or error
             if path != candidates[-1]:
                 logger.warning(f"{path} cannot be used ({error}); trying the previous one")
-        if _all_processes(model is not None):
-            shardings = state_shardings(abstract, jax.tree.leaves(abstract)[0].sharding.mesh)
-            init = jax.jit(lambda m: init_train_state(m, config.optimizer), out_shardings=shardings)
-            return init(model)
+        if _all_processes(model is not None) and model is not None:
+            return _state_from(model, source, config, abstract)
     raise first or EchoError(f"another process cannot read --init_from {source}")
 
 
@@ -189,27 +189,74 @@ def _all_processes(good: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
-def _read_model(path: Path, source: str, config: TrainConfig, abstract: TrainState) -> EchoDiT:
-    """The model in `path`, on the mesh. Checkpoints are read by shard, other files whole."""
+def _read_model(path: Path, source: str, abstract: EchoDiT) -> EchoDiT:
+    """The model in `path`, on the mesh. Checkpoints are read by shard, other files whole.
+
+    It may lack the latent encoder that `abstract` has.
+    """
     if not path.is_dir():
-        return _load_whole(lambda: dequantize(load_dit(path)), source, config, abstract.model)
+        model = _on_host(lambda: dequantize(load_dit(path)))
+        return _on_mesh(model, source, _as_found(model.config, abstract))
     checkpoint = TrainingCheckpoint(path)
     if not isinstance(checkpoint.config, DiTConfig):
         raise EchoError(f"expected the weights of an EchoDiT, got a codec: {source}")
-    _check_sizes(checkpoint.config, config.dit_config(), source)
+    abstract = _as_found(checkpoint.config, abstract)
+    _check_sizes(checkpoint.config, abstract.config, source)
     arrays = checkpoint.model_arrays()
-    leaves, treedef = jax.tree.flatten(abstract.model)
+    leaves, treedef = jax.tree.flatten(abstract)
     return treedef.unflatten(
         jax.make_array_from_callback(
             leaf.shape, leaf.sharding, lambda index, name=name: arrays.part(name, index)
         )
-        for name, leaf in zip(leaf_names(abstract.model), leaves, strict=True)
+        for name, leaf in zip(leaf_names(abstract), leaves, strict=True)
     )
 
 
-def _from_published(
-    published: FlaxCheckpoint, path: Path, config: TrainConfig, abstract: TrainState
+def _latent_parts(model: EchoDiT) -> tuple[Any, ...]:
+    """What only block-wise models have; None in others."""
+    attention = model.blocks.attention
+    return model.latent_encoder, model.latent_norm, attention.wk_latent, attention.wv_latent
+
+
+def _as_found(found: DiTConfig, abstract: EchoDiT) -> EchoDiT:
+    """`abstract`, without its latent encoder if the model that was found has none."""
+    if found.blockwise or not abstract.config.blockwise:
+        return abstract
+    sizes = dataclasses.replace(abstract.config, blockwise=False)
+    without = eqx.tree_at(_latent_parts, abstract, (None,) * len(_latent_parts(abstract)))
+    return dataclasses.replace(without, config=sizes)
+
+
+def _state_from(
+    model: EchoDiT, source: str, config: TrainConfig, abstract: TrainState
 ) -> TrainState:
+    """The state before the first step. A latent encoder that `model` lacks is made.
+
+    It starts as a copy of the reference's encoder, which has the same sizes and reads the same
+    latents; so do its keys and values.
+    """
+    adds = abstract.model.config.blockwise and not model.config.blockwise
+    if adds and jax.process_index() == 0:
+        logger.info(
+            f"{source} has no latent_encoder: the new one starts as a copy of its speaker_encoder"
+        )
+
+    def init(model: EchoDiT) -> TrainState:
+        if adds:
+            attention = model.blocks.attention
+            encoder = model.speaker_encoder, model.speaker_norm
+            parts = *encoder, attention.wk_speaker, attention.wv_speaker
+            # Copied, because the state's arrays are donated, each once.
+            parts = jax.tree.map(jnp.copy, parts)
+            model = eqx.tree_at(_latent_parts, model, parts, is_leaf=lambda x: x is None)
+            model = dataclasses.replace(model, config=abstract.model.config)
+        return init_train_state(model, config.optimizer)
+
+    shardings = state_shardings(abstract, jax.tree.leaves(abstract)[0].sharding.mesh)
+    return jax.jit(init, out_shardings=shardings)(model)
+
+
+def _from_published(published: FlaxCheckpoint, path: Path, abstract: TrainState) -> TrainState:
     if published.mu is None or published.nu is None:
         raise EchoError(
             f"expected an optimizer state in {path}, got none; use its weights alone with "
@@ -217,8 +264,8 @@ def _from_published(
         )
     trees = []
     for tensors in (published.params, published.mu, published.nu):
-        load = partial(dit_from_flax, tensors, path, jnp.float32)
-        trees.append(_load_whole(load, str(path), config, abstract.model))
+        tree = _on_host(partial(dit_from_flax, tensors, path, jnp.float32))
+        trees.append(_on_mesh(tree, str(path), abstract.model))
     model, mu, nu = trees
 
     def counter(value: int | None, like: Any) -> jax.Array:
@@ -233,13 +280,14 @@ def _from_published(
     )
 
 
-def _load_whole(
-    load: Callable[[], EchoDiT], source: str, config: TrainConfig, abstract: EchoDiT
-) -> EchoDiT:
-    """Load whole weights into host memory, not onto the accelerator, then put them on the mesh."""
+def _on_host(load: Callable[[], EchoDiT]) -> EchoDiT:
+    """Load whole weights into host memory, not onto the accelerator."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = load()
-    _check_sizes(model.config, config.dit_config(), source)
+        return load()
+
+
+def _on_mesh(model: EchoDiT, source: str, abstract: EchoDiT) -> EchoDiT:
+    _check_sizes(model.config, abstract.config, source)
     leaves, treedef = jax.tree.flatten(abstract)
     return treedef.unflatten(
         put_on_mesh(np.asarray(leaf, np.float32), target.sharding)
@@ -252,4 +300,7 @@ def _check_sizes(found: DiTConfig, expected: DiTConfig, source: str) -> None:
     for name, there in vars(found).items():
         here = getattr(expected, name)
         if not name.startswith("max_") and here != there:
-            raise EchoError(f"expected {name} {here}, as in this run, got {there} in {source}")
+            hint = "; add --blockwise" if name == "blockwise" and there else ""
+            raise EchoError(
+                f"expected {name} {here}, as in this run, got {there} in {source}{hint}"
+            )

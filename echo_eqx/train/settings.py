@@ -168,7 +168,7 @@ _FREE = {
     *("data", "model", "run_dir", "config", "mesh", "coordinator", "num_processes", "process_id"),
     *("start_timeout", "cache_dir", "cache_gb", "checkpoint_every", "keep_last", "keep_every"),
     *("export", "log_every", "eval_every", "sample_every", "sample_count", "codec", "tensorboard"),
-    *("max_broken", "max_nonfinite", "seed", "latent_dim"),
+    *("max_broken", "max_nonfinite", "seed", "latent_dim", "blockwise"),
     *("max_frames", "max_text_bytes", "max_speaker_frames"),
 }
 

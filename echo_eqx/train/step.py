@@ -8,7 +8,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from echo_eqx.config import DiTConfig
-from echo_eqx.flow.objective import Batch, frame_weight, sample_noise, squared_errors
+from echo_eqx.flow.objective import (
+    Batch,
+    Bounds,
+    frame_weight,
+    sample_bounds,
+    sample_noise,
+    squared_errors,
+)
 from echo_eqx.layers.parallel import DATA, FSDP
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import BATCH_SPEC, batch_sharding
@@ -36,6 +43,8 @@ def loss_and_gradients(
     Each device processes its rows of the batch. A layer's parameters are gathered over `fsdp` in
     the compute dtype when the layer runs, in the forward and again in the backward pass, and its
     gradients are reduce-scattered. Gradients are summed over `data` once, at the end, in float32.
+
+    A block-wise model trains a random block of each row, behind the latents before it.
     """
     specs = parameter_specs(model)
     batch_size, frames, channels = batch.latents.shape
@@ -43,11 +52,25 @@ def loss_and_gradients(
     def on_device(model: EchoDiT, batch: Batch, key: PRNGKeyArray):
         rows = batch.latents.shape[0]
         index = jax.lax.axis_index((DATA, FSDP)) * rows + jnp.arange(rows)
-        weight = frame_weight(batch, objective.loss_frames == "valid")
+        bounds = None
+        if model.config.blockwise:
+            bounds = sample_bounds(
+                key,
+                index,
+                frames,
+                model.config.patch_size,
+                prefix_probability=objective.prefix_probability,
+                cut_probability=objective.cut_probability,
+            )
+        weight = frame_weight(batch, objective.loss_frames == "valid", bounds)
         total = jax.lax.psum(jnp.sum(weight), (DATA, FSDP))
+        if bounds is not None:
+            total = jnp.maximum(total, 1.0)  # all blocks may lie behind their recordings
 
-        def loss(model: EchoDiT, part: tuple[Batch, Array, Array]) -> Float[Array, ""]:
-            batch, index, weight = part
+        def loss(
+            model: EchoDiT, part: tuple[Batch, Array, Array, Bounds | None]
+        ) -> Float[Array, ""]:
+            batch, index, weight, bounds = part
             sample = sample_noise(
                 key,
                 index,
@@ -58,11 +81,12 @@ def loss_and_gradients(
                 timestep_logit_mean=objective.timestep_logit_mean,
             )
             model = mark_fsdp_shards(model, objective.dtype, objective.grad_reduce_dtype)
-            return jnp.sum(squared_errors(model, batch, sample, objective.remat) * weight) / total
+            errors = squared_errors(model, batch, sample, objective.remat, bounds)
+            return jnp.sum(errors * weight) / total
 
         # Marking replicated parameters as varying delays the sum of their gradients to the end.
         model = jax.tree.map(lambda leaf, spec: _varying(leaf, replicated_axes(spec)), model, specs)
-        parts = (batch, index, weight)
+        parts = (batch, index, weight, bounds)
         if grad_accum_steps == 1:
             value, gradients = jax.value_and_grad(loss)(model, parts)
         else:

@@ -58,12 +58,17 @@ def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
         eval_batches = _eval_batches(config, held_out, mesh)
         writer = _sample_writer(config, held_out or data, generation, mesh)
         sums = make_evaluate(mesh, config.objective)
+        sums_after_prefix = make_evaluate(mesh, config.objective, after_prefix=True)
 
         def weights(state: TrainState) -> EchoDiT:
             return state.model if state.ema is None else state.ema
 
         def evaluation(state: TrainState) -> dict[str, object]:
-            return evaluate(sums, weights(state), eval_batches)
+            values = evaluate(sums, weights(state), eval_batches)
+            if sizes.blockwise:
+                continued = evaluate(sums_after_prefix, weights(state), eval_batches)
+                values["eval_loss_after_prefix"] = continued["eval_loss"]
+            return values
 
         trainer = Trainer(
             config=config,

@@ -45,6 +45,7 @@ WORDS = {
     "tokeniser": "tokenizer",
 }
 DIFFERENT = (
+    {"voice", "voices"},  # one voice; a folder of voices
     {"run_dir", "runs"},  # one run; a folder of runs
     {"references", "speaker"},  # recordings of voices; the name of the speaker
     {"chip", "chips"},  # the kind; how many

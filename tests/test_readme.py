@@ -41,7 +41,7 @@ def test_the_first_commands_work(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("hello.wav", "output.wav"):
         assert 0.5 < sf.info(tmp_path / name).duration < 3.3
-    assert "next: choose a voice with --speaker_ref" in done.stdout
+    assert "next: choose a voice with --voice ben" in done.stdout
 
 
 class Parsed(Exception):

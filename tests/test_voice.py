@@ -11,9 +11,10 @@ from processes import SCRIPTS, call, flags, run, xla_flags
 import echo_eqx
 from echo_eqx import voice
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
+from echo_eqx.data.cepstra import mel_cepstra
 from echo_eqx.voice.evaluate import generate, reference_files
 from echo_eqx.voice.grammar import held_out_texts, training_texts
-from echo_eqx.voice.similarity import dtw_distances, mel_cepstra
+from echo_eqx.voice.similarity import dtw_distances
 
 
 def test_all_packaged_files_are_small_and_complete():

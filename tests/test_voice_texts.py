@@ -11,6 +11,7 @@ import pytest
 import soundfile as sf
 import soxr
 
+from echo_eqx.data.cepstra import mel_cepstra
 from echo_eqx.data.text import normalize_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import list_clips
@@ -152,7 +153,7 @@ def test_the_pitch_of_a_tone_is_its_frequency():
 
 def test_cepstra_ignore_loudness():
     audio = np.random.default_rng(1).normal(size=12_345)
-    loud, quiet = (similarity.mel_cepstra(audio * gain, 24_000) for gain in (0.5, 0.05))
+    loud, quiet = (mel_cepstra(audio * gain, 24_000) for gain in (0.5, 0.05))
     assert loud.shape[1] == 13
     np.testing.assert_allclose(loud, quiet, atol=1e-6)
 
@@ -164,9 +165,9 @@ def test_noisy_speech_is_nearest_to_its_own_text(spoken):
     for audio, rate in spoken["clara"]:
         changed = soxr.resample(audio, rate, 48_000)
         noisy.append(changed + 0.01 * rng.normal(size=len(changed)))
-    originals = [similarity.mel_cepstra(audio, rate) for audio, rate in spoken["clara"]]
+    originals = [mel_cepstra(audio, rate) for audio, rate in spoken["clara"]]
     for i, audio in enumerate(noisy):
-        distances = similarity.dtw_distances(similarity.mel_cepstra(audio, 48_000), originals)
+        distances = similarity.dtw_distances(mel_cepstra(audio, 48_000), originals)
         assert np.argmin(distances) == i
 
 

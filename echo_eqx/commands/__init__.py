@@ -9,6 +9,7 @@ from echo_eqx.cli import run
 
 COMMANDS = (
     "infer",
+    "voice",
     "serve",
     "prepare",
     "inspect_shards",

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 import echo_eqx
-from echo_eqx import EchoDiT, SamplerSettings, voice
+from echo_eqx import EchoDiT, SamplerSettings
 from echo_eqx.cli import CompileClock, StepBar, on_terminal, parse
 from echo_eqx.codec.codec import Codec
 from echo_eqx.compilation import use_compilation_cache
@@ -34,6 +34,7 @@ from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, 
 from echo_eqx.speech.metadata import describe_model, write_metadata
 from echo_eqx.speech.requests import Request, check_outputs, make_requests
 from echo_eqx.speech.speaker import describe_reference
+from echo_eqx.speech.voices import SUFFIX, load_voice, voice_file
 from echo_eqx.weights.find import SHIPPED
 from echo_eqx.weights.load import load_model
 from echo_eqx.weights.native import array_dtype
@@ -63,11 +64,17 @@ class Args:
     """The text to speak, in UTF-8."""
     text_file: Path | None = None
     """Instead of --text: a file with one utterance per line, or JSON lines (*.jsonl) with "text"
-    and optionally "output", "speaker_ref" and "seed". The models are loaded once."""
+    and optionally "output", "voice" or "speaker_ref", and "seed". The models are loaded once."""
     output: Path = Path("output.wav")
     """File to write, *.wav or *.flac. Several results are numbered: output_0001.wav ..."""
     speaker_ref: Path | None = None
     """The reference voice: a recording (wav, flac, ogg, opus, mp3) or latents (*.npy)."""
+    voice: str | None = None
+    """Instead of --speaker_ref: the name of a voice that echo-eqx voice list shows, or the path of
+    its file *.safetensors."""
+    voices: Path | None = None
+    """Folder of the voices; default: $XDG_DATA_HOME/echo_eqx/voices, or else
+    ~/.local/share/echo_eqx/voices."""
     block_frames: int | None = None
     """Block-wise models only: generate in blocks of this many latent frames."""
     duration: float | None = None
@@ -128,8 +135,9 @@ def main() -> None:
     set_matmul_precision(args.matmul_precision)
     clock = CompileClock()
     check_usage(args)
-    base = Request(args.text or "", args.output, args.speaker_ref, args.seed)
-    requests = make_requests(base, args.text_file, args.num_candidates, args.json)
+    speaker = args.speaker_ref if args.voice is None else voice_file(args.voice, args.voices)
+    base = Request(args.text or "", args.output, speaker, args.seed)
+    requests = make_requests(base, args.text_file, args.num_candidates, args.json, args.voices)
     check_outputs(requests, args.json)
 
     dtype = args.dtype
@@ -201,14 +209,16 @@ def main() -> None:
         f"{seconds:.2f} s of audio in {wall:.2f} s: compiling {clock.seconds:.2f} s, running "
         f"{running:.2f} s, real-time factor {running / seconds:.2f}"
     )
-    if args.checkpoint in SHIPPED and args.speaker_ref is None:
-        print(f"next: choose a voice with --speaker_ref {voice.REFERENCES / 'ben.flac'}")
+    if args.checkpoint in SHIPPED and speaker is None:
+        print("next: choose a voice with --voice ben; echo-eqx voice list shows them")
 
 
 def check_usage(args: Args) -> None:
     """**Raises**: `UsageError` for flags that are wrong with any model."""
     if (args.text is None) == (args.text_file is None):
         raise UsageError("expected either --text or --text_file")
+    if args.voice is not None and args.speaker_ref is not None:
+        raise UsageError("expected either --voice or --speaker_ref, got both")
     args.sampler.check()
     for name in ("num_candidates", "batch_size"):
         if getattr(args, name) < 1:
@@ -255,7 +265,7 @@ def effective_settings(
     """All settings of a result, with the defaults filled in."""
     settings = dataclasses.asdict(args)
     settings |= settings.pop("sampler")
-    for name in ("text_file", "checkpoint", "codec", "json", "num_candidates"):
+    for name in ("text_file", "checkpoint", "codec", "json", "num_candidates", "voice", "voices"):
         del settings[name]
     return settings | {
         "text": request.text,
@@ -278,9 +288,13 @@ def reference_settings(
     if latents is None or request.speaker_ref is None:
         return {"speaker_seconds": None, "speaker_lufs": None, "nearest_voice": None}
     lufs = dit.generation.reference_lufs if args.speaker_lufs is None else args.speaker_lufs
+    if request.speaker_ref.suffix == ".npy":
+        lufs = None
+    elif request.speaker_ref.suffix == SUFFIX:
+        lufs = load_voice(request.speaker_ref).info.lufs
     nearest = echo_eqx.nearest_voice(dit, latents)
     return {
         "speaker_seconds": len(latents) / codec.config.frame_rate,
-        "speaker_lufs": None if request.speaker_ref.suffix == ".npy" else lufs,
+        "speaker_lufs": lufs,
         "nearest_voice": nearest and {"name": nearest[0], "distance": nearest[1]},
     }

@@ -14,9 +14,10 @@ from echo_eqx.data.text_file import JSON_LINES, decode
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import expand
 from echo_eqx.speech.metadata import is_replaceable
+from echo_eqx.speech.voices import voice_file
 
 MAX_SEED = 2**32 - 1
-_FIELDS = {"text": str, "output": str, "speaker_ref": str, "seed": int}
+_FIELDS = {"text": str, "output": str, "speaker_ref": str, "voice": str, "seed": int}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Request:
     text: str
     output: Path
     speaker_ref: Path | None = None
+    """A recording, latents or the file of a voice."""
     seed: int = 42
 
     @property
@@ -35,18 +37,24 @@ class Request:
 
 
 def make_requests(
-    base: Request, text_file: Path | None, num_candidates: int, metadata: bool
+    base: Request,
+    text_file: Path | None,
+    num_candidates: int,
+    metadata: bool,
+    voices: Path | None = None,
 ) -> list[Request]:
     """`base`, or a request for each line of `text_file`, times `num_candidates` seeds.
 
-    **Raises**: `EchoError` naming the text, seed or output that cannot be used, or if two outputs
-    are the same; with `metadata`, if they differ only in their suffix.
+    The names of voices in lines are those of `list_voices(voices)`.
+
+    **Raises**: `EchoError` naming the text, voice, seed or output that cannot be used, or if two
+    outputs are the same; with `metadata`, if they differ only in their suffix.
     """
     if text_file is None:
         check_text(base.text)
         lines = [base]
     else:
-        lines = _read_lines(text_file, base)
+        lines = _read_lines(text_file, base, voices)
     requests = [
         dataclasses.replace(
             line,
@@ -93,7 +101,7 @@ def check_outputs(requests: list[Request], metadata: bool) -> None:
             raise EchoError(f"cannot write output {str(output)!r}: {reason}") from None
 
 
-def _read_lines(path: Path, base: Request) -> list[Request]:
+def _read_lines(path: Path, base: Request, voices: Path | None) -> list[Request]:
     try:
         content = decode(path.read_bytes(), errors="strict")
     except FileNotFoundError:
@@ -115,7 +123,7 @@ def _read_lines(path: Path, base: Request) -> list[Request]:
     for index, (number, line) in enumerate(lines, 1):
         where, label = f"{path} line {number}", f"{index:04d}"
         if is_json:
-            request = _from_json(line, where, base, label)
+            request = _from_json(line, where, base, label, voices)
         else:
             output = _numbered(base.output, label)
             request = dataclasses.replace(base, text=line, output=output)
@@ -135,7 +143,7 @@ def _parse(line: str) -> Any:
         return error
 
 
-def _from_json(line: str, where: str, base: Request, label: str) -> Request:
+def _from_json(line: str, where: str, base: Request, label: str, voices: Path | None) -> Request:
     fields = _parse(line)
     if isinstance(fields, Exception):
         raise EchoError(f"{where}: not valid JSON: {str(fields)[:200]}")
@@ -154,6 +162,13 @@ def _from_json(line: str, where: str, base: Request, label: str) -> Request:
     else:
         output = _numbered(base.output, label)
     speaker = fields.get("speaker_ref")
+    if speaker is not None and "voice" in fields:
+        raise EchoError(f"{where}: expected either voice or speaker_ref, got both")
+    try:
+        if "voice" in fields:
+            speaker = voice_file(fields["voice"], voices)
+    except EchoError as error:
+        raise EchoError(f"{where}: {error}") from None
     return Request(
         text=fields["text"],
         output=output,

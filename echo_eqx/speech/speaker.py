@@ -1,5 +1,6 @@
 """Reference voices: from a recording to the latents a model takes."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,11 @@ _WINDOW = 2 * FRAME_BUCKET
 Speaker = str | Path | Float[np.ndarray | Array, "..."]
 """Path of a recording, of a voice (`*.safetensors`) or of latents (`*.npy`); or an array: latents
 (r, c), or audio (samples,) at the sample rate of the codec."""
+
+
+LEVEL_TOLERANCE = 1.0
+"""Largest difference in LU between a voice's level and the model's that is not mentioned."""
+_log = logging.getLogger("echo_eqx.speech")
 
 
 def speaker_latents(
@@ -63,7 +69,7 @@ def speaker_latents(
     if isinstance(speaker, str | Path):
         path = Path(speaker)
         if path.suffix == SUFFIX:
-            speaker = _voice_latents(path, codec, lufs)
+            speaker = _voice_latents(path, dit, codec, lufs)
         elif path.suffix == ".npy":
             speaker = _load_latents(path)
         else:
@@ -76,13 +82,7 @@ def speaker_latents(
         speech = array if is_clean else extract_speech(array, rate, name)
         speech = speech[: max_frames * hop]
         level = dit.generation.reference_lufs if lufs is None else lufs
-        peak = float(np.abs(speech).max())
-        if level is None:  # as recorded
-            speech = speech / max(peak, 1.0)
-        else:
-            # The loudness meter ignores everything below -70 LUFS, so quiet speech is scaled first.
-            speech = set_loudness(speech * (0.5 / peak), rate, level)
-        latents = encode_padded(codec, speech)
+        latents = encode_speech(codec, speech, level)
     elif array.ndim == 2 and array.shape[1] == dit.config.latent_dim:
         latents = array
     else:
@@ -126,6 +126,17 @@ def longest_reference(dit: EchoDiT, codec: Codec) -> float:
     return max(MAX_SECONDS, dit.config.max_speaker_frames / codec.config.frame_rate)
 
 
+def encode_speech(
+    codec: Codec, speech: Float[np.ndarray, " samples"], lufs: float | None
+) -> np.ndarray:
+    """Mean latents (r, c) of speech at an integrated loudness of `lufs`, None for as recorded."""
+    peak = float(np.abs(speech).max())
+    if lufs is None:
+        return encode_padded(codec, speech / max(peak, 1.0))
+    # The loudness meter ignores everything below -70 LUFS, so quiet speech is scaled first.
+    return encode_padded(codec, set_loudness(speech * (0.5 / peak), codec.config.sample_rate, lufs))
+
+
 def encode_padded(codec: Codec, audio: Float[np.ndarray, " samples"]) -> np.ndarray:
     """Mean latents of the whole frames in `audio`, padded with zeros to a multiple of
     `FRAME_BUCKET`. Long audio is encoded in windows, so that few lengths are ever compiled."""
@@ -144,9 +155,18 @@ def encode_padded(codec: Codec, audio: Float[np.ndarray, " samples"]) -> np.ndar
     return np.concatenate(latents)[:frames]
 
 
-def _voice_latents(path: Path, codec: Codec, lufs: float | None) -> np.ndarray:
+def _voice_latents(path: Path, dit: EchoDiT, codec: Codec, lufs: float | None) -> np.ndarray:
     voice = load_voice(path)
     check_codec(voice, codec)
+    level, recommended = voice.info.lufs, dit.generation.reference_lufs
+    if level is not None and recommended is not None and abs(level - recommended) > LEVEL_TOLERANCE:
+        _log.warning(
+            "voice %s has a level of %g LUFS, but the model was trained on references of %g; make "
+            "it again with --checkpoint or --speaker_lufs",
+            voice.name,
+            level,
+            recommended,
+        )
     if lufs is not None and lufs != voice.info.lufs:
         raise UsageError(
             f"{path}: expected no loudness for a voice, whose level was set to {voice.info.lufs} "

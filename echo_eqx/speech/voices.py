@@ -168,6 +168,15 @@ def find_voice(name: str, folder: Path | None = None) -> Path:
     return path
 
 
+def voice_file(voice: str, folder: Path | None = None) -> Path:
+    """`find_voice`, or the path of a file `*.safetensors` as it is. For a server, use `find_voice`:
+    its clients may not name paths.
+
+    **Raises**: as `find_voice`; for a path, only if `~` cannot be expanded.
+    """
+    return expand(Path(voice)) if voice.endswith(SUFFIX) else find_voice(voice, folder)
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 

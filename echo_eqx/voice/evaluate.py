@@ -14,6 +14,7 @@ import soxr
 
 from echo_eqx.codec.codec import Codec
 from echo_eqx.data.audio import save_audio
+from echo_eqx.data.cepstra import mel_cepstra
 from echo_eqx.errors import EchoError, optional
 from echo_eqx.flow.sampler import SamplerSettings
 from echo_eqx.generation import GenerationConfig, KnownVoice
@@ -28,7 +29,6 @@ from echo_eqx.voice.similarity import (
     DECIBELS,
     dtw_distances,
     identify_voice,
-    mel_cepstra,
     voice_print,
 )
 

@@ -1,26 +1,18 @@
 """Similarity of two recordings of speech: in content, and in voice.
 
 Content is compared by mel cepstra with dynamic time warping, voices by pitch and mean spectrum.
-Axes: `f` frame (100 per second), `c` cepstral coefficient.
+Axes as in `echo_eqx.data.cepstra`.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-import soxr
-from scipy.fft import dct
 
+from echo_eqx.data.cepstra import RATE, frames_of, log_mel, resampled
 from echo_eqx.errors import optional
 
-RATE = 16_000
-WINDOW, HOP, FFT = 400, 160, 512
-"""25 ms, 10 ms and the length of the FFT, in samples at `RATE`."""
-NUM_MELS, NUM_CEPSTRA = 40, 13
-FLOOR = 1e-5
-"""Power is floored at 50 dB below the mean of the recording."""
 DECIBELS = 10 * math.sqrt(2) / math.log(10)
 """Scales a distance of `mel_cepstra` to mel-cepstral distortion in dB (Kubichek 1993)."""
 PITCH_RANGE = (60.0, 500.0)
@@ -39,17 +31,6 @@ class VoicePrint:
     """(40,) by `mean_mel_spectrum`."""
 
 
-def mel_cepstra(audio: np.ndarray, rate: int) -> np.ndarray:
-    """(f, 13) float64: cepstral coefficients 1 to 13 of (samples,) `audio`.
-
-    Scaled so that the natural logarithm of a frame's mel amplitudes is `c0` plus the sum of
-    `c[m] cos(pi m (k + 1/2) / 40)` over `m`. The level `c0` is left out.
-    """
-    # 2 / 40 for the inverse DCT, / 2 from power to amplitude, / 2 because scipy doubles the sum.
-    cepstra = np.asarray(dct(_log_mel(audio, rate), axis=1))
-    return cepstra[:, 1 : NUM_CEPSTRA + 1] / (2 * NUM_MELS)
-
-
 def dtw_distances(a: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
     """(len(others),): distance of (f1, c) `a` to each of the (f2, c) in `others`.
 
@@ -66,10 +47,10 @@ def median_pitch(audio: np.ndarray, rate: int) -> float:
     A frame is voiced if it is loud and correlates with the signal 1/500 to 1/60 s later (normalized
     cross-correlation).
     """
-    audio = _resampled(audio, rate)
+    audio = resampled(audio, rate)
     shortest, longest = (round(RATE / hertz) for hertz in reversed(PITCH_RANGE))
     size = RATE // 25
-    frames = _frames(audio, size + longest + 1)
+    frames = frames_of(audio, size + longest + 1)
     loud = np.sqrt((frames[:, :size] ** 2).mean(1))
     frames = frames[loud > 0.1 * loud.max(initial=1e-9)]
     length = 1 << (2 * size + longest).bit_length()
@@ -93,9 +74,9 @@ def median_pitch(audio: np.ndarray, rate: int) -> float:
 
 def mean_mel_spectrum(audio: np.ndarray, rate: int) -> np.ndarray:
     """(40,) dB: mean over the louder half of the frames of (samples,) `audio`, minus its mean."""
-    log_mel = _log_mel(audio, rate)
-    level = log_mel.mean(1)
-    spectrum = 10 / math.log(10) * log_mel[level >= np.median(level)].mean(0)
+    spectra = log_mel(audio, rate)
+    level = spectra.mean(1)
+    spectrum = 10 / math.log(10) * spectra[level >= np.median(level)].mean(0)
     return spectrum - spectrum.mean()
 
 
@@ -119,27 +100,3 @@ def identify_voice(audio: np.ndarray, rate: int, references: Mapping[str, VoiceP
         return pitch**2 + float(spectrum) ** 2
 
     return min(references, key=distance)
-
-
-def _log_mel(audio: np.ndarray, rate: int) -> np.ndarray:
-    """(f, 40): natural logarithm of the power in mel bands from 0 to 8000 Hz."""
-    frames = _frames(_resampled(audio, rate), WINDOW) * np.hanning(WINDOW)
-    power = np.abs(np.fft.rfft(frames, FFT)) ** 2 @ _mel_bands()
-    return np.log(np.maximum(power, FLOOR * power.mean() + 1e-12))
-
-
-def _resampled(audio: np.ndarray, rate: int) -> np.ndarray:
-    return np.asarray(audio if rate == RATE else soxr.resample(audio, rate, RATE), np.float64)
-
-
-def _frames(audio: np.ndarray, size: int) -> np.ndarray:
-    """(f, size): frames of `audio` every 10 ms, the last one padded with zeros."""
-    audio = np.pad(audio, (0, max(size - len(audio), -(len(audio) - size) % HOP)))
-    return np.lib.stride_tricks.sliding_window_view(audio, size)[::HOP]
-
-
-@cache
-def _mel_bands() -> np.ndarray:
-    """(257, 40): triangular filters equally spaced in mel."""
-    options = {"htk": True, "norm": None, "dtype": np.float64}
-    return optional("librosa", "eval").filters.mel(sr=RATE, n_fft=FFT, n_mels=NUM_MELS, **options).T

@@ -94,6 +94,10 @@ class Process:
     def kill(self) -> None:
         self._process.kill()
 
+    @property
+    def errors_so_far(self) -> str:
+        return self._output[1].read_text("utf-8") if self._output[1].exists() else ""
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Standard output and error, once the process has ended."""
         self._process.join(timeout)

@@ -53,6 +53,8 @@ class Args:
     api_key: str | None = None
     """Secret that clients must send as Authorization: Bearer TEXT. By default the environment
     variable ECHO_API_KEY, which other users of this machine cannot see in the list of processes."""
+    allow_uploads: bool = False
+    """Let clients add voices to the folder (POST /v1/audio/voices), and remove those."""
     batch_size: int | None = None
     """Chunks of text that are sampled at a time. By default 1 on CPU, where more are not faster
     together, and 4 elsewhere."""
@@ -158,6 +160,7 @@ def main() -> None:
         watermark=args.watermark and codec.watermark is not None,
         expand_text=args.expand_text,
         api_key=api_key,
+        allow_uploads=args.allow_uploads,
     )
     programs.compile(service.message(0))
     for name, path in list_voices(args.voices).items():

@@ -3,8 +3,11 @@
 import asyncio
 import hmac
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import anyio.to_thread
 from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +16,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from echo_eqx.errors import EchoError
 from echo_eqx.serve.answers import SpeechAnswer
 from echo_eqx.serve.errors import ApiError, error_body
 from echo_eqx.serve.requests import parse_speech, settings_table
@@ -43,6 +47,8 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/settings", endpoints.settings, methods=["GET"]),
         Route("/v1/audio/models", endpoints.audio_models, methods=["GET"]),
         Route("/v1/audio/voices", endpoints.voices, methods=["GET"]),
+        Route("/v1/audio/voices", endpoints.add_voice, methods=["POST"]),
+        Route("/v1/audio/voices/{name}", endpoints.remove_voice, methods=["DELETE"]),
         Route("/v1/audio/speech", endpoints.speech, methods=["POST"]),
     ]
     return Starlette(
@@ -154,6 +160,57 @@ class _Endpoints:
     async def voices(self, request: Request) -> Response:
         voices = [{"id": name, "name": name} for name in self._service.voices.all_names]
         return JSONResponse({"voices": voices})
+
+    async def add_voice(self, request: Request) -> Response:
+        service = self._service
+        self._check_uploads(request)
+        body = await _read_body(request, service.limits.max_body_bytes)
+
+        async def replay() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        try:
+            form = await Request(request.scope, replay).form(max_files=1, max_fields=10)
+        except HTTPException as error:
+            raise ApiError(400, f"expected multipart/form-data: {error.detail}") from None
+        name, sample = form.get("name"), form.get("audio_sample")
+        consent = form.get("consent") or "not stated, sent to POST /v1/audio/voices"
+        if not isinstance(name, str) or not isinstance(consent, str):
+            raise ApiError(400, "name: expected the name of the voice", param="name")
+        if not isinstance(sample, UploadFile):
+            message = "audio_sample: expected a recording as a file"
+            raise ApiError(400, message, param="audio_sample")
+        recording = await sample.read()
+        if len(recording) > service.limits.max_speaker_bytes:
+            message = f"audio_sample: expected at most {service.limits.max_speaker_bytes} bytes"
+            code = "reference_too_large"
+            raise ApiError(413, message, param="audio_sample", code=code)
+        try:
+            file = sample.filename or "audio_sample"
+            voice = await service.add_voice(name, file, recording, consent)
+        except EchoError as error:
+            param = "name" if "exists already" in str(error) or "name" in str(error) else None
+            message = str(error).replace("--overwrite", "DELETE first")
+            raise ApiError(400, message, param=param or "audio_sample") from None
+        about = {"seconds": voice.seconds, "warnings": list(voice.info.warnings)}
+        return JSONResponse({"id": name, "object": "audio.voice", "name": name, **about})
+
+    async def remove_voice(self, request: Request) -> Response:
+        self._check_uploads(request)
+        name = request.path_params["name"]
+        await anyio.to_thread.run_sync(self._service.voices.remove, name)
+        return JSONResponse({"id": name, "object": "audio.voice.deleted", "deleted": True})
+
+    def _check_uploads(self, request: Request) -> None:
+        """**Raises**: `ApiError` unless voices may be added and removed, and not by a page of
+        another site that somebody on this machine visits."""
+        if not self._service.allow_uploads:
+            message = "this server keeps no voices; it must be started with --allow_uploads"
+            raise ApiError(403, message, code="uploads_not_allowed")
+        origin = request.headers.get("origin")
+        is_own = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+        if self._service.api_key is None and not is_own:
+            raise ApiError(403, "pages of other sites cannot change voices without a key")
 
     async def speech(self, request: Request) -> "Response | SpeechAnswer":
         service = self._service

@@ -3,12 +3,13 @@
 libsndfile writes wav, flac, mp3 and opus; aac needs the program ffmpeg.
 """
 
+import abc
 import io
 import shutil
 import struct
 import subprocess
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import soundfile as sf
@@ -32,20 +33,20 @@ WHOLE = ("wav", "flac")
 _OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)
 
 
-class Encoder(Protocol):
+class Encoder(abc.ABC):
     """Samples to the bytes of a format."""
 
+    @abc.abstractmethod
     def encode(self, samples: Float[np.ndarray, " samples"]) -> bytes:
         """Bytes that are ready after `samples`, float32 at the rate of `make_encoder`."""
-        ...
 
+    @abc.abstractmethod
     def finish(self) -> bytes:
         """The rest."""
-        ...
 
     def close(self) -> None:
         """Free what the encoder holds; also without `finish`."""
-        ...
+        return
 
 
 def make_encoder(kind: str, rate: int, streamed: bool) -> Encoder:
@@ -81,7 +82,7 @@ class _Resampler:
         return self._stream.resample_chunk(samples, last=last)
 
 
-class _PCM:
+class _PCM(Encoder):
     def __init__(self, rate: int):
         self._resample = _Resampler(rate, PCM_RATE)
 
@@ -91,11 +92,8 @@ class _PCM:
     def finish(self) -> bytes:
         return to_int16(self._resample(np.zeros(0, np.float32), last=True)).tobytes()
 
-    def close(self) -> None:
-        pass
 
-
-class _StreamedWAV:
+class _StreamedWAV(Encoder):
     def __init__(self, rate: int):
         unknown = 0xFFFFFFFF
         header = struct.pack(
@@ -109,9 +107,6 @@ class _StreamedWAV:
 
     def finish(self) -> bytes:
         return self.encode(np.zeros(0, np.float32))
-
-    def close(self) -> None:
-        pass
 
 
 class _Output(io.BytesIO):
@@ -145,12 +140,13 @@ class _Output(io.BytesIO):
         return b""
 
 
-class _SoundFile:
+class _SoundFile(Encoder):
     def __init__(self, kind: str, rate: int, streamed: bool):
         target = min((r for r in _OPUS_RATES if r >= rate), default=48_000)
         target = target if kind == "opus" else rate
         self._resample = _Resampler(rate, target)
         self._output, self._streamed = _Output(streamed), streamed
+        self._is_exact = kind in ("wav", "flac")
         self._is_mp3_stream = streamed and kind == "mp3"
         options = {
             "wav": {"format": "WAV", "subtype": "PCM_16"},
@@ -167,13 +163,16 @@ class _SoundFile:
         self._file = sf.SoundFile(self._output, "w", target, 1, **options)
 
     def encode(self, samples: np.ndarray) -> bytes:
-        self._file.write(np.clip(self._resample(samples), -1, 1))
+        self._write(self._resample(samples))
         return self._take() if self._streamed else b""
 
     def finish(self) -> bytes:
-        self._file.write(np.clip(self._resample(np.zeros(0, np.float32), last=True), -1, 1))
+        self._write(self._resample(np.zeros(0, np.float32), last=True))
         self._file.close()
         return self._take()
+
+    def _write(self, samples: np.ndarray) -> None:
+        self._file.write(to_int16(samples) if self._is_exact else np.clip(samples, -1, 1))
 
     def _take(self) -> bytes:
         data = self._output.take()
@@ -188,7 +187,7 @@ class _SoundFile:
         self._file.close()
 
 
-class _AAC:
+class _AAC(Encoder):
     """ADTS frames from ffmpeg. A thread reads them, so that neither pipe fills up."""
 
     def __init__(self, rate: int):

@@ -9,6 +9,7 @@ import anyio.to_thread
 import numpy as np
 
 from echo_eqx.data.audio import decode_audio
+from echo_eqx.data.reference import MAX_SEARCH_SECONDS, read_reference
 from echo_eqx.errors import EchoError
 from echo_eqx.generation import Length, SamplerSettings
 from echo_eqx.serve.engine import Engine
@@ -19,7 +20,9 @@ from echo_eqx.serve.requests import Limits, SpeechRequest
 from echo_eqx.serve.speech import Task
 from echo_eqx.serve.voices import Voices
 from echo_eqx.speech.chunks import frames_for_text, split_into_chunks, target_seconds
-from echo_eqx.speech.speaker import speaker_latents
+from echo_eqx.speech.make_voice import make_voice
+from echo_eqx.speech.speaker import encode_speech, trim_to_patches
+from echo_eqx.speech.voices import Voice, check_name, save_voice
 
 T = TypeVar("T")
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
@@ -42,6 +45,7 @@ class Service:
     expand_text: bool = False
     length: Length = "full"
     api_key: str | None = None
+    allow_uploads: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -113,12 +117,52 @@ class Service:
         dit, codec = self.programs.dit, self.programs.codec
         rate, name = codec.config.sample_rate, "speaker_ref"
         seconds = self.programs.max_speaker_frames / codec.config.frame_rate
-        audio = await anyio.to_thread.run_sync(
-            lambda: decode_audio(recording, name, rate, 0.0, seconds + 30)
+        await anyio.to_thread.run_sync(_check_length, recording, name)
+        reference = await anyio.to_thread.run_sync(
+            lambda: read_reference(recording, name, rate, seconds)
         )
-        return await self._on_device(
-            lambda: self.programs.reference(speaker_latents(dit, codec, audio, max_seconds=seconds))
-        )
+
+        def encode() -> Reference:
+            lufs = dit.generation.reference_lufs
+            latents = encode_speech(codec, reference.speech, lufs)
+            return self.programs.reference(trim_to_patches(latents, dit))
+
+        return await self._on_device(encode)
+
+    async def add_voice(self, name: str, file: str, recording: bytes, consent: str) -> Voice:
+        """Make a voice of a recording, and keep it in the folder.
+
+        **Raises**: `EchoError` if the name or the recording cannot be used.
+        """
+        dit, codec = self.programs.dit, self.programs.codec
+
+        def make() -> Voice:
+            _check_length(recording, "audio_sample")
+            lufs = dit.generation.reference_lufs
+            voice = make_voice(name, [(file, recording)], codec, consent=consent, lufs=lufs)
+            save_voice(voice, self.voices.folder)
+            return voice
+
+        check_name(name)
+        voice = await anyio.to_thread.run_sync(make)
+        path = self.voices.resolve(name)
+        await self._on_device(lambda: self.voices.reference(path))
+        return voice
 
     async def _on_device(self, function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self.engine.call(function))
+
+
+def _check_length(recording: bytes, name: str) -> None:
+    """**Raises**: `ApiError` for a recording that is too long."""
+    longest = MAX_SEARCH_SECONDS
+    try:
+        decode_audio(recording, name, 8000, longest, longest + 1)
+    except EchoError:  # it has no audio there, or another error that is told when it is read
+        return
+    raise ApiError(
+        400,
+        f"{name}: expected a recording of at most {longest:.0f} s, got a longer one",
+        param=name,
+        code="reference_too_long",
+    )

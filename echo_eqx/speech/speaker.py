@@ -146,7 +146,7 @@ def encode_padded(codec: Codec, audio: Float[np.ndarray, " samples"]) -> np.ndar
     padded = np.zeros(max(total, window if total > _WINDOW else 0) * hop, np.float32)
     padded[: frames * hop] = audio[: frames * hop]
     if total <= _WINDOW:
-        return np.asarray(codec.encode(padded)[0][:frames], np.float32)
+        return np.asarray(codec.encode(padded)[0], np.float32)[:frames]
     latents = []
     for first in range(0, frames, _WINDOW):
         start = min(max(first - before, 0), len(padded) // hop - window)

@@ -16,7 +16,7 @@ from echo_eqx.data.audio import load_audio
 from echo_eqx.speech import batching
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import codec_mismatch, silence_latent
-from echo_eqx.speech.joining import crossfade, decode_with_silence, fade_edges, speech_end
+from echo_eqx.speech.joining import Joiner, decode_with_silence, fade_edges, speech_end
 from echo_eqx.speech.speaker import encode_padded, read_speakers
 
 QUICK = SamplerSettings(steps=2)
@@ -268,17 +268,38 @@ def test_speech_that_ends_in_silence_is_kept_without_a_warning(dit, codec, caplo
     assert len(audio) == 30 * HOP and len(calls) == 1 and not caplog.records
 
 
-def test_joined_clips_keep_every_sample_except_at_the_seams():
-    fade = 100
-    clips = [(np.full(1000, level, np.float32), 900) for level in (0.1, 0.2, 0.3)]
-    audio = crossfade(clips, fade)
-    assert len(audio) == 2700
-    for start, level in ((0, 0.1), (1000, 0.2), (1900, 0.3)):
-        assert np.allclose(audio[start : start + 800], level)
+@pytest.mark.parametrize("size", [7, 333, 1000])
+def test_joined_clips_keep_every_sample_except_at_the_seams(size):
+    """Whatever the size of the pieces they arrive in."""
+    levels, rate = (0.1, 0.2, 0.3), 2000  # a crossfade of 100 samples, edges of 10
+    joiner, parts = Joiner(rate), []
+    for level in levels:
+        clip = np.full(1000, level, np.float32)
+        parts += [joiner.add(clip[i : i + size], end=900) for i in range(0, 1000, size)]
+        joiner.end_clip(900)
+    assert len(np.concatenate(parts)) == 2690  # but for the last edge
+    audio = np.concatenate([*parts, joiner.finish()])
+    assert len(audio) == 2700 and audio[0] == 0 and np.abs(audio[-1]) < 0.01
+    for start, level in ((10, 0.1), (1000, 0.2), (1900, 0.3)):
+        assert np.allclose(audio[start : start + 790], level)
     seam = audio[900:1000]
     assert (np.diff(seam) >= -1e-7).all() and 0.1 <= seam.min() and seam.max() <= 0.2 + 1e-6
-    alone = crossfade([(np.arange(50, dtype=np.float32), 50)], fade)
-    assert np.array_equal(alone, np.arange(50))
+
+
+def test_a_clip_that_is_cut_short_or_lacks_its_end_is_joined():
+    joiner, ones = Joiner(2000), np.ones(50, np.float32)
+    parts = [joiner.add(ones)]
+    joiner.end_clip(60)
+    parts.append(joiner.add(ones, end=0))
+    joiner.end_clip(5)
+    audio = np.concatenate([*parts, joiner.finish()])
+    assert list(map(len, parts)) == [40, 10]
+    assert np.allclose(audio[10:50], 1) and not audio[50:60].any() and len(audio) == 65
+    empty = Joiner(2000)
+    assert len(empty.finish()) == 0
+    assert np.array_equal(empty.add(np.ones(4, np.float32)), [])
+    empty.end_clip(4)
+    assert np.array_equal(empty.finish(), fade_edges(np.ones(4, np.float32), 2000))
 
 
 def test_batched_utterances_equal_single_ones(dit, codec):

@@ -8,7 +8,8 @@
   by name.
 - Weights: `load_dit` and `load_codec` read every known format, `save` writes ours, `cast` changes
   the dtype, `num_parameters` counts.
-- Text to audio: `synthesize` one text, `synthesize_all` a list of `Utterance`s in batches.
+- Text to audio: `synthesize` one text, `synthesize_all` a list of `Utterance`s in batches, `stream`
+  one text piece by piece.
 - Reference voices: `speaker_latents` of a recording, `nearest_voice` among those a model knows.
 - Text to latents: `sample`, and `sample_blockwise` for block-wise models, with `SamplerSettings`.
 - What a checkpoint recommends: `GenerationConfig`, with the `KnownVoice`s of the training data.
@@ -28,6 +29,7 @@ from echo_eqx.flow.sampler import sample, sample_blockwise
 from echo_eqx.generation import GenerationConfig, KnownVoice, SamplerSettings
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.speech.speaker import nearest_voice, speaker_latents
+from echo_eqx.speech.stream import stream
 from echo_eqx.speech.synthesize import Utterance, synthesize, synthesize_all
 from echo_eqx.trees import cast, num_parameters
 from echo_eqx.weights.load import load_codec, load_dit
@@ -60,6 +62,7 @@ __all__ = [
     "sample_blockwise",
     "save",
     "speaker_latents",
+    "stream",
     "synthesize",
     "synthesize_all",
     "use_compilation_cache",

@@ -29,8 +29,9 @@ T = TypeVar("T")
 def run(main: Callable[[], None]) -> None:
     """Run a command. Errors that a user can cause are printed as one line on stderr.
 
-    Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrupted. A broken
-    stdout or stderr does not change them: see `_Lossy`.
+    Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrupted, 141 nobody
+    reads the audio that is streamed. A broken stdout or stderr does not change them otherwise: see
+    `_Lossy`.
     """
     # JAX allocates so much while it traces that the default threshold costs a sixth of the start.
     gc.freeze()

@@ -2,14 +2,17 @@
 
     echo-eqx infer --text "Hello from a tiny model." --output hello.wav
     echo-eqx infer --checkpoint MODEL --text "Hello." --speaker_ref voice.mp3
+    echo-eqx infer --text "Hello." --stream - | aplay -f S16_LE -r 24000
 
 Without --checkpoint the small voice in the package speaks. MODEL and the codec are a file, a
 folder, a Hub id owner/name[@revision][:file], or voice, the one in the package. Long texts are
 split at the ends of sentences, spoken chunk by chunk in one voice, and joined.
 """
 
+import contextlib
 import dataclasses
 import logging
+import sys
 import time
 import typing
 from dataclasses import dataclass, field
@@ -32,8 +35,10 @@ from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, silence_latent
 from echo_eqx.speech.metadata import describe_model, write_metadata
+from echo_eqx.speech.pcm import PCMWriter
 from echo_eqx.speech.requests import Request, check_outputs, make_requests
 from echo_eqx.speech.speaker import describe_reference
+from echo_eqx.speech.stream import FIRST_SECONDS
 from echo_eqx.speech.voices import SUFFIX, load_voice, voice_file
 from echo_eqx.weights.find import SHIPPED
 from echo_eqx.weights.load import load_model
@@ -67,6 +72,15 @@ class Args:
     and optionally "output", "voice" or "speaker_ref", and "seed". The models are loaded once."""
     output: Path = Path("output.wav")
     """File to write, *.wav or *.flac. Several results are numbered: output_0001.wav ..."""
+    stream: Path | None = None
+    """Instead of --output: a file or, with -, stdout, which is written while the text is spoken. It
+    gets 16-bit little-endian mono samples without a header, at the sample rate of the codec, which
+    is 24000 for the small voice and 48000 for the published codec; what is above full scale is
+    clipped. All messages go to stderr."""
+    first_seconds: float | None = FIRST_SECONDS
+    """With --stream: about how long the first chunk of text may take to speak. It is generated in
+    as many frames as it needs, so that the first sound comes early. None: chunks as without
+    --stream. Block-wise models generate growing blocks instead."""
     speaker_ref: Path | None = None
     """The reference voice: a recording (wav, flac, ogg, opus, mp3) or latents (*.npy)."""
     voice: str | None = None
@@ -129,16 +143,26 @@ class Args:
 
 
 def main() -> None:
-    args = parse(Args, __doc__)
     started = time.perf_counter()
+    args = parse(Args, __doc__)
+    check_usage(args)
+    if args.stream is None:
+        speak(args, started, None)
+        return
+    with contextlib.redirect_stdout(sys.stderr), PCMWriter(args.stream) as pcm:
+        speak(args, started, pcm)
+
+
+def speak(args: Args, started: float, pcm: PCMWriter | None) -> None:
+    """Speak to files, or to `pcm`."""
     use_compilation_cache()
     set_matmul_precision(args.matmul_precision)
     clock = CompileClock()
-    check_usage(args)
     speaker = args.speaker_ref if args.voice is None else voice_file(args.voice, args.voices)
     base = Request(args.text or "", args.output, speaker, args.seed)
     requests = make_requests(base, args.text_file, args.num_candidates, args.json, args.voices)
-    check_outputs(requests, args.json)
+    if pcm is None:
+        check_outputs(requests, args.json)
 
     dtype = args.dtype
     if dtype == "auto":
@@ -170,6 +194,25 @@ def main() -> None:
         models["checkpoint"] = describe_model(checkpoint, args.checkpoint, dit)
         models["codec"] = describe_model(codec_file, codec_name, codec)
     rate, seconds = codec.config.sample_rate, 0.0
+    options: dict[str, Any] = {
+        "duration": duration,
+        "length": args.length,
+        "settings": args.sampler,
+        "message": message,
+        "trim": args.trim,
+        "normalize_text": args.normalize_text,
+        "expand_text": args.expand_text,
+    }
+    if pcm is not None:
+        blocks = [(args.block_frames, args.sampler.steps)] if args.block_frames else None
+        options |= {"blocks": blocks, "first_seconds": args.first_seconds, "seed": base.seed}
+        voice = speakers[base.speaker_ref]
+        for audio in echo_eqx.stream(dit, codec, base.text, voice, **options):
+            pcm.write(audio)
+            if not seconds:
+                print(f"first sound after {time.perf_counter() - started:.2f} s, {rate} Hz")
+            seconds += len(audio) / rate
+        requests = []
     for start in range(0, len(requests), args.batch_size):  # results are written batch by batch
         batch = requests[start : start + args.batch_size]
         bar = StepBar(f"speaking {start + len(batch)}/{len(requests)}")
@@ -177,13 +220,7 @@ def main() -> None:
             dit,
             codec,
             [echo_eqx.Utterance(r.text, speakers[r.speaker_ref], r.seed) for r in batch],
-            duration=duration,
-            length=args.length,
-            settings=args.sampler,
-            message=message,
-            trim=args.trim,
-            normalize_text=args.normalize_text,
-            expand_text=args.expand_text,
+            **options,
             batch_size=args.batch_size,
             block_frames=args.block_frames,
             progress=bar if on_terminal() else None,
@@ -225,6 +262,10 @@ def check_usage(args: Args) -> None:
             raise UsageError(f"{name}: expected at least 1, got {getattr(args, name)}")
     if args.message is not None and not args.watermark:
         raise UsageError("--message: expected --watermark with it, got --no_watermark")
+    if args.stream is not None and (args.text is None or args.num_candidates > 1 or args.json):
+        raise UsageError(
+            "--stream: expected --text with it, and neither --num_candidates nor --json"
+        )
 
 
 def with_recommended(dit: EchoDiT, codec: Codec) -> Args:
@@ -265,7 +306,10 @@ def effective_settings(
     """All settings of a result, with the defaults filled in."""
     settings = dataclasses.asdict(args)
     settings |= settings.pop("sampler")
-    for name in ("text_file", "checkpoint", "codec", "json", "num_candidates", "voice", "voices"):
+    for name in (
+        *("text_file", "checkpoint", "codec", "json", "num_candidates", "voice", "voices"),
+        *("stream", "first_seconds"),
+    ):
         del settings[name]
     return settings | {
         "text": request.text,

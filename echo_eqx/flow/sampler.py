@@ -7,7 +7,7 @@ are ever compiled.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import equinox as eqx
 import jax
@@ -111,8 +111,43 @@ def sample_blockwise(
 
     **Raises**: `UsageError` if the model has no block-wise weights, or sizes do not match.
     """
-    settings = settings or SamplerSettings()
-    traced = trace_settings(settings, dit.config.num_layers)
+    blocks = sample_blocks(
+        dit,
+        text_ids,
+        text_mask,
+        speaker_latents,
+        speaker_mask,
+        block_sizes=block_sizes,
+        settings=[settings or SamplerSettings()] * len(block_sizes),
+        continuation=continuation,
+        noise=noise,
+        progress=progress,
+        key=key,
+    )
+    before = [] if continuation is None else [jnp.asarray(continuation, jnp.float32)]
+    return jnp.concatenate([*before, *blocks], axis=1)
+
+
+def sample_blocks(
+    dit: EchoDiT,
+    text_ids: Int[Array | np.ndarray, "b s"],
+    text_mask: Bool[Array | np.ndarray, "b s"],
+    speaker_latents: Float[Array | np.ndarray, "b r c"] | SpeakerCache | None = None,
+    speaker_mask: Bool[Array | np.ndarray, "b r"] | None = None,
+    *,
+    block_sizes: Sequence[int],
+    settings: Sequence[SamplerSettings],
+    continuation: Float[Array | np.ndarray, "b f c"] | None = None,
+    noise: Sequence[Float[Array | np.ndarray, "b _ c"]] | None = None,
+    progress: Progress | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Iterator[Float[Array, "b _ c"]]:
+    """The blocks of `sample_blockwise`, one after the other, each with its own settings.
+
+    Without `progress`, the device still computes a block when it is given.
+
+    **Raises**: `UsageError` as `sample_blockwise` does.
+    """
     patch, latent_dim = dit.config.patch_size, dit.config.latent_dim
     batch, done = text_ids.shape[0], 0 if continuation is None else continuation.shape[1]
     if not dit.config.blockwise:
@@ -135,28 +170,29 @@ def sample_blockwise(
             f"frames, got {given}"
         )
     conditions = encode_conditions(dit, text_ids, text_mask, speaker_latents, speaker_mask)
-    branches = guidance_branches(settings.guidance, speaker_latents is not None)
     latents = jnp.zeros((batch, done + sum(block_sizes), latent_dim))
     if continuation is not None:
         latents = _write(latents, jnp.asarray(continuation), jnp.int32(0))
-    total_steps = settings.steps * len(block_sizes)
-    for index, size in enumerate(block_sizes):
+    steps_done, total = 0, sum(each.steps for each in settings)
+    for index, (size, each) in enumerate(zip(block_sizes, settings, strict=True)):
         if key is not None:
             block = initial_noise(jr.fold_in(key, index), batch, size, latent_dim)
         else:
             assert noise is not None
             block = noise[index]
+        traced = trace_settings(each, dit.config.num_layers)
+        branches = guidance_branches(each.guidance, speaker_latents is not None)
         start = jnp.int32(done)
         prefix = _batched_prefix(dit, latents, start)
-        block_progress = progress and _offset(progress, index * settings.steps, total_steps)
+        block_progress = progress and _offset(progress, steps_done, total)
         x = block * traced["noise_scale"]
         mask = jnp.ones(size, bool)
         x = _integrate(
-            dit, x, mask, conditions, prefix, traced, branches, settings.steps, block_progress
+            dit, x, mask, conditions, prefix, traced, branches, each.steps, block_progress
         )
+        yield x
         latents = _write(latents, x, start)
-        done += size
-    return latents
+        done, steps_done = done + size, steps_done + each.steps
 
 
 def padded_frames(num_frames: int, most: int) -> int:

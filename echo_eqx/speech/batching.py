@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from echo_eqx.errors import EchoError, UsageError
-from echo_eqx.flow.sampler import FRAME_BUCKET, Progress, sample, sample_blockwise
+from echo_eqx.flow.sampler import FRAME_BUCKET, Progress, sample, sample_blocks, sample_blockwise
 from echo_eqx.generation import SamplerSettings
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.speech.chunks import Chunk
@@ -89,15 +89,12 @@ class BatchSampler:
         # The number of rows is a power of two; the first chunk fills the rest.
         size = 1 << (len(chunks) - 1).bit_length()
         filled = chunks + chunks[:1] * (size - len(chunks))
-        text = _padded([chunk.ids for chunk in filled], lengths.text)
-        references = [chunk.speaker for chunk in filled if chunk.speaker is not None]
-        speaker = _padded(references, lengths.speaker) if references else (None, None)
+        conditions = _conditions(filled, lengths)
         noise = _noise(filled, lengths.frames, self._dit.config.latent_dim)
         if sizes := self.block_sizes(lengths.frames):
             latents = sample_blockwise(
                 self._dit,
-                *text,
-                *speaker,
+                *conditions,
                 block_sizes=sizes,
                 noise=jnp.split(noise, np.cumsum(sizes)[:-1], axis=1),
                 settings=self._settings,
@@ -105,20 +102,45 @@ class BatchSampler:
             )
         else:
             latents = sample(
-                self._dit,
-                *text,
-                *speaker,
-                noise=noise,
-                settings=self._settings,
-                progress=progress,
+                self._dit, *conditions, noise=noise, settings=self._settings, progress=progress
             )
-        latents = np.asarray(latents)
-        if not np.isfinite(latents).all():
-            raise EchoError(
-                "expected finite latents from the sampler, got NaN or infinity; use gentler "
-                "settings (guidance scales, rescale_k, noise_scale) or other weights"
-            )
-        return latents
+        return read_latents(latents)
+
+
+def start_chunk(dit: EchoDiT, chunk: Chunk, settings: SamplerSettings) -> Array:
+    """Latents (1, chunk.num_frames, c) of a chunk as a `BatchSampler` gives them, which the device
+    starts to compute."""
+    noise = _noise([chunk], chunk.num_frames, dit.config.latent_dim)
+    return sample(dit, *_conditions([chunk], _lengths(chunk)), noise=noise, settings=settings)
+
+
+def start_blocks(
+    dit: EchoDiT, chunk: Chunk, block_sizes: Sequence[int], settings: Sequence[SamplerSettings]
+) -> Iterator[Array]:
+    """The blocks (1, size, c) of a chunk, each with its settings. When one is given, the device
+    starts to compute it."""
+    noise = _noise([chunk], sum(block_sizes), dit.config.latent_dim)
+    return sample_blocks(
+        dit,
+        *_conditions([chunk], _lengths(chunk)),
+        block_sizes=block_sizes,
+        settings=settings,
+        noise=jnp.split(noise, np.cumsum(block_sizes)[:-1], axis=1),
+    )
+
+
+def read_latents(latents: Array) -> np.ndarray:
+    """Latents from the device.
+
+    **Raises**: `EchoError` if they are not finite.
+    """
+    array = np.asarray(latents)
+    if not np.isfinite(array).all():
+        raise EchoError(
+            "expected finite latents from the sampler, got NaN or infinity; use gentler settings "
+            "(guidance scales, rescale_k, noise_scale) or other weights"
+        )
+    return array
 
 
 def round_up(length: int, multiple: int) -> int:
@@ -144,6 +166,13 @@ def _batches(chunks: Sequence[Chunk], batch_size: int) -> Iterator[tuple[Lengths
 
 def _offset(progress: Progress, first_step: int, total: int) -> Progress:
     return lambda step, _: progress(first_step + step, total)
+
+
+def _conditions(chunks: list[Chunk], lengths: Lengths) -> tuple[Any, ...]:
+    """Text and reference as `sample` takes them, each with its mask."""
+    text = _padded([chunk.ids for chunk in chunks], lengths.text)
+    references = [chunk.speaker for chunk in chunks if chunk.speaker is not None]
+    return *text, *(_padded(references, lengths.speaker) if references else (None, None))
 
 
 def _noise(chunks: list[Chunk], num_frames: int, latent_dim: int) -> Array:

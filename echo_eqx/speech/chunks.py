@@ -18,6 +18,7 @@ from echo_eqx.data.text import (
     speaking_width,
     split_text,
 )
+from echo_eqx.data.text.clean import TAG
 from echo_eqx.errors import UsageError
 from echo_eqx.flow.sampler import padded_frames
 from echo_eqx.model.dit import EchoDiT
@@ -100,6 +101,23 @@ def split_into_chunks(
     text = normalize_text(text) if normalize else text
     chunks = split_text(text, dit.config.max_text_bytes - 1, seconds * CHARACTERS_PER_SECOND)
     return [chunk for chunk in chunks if says_something(chunk)]
+
+
+def split_first(text: str, dit: EchoDiT, seconds: float) -> list[str]:
+    """A chunk of text cut once, so that its first part takes at most `seconds` to speak.
+
+    It stays whole if it is that short, or if one of the parts would have nothing to say.
+    """
+    first, *others = split_text(
+        text, dit.config.max_text_bytes - 1, seconds * CHARACTERS_PER_SECOND
+    )
+    rest = text.removeprefix(first).strip()
+    if not others or rest == text:
+        return [text]
+    tags = TAG.findall(first)
+    if tags and not TAG.match(rest):
+        rest = tags[-1].strip() + " " + rest
+    return [first, rest] if says_something(first) and says_something(rest) else [text]
 
 
 def halve_chunk(chunk: Chunk, speaker: np.ndarray, seconds: float) -> list[Chunk]:

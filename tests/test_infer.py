@@ -142,10 +142,11 @@ def test_help_shows_flags_and_examples(place):
     assert done.returncode == 0
     for word in ("--speaker_ref", "--cfg_scale", "--apg_eta", "owner/name", "voice.mp3"):
         assert word in done.stdout
-    # What depends on the checkpoint has no default here: every sampler setting and expand_text.
+    # What depends on the checkpoint has no default here: every sampler setting, length and
+    # expand_text.
     shown = " ".join(done.stdout.replace("│", " ").split())
     recommended = shown.count("(default: what the checkpoint recommends)")
-    assert recommended == len(dataclasses.fields(echo_eqx.SamplerSettings)) + 1
+    assert recommended == len(dataclasses.fields(echo_eqx.SamplerSettings)) + 2
     assert "(default: if the codec can)" in shown
 
 

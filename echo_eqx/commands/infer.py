@@ -34,6 +34,7 @@ from echo_eqx.generation import Length
 from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, silence_latent
+from echo_eqx.speech.continuation import continue_recording
 from echo_eqx.speech.metadata import describe_model, write_metadata
 from echo_eqx.speech.pcm import PCMWriter
 from echo_eqx.speech.requests import Request, check_outputs, make_requests
@@ -91,6 +92,9 @@ class Args:
     ~/.local/share/echo_eqx/voices."""
     block_frames: int | None = None
     """Block-wise models only: generate in blocks of this many latent frames."""
+    continue_from: Path | None = None
+    """Block-wise models only: continue this recording. --text must be what the recording says,
+    and then what to say. The output begins where the recording ends, and --duration counts both."""
     duration: float | None = None
     """Seconds generated for each chunk of text. The model fills them with speech and then silence;
     the pace may change with the duration. By default what the checkpoint recommends, or else 15, or
@@ -159,7 +163,7 @@ def speak(args: Args, started: float, pcm: PCMWriter | None) -> None:
     set_matmul_precision(args.matmul_precision)
     clock = CompileClock()
     speaker = args.speaker_ref if args.voice is None else voice_file(args.voice, args.voices)
-    base = Request(args.text or "", args.output, speaker, args.seed)
+    base = Request(args.text or "", args.output, speaker, args.seed, args.continue_from)
     requests = make_requests(base, args.text_file, args.num_candidates, args.json, args.voices)
     if pcm is None:
         check_outputs(requests, args.json)
@@ -196,7 +200,6 @@ def speak(args: Args, started: float, pcm: PCMWriter | None) -> None:
     rate, seconds = codec.config.sample_rate, 0.0
     options: dict[str, Any] = {
         "duration": duration,
-        "length": args.length,
         "settings": args.sampler,
         "message": message,
         "trim": args.trim,
@@ -206,6 +209,7 @@ def speak(args: Args, started: float, pcm: PCMWriter | None) -> None:
     if pcm is not None:
         blocks = [(args.block_frames, args.sampler.steps)] if args.block_frames else None
         options |= {"blocks": blocks, "first_seconds": args.first_seconds, "seed": base.seed}
+        options["length"] = args.length
         voice = speakers[base.speaker_ref]
         for audio in echo_eqx.stream(dit, codec, base.text, voice, **options):
             pcm.write(audio)
@@ -216,15 +220,25 @@ def speak(args: Args, started: float, pcm: PCMWriter | None) -> None:
     for start in range(0, len(requests), args.batch_size):  # results are written batch by batch
         batch = requests[start : start + args.batch_size]
         bar = StepBar(f"speaking {start + len(batch)}/{len(requests)}")
-        audios = echo_eqx.synthesize_all(
-            dit,
-            codec,
-            [echo_eqx.Utterance(r.text, speakers[r.speaker_ref], r.seed) for r in batch],
-            **options,
-            batch_size=args.batch_size,
-            block_frames=args.block_frames,
-            progress=bar if on_terminal() else None,
-        )
+        shared = {"block_frames": args.block_frames, "progress": bar if on_terminal() else None}
+        if args.continue_from is None:
+            audios = echo_eqx.synthesize_all(
+                dit,
+                codec,
+                [echo_eqx.Utterance(r.text, speakers[r.speaker_ref], r.seed) for r in batch],
+                length=args.length,
+                batch_size=args.batch_size,
+                **options,
+                **shared,
+            )
+        else:
+            audios = []
+            for r in batch:
+                voice = speakers[r.speaker_ref]
+                audio = continue_recording(
+                    dit, codec, r.text, args.continue_from, voice, seed=r.seed, **options, **shared
+                )
+                audios.append(audio)
         bar.close()
         for request, audio in zip(batch, audios, strict=True):
             save_audio(request.output, audio, rate)
@@ -262,6 +276,8 @@ def check_usage(args: Args) -> None:
             raise UsageError(f"{name}: expected at least 1, got {getattr(args, name)}")
     if args.message is not None and not args.watermark:
         raise UsageError("--message: expected --watermark with it, got --no_watermark")
+    if args.continue_from is not None and args.stream is not None:
+        raise UsageError("--continue_from: expected --output with it, got --stream")
     if args.stream is not None and (args.text is None or args.num_candidates > 1 or args.json):
         raise UsageError(
             "--stream: expected --text with it, and neither --num_candidates nor --json"
@@ -318,6 +334,7 @@ def effective_settings(
         "dtype": dtype,
         "start_t": args.sampler.first_time,
         "speaker_ref": None if request.speaker_ref is None else str(request.speaker_ref),
+        "continue_from": None if args.continue_from is None else str(args.continue_from),
         "watermark": message is not None,
         "message": None if message is None else "".join(map(str, message)),
         "version": {"echo_eqx": echo_eqx.__version__, "jax": jax.__version__},

@@ -91,7 +91,7 @@ class Show(VoiceFolder):
     checkpoint: str = "voice"
     """Of the voices that this model knows, the nearest is named."""
     codec: str | None = None
-    """Codec to decode it with; default: the one it was made with."""
+    """Codec to decode it with; default: the one that the voice names, or that of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +144,15 @@ def add(args: Add) -> None:
         codec,
         consent=args.consent,
         lufs=lufs,
-        codec_name=codec_name,
+        codec_name=None if Path(codec_name).exists() else codec_name,  # paths stay private
     )
     for warning in voice.info.warnings:
         logger.warning(printable(warning))
     path = save_voice(voice, args.voices, overwrite=args.overwrite)
     print(f"voice {voice.name}: {voice.seconds:.2f} s of speech at {level_of(voice)}")
     if dit is not None:
-        print(
-            f"{args.checkpoint or 'voice'} uses {describe_reference(dit, codec, used(dit, voice))}"
-        )
+        reference = describe_reference(dit, codec, used(dit, voice.latents))
+        print(f"{args.checkpoint or 'voice'} uses {reference}")
     folder = "" if args.voices is None else f" --voices {args.voices}"
     print(f"{path}\nnext: echo-eqx infer --voice {voice.name}{folder} --text ...")
 
@@ -187,21 +186,20 @@ def show(args: Show) -> None:
     use_compilation_cache()
     dit = load_dit(args.checkpoint)
     voice = load_voice(path) if path.suffix == SUFFIX else None
-    if voice is not None:
-        print("\n".join(as_text(voice, path)))
-        latents = voice.latents
     needs_codec = voice is None or args.plot is not None or args.output is not None
     codec = decoding_codec(args, dit, voice) if needs_codec else None
-    if voice is None:
+    if voice is not None:
+        print("\n".join(as_text(voice, path)))
+        latents, is_comparable = voice.latents, is_of(dit, voice)
+    else:
         assert codec is not None
-        latents = speaker_latents(dit, codec, path)
         print(f"voice       {args.name}, in the package\nfile        {path}")
-    if voice is None or is_of(dit, voice):
-        nearest = nearest_voice(dit, latents if voice is None else used(dit, voice))
-        if nearest is not None:
-            name, distance = nearest
-            likeness = f"{name}, distance {distance:.2f} (a known voice stays below 1)"
-            print(f"nearest     {likeness} of the voices that {args.checkpoint} knows")
+        latents, is_comparable = speaker_latents(dit, codec, path), True
+    nearest = nearest_voice(dit, used(dit, latents)) if is_comparable else None
+    if nearest is not None:
+        name, distance = nearest
+        likeness = f"{name}, distance {distance:.2f} (a known voice stays below 1)"
+        print(f"nearest     {likeness} of the voices that {args.checkpoint} knows")
     if codec is None or (args.output is None and args.plot is None):
         return
     audio = decode_with_silence(codec, latents)
@@ -215,20 +213,17 @@ def show(args: Show) -> None:
 
 
 def decoding_codec(args: Show, dit: EchoDiT, voice: Voice | None) -> Codec:
-    """The codec that a voice was made with, or that of the model for a recording."""
-    if voice is None:
-        return load_codec(find_codec(dit, args.codec, args.checkpoint)[1], pca=args.checkpoint)
-    name = args.codec or voice.info.codec
-    if name is None:
-        raise UsageError("--codec is missing; expected the codec that the voice was made with")
-    codec = load_codec(name)
-    check_codec(voice, codec)
+    """The codec that a voice was made with. If it is not named, it must be that of the model."""
+    name = args.codec if voice is None else args.codec or voice.info.codec
+    codec = load_codec(find_codec(dit, name, args.checkpoint)[1], pca=args.checkpoint)
+    if voice is not None:
+        check_codec(voice, codec)
     return codec
 
 
-def used(dit: EchoDiT, voice: Voice) -> np.ndarray:
-    """The latents that `infer` uses by default."""
-    return voice.latents[: dit.config.max_speaker_frames]
+def used(dit: EchoDiT, latents: np.ndarray) -> np.ndarray:
+    """What `infer` uses of a voice by default."""
+    return latents[: dit.config.max_speaker_frames]
 
 
 def is_of(dit: EchoDiT, voice: Voice) -> bool:

@@ -43,7 +43,7 @@ def make_voice(
     - `recordings`: files; or names and bytes of files.
     - `consent`: who allowed the use of the voice, and how.
     - `lufs`: integrated loudness to set each recording to; None for as recorded.
-    - `codec_name`: the codec, as for `load_codec`, to be named in the file.
+    - `codec_name`: the codec, as for `load_codec`, to be named in the file; better no local path.
 
     **Raises**: `EchoError` naming the recording that cannot be used, as it has no speech or is
     clipped; `UsageError` if there is none, or the name, the consent or the level cannot be used.

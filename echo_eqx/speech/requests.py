@@ -29,6 +29,8 @@ class Request:
     speaker_ref: Path | None = None
     """A recording, latents or the file of a voice."""
     seed: int = 42
+    continue_from: Path | None = None
+    """A recording that the result continues."""
 
     @property
     def metadata(self) -> Path:
@@ -75,19 +77,26 @@ def make_requests(
 
 
 def check_outputs(requests: list[Request], metadata: bool) -> None:
-    """**Raises**: `EchoError` if an output cannot be written, or would replace a reference or a
-    JSON file that does not describe a result."""
-    references = {request.speaker_ref for request in requests if request.speaker_ref is not None}
+    """**Raises**: `EchoError` if an output cannot be written, or would replace a recording that is
+    read or a JSON file that does not describe a result."""
+    recordings = {
+        (kind, path)
+        for request in requests
+        for kind, path in (
+            ("reference", request.speaker_ref),
+            ("recording", request.continue_from),
+        )
+        if path is not None
+    }
     for request in requests:
         output = request.output
         try:
             if output.is_dir():
                 raise EchoError(f"output {output}: expected a file, got a folder")
-            for reference in references:
-                if reference.exists() and output.exists() and reference.samefile(output):
+            for kind, path in recordings:
+                if path.exists() and output.exists() and path.samefile(output):
                     raise EchoError(
-                        f"output {output} would replace the reference {reference}; give another "
-                        "--output"
+                        f"output {output} would replace the {kind} {path}; give another --output"
                     )
             if metadata and not is_replaceable(request.metadata):
                 raise EchoError(
@@ -174,6 +183,7 @@ def _from_json(line: str, where: str, base: Request, label: str, voices: Path | 
         output=output,
         speaker_ref=base.speaker_ref if speaker is None else expand(Path(speaker)),
         seed=fields.get("seed", base.seed),
+        continue_from=base.continue_from,
     )
 
 

@@ -14,10 +14,11 @@ _QUIET_PERCENTILE, _LOUD_PERCENTILE = 5, 50
 SEGMENT_SECONDS, MIN_SEGMENT_SECONDS = 5.0, 2.2
 _KEPT = 0.7
 """Share of the frames, the loudest ones, that are compared."""
-VOICE_CHANGE = 700.0
-"""Least `_distance` of two segments of different voices. Among recordings of 30 s by 57 voices of
-espeak-ng, and 4 people's, the largest distance within a voice was 735, in 95 % below 658. Between
-two of these people it was 760 or more, and between a man and a woman 1060 or more."""
+VOICE_CHANGE = 780.0
+"""Least `_Gaussian.distance` of segments of different voices. In recordings of 30 s by 57 voices
+of espeak-ng, and of 4 people, the largest distance within a voice was 788, and 95 % of recordings
+stayed below 660; in 100 s by 8 of these voices it was 761. Between three of the people, men, it was
+770, 1059 and 1119, and 1329 or more between them and the woman, each in another room."""
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,9 @@ def synthesize(
     """Speak `text`: mono audio (samples,), float32, at `codec.config.sample_rate`.
 
     **Arguments**:
-    - `speaker`: the reference voice: the path of a recording or of `*.npy` latents, audio
-      (samples,) at `codec.config.sample_rate`, or latents (r, c). None for an arbitrary voice.
+    - `speaker`: the reference voice: the path of a recording, of a voice `*.safetensors` or of
+      latents `*.npy`, audio (samples,) at `codec.config.sample_rate`, or latents (r, c). None for
+      an arbitrary voice.
     - `duration`: seconds generated for each chunk of text, which the model fills with speech and
       then silence. None for `dit.generation.duration`, or else 15 s or the longest the model was
       trained with.

@@ -35,12 +35,12 @@ from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, silence_latent
 from echo_eqx.speech.continuation import continue_recording
-from echo_eqx.speech.metadata import describe_model, write_metadata
+from echo_eqx.speech.metadata import describe_model, describe_speaker, write_metadata
 from echo_eqx.speech.pcm import PCMWriter
 from echo_eqx.speech.requests import Request, check_outputs, make_requests
 from echo_eqx.speech.speaker import describe_reference
 from echo_eqx.speech.stream import FIRST_SECONDS
-from echo_eqx.speech.voices import SUFFIX, load_voice, voice_file
+from echo_eqx.speech.voices import voice_file
 from echo_eqx.weights.find import SHIPPED
 from echo_eqx.weights.load import load_model
 from echo_eqx.weights.native import array_dtype
@@ -245,9 +245,8 @@ def speak(args: Args, started: float, pcm: PCMWriter | None) -> None:
             if args.json:
                 settings = effective_settings(args, request, dtype, message) | models
                 settings |= {"duration": duration, "sample_rate": rate}
-                settings |= reference_settings(
-                    dit, codec, args, request, speakers[request.speaker_ref]
-                )
+                path, lufs = request.speaker_ref, args.speaker_lufs
+                settings |= describe_speaker(dit, codec, path, speakers[path], lufs)
                 settings["seconds"] = len(audio) / rate
                 write_metadata(request.metadata, settings)
             print(f"{request.output}: {len(audio) / rate:.2f} s")
@@ -339,23 +338,4 @@ def effective_settings(
         "message": None if message is None else "".join(map(str, message)),
         "version": {"echo_eqx": echo_eqx.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
-    }
-
-
-def reference_settings(
-    dit: EchoDiT, codec: Codec, args: Args, request: Request, latents: np.ndarray | None
-) -> dict[str, Any]:
-    """How the reference was used."""
-    if latents is None or request.speaker_ref is None:
-        return {"speaker_seconds": None, "speaker_lufs": None, "nearest_voice": None}
-    lufs = dit.generation.reference_lufs if args.speaker_lufs is None else args.speaker_lufs
-    if request.speaker_ref.suffix == ".npy":
-        lufs = None
-    elif request.speaker_ref.suffix == SUFFIX:
-        lufs = load_voice(request.speaker_ref).info.lufs
-    nearest = echo_eqx.nearest_voice(dit, latents)
-    return {
-        "speaker_seconds": len(latents) / codec.config.frame_rate,
-        "speaker_lufs": lufs,
-        "nearest_voice": nearest and {"name": nearest[0], "distance": nearest[1]},
     }

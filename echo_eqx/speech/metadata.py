@@ -6,10 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from echo_eqx.codec.codec import Codec
 from echo_eqx.errors import EchoError
 from echo_eqx.files import write_whole
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.speech.speaker import nearest_voice
+from echo_eqx.speech.voices import SUFFIX, load_voice
 from echo_eqx.trees import num_parameters
 from echo_eqx.weights.checkpoint.reader import MANIFEST
 
@@ -27,6 +31,31 @@ def describe_model(path: Path, source: str, model: EchoDiT | Codec) -> dict[str,
         "sha256": digest,
         "parameters": num_parameters(model),
         "config": asdict(model.config),
+    }
+
+
+def describe_speaker(
+    dit: EchoDiT,
+    codec: Codec,
+    path: Path | None,
+    latents: np.ndarray | None,
+    lufs: float | None,
+) -> dict[str, Any]:
+    """How the reference in `path`, with `latents` (r, c), was used. `lufs` is the level asked for,
+    None for the model's."""
+    if latents is None or path is None:
+        return {"speaker_seconds": None, "speaker_lufs": None, "nearest_voice": None}
+    if path.suffix == ".npy":
+        lufs = None
+    elif path.suffix == SUFFIX:
+        lufs = load_voice(path).info.lufs
+    elif lufs is None:
+        lufs = dit.generation.reference_lufs
+    nearest = nearest_voice(dit, latents)
+    return {
+        "speaker_seconds": len(latents) / codec.config.frame_rate,
+        "speaker_lufs": lufs,
+        "nearest_voice": nearest and {"name": nearest[0], "distance": nearest[1]},
     }
 
 

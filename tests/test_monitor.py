@@ -19,6 +19,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import soundfile
+from browser import start_chrome
 
 pytest.importorskip("plotly")
 pytest.importorskip("pyarrow")
@@ -570,19 +571,8 @@ def test_the_command_reports_errors_in_one_line(
 
 @pytest.fixture(scope="module")
 def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    driver = shutil.which("chromedriver")
-    if driver is None or shutil.which("chromium") is None:
-        pytest.skip("chromium and chromedriver are not on PATH")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--mute-audio"):
-        options.add_argument(flag)
-    options.add_argument("--autoplay-policy=no-user-gesture-required")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(driver, env={**os.environ, "SE_OFFLINE": "true"})
-    chrome = webdriver.Chrome(options=options, service=service)
+    profile = tmp_path_factory.mktemp("profile")
+    chrome = start_chrome(profile, "--autoplay-policy=no-user-gesture-required")
     yield chrome
     chrome.quit()
 

@@ -1,6 +1,7 @@
 """The endpoints."""
 
 import asyncio
+import dataclasses
 import hmac
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,6 +29,15 @@ _PAGE_KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
+}
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    # Scripts, styles and requests are of this server only; sounds are made in the page.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; media-src blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
 }
 _OPEN = ("/", "/health", "/v1/audio/models", "/v1/audio/voices")
 """Paths that need no key to GET, because clients send none."""
@@ -120,11 +130,9 @@ class _Endpoints:
         # Names are those of files in the folder; a request's name is never joined to a path.
         files = {file.name for file in PAGE.glob("*.*")}
         if name not in files:
-            if name == "index.html":
-                return PlainTextResponse("echo_eqx speaks at POST /v1/audio/speech\n")
             raise ApiError(404, "not found")
         kind = _PAGE_KINDS.get(path.suffix, "application/octet-stream")
-        return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
+        return FileResponse(path, media_type=kind, headers=_PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
         is_alive = self._service.engine.is_alive
@@ -152,14 +160,19 @@ class _Endpoints:
 
     async def settings(self, request: Request) -> Response:
         service = self._service
-        return JSONResponse({"settings": settings_table(service.defaults, service.limits)})
+        settings = settings_table(service.defaults, service.limits)
+        return JSONResponse({"settings": settings, "limits": dataclasses.asdict(service.limits)})
 
     async def audio_models(self, request: Request) -> Response:
         return JSONResponse({"models": [{"id": name} for name in self._service.models]})
 
     async def voices(self, request: Request) -> Response:
-        voices = [{"id": name, "name": name} for name in self._service.voices.all_names]
-        return JSONResponse({"voices": voices})
+        voices = self._service.voices
+        names, own = voices.all_names, set(voices.names)
+        listed = [
+            {"id": name, "name": name} | ({} if name in own else {"alias": True}) for name in names
+        ]
+        return JSONResponse({"voices": listed})
 
     async def add_voice(self, request: Request) -> Response:
         service = self._service

@@ -44,7 +44,9 @@ TALL = {"width": 1280, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SpeechServer]:
-    server = SpeechServer("--steps", 2, "--batch_size", 1, "--max_characters", 400)
+    server = SpeechServer(
+        "--steps", 2, "--batch_size", 1, "--max_characters", 400, "--max_requests", 3
+    )
     yield server
     assert server.metric("compilations_total") == 0
     server.stop()
@@ -115,9 +117,9 @@ def said(browser: Any, id: str) -> str:
     return browser.find_element("id", id).text
 
 
-def speak(browser: Any, count: int = 1) -> None:
+def speak(browser: Any) -> None:
     click(browser, "speak")
-    wait(browser, f"document.querySelectorAll('.card a').length == {count}")
+    wait(browser, "document.querySelector('.card a')")
 
 
 def answer(server: SpeechServer, **fields: Any) -> np.ndarray:
@@ -140,7 +142,10 @@ def test_the_page_plays_and_saves_the_samples_of_the_server(
     type_into(browser, "text", LONG)
     type_into(browser, "count", 2)
     type_into(browser, "seed", 7)
-    speak(browser, count=2)
+    click(browser, "speak")
+    button = "document.querySelector('.card button').textContent"
+    wait(browser, f"document.querySelector('.card') && {button} == 'Pause'")
+    wait(browser, "document.querySelectorAll('.card a').length == 2")
     assert browser.execute_script("return asked.map((body) => body.seed)") == [7, 8]
     common = {"input": LONG, "voice": "anna", "response_format": "pcm"}
     expected = [answer(server, **common, seed=seed) for seed in (7, 8)]
@@ -159,6 +164,7 @@ def test_the_page_plays_and_saves_the_samples_of_the_server(
         assert rate == 24_000
         np.testing.assert_array_equal(saved, samples)
     wait(browser, "document.getElementById('status').textContent.startsWith('Spoken in')")
+    wait(browser, f"{button} == 'Play'")  # at the end
     for kind in ("wave", "spectrogram"):
         ink = f"""const canvas = document.querySelector('.card .{kind}');
         const {{ width, height }} = canvas;
@@ -184,6 +190,24 @@ def test_the_history_outlives_a_reload_and_can_be_cleared(browser: Any, server: 
     np.testing.assert_array_equal(played(browser), expected)
     reuse.click()
     assert browser.execute_script("return [text.value, seed.value]") == ["Yes.", "5"]
+    add_many = """
+    const done = arguments[0];
+    import('/page/history.js').then(async ({ History }) => {
+      const history = new History(new EventTarget(), () => {});
+      await history.open();
+      const settings = { sway: -1 };
+      for (let seed = 100; seed < 155; seed++) {
+        await history.add({ text: "Many.", voice: "ben", seed, settings, file: new Blob(["x"]) });
+      }
+      done();
+    });
+    """
+    browser.execute_async_script(add_many)
+    show(browser, server)
+    entries = wait(
+        browser, "[...document.querySelectorAll('#history li')].map((li) => li.innerText)"
+    )
+    assert len(entries) == 50 and "voice ben, seed 154, sway -1" in entries[0]
     click(browser, "clear")
     assert not browser.find_elements("css selector", "#history li")
     show(browser, server)
@@ -262,6 +286,7 @@ def test_a_recording_of_the_microphone_is_the_voice(browser: Any, server: Speech
     show(browser, server)
     type_into(browser, "text", TEXT)
     click(browser, "record")
+    wait(browser, "level.value > 0.1")
     wait(browser, "parseFloat(document.getElementById('seconds').textContent) > 1.3")
     click(browser, "record")
     wait(browser, "voice.selectedOptions[0].text.startsWith('recording: microphone')")
@@ -289,15 +314,34 @@ def test_errors_are_one_sentence(browser: Any, server: SpeechServer):
     assert browser.execute_script("return document.activeElement.id") == "setting-cfg_scale"
     click(browser, "defaults")
     file = "new File([new Uint8Array(9)], 'noise.wav')"
-    browser.execute_script(
-        f"""const dataTransfer = new DataTransfer();
-        dataTransfer.items.add({file});
-        document.body.dispatchEvent(new DragEvent("drop", {{ dataTransfer, bubbles: true }}));"""
-    )
+    drop = f"""const dataTransfer = new DataTransfer();
+    dataTransfer.items.add({file});
+    document.body.dispatchEvent(new DragEvent("drop", {{ dataTransfer, bubbles: true }}));"""
+    browser.execute_script(drop)
     click(browser, "speak")
     wait(browser, "error.textContent.startsWith('The recording')")
     assert said(browser, "error").count(".") <= 2
+    click(browser, "forget")
+    large = file.replace("(9)", "(11 * 2 ** 20)")
+    browser.execute_script(drop.replace(file, large))
+    assert said(browser, "error") == "Expected a recording of at most 10.0 MiB, got 11.0 MiB."
     assert len(browser.execute_script("return asked")) == 2
+
+
+def test_a_busy_server_is_told_and_the_other_candidates_go_on(browser: Any, server: SpeechServer):
+    show(browser, server)
+    click(browser, "settings")
+    type_into(browser, "setting-steps", 200)
+    type_into(browser, "count", 4)
+    type_into(browser, "text", LONG)
+    click(browser, "speak")
+    wait(browser, "/^The server is busy; try again in [0-9]+ s.$/.test(error.textContent)")
+    notes = "[...document.querySelectorAll('.card h3 .note')].map((note) => note.textContent)"
+    wait(browser, f"{notes}.some((note) => note.startsWith('step'))")
+    assert browser.execute_script(f"return {notes}").count("failed") == 1
+    click(browser, "stop")
+    wait(browser, "document.getElementById('status').textContent == 'Stopped'")
+    assert sorted(browser.execute_script(f"return {notes}")) == ["failed"] + ["stopped"] * 3
 
 
 def test_a_wrong_key_is_told_and_no_storage_is_no_problem(browser: Any, server: SpeechServer):

@@ -27,7 +27,7 @@ export class Card {
     this.range = make("input", { type: "range", min: 0, max: 0, step: 0.01, value: 0 });
     this.range.setAttribute("aria-label", `Position in ${name}, in seconds`);
     this.time = make("span", { className: "time note" });
-    this.button = playButton(player, name, () => this.sound);
+    this.button = playButton(player, name, this.sound);
     this.actions = make("div", { className: "row" }, this.button, this.time);
     this.error = make("p", { className: "error" });
     this.body = make("div", {}, this.picture, this.range, this.actions);

@@ -8,9 +8,8 @@ export function make(tag, properties = {}, ...children) {
   return node;
 }
 
-// A button that plays and pauses the sound that `open` gives.
-export function playButton(player, name, open) {
-  let sound = null;
+// A button that plays and pauses a sound, or the one that `open` gives once it is needed.
+export function playButton(player, name, sound, open) {
   const button = make("button", { type: "button" });
   const show = () => {
     const verb = sound && player.sound === sound ? "Pause" : "Play";

@@ -108,7 +108,7 @@ export class History {
     const changed = Object.entries(entry.settings).map(([name, value]) => `${name} ${value}`);
     const about = [when, voice, `seed ${entry.seed}`, ...changed].join(", ");
     const open = async () => Sound.of(await fromWAV(entry.file));
-    const play = playButton(this.#player, `the speech of ${when}`, open);
+    const play = playButton(this.#player, `the speech of ${when}`, null, open);
     const link = saveLink(entry.file, fileName(entry));
     const reuse = make("button", { type: "button", textContent: "Use again" });
     reuse.title = "Fill in its text, seed, settings and voice";
@@ -116,7 +116,7 @@ export class History {
     const remove = make("button", { type: "button", textContent: "Remove" });
     remove.setAttribute("aria-label", `Remove the speech of ${when}`);
     remove.addEventListener("click", () => this.#remove(entry));
-    const said = make("p", { className: "said", textContent: entry.text });
+    const said = make("p", { className: "said", dir: "auto", textContent: entry.text });
     const note = make("p", { className: "note", textContent: about });
     const actions = make("div", { className: "row" }, play, link, reuse, remove);
     return { node: make("li", {}, said, note, actions), link };

@@ -80,18 +80,19 @@ function check() {
 
 async function submit() {
   if (running || !check()) return;
-  player.wake();
-  await reference.stop();
-  player.stop();
-  showError("");
   const controller = new AbortController();
   running = controller;
+  player.stop();
+  player.wake();
+  await reference.stop();
+  showError("");
   showButtons();
   const entry = {
     text: element("text").value,
     voice: reference.name,
     settings: settings.values,
   };
+  const fields = { input: entry.text, ...entry.settings };
   const first = Number(element("seed").value);
   const count = Math.min(Number(element("count").value), MAX_SEED - first + 1);
   cards = Array.from({ length: count }, (_, i) => new Card(player, first + i));
@@ -100,7 +101,7 @@ async function submit() {
   showStatus("Speaking");
   const started = performance.now();
   try {
-    const fields = { input: entry.text, ...entry.settings, ...(await reference.field()) };
+    Object.assign(fields, await reference.field());
     player.play(cards[0].sound);
     await Promise.all(cards.map((card) => run(card, fields, entry, controller.signal)));
     const seconds = ((performance.now() - started) / 1000).toFixed(1);
@@ -108,7 +109,7 @@ async function submit() {
     showStatus(failed ? "" : `Spoken in ${seconds} s`);
   } catch (error) {
     controller.abort();
-    showStatus("");
+    cards.filter((card) => !card.sound.isComplete).forEach((card) => card.fail("", true));
     showError(error.message);
   }
   if (controller.signal.aborted) showStatus("Stopped");

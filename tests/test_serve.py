@@ -21,9 +21,7 @@ from speech_server import KEY, SpeechServer
 
 import echo_eqx
 from echo_eqx import SamplerSettings, UsageError, voice
-from echo_eqx.serve.joiner import Joiner
 from echo_eqx.serve.server import bind
-from echo_eqx.speech.joining import crossfade, fade_edges
 
 TEXT = "Turn off the lights."
 LONG = "Good morning to you all. It is raining outside, and I am at home. Turn off the lights."
@@ -149,23 +147,6 @@ def test_a_request_has_the_same_bits_alone_and_in_a_batch_and_nothing_compiles(s
     recording = base64.b64encode((DATA / "speech.mp3").read_bytes()).decode()
     assert server.speech(TEXT, speaker_ref=recording, steps=1).status == 200
     assert server.metric("compilations_since_ready") == 0
-
-
-def test_joining_piece_by_piece_equals_joining_at_once():
-    rng, rate = np.random.default_rng(0), 8000
-    for ends in ([900], [30], [900, 1200, 700], [500, 50, 20, 900]):
-        clips = [(rng.standard_normal(end + rng.integers(0, 500)), end) for end in ends]
-        clips = [(clip.astype(np.float32), end) for clip, end in clips]
-        expected = fade_edges(crossfade(clips, int(0.05 * rate)), rate)
-        joiner, out = Joiner(rate), []
-        for i, (clip, end) in enumerate(clips):
-            cuts = np.sort(rng.integers(0, len(clip), 3))
-            out += joiner.join(np.split(clip, cuts), end, i == len(clips) - 1)
-        joined = np.concatenate(out)
-        assert len(joined) == len(expected)
-        # A clip shorter than the crossfade fades out together with what came before it.
-        if min(ends) > 0.05 * rate:
-            assert max_difference(joined, expected) < 1e-6
 
 
 # --- Clients ------------------------------------------------------------------------------------

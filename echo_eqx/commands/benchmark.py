@@ -8,6 +8,7 @@
     echo-eqx benchmark save             # how long a checkpoint blocks the loop
     echo-eqx benchmark monitor          # the page of a long run, until its curves are drawn
     echo-eqx benchmark latency          # the first sound and the whole: one go, sentences, blocks
+    echo-eqx benchmark serve            # many clients of a speech server
     echo-eqx benchmark gpu              # what an accelerator does, a row at a time
 
 Weights are random; that does not change the cost.
@@ -45,6 +46,7 @@ import echo_eqx
 from echo_eqx.cli import parse
 from echo_eqx.commands._benchmark_gpu import Gpu, gpu
 from echo_eqx.commands._benchmark_latency import Latency, latency
+from echo_eqx.commands._benchmark_serve import Serve, serve
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.data import loader
 from echo_eqx.data.fetch import ShardCache
@@ -141,6 +143,7 @@ def main() -> None:
         Save: save,
         Monitor: monitor,
         Latency: latency,
+        Serve: serve,
         Gpu: gpu,
     }
     kinds = tuple(

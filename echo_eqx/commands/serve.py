@@ -58,8 +58,9 @@ class Args:
     batch_size: int | None = None
     """Chunks of text that are sampled at a time. By default 1 on CPU, where more are not faster
     together, and 4 elsewhere."""
-    max_requests: int = 64
-    """Requests that wait or are spoken at a time; more are answered 503 with Retry-After."""
+    max_requests: int | None = None
+    """Requests that wait or are spoken at a time, by default 16 for each row of --batch_size; more
+    are answered 503 with Retry-After."""
     max_characters: int = 20_000
     """Longest text of a request, in characters."""
     max_body_mb: float = 16.0
@@ -142,7 +143,7 @@ def main() -> None:
         max_steps=args.max_steps,
         all_lengths=args.length == "auto",
     )
-    engine = Engine(programs, args.max_requests)
+    engine = Engine(programs, args.max_requests or 16 * programs.batch_size)
     service = Service(
         programs=programs,
         engine=engine,

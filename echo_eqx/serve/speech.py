@@ -11,10 +11,9 @@ import numpy as np
 from jaxtyping import Float
 
 from echo_eqx.generation import SamplerSettings
-from echo_eqx.serve.joiner import Joiner
 from echo_eqx.serve.programs import Programs, Reference, Row
 from echo_eqx.speech.chunks import Chunk, halve_chunk
-from echo_eqx.speech.joining import CROSSFADE_SECONDS, Message, speech_end
+from echo_eqx.speech.joining import CROSSFADE_SECONDS, Joiner, Message, speech_end
 from echo_eqx.speech.speaker import trim_to_patches
 
 
@@ -171,7 +170,7 @@ class Speech:
             config, is_last = self._programs.codec.config, not self._order
             fade = 0 if is_last else math.ceil(CROSSFADE_SECONDS * config.frame_rate)
             pieces = self._programs.decode(latents, end + fade, self._task.message)
-            self._clip = self._joiner.join(pieces, end * config.hop, is_last)
+            self._clip = self._join(pieces, end * config.hop, is_last)
         samples = next(self._clip, None)
         if samples is None:
             self._clip = None
@@ -181,3 +180,13 @@ class Speech:
         elif len(samples):
             self._emit(Audio(samples))
         return True
+
+    def _join(
+        self, pieces: Iterator[np.ndarray], end: int, is_last: bool
+    ) -> Iterator[Float[np.ndarray, " samples"]]:
+        """The audio that each piece of a clip completes."""
+        for piece in pieces:
+            yield self._joiner.add(piece, end)
+        self._joiner.end_clip(end)
+        if is_last:
+            yield self._joiner.finish()

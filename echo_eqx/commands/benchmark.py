@@ -10,6 +10,7 @@
     echo-eqx benchmark latency          # the first sound and the whole: one go, sentences, blocks
     echo-eqx benchmark serve            # many clients of a speech server
     echo-eqx benchmark gpu              # what an accelerator does, a row at a time
+    echo-eqx benchmark peers            # beside the same model in Flax and PyTorch
 
 Weights are random; that does not change the cost.
 """
@@ -46,6 +47,7 @@ import echo_eqx
 from echo_eqx.cli import parse
 from echo_eqx.commands._benchmark_gpu import Gpu, gpu
 from echo_eqx.commands._benchmark_latency import Latency, latency
+from echo_eqx.commands._benchmark_peers import Peers, peers
 from echo_eqx.commands._benchmark_serve import Serve, serve
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.data import loader
@@ -145,6 +147,7 @@ def main() -> None:
         Latency: latency,
         Serve: serve,
         Gpu: gpu,
+        Peers: peers,
     }
     kinds = tuple(
         Annotated[kind, tyro.conf.subcommand(function.__name__)]

@@ -225,6 +225,7 @@ def test_hub_shards_are_read_like_local_ones(tmp_path):
     ]
     here = report_of(data, tmp_path)
     assert facts["samples"] == 6 and facts["channels"]["mean"] == here.mean.tolist()
+    assert facts["frames_per_byte"] == here.frames_per_byte > 0
 
 
 def test_a_sample_is_played_with_its_reference(tmp_path, golden_codec):

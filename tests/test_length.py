@@ -5,10 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import GOLDEN, random_model
+from shards import sample_parts, write_shard
 
 import echo_eqx
 from echo_eqx import SamplerSettings, voice
 from echo_eqx.config import CodecConfig
+from echo_eqx.data.pace import measure_frames_per_byte
+from echo_eqx.data.shards import Shard, ShardIndex, list_shards
 from echo_eqx.speech import batching
 from echo_eqx.speech.chunks import frames_for_text
 from echo_eqx.speech.codec import silence_latent
@@ -92,6 +95,23 @@ def test_the_checkpoint_chooses_the_length(endless, lengths, ending):
     assert lengths == [32]  # 12 bytes
     assert len(speak(dit, codec, length="full")) == 20 * codec.config.hop
     assert lengths == [32, 50]
+
+
+def test_the_pace_of_a_data_set_is_exceeded_by_one_recording_in_twenty(tmp_path):
+    rng = np.random.default_rng(0)
+    # Recordings of 20 to 40 frames, and 10 bytes that the model reads.
+    samples = [(f"{n}", sample_parts(rng, n, 3, text="123456789")) for n in range(20, 41)]
+    broken = {"npy": b"", "json": b"{}"}
+    write_shard(tmp_path / "a.tar", [("broken", broken), *samples[:9]])
+    write_shard(tmp_path / "b.tar", samples[9:])
+    assert measure_frames_per_byte(list_shards(str(tmp_path), tmp_path)) == 3.9
+    remote = ShardIndex("hub", "c", (Shard("a.tar", 9, url="http://x"),))
+    assert measure_frames_per_byte(remote) is None
+
+
+def test_the_small_voice_knows_its_pace(shipped):
+    shards = list_shards(str(voice.SHARDS), voice.SHARDS)
+    assert measure_frames_per_byte(shards) == shipped[0].generation.frames_per_byte
 
 
 @pytest.mark.slow

@@ -5,13 +5,17 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import DATA
 from processes import SCRIPTS, call, flags, run, xla_flags
 
 import echo_eqx
-from echo_eqx import voice
+from echo_eqx import SamplerSettings, voice
 from echo_eqx.config import CODEC_PRESETS, DIT_PRESETS
 from echo_eqx.data.cepstra import mel_cepstra
+from echo_eqx.data.pace import measure_frames_per_byte
+from echo_eqx.data.shards import list_shards
+from echo_eqx.voice.curve import VARIANTS, num_evaluations
 from echo_eqx.voice.evaluate import generate, reference_files
 from echo_eqx.voice.grammar import held_out_texts, training_texts
 from echo_eqx.voice.similarity import dtw_distances
@@ -68,4 +72,31 @@ def test_training_on_the_packaged_shards_lowers_the_loss_and_speaks(tmp_path):
     exported = echo_eqx.load_dit(tmp_path / "run" / "checkpoints" / "step_000000020.safetensors")
     assert exported.generation == echo_eqx.load_dit(tmp_path / "run").generation
     assert exported.generation.sampler == voice.SETTINGS
+    shards = list_shards(str(voice.SHARDS), tmp_path)
+    assert exported.generation.frames_per_byte == measure_frames_per_byte(shards)
     assert (tmp_path / "early.wav").stat().st_size > 1000
+
+
+def test_evaluations_are_counted_with_the_branches_of_new_guidance():
+    for changes, expected in (
+        ({}, 10 + 2 * 7),  # t = 1, 0.9, ... 0.4
+        ({"guidance": "joint"}, 10 + 7),
+        ({"guidance_every": 2}, 10 + 2 * 4),
+        ({"guidance_every": 100}, 10 + 2),
+        ({"sway": -1.0}, 10 + 2 * 8),
+    ):
+        settings = SamplerSettings(steps=10, cfg_min_t=0.35, **changes)
+        assert num_evaluations(settings) == expected, changes
+
+
+@pytest.mark.slow
+def test_the_curve_is_a_table_and_a_plot(tmp_path):
+    words = flags(count=2, kinds="small", curve=2, plot="curve.png", output="out")
+    done = call("eval_voice", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 1 + len(VARIANTS) and {row.count("|") for row in rows} == {11}
+    converged, *others = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert converged["steps"] == 256 and converged["converged_mcd_db"] == 0
+    assert all(point["converged_mcd_db"] > 1 for point in others)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -166,6 +166,9 @@ def as_text(report: Report, config: DiTConfig, show_all: bool) -> list[str]:
         if lengths is not None:
             words = ", ".join(f"{which} {length:.6g}" for which, length in lengths.items())
             lines.append(f"{name.replace('_', ' '):<12}{words}")
+    if n:
+        pace = f"{report.frames_per_byte:g} frames per byte of text or less"
+        lines.append(f"pace        {pace}, in 95 % of the samples")
     kinds = ", ".join(f"{kind} {count}" for kind, count in report.kinds.items())
     lines += ["", f"broken      {len(report.broken)}" + (f" ({kinds})" if kinds else "")]
     listed = report.broken if show_all else report.broken[:MAX_LISTED]
@@ -215,6 +218,7 @@ def as_json(report: Report, config: DiTConfig) -> dict[str, Any]:
         "samples": report.samples,
         "references": report.references,
         "hours": report.hours,
+        "frames_per_byte": report.frames_per_byte,
         "latent_dim": len(report.mean) or None,
         "mean": mean,
         "std": std,

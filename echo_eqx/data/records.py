@@ -70,8 +70,24 @@ def read_sample(descriptor: int, entry: RecordEntry, latent_dim: int) -> Sample:
     return Sample(entry.key, text, latents, reference)
 
 
+def record_lengths(descriptor: int, entry: RecordEntry) -> tuple[int, int]:
+    """Latent frames of a record, from their header, and bytes of its text in UTF-8.
+
+    **Raises**: `BrokenRecord` if either cannot be told.
+    """
+    shape = _latent_shape(descriptor, entry)
+    if shape is None or entry.json is None:
+        raise BrokenRecord("shape", "no readable .npy and .json")
+    return shape[0], len(_read_text(_read(descriptor, entry.json, MAX_JSON)).encode())
+
+
 def latent_width(descriptor: int, entry: RecordEntry) -> int | None:
     """Channels of a record, from the header of its latents; None if the header is invalid."""
+    shape = _latent_shape(descriptor, entry)
+    return None if shape is None else shape[1]
+
+
+def _latent_shape(descriptor: int, entry: RecordEntry) -> tuple[int, int] | None:
     if entry.latents is None:
         return None
     offset, size = entry.latents
@@ -80,7 +96,7 @@ def latent_width(descriptor: int, entry: RecordEntry) -> int | None:
     except Exception:
         return None
     is_whole = len(shape) == 2 and shape[0] and shape[0] * shape[1] * dtype.itemsize == size - begin
-    return shape[1] if is_whole else None
+    return (shape[0], shape[1]) if is_whole else None
 
 
 def _read(descriptor: int, part: tuple[int, int], most: int) -> bytes:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from echo_eqx.config import DiTConfig
 from echo_eqx.data.fetch import ShardCache
+from echo_eqx.data.pace import frames_per_byte
 from echo_eqx.data.records import BrokenRecord, Sample, latent_width, load_silence, read_sample
 from echo_eqx.data.shards import FRAME_RATE, ShardIndex
 from echo_eqx.data.tar_index import RecordEntry, Skipped, index_tar
@@ -87,6 +88,11 @@ class Report:
     @property
     def hours(self) -> float:
         return float(self.frames.sum(dtype=np.int64)) / self.frame_rate / 3600
+
+    @property
+    def frames_per_byte(self) -> float | None:
+        """See `echo_eqx.data.pace`."""
+        return frames_per_byte(self.frames, self.text_bytes)
 
     @property
     def kinds(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from echo_eqx.data.loader import HostBatch
+from echo_eqx.data.pace import measure_frames_per_byte
 from echo_eqx.flow.objective import Batch
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
@@ -103,6 +104,7 @@ def _generation(config: TrainConfig, data: TrainData) -> GenerationConfig:
         padding="zeros" if config.silence == "zeros" else "silence",
         codec=codec,
         codec_silence=None if config.silence == "zeros" else tuple(middle),
+        frames_per_byte=measure_frames_per_byte(data.shard_index),
     )
 
 

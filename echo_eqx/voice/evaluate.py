@@ -16,8 +16,7 @@ from echo_eqx.codec.codec import Codec
 from echo_eqx.data.audio import save_audio
 from echo_eqx.data.cepstra import mel_cepstra
 from echo_eqx.errors import EchoError, optional
-from echo_eqx.flow.sampler import SamplerSettings
-from echo_eqx.generation import GenerationConfig, KnownVoice
+from echo_eqx.generation import GenerationConfig, KnownVoice, Length, SamplerSettings
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.speech.codec import silence_latent
 from echo_eqx.speech.speaker import Speaker, encode_padded, speaker_latents
@@ -57,6 +56,7 @@ def generate(
     references: Mapping[str, Path] | None,
     settings: SamplerSettings,
     seed: int = 0,
+    length: Length | None = None,
 ) -> list[np.ndarray]:
     """Speech (samples,) of each text, cycling through the references; in any voice without them."""
     voices: list[np.ndarray | None] = [None]
@@ -65,14 +65,14 @@ def generate(
     utterances = [
         Utterance(text, voices[i % len(voices)], seed + i) for i, text in enumerate(texts)
     ]
-    return synthesize_all(dit, codec, utterances, settings=settings, batch_size=16)
+    return synthesize_all(dit, codec, utterances, length=length, settings=settings, batch_size=16)
 
 
 def generation_config(
     dit: EchoDiT, codec: Codec, references: Mapping[str, Path], name: str, count: int = 32
 ) -> GenerationConfig:
-    """Generation settings of a small voice: sampler, codec `name`, and its known voices, each
-    measured on `count` recordings."""
+    """Generation settings of a small voice: sampler, the pace of its training data, codec `name`,
+    and its known voices, each measured on `count` recordings."""
     rate = codec.config.sample_rate
 
     def mean(speaker: Speaker) -> np.ndarray:
@@ -99,6 +99,7 @@ def generation_config(
         voices.append(KnownVoice(voice, _rounded(center), round(radius, 4)))
     return GenerationConfig(
         sampler=SETTINGS,
+        frames_per_byte=dit.generation.frames_per_byte,
         expand_text=True,
         reference_lufs=REFERENCE_LUFS,
         codec=name,
@@ -137,6 +138,53 @@ class Metrics:
     """Share whose length is within 25 % of the original's."""
 
 
+class Judge:
+    """Compares speech of the texts with the originals, of which it knows the cepstra."""
+
+    def __init__(self, codec: Codec, originals: Originals):
+        self._rate, self._audio = codec.config.sample_rate, originals.audio
+        self._prints = {name: voice_print(clips) for name, clips in originals.audio.items()}
+        self._cepstra = {
+            name: [mel_cepstra(*clip) for clip in clips] for name, clips in originals.audio.items()
+        }
+        self._codec_distances = []
+        self._other_distances = []
+        for i in range(len(originals.texts)):
+            own = [self._cepstra[voice_of(i)][i]]
+            coded = mel_cepstra(reconstruct(codec, *self._audio[voice_of(i)][i]), self._rate)
+            self._codec_distances.append(dtw_distances(coded, own)[0])
+            other = self._cepstra[voice_of(i + 1)][i]
+            self._other_distances.append(dtw_distances(other, own)[0])
+
+    def __call__(self, generated: Sequence[np.ndarray]) -> Metrics:
+        rows = []
+        for i, audio in enumerate(generated):
+            name = voice_of(i)
+            clip, clip_rate = self._audio[name][i]
+            distances = dtw_distances(mel_cepstra(audio, self._rate), self._cepstra[name])
+            # Generated speech is trimmed at the end.
+            seconds = len(clip) / clip_rate - SILENCE_SECONDS
+            rows.append(
+                (
+                    float(np.argmin(distances) == i),
+                    distances[i],
+                    float(identify_voice(audio, self._rate, self._prints) == name),
+                    float(abs(len(audio) / self._rate / seconds - 1) < 0.25),
+                )
+            )
+        retrieved, own, same_voice, same_length = np.array(rows).T
+        distances = (own, self._codec_distances, self._other_distances)
+        own_db, codec_db, other_db = (DECIBELS * float(np.median(row)) for row in distances)
+        return Metrics(
+            retrieval_accuracy=float(retrieved.mean()),
+            mcd_db=own_db,
+            codec_mcd_db=codec_db,
+            other_voice_mcd_db=other_db,
+            voice_accuracy=float(same_voice.mean()),
+            length_accuracy=float(same_length.mean()),
+        )
+
+
 def measure(
     dit: EchoDiT,
     codec: Codec,
@@ -144,37 +192,12 @@ def measure(
     count: int,
     references: Mapping[str, Path],
     settings: SamplerSettings,
+    length: Length | None = None,
 ) -> tuple[Metrics, Originals, list[np.ndarray]]:
     """Metrics of `count` held-out texts of a kind, espeak-ng's originals, and the speech."""
     originals = Originals.of(held_out_texts(kind, count))
-    generated = generate(dit, codec, originals.texts, references, settings)
-    rate = codec.config.sample_rate
-    prints = {name: voice_print(clips) for name, clips in originals.audio.items()}
-    cepstra = {
-        name: [mel_cepstra(*clip) for clip in clips] for name, clips in originals.audio.items()
-    }
-    rows = []
-    for i, audio in enumerate(generated):
-        name, other = voice_of(i), voice_of(i + 1)
-        clip, clip_rate = originals.audio[name][i]
-        distances = dtw_distances(mel_cepstra(audio, rate), cepstra[name])
-        coded = mel_cepstra(reconstruct(codec, clip, clip_rate), rate)
-        own = [cepstra[name][i]]
-        seconds = len(clip) / clip_rate - SILENCE_SECONDS  # generated speech is trimmed at the end
-        rows.append(
-            (
-                float(np.argmin(distances) == i),
-                DECIBELS * distances[i],
-                DECIBELS * dtw_distances(coded, own)[0],
-                DECIBELS * dtw_distances(cepstra[other][i], own)[0],
-                float(identify_voice(audio, rate, prints) == name),
-                float(abs(len(audio) / rate / seconds - 1) < 0.25),
-            )
-        )
-    columns = np.array(rows).T
-    means, medians = columns.mean(1), np.median(columns, axis=1)
-    metrics = Metrics(means[0], medians[1], medians[2], medians[3], means[4], means[5])
-    return metrics, originals, generated
+    generated = generate(dit, codec, originals.texts, references, settings, length=length)
+    return Judge(codec, originals)(generated), originals, generated
 
 
 def save_speech(

@@ -2,8 +2,8 @@
 
 Needs jax, flatbuffers, numpy and safetensors. The reference voice.wav is 16-bit mono at the rate of
 out.wav; without one the voice is arbitrary. The text is spoken as it is: write numbers as words. Of
-the recommended settings, `guidance`, `guidance_every`, `apg_eta`, `rescale_*` and `speaker_kv_*`
-are not used.
+the recommended settings, `guidance`, `apg_eta`, `rescale_*`, `speaker_kv_*` and `length` are not
+used.
 """
 
 import functools
@@ -64,11 +64,17 @@ def speak(text, voice=None, seed=42):
     done = np.arange(steps + 1) / steps
     done = done + SETTINGS["sway"] * (np.cos(np.pi / 2 * done) - 1 + done)
     times = start_t * (1 - done)
-    for t, t_next in itertools.pairwise(times.tolist()):
-        n = rows if SETTINGS["cfg_min_t"] <= t <= SETTINGS["cfg_max_t"] else 1
+    update = None  # the guidance that was last added
+    for step, (t, t_next) in enumerate(itertools.pairwise(times.tolist())):
+        is_guided = SETTINGS["cfg_min_t"] <= t <= SETTINGS["cfg_max_t"]
+        is_new = is_guided and (step % SETTINGS["guidance_every"] == 0 or update is None)
+        n = rows if is_new else 1
         batch = np.repeat(x[None], n, axis=0), np.float32(t), *(array[:n] for array in inputs)
         v, *dropped = np.asarray(velocity(*batch, voice_scale))
-        v = v + sum(scale * (v - d) for scale, d in zip(scales, dropped, strict=False))
+        if is_new:
+            update = sum(scale * (v - d) for scale, d in zip(scales, dropped, strict=True))
+        update = update if is_guided else None
+        v = v if update is None else v + update
         x = x + (t_next - t) * v
 
     # The decoder starts and ends with a click, which falls into silence that is cut off again.

@@ -100,8 +100,9 @@ def curve(
 def num_evaluations(settings: SamplerSettings) -> int:
     """Evaluations of the model for an utterance with a reference."""
     branches = 2 if settings.guidance == "independent" else 1
-    steps = jnp.arange(settings.steps)
-    is_new = computes_guidance(steps, trace_settings(settings, num_layers=1))
+    steps, numbers = jnp.arange(settings.steps), trace_settings(settings, num_layers=1)
+    rows = {name: jnp.broadcast_to(number, len(steps)) for name, number in numbers.items()}
+    is_new = computes_guidance(steps, rows)
     return settings.steps + branches * int(is_new.sum())
 
 

@@ -99,6 +99,7 @@ def generation_config(
         voices.append(KnownVoice(voice, _rounded(center), round(radius, 4)))
     return GenerationConfig(
         sampler=SETTINGS,
+        length="auto",
         frames_per_byte=dit.generation.frames_per_byte,
         expand_text=True,
         reference_lufs=REFERENCE_LUFS,

@@ -85,7 +85,7 @@ class DACVAE(Codec):
         means, stds = [], []
         context, _ = self.encoder_context
         for start, stop, crop in split_frames(audio.shape[0] // hop, context):
-            mean, std = _encode(self, audio[start * hop : stop * hop])
+            mean, std = _encode(self, jnp.asarray(audio[start * hop : stop * hop]))
             means.append(mean[crop])
             stds.append(std[crop])
         return jnp.concatenate(means), jnp.concatenate(stds)

@@ -167,6 +167,7 @@ def test_the_openai_package_speaks(client, server):
         extra_body={"seed": 3},
     ) as response:
         assert response.headers["echo-unused"] == "instructions"
+        assert 0 < float(response.headers["echo-speaker-seconds"]) < 3
         streamed = b"".join(response.iter_bytes())
     assert np.array_equal((audio * 32768).round(), np.frombuffer(streamed, "<i2"))
     names = [model.id for model in client.models.list()]

@@ -183,6 +183,9 @@ class SpeechAnswer:
             headers["Content-Length"] = str(length)
         if self._request.has_instructions:
             headers["Echo-Unused"] = "instructions"
+        if self._task.voice is not None:  # less than was given, if that is longer than is compiled
+            seconds = len(self._task.voice.latents) / self._service.programs.codec.config.frame_rate
+            headers["Echo-Speaker-Seconds"] = f"{seconds:.2f}"
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         self._status = 200
         await send({"type": "http.response.start", "status": 200, "headers": raw})

@@ -97,7 +97,7 @@ def train_step(config: OptimizerConfig):
     return step
 
 
-@pytest.mark.parametrize("run", ["", "_strong", "_clip"])
+@pytest.mark.parametrize("run", ["", pytest.param("_strong", marks=pytest.mark.slow), "_clip"])
 def test_twenty_steps_follow_the_published_trainer(golden_dit, run):
     cases = dict(np.load(GOLDEN / "trainer" / "cases.npz"))
     config = OptimizerConfig()

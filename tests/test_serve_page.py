@@ -45,7 +45,7 @@ TALL = {"width": 1280, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
 @pytest.fixture(scope="module")
 def server() -> Iterator[SpeechServer]:
     server = SpeechServer(
-        "--steps", 2, "--batch_size", 1, "--max_characters", 400, "--max_requests", 3
+        "--steps", 2, "--batch_size", 2, "--max_characters", 400, "--max_requests", 3
     )
     yield server
     assert server.metric("compilations_total") == 0

@@ -34,7 +34,6 @@ def run(main: Callable[[], None]) -> None:
     `_Lossy`.
     """
     # JAX allocates so much while it traces that the default threshold costs a sixth of the start.
-    gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     _protect_output()
     log_to_stderr()

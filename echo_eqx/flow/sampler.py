@@ -208,13 +208,21 @@ def initial_noise(key: PRNGKeyArray, batch: int, num_frames: int, latent_dim: in
     return jax.vmap(lambda key: jr.normal(key, (num_frames, latent_dim)))(keys)
 
 
-def trace_settings(settings: SamplerSettings, num_layers: int) -> TracedSettings:
+def settings_numbers(settings: SamplerSettings, num_layers: int) -> dict[str, np.float32]:
+    """The numbers of the settings by name, as `TracedSettings` has them, on the host.
+
+    **Raises**: `UsageError` if one is out of range.
+    """
     settings.check()
     numbers = dataclasses.asdict(settings) | {"start_t": settings.first_time}
     del numbers["guidance"]
     if settings.speaker_kv_layers is None:
         numbers["speaker_kv_layers"] = num_layers
-    return {name: jnp.float32(number) for name, number in numbers.items()}
+    return {name: np.float32(number) for name, number in numbers.items()}
+
+
+def trace_settings(settings: SamplerSettings, num_layers: int) -> TracedSettings:
+    return jax.tree.map(jnp.asarray, settings_numbers(settings, num_layers))
 
 
 def _offset(progress: Progress, done: int, total: int) -> Progress:

@@ -12,7 +12,7 @@ import anyio.to_thread
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from echo_eqx.serve.errors import ApiError, error_body
+from echo_eqx.serve.errors import ApiError
 from echo_eqx.serve.formats import CONTENT_TYPES, WHOLE, Encoder, make_encoder
 from echo_eqx.serve.requests import SpeechRequest
 from echo_eqx.serve.service import Service
@@ -208,7 +208,3 @@ def _event(value: dict[str, Any]) -> bytes:
 
 def _error(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers=error.headers)
-
-
-def plain_error(status: int, message: str) -> JSONResponse:
-    return JSONResponse(error_body(status, message), status)

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from echo_eqx.codec.codec import Codec
-from echo_eqx.errors import EchoError
 from echo_eqx.flow.conditions import encode_speaker
 from echo_eqx.flow.euler import (
     EulerState,
@@ -23,11 +22,11 @@ from echo_eqx.flow.euler import (
     euler_step,
     guidance_branches,
 )
-from echo_eqx.flow.sampler import FRAME_BUCKET, padded_frames
+from echo_eqx.flow.sampler import FRAME_BUCKET, padded_frames, settings_numbers
 from echo_eqx.generation import SamplerSettings
 from echo_eqx.model.dit import ConditionCache, EchoDiT, SpeakerCache
 from echo_eqx.model.joint_attention import KVCache
-from echo_eqx.speech.batching import round_up
+from echo_eqx.speech.batching import read_latents, round_up
 from echo_eqx.speech.chunks import Chunk
 from echo_eqx.speech.codec import padding_latent, silence_latent
 from echo_eqx.speech.joining import Message
@@ -143,7 +142,7 @@ class Programs:
         guidance = settings.guidance
         if len(reference.latents) == 0 and guidance == "alternating":
             guidance = "independent"
-        numbers = _numbers(settings, self.dit.config.num_layers)
+        numbers = settings_numbers(settings, self.dit.config.num_layers)
         schedule = np.asarray(_schedule(numbers, self.max_steps))
         key = reduce(_fold, map(np.uint32, chunk.index[1:]), _key(np.uint32(chunk.seed)))
         x = _noise(key, numbers["noise_scale"], length, self.dit.config.latent_dim)
@@ -182,13 +181,7 @@ class Programs:
 
         **Raises**: `EchoError` if they are not finite.
         """
-        latents = np.asarray(row.state[0])[: row.chunk.num_frames]
-        if not np.isfinite(latents).all():
-            raise EchoError(
-                "expected finite latents from the sampler, got NaN or infinity; use gentler "
-                "settings (guidance scales, rescale_k, noise_scale)"
-            )
-        return latents
+        return read_latents(row.state[0])[: row.chunk.num_frames]
 
     def decode(
         self, latents: Float[np.ndarray, "t c"], frames: int, message: Message
@@ -247,11 +240,3 @@ def _step(
     state = x, update
     x, update = euler_step(dit, state, mask, stacked, None, numbers, branches, steps, is_new)
     return tuple(zip(x, update, strict=True))
-
-
-def _numbers(settings: SamplerSettings, num_layers: int) -> dict[str, np.float32]:
-    numbers = dataclasses.asdict(settings) | {"start_t": settings.first_time}
-    del numbers["guidance"]
-    if settings.speaker_kv_layers is None:
-        numbers["speaker_kv_layers"] = num_layers
-    return {name: np.float32(number) for name, number in numbers.items()}

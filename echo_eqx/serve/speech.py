@@ -104,10 +104,6 @@ class Speech:
         return len(self._waiting)
 
     @property
-    def has_begun(self) -> bool:
-        return self._num_started > 0
-
-    @property
     def can_start(self) -> bool:
         """Whether a chunk may start now: later ones need the voice of the first."""
         return bool(self._waiting) and (

@@ -89,12 +89,12 @@ class BatchSampler:
         # The number of rows is a power of two; the first chunk fills the rest.
         size = 1 << (len(chunks) - 1).bit_length()
         filled = chunks + chunks[:1] * (size - len(chunks))
-        conditions = _conditions(filled, lengths)
+        inputs = conditions(filled)
         noise = _noise(filled, lengths.frames, self._dit.config.latent_dim)
         if sizes := self.block_sizes(lengths.frames):
             latents = sample_blockwise(
                 self._dit,
-                *conditions,
+                *inputs,
                 block_sizes=sizes,
                 noise=jnp.split(noise, np.cumsum(sizes)[:-1], axis=1),
                 settings=self._settings,
@@ -102,7 +102,7 @@ class BatchSampler:
             )
         else:
             latents = sample(
-                self._dit, *conditions, noise=noise, settings=self._settings, progress=progress
+                self._dit, *inputs, noise=noise, settings=self._settings, progress=progress
             )
         return read_latents(latents)
 
@@ -111,7 +111,7 @@ def start_chunk(dit: EchoDiT, chunk: Chunk, settings: SamplerSettings) -> Array:
     """Latents (1, chunk.num_frames, c) of a chunk as a `BatchSampler` gives them, which the device
     starts to compute."""
     noise = _noise([chunk], chunk.num_frames, dit.config.latent_dim)
-    return sample(dit, *_conditions([chunk], _lengths(chunk)), noise=noise, settings=settings)
+    return sample(dit, *conditions([chunk]), noise=noise, settings=settings)
 
 
 def start_blocks(
@@ -122,7 +122,7 @@ def start_blocks(
     noise = _noise([chunk], sum(block_sizes), dit.config.latent_dim)
     return sample_blocks(
         dit,
-        *_conditions([chunk], _lengths(chunk)),
+        *conditions([chunk]),
         block_sizes=block_sizes,
         settings=settings,
         noise=jnp.split(noise, np.cumsum(block_sizes)[:-1], axis=1),
@@ -168,8 +168,10 @@ def _offset(progress: Progress, first_step: int, total: int) -> Progress:
     return lambda step, _: progress(first_step + step, total)
 
 
-def _conditions(chunks: list[Chunk], lengths: Lengths) -> tuple[Any, ...]:
-    """Text and reference as `sample` takes them, each with its mask."""
+def conditions(chunks: list[Chunk]) -> tuple[Any, ...]:
+    """Texts and references as `sample` takes them, each with its mask. Chunks of a batch have the
+    same padded lengths."""
+    lengths = _lengths(chunks[0])
     text = _padded([chunk.ids for chunk in chunks], lengths.text)
     references = [chunk.speaker for chunk in chunks if chunk.speaker is not None]
     return *text, *(_padded(references, lengths.speaker) if references else (None, None))

@@ -11,12 +11,11 @@ from jaxtyping import Float
 from echo_eqx.codec.codec import Codec
 from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.data.audio import load_audio
-from echo_eqx.data.text import encode_text
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.flow.sampler import FRAME_BUCKET, Progress, sample_blockwise
 from echo_eqx.generation import SamplerSettings
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.speech.batching import TEXT_BUCKETS, round_up
+from echo_eqx.speech.batching import conditions, round_up
 from echo_eqx.speech.chunks import Chunk, split_into_chunks, target_seconds, warn_of_missing_ends
 from echo_eqx.speech.codec import check_latent_dim, padding_latent
 from echo_eqx.speech.joining import Message, decode_with_silence, fade_edges, speech_end
@@ -90,10 +89,10 @@ def continue_recording(
     sizes = [size] * (new // size) + [new % size] * (new % size > 0)
     noise = jr.normal(jr.key(seed), (1, new, dit.config.latent_dim))
     (reference,) = read_speakers(dit, codec, [speaker])
+    chunk = Chunk((0, 0), texts[0], reference, seed, total)
     latents = sample_blockwise(
         dit,
-        *_padded_text(texts[0]),
-        *_padded_speaker(reference),
+        *conditions([chunk]),
         block_sizes=sizes,
         continuation=given[None],
         noise=jnp.split(noise, list(accumulate(sizes))[:-1], axis=1),
@@ -109,7 +108,7 @@ def continue_recording(
             "recording says, or try another seed"
         )
     if trim and end == total:
-        warn_of_missing_ends([Chunk((0, 0), texts[0], reference, seed, total)], seconds)
+        warn_of_missing_ends([chunk], seconds)
     # The recording is decoded too, so that its sound leads into the result.
     needed = min(total, round_up(end + codec.decoder_padding, FRAME_BUCKET))
     silence = padding if dit.generation.padding == "silence" else None
@@ -129,19 +128,3 @@ def _latents_of(codec: Codec, recording: str | Path, seconds: float, patch: int)
             f"continue, got {len(audio) / codec.config.sample_rate:.2f} s"
         )
     return encode_padded(codec, audio[len(audio) % samples :])
-
-
-def _padded_text(text: str) -> tuple[np.ndarray, np.ndarray]:
-    ids = encode_text(text)
-    length = next((n for n in TEXT_BUCKETS if len(ids) <= n), round_up(len(ids), 256))
-    return np.pad(ids, (0, length - len(ids)))[None], (np.arange(length) < len(ids))[None]
-
-
-def _padded_speaker(
-    latents: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    if latents is None:
-        return None, None
-    length = round_up(len(latents), FRAME_BUCKET)
-    padded = np.pad(latents, ((0, length - len(latents)), (0, 0)))
-    return padded[None], (np.arange(length) < len(latents))[None]

@@ -28,7 +28,7 @@ from echo_eqx.train.config import (
     TrainConfig,
 )
 from echo_eqx.train.data import TrainData
-from echo_eqx.train.flops import forward_flops, peak_flops, step_flops
+from echo_eqx.train.flops import peak_flops
 from echo_eqx.train.plan import lower_step
 from echo_eqx.train.restore import check_same_run, newest_restorable
 from echo_eqx.train.settings import parse_settings, settings_from_json
@@ -231,33 +231,6 @@ def test_a_step_accepts_only_the_shapes_it_was_compiled_for(config, monkeypatch)
     )
     with pytest.raises(TypeError, match=r"latents.*float32\[2,8,8\].*float32\[2,9,8\]"):
         compiled(state, batch, jr.key(0))
-
-
-def test_flops_match_the_compilers_count():
-    for preset in ("tiny", "840M"):
-        config = dataclasses.replace(
-            DIT_PRESETS[preset], max_frames=64, max_text_bytes=48, max_speaker_frames=32
-        )
-        # The compiler counts the body of a scan once, so the models have one layer of each kind.
-        config = dataclasses.replace(
-            config,
-            num_layers=1,
-            text=dataclasses.replace(config.text, num_layers=1),
-            speaker=dataclasses.replace(config.speaker, num_layers=1),
-        )
-        model = jax.eval_shape(lambda key, c=config: EchoDiT.init(c, key=key), jr.key(0))
-        inputs = (
-            jax.ShapeDtypeStruct((64, config.latent_dim), np.float32),
-            jax.ShapeDtypeStruct((), np.float32),
-            jax.ShapeDtypeStruct((48,), np.int32),
-            jax.ShapeDtypeStruct((48,), bool),
-            jax.ShapeDtypeStruct((32, config.latent_dim), np.float32),
-            jax.ShapeDtypeStruct((32,), bool),
-        )
-        counted = jax.jit(lambda m, *x: m(*x)).lower(model, *inputs).cost_analysis()["flops"]
-        # The compiler counts norms, softmax and the like as well.
-        assert 0.9 * counted < forward_flops(config) < counted
-        assert step_flops(config, 4) == 12 * forward_flops(config)
 
 
 def test_known_chips():

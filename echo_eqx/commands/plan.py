@@ -56,7 +56,8 @@ class Args:
     """Preset of the codec that made the latents: 48khz, 24khz, tiny. Its frame rate gives the hours
     of audio."""
     efficiency: float = 0.4
-    """Fraction of the chips' peak FLOP/s that compute reaches when nothing else limits it."""
+    """Fraction of the chips' peak FLOP/s that compute reaches when nothing else limits it, counting
+    what --remat recomputes."""
     json: bool = False
     """Print the plan as one JSON object, in bytes and seconds."""
 
@@ -132,6 +133,7 @@ def as_text(plan: Plan) -> list[str]:
         "",
         "per step",
         row("arithmetic", f"{plan.step_flops / 1e12:,.1f} TFLOP"),
+        row("  recomputed", f"{plan.recomputed_flops / 1e12:,.1f} TFLOP", "depends on --remat"),
         row("  at the efficiency", seconds(plan.arithmetic_seconds), f"{plan.efficiency:.0%}"),
         row("traffic of each device", in_bytes(traffic.total), "sent, and as much received"),
         row("  parameters, all-gather", in_bytes(traffic.gathers)),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from echo_eqx.config import DiTConfig, EncoderConfig
+from echo_eqx.model.blocks import Remat
 
 
 @dataclass(frozen=True)
@@ -52,36 +53,65 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops(config: DiTConfig) -> int:
     """FLOPs of one forward pass for one sample at the maximum lengths.
 
-    Matrix products only: 2 m n k for (m, k) times (k, n).
+    Matrix products only: 2 m n k for (m, k) times (k, n). The text's one-hot product is left out.
     """
-    d, c, rank = config.model_dim, config.latent_dim, config.adaln_rank
-    t, s = config.max_frames, config.max_text_bytes
-    p = config.max_speaker_frames // config.patch_size
-    q = t // config.patch_size if config.blockwise else 0  # patches of latents already generated
-    text, speaker = config.text.dim, config.speaker.dim
-
-    projections = t * 5 * d * d + 2 * d * (s * text + (p + q) * speaker)
-    attention = 2 * t * (t + s + p + q) * d
-    mlp = 3 * t * d * config.mlp_dim
-    adaln = 6 * 2 * d * rank
-    decoder = config.num_layers * (projections + attention + mlp + adaln)
-
+    d, c = config.model_dim, config.latent_dim
+    p, q = _patches(config)
+    adaln = config.num_layers * 6 * 2 * d * config.adaln_rank
     conditioner = config.time_embed_dim * d + 4 * d * d
-    ends = 2 * t * c * d + (p + q) * config.patch_size * c * speaker
-    encoders = sum(_encoder(config.speaker, patches) for patches in (p, q))
-    encoders += _encoder(config.text, s)
-    return 2 * (decoder + conditioner + ends + encoders)
+    ends = 2 * config.max_frames * c * d + (p + q) * config.patch_size * c * config.speaker.dim
+    return _linear(config) + _attention(config) + 2 * (adaln + conditioner + ends)
 
 
-def _encoder(config: EncoderConfig, length: int) -> int:
-    e = config.dim
-    per_token = 5 * e * e + 3 * e * config.mlp_dim + 2 * length * e
-    return config.num_layers * length * per_token
+def recomputed_flops(config: DiTConfig, remat: Remat) -> int:
+    """FLOPs of one sample that the backward pass computes a second time.
+
+    `dots` counts attention as computed without a fused kernel. A fused kernel's two products are
+    saved; its backward pass computes the first again, with every `remat`.
+    """
+    if remat == "none":
+        return 0
+    if remat == "dots":
+        return _attention(config)
+    # No gradient needs the output of an encoder layer's last product.
+    last = sum(e.num_layers * n * e.dim * e.mlp_dim for e, n in _encoders(config))
+    return _linear(config) + _attention(config) - 2 * last
+
+
+def _patches(config: DiTConfig) -> tuple[int, int]:
+    """Number of patches of the reference, and of the latents already generated."""
+    generated = config.max_frames // config.patch_size if config.blockwise else 0
+    return config.max_speaker_frames // config.patch_size, generated
+
+
+def _encoders(config: DiTConfig) -> list[tuple[EncoderConfig, int]]:
+    """The encoders and the lengths of their inputs."""
+    patches = [(config.speaker, length) for length in _patches(config)]
+    return [(config.text, config.max_text_bytes), *patches]
+
+
+def _linear(config: DiTConfig) -> int:
+    """FLOPs of the linear layers of all blocks."""
+    d, t = config.model_dim, config.max_frames
+    block = t * 5 * d * d + 3 * t * d * config.mlp_dim
+    block += sum(2 * d * n * e.dim for e, n in _encoders(config))
+    encoders = sum(
+        e.num_layers * n * (5 * e.dim * e.dim + 3 * e.dim * e.mlp_dim) for e, n in _encoders(config)
+    )
+    return 2 * (config.num_layers * block + encoders)
+
+
+def _attention(config: DiTConfig) -> int:
+    """FLOPs of `q k^T` and of its softmax times the values, in all blocks."""
+    t = config.max_frames
+    keys = t + sum(n for _, n in _encoders(config))
+    encoders = sum(e.num_layers * 2 * n * n * e.dim for e, n in _encoders(config))
+    return 2 * (config.num_layers * 2 * t * keys * config.model_dim + encoders)
 
 
 def step_flops(config: DiTConfig, batch_size: int) -> int:
     """FLOPs of a training step: the backward pass counts as two forward passes.
 
-    Rematerialization is not counted, as is usual for MFU.
+    What it recomputes is not counted, as is usual for MFU: see `recomputed_flops`.
     """
     return 3 * batch_size * forward_flops(config)

@@ -21,7 +21,7 @@ from echo_eqx.layers.parallel import DATA, FSDP, TENSOR
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
 from echo_eqx.sharding.specs import check_mesh, parameter_spec, replicated_axes
 from echo_eqx.train.config import TrainConfig
-from echo_eqx.train.flops import CHIPS, step_flops
+from echo_eqx.train.flops import CHIPS, recomputed_flops, step_flops
 from echo_eqx.train.state import TrainState, abstract_state, sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
 from echo_eqx.trees import named_leaves, num_parameters
@@ -105,6 +105,8 @@ class Plan:
     next_batch_memory: int
     """Bytes per device with the next larger batch size."""
     step_flops: int
+    recomputed_flops: int
+    """Computed again in the backward pass, beyond `step_flops`; it depends on `remat`."""
     traffic: Traffic
     arithmetic_seconds: float
     link_seconds: float
@@ -140,8 +142,9 @@ def make_plan(
     """Estimate the run of `config`, in bfloat16, on `devices` chips.
 
     JAX must have that many devices: see `use_virtual_devices`. `efficiency` is the fraction of the
-    chip's peak FLOP/s that compute reaches when nothing else limits it, not counting
-    rematerialization. `frame_rate` is that of the latents, in frames per second.
+    chip's peak FLOP/s that compute reaches when nothing else limits it, counting what the backward
+    pass recomputes; MFU does not count that. `frame_rate` is that of the latents, in frames per
+    second.
 
     **Raises**: `UsageError` for an unknown chip, or if the mesh does not divide batch or model.
     """
@@ -171,15 +174,12 @@ def make_plan(
     most = max(0, math.floor((FULL * chip.memory - base) / slope))
 
     flops = step_flops(dit, config.batch_size)
+    recomputed = config.batch_size * recomputed_flops(dit, config.objective.remat)
+    reduce_dtype = config.objective.grad_reduce_dtype
     traffic = step_traffic(
-        dit,
-        state.model,
-        sizes,
-        config.batch_size,
-        grad_accum_steps,
-        config.objective.grad_reduce_dtype,
+        dit, state.model, sizes, config.batch_size, grad_accum_steps, reduce_dtype
     )
-    arithmetic = flops / devices / chip.flops / efficiency
+    arithmetic = (flops + recomputed) / devices / chip.flops / efficiency
     links = traffic.total / chip.link_bandwidth
     # The update reads weights, moments, EMA and gradients, and writes all but the gradients.
     kept = memory.parameters + memory.moments + memory.average
@@ -212,6 +212,7 @@ def make_plan(
         largest_batch_memory=round(base + most * slope),
         next_batch_memory=round(base + (most + 1) * slope),
         step_flops=flops,
+        recomputed_flops=recomputed,
         traffic=traffic,
         arithmetic_seconds=arithmetic,
         link_seconds=links,

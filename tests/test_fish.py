@@ -23,7 +23,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.export import pytorch
 from echo_eqx.export.models import Models
 from echo_eqx.generation import ECHO_TTS
-from echo_eqx.speech.codec import codec_identity, find_codec, padding_latent, silence_latent
+from echo_eqx.speech.codec import codec_identity, find_codec, silence_latent, silence_latents
 from echo_eqx.speech.speaker import encode_padded, speaker_latents
 from echo_eqx.trees import leaf_names, named_leaves
 from echo_eqx.weights import fish
@@ -335,10 +335,12 @@ def test_weights_with_its_channels_recommend_what_their_authors_use(base):
 def test_its_speech_ends_where_zeros_begin(base):
     dit = echo_eqx.load_dit(base)
     codec = echo_eqx.load_codec(base / "codec.safetensors")
-    assert not np.any(padding_latent(dit, codec))
+    padding, around = silence_latents(dit, codec)
+    assert not np.any(padding) and around is None
     silent = dataclasses.replace(dit.generation, padding="silence")
     silent = dataclasses.replace(dit, generation=silent)
-    assert np.array_equal(padding_latent(silent, codec), silence_latent(codec))
+    for latent in silence_latents(silent, codec):
+        assert np.array_equal(latent, silence_latent(codec))
 
 
 def test_references_keep_their_level_as_recorded(base):

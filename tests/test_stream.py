@@ -206,7 +206,7 @@ def test_a_block_that_ends_in_silence_is_the_last(blockwise_dit, codec, monkeypa
     "options, message",
     [
         ({"blocks": [(30, 2)]}, "multiples of 4 frames"),
-        ({"blocks": [(32, 0)]}, "at least 1 step"),
+        ({"blocks": [(32, 0)]}, "steps: expected"),
         ({"first_seconds": 0.0}, "first_seconds: expected more than 0"),
         ({"seed": -1}, "seed: expected 0"),
         ({"duration": 100.0}, "duration: expected"),

@@ -472,7 +472,11 @@ def test_a_recording_is_continued_after_its_end(blockwise, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["continue_from"] == str(said)
     for changed, code, message in (
         (["--output", said], 1, "would replace the recording"),
-        (["--block_frames", 10], 2, "block_frames: expected a positive multiple of 4, got 10"),
+        (
+            ["--block_frames", 10],
+            2,
+            "blocks: expected positive multiples of 4 frames, got blocks of 10",
+        ),
         (
             ["--duration", 0.7, "--text", "Hi."],
             1,

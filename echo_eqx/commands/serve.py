@@ -28,7 +28,7 @@ from echo_eqx.errors import EchoError, UsageError, optional
 from echo_eqx.generation import Length
 from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
 from echo_eqx.speech.chunks import target_seconds
-from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec, silence_latent
+from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec
 from echo_eqx.speech.voices import SUFFIX, list_voices, load_voice
 from echo_eqx.weights.load import load_model
 from echo_eqx.weights.native import array_dtype
@@ -122,9 +122,6 @@ def main() -> None:
         codec_file, dtype=array_dtype(args.codec_dtype), pca=args.checkpoint
     )
     check_latent_dim(dit, codec)
-    if dit.generation.codec_silence is not None:
-        if warning := codec_mismatch(dit.generation, silence_latent(codec)):
-            logger.warning(f"codec {codec_name}: {warning}")
     args = with_recommended(dit, codec)
     target_seconds(dit, codec, args.duration)
     rate = codec.config.frame_rate
@@ -143,6 +140,9 @@ def main() -> None:
         max_steps=args.max_steps,
         all_lengths=args.length == "auto",
     )
+    if programs.silence is not None:
+        if warning := codec_mismatch(dit.generation, programs.silence):
+            logger.warning(f"codec {codec_name}: {warning}")
     engine = Engine(programs, args.max_requests or 16 * programs.batch_size)
     service = Service(
         programs=programs,

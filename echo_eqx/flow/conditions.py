@@ -1,7 +1,5 @@
 """Keys and values of texts and references for the sampler, computed once per utterance or voice."""
 
-from collections.abc import Sequence
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from echo_eqx.errors import UsageError
 from echo_eqx.model.dit import ConditionCache, EchoDiT, SpeakerCache
-from echo_eqx.model.joint_attention import KVCache
 
 
 def encode_speaker(
@@ -36,31 +33,18 @@ def encode_speaker(
     return _encode_speaker(dit, jnp.asarray(padded), jnp.asarray(np.arange(frames) < len(latents)))
 
 
-def stack_speakers(speakers: Sequence[SpeakerCache]) -> SpeakerCache:
-    """A batch of references, one per row, for `sample`. All must have the same number of frames."""
-    return jax.tree.map(lambda *rows: jnp.stack(rows), *speakers)
-
-
 def encode_conditions(
     dit: EchoDiT,
     text_ids: Int[Array | np.ndarray, "b s"],
     text_mask: Bool[Array | np.ndarray, "b s"],
-    speaker: Float[Array | np.ndarray, "b r c"] | SpeakerCache | None,
+    speaker: Float[Array | np.ndarray, "b r c"] | None,
     speaker_mask: Bool[Array | np.ndarray, "b r"] | None,
 ) -> ConditionCache:
-    """Keys and values of a batch. A `SpeakerCache`, by `stack_speakers`, has its own mask.
+    """Keys and values of a batch.
 
     **Raises**: `UsageError` if shapes do not match.
     """
     batch, patch = text_ids.shape[0], dit.config.patch_size
-    if isinstance(speaker, SpeakerCache):
-        rows = speaker.mask.shape[0] if speaker.mask.ndim == 2 else 0
-        if rows != batch or speaker_mask is not None:
-            raise UsageError(
-                f"speaker: expected {batch} stacked references, and no speaker_mask, got {rows}"
-            )
-        text, mask = _encode_text(dit, jnp.asarray(text_ids), jnp.asarray(text_mask))
-        return ConditionCache(text, mask, speaker.keys_values, speaker.mask)
     if (speaker is None) != (speaker_mask is None):
         raise UsageError("expected both speaker_latents and speaker_mask or neither, got one")
     if speaker is None:
@@ -79,11 +63,6 @@ def encode_conditions(
 @eqx.filter_jit
 def _encode_conditions(dit: EchoDiT, *inputs: Array) -> ConditionCache:
     return jax.vmap(dit.encode_conditions)(*inputs)
-
-
-@eqx.filter_jit
-def _encode_text(dit: EchoDiT, ids: Array, mask: Array) -> tuple[KVCache, Array]:
-    return jax.vmap(dit.encode_text)(ids, mask)
 
 
 @eqx.filter_jit

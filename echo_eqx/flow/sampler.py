@@ -20,7 +20,7 @@ from echo_eqx.errors import UsageError
 from echo_eqx.flow.conditions import encode_conditions
 from echo_eqx.flow.euler import EulerState, TracedSettings, euler_steps, guidance_branches
 from echo_eqx.generation import SamplerSettings
-from echo_eqx.model.dit import EchoDiT, Prefix, SpeakerCache
+from echo_eqx.model.dit import EchoDiT, Prefix
 
 FRAME_BUCKET = 128
 """Lengths in latent frames are padded to a multiple of this, if they are not short."""
@@ -34,7 +34,7 @@ def sample(
     dit: EchoDiT,
     text_ids: Int[Array | np.ndarray, "b s"],
     text_mask: Bool[Array | np.ndarray, "b s"],
-    speaker_latents: Float[Array | np.ndarray, "b r c"] | SpeakerCache | None = None,
+    speaker_latents: Float[Array | np.ndarray, "b r c"] | None = None,
     speaker_mask: Bool[Array | np.ndarray, "b r"] | None = None,
     *,
     num_frames: int | None = None,
@@ -47,8 +47,7 @@ def sample(
 
     **Arguments**:
     - Text and reference as in `EchoDiT.__call__`, with a leading batch axis. Without a reference
-      the voice is arbitrary. `speaker_latents` may be a `SpeakerCache` instead, of references
-      encoded by `encode_speaker` and stacked by `stack_speakers`, without `speaker_mask`.
+      the voice is arbitrary.
     - `num_frames`: by default the longest seen in training.
     - `settings`: by default `SamplerSettings()`, not what the checkpoint recommends.
     - Either `key`, from which each row gets its own noise, or standard normal `noise` of shape
@@ -88,7 +87,7 @@ def sample_blockwise(
     dit: EchoDiT,
     text_ids: Int[Array | np.ndarray, "b s"],
     text_mask: Bool[Array | np.ndarray, "b s"],
-    speaker_latents: Float[Array | np.ndarray, "b r c"] | SpeakerCache | None = None,
+    speaker_latents: Float[Array | np.ndarray, "b r c"] | None = None,
     speaker_mask: Bool[Array | np.ndarray, "b r"] | None = None,
     *,
     block_sizes: Sequence[int],
@@ -132,7 +131,7 @@ def sample_blocks(
     dit: EchoDiT,
     text_ids: Int[Array | np.ndarray, "b s"],
     text_mask: Bool[Array | np.ndarray, "b s"],
-    speaker_latents: Float[Array | np.ndarray, "b r c"] | SpeakerCache | None = None,
+    speaker_latents: Float[Array | np.ndarray, "b r c"] | None = None,
     speaker_mask: Bool[Array | np.ndarray, "b r"] | None = None,
     *,
     block_sizes: Sequence[int],

@@ -28,7 +28,7 @@ from echo_eqx.model.dit import ConditionCache, EchoDiT, SpeakerCache
 from echo_eqx.model.joint_attention import KVCache
 from echo_eqx.speech.batching import read_latents, round_up
 from echo_eqx.speech.chunks import Chunk
-from echo_eqx.speech.codec import padding_latent, silence_latent
+from echo_eqx.speech.codec import silence_latents
 from echo_eqx.speech.joining import Message
 from echo_eqx.speech.pieces import PIECE, PieceDecoder
 from echo_eqx.speech.speaker import encode_padded
@@ -103,8 +103,7 @@ class Programs:
         wanted = range(1, max_frames + 1) if all_lengths else [128, 256, 512, max_frames]
         lengths = {padded_frames(frames, max_frames) for frames in wanted if frames <= max_frames}
         self._lengths = sorted(lengths)
-        self.padding = padding_latent(dit, codec)
-        self._silence = silence_latent(codec)
+        self.padding, self.silence = silence_latents(dit, codec)
         empty = np.zeros((0, dit.config.latent_dim), np.float32)
         self.no_reference = self.reference(empty)
 
@@ -187,7 +186,7 @@ class Programs:
         self, latents: Float[np.ndarray, "t c"], frames: int, message: Message
     ) -> Iterator[Float[np.ndarray, " samples"]]:
         """Audio of the first `frames` latents piece by piece, with silence around all latents."""
-        decoder = PieceDecoder(self.codec, message, self._silence)
+        decoder = PieceDecoder(self.codec, message, self.silence)
         for start in range(0, len(latents), PIECE):
             for piece in decoder.push(latents[start : start + PIECE]):
                 yield piece.read()

@@ -13,6 +13,7 @@ from echo_eqx.generation import Length, Range, SamplerSettings
 from echo_eqx.json_data import parse_json
 from echo_eqx.serve.errors import ApiError
 from echo_eqx.serve.formats import CONTENT_TYPES
+from echo_eqx.speech.arguments import MAX_SEED
 
 MIN_SPEED, MAX_SPEED = 0.25, 4.0
 MAX_INSTRUCTIONS = 4096
@@ -80,7 +81,7 @@ def parse_speech(
             code="model_not_found",
         )
     instructions = fields.string("instructions", MAX_INSTRUCTIONS)
-    seed = fields.number("seed", 0, 2**32 - 1, whole=True)
+    seed = fields.number("seed", 0, MAX_SEED, whole=True)
     return SpeechRequest(
         text=text,
         voice=_voice(fields),

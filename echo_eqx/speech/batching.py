@@ -69,16 +69,8 @@ class BatchSampler:
 
         **Raises**: `UsageError` if they are not whole patches.
         """
-        size, patch = self._block_frames, self._dit.config.patch_size
-        if size is None:
-            return []
-        if size < 1 or size % patch or num_frames % patch:
-            raise UsageError(
-                f"block_frames, duration: expected multiples of {patch} frames, got blocks of "
-                f"{size} and a total of {num_frames}"
-            )
-        whole, rest = divmod(num_frames, size)
-        return [size] * whole + [rest] * (rest > 0)
+        size = self._block_frames
+        return [] if size is None else plan_blocks([size], num_frames, self._dit.config.patch_size)
 
     def _num_steps(self, lengths: Lengths) -> int:
         return self._settings.steps * max(1, len(self.block_sizes(lengths.frames)))
@@ -105,6 +97,25 @@ class BatchSampler:
                 self._dit, *inputs, noise=noise, settings=self._settings, progress=progress
             )
         return read_latents(latents)
+
+
+def plan_blocks(sizes: Sequence[int], total: int, patch: int) -> list[int]:
+    """Frames of each block of block-wise sampling: `sizes`, of which the last one repeats until
+    there are `total` frames. The last block may be shorter.
+
+    **Raises**: `UsageError` if the frames are not whole patches.
+    """
+    for size in (*sizes, total):
+        if size < 1 or size % patch:
+            raise UsageError(
+                f"blocks: expected positive multiples of {patch} frames, got blocks of "
+                f"{', '.join(map(str, sizes))} and a total of {total}; see block_frames, duration"
+            )
+    planned: list[int] = []
+    while total:
+        planned.append(min(sizes[min(len(planned), len(sizes) - 1)], total))
+        total -= planned[-1]
+    return planned
 
 
 def start_chunk(dit: EchoDiT, chunk: Chunk, settings: SamplerSettings) -> Array:

@@ -87,14 +87,15 @@ def frames_for_text(text: str, dit: EchoDiT, codec: Codec, most: int) -> int:
 
 
 def split_into_chunks(
-    text: str, dit: EchoDiT, seconds: float, normalize: bool, expand: bool
+    text: str, dit: EchoDiT, seconds: float, normalize: bool, expand: bool | None
 ) -> list[str]:
-    """Texts of at most `seconds` of speech and at most as many bytes as the model takes.
+    """Texts of at most `seconds` of speech and at most as many bytes as the model takes. Without
+    `expand`, numbers are written out if the model recommends it.
 
     **Raises**: `EchoError` if `text` cannot be spoken.
     """
     check_text(text)
-    if expand:
+    if dit.generation.expand_text if expand is None else expand:
         from echo_eqx.data.text.english import expand_english  # compiles many patterns
 
         text = expand_english(text)

@@ -37,11 +37,15 @@ def codec_identity(codec: Codec) -> str:
     return digest.hexdigest()
 
 
-def padding_latent(dit: EchoDiT, codec: Codec) -> Float[np.ndarray, " c"]:
-    """What the model generates after the speech: silence, or zeros."""
-    if dit.generation.padding == "zeros":
-        return np.zeros(codec.config.latent_dim, np.float32)
-    return silence_latent(codec)
+def silence_latents(
+    dit: EchoDiT, codec: Codec
+) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"] | None]:
+    """What the model generates after the speech, silence or zeros; and what to decode around
+    latents: silence, or None if neither the model nor the codec has a use for it."""
+    zeros = np.zeros(codec.config.latent_dim, np.float32)
+    has_zeros = dit.generation.padding == "zeros"
+    silence = None if has_zeros and not codec.decoder_padding else silence_latent(codec)
+    return (zeros if has_zeros or silence is None else silence), silence
 
 
 def check_latent_dim(dit: EchoDiT, codec: Codec) -> None:

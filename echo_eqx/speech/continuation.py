@@ -15,9 +15,10 @@ from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.flow.sampler import FRAME_BUCKET, Progress, sample_blockwise
 from echo_eqx.generation import SamplerSettings
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.speech.batching import conditions, round_up
+from echo_eqx.speech.arguments import check_arguments
+from echo_eqx.speech.batching import conditions, plan_blocks, round_up
 from echo_eqx.speech.chunks import Chunk, split_into_chunks, target_seconds, warn_of_missing_ends
-from echo_eqx.speech.codec import check_latent_dim, padding_latent
+from echo_eqx.speech.codec import silence_latents
 from echo_eqx.speech.joining import Message, decode_with_silence, fade_edges, speech_end
 from echo_eqx.speech.speaker import Speaker, encode_padded, read_speakers
 
@@ -60,24 +61,18 @@ def continue_recording(
             f"cannot continue {recording}: expected a block-wise model, got one without "
             "latent_encoder"
         )
-    if block_frames is not None and (block_frames < 1 or block_frames % patch):
-        raise UsageError(
-            f"block_frames: expected a positive multiple of {patch}, got {block_frames}"
-        )
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed: expected 0 to 2^32 - 1, got {seed}")
     use_compilation_cache()
-    check_latent_dim(dit, codec)
-    codec.check_message(message)
+    settings, _ = check_arguments(dit, codec, [seed], settings, message)
     seconds = target_seconds(dit, codec, duration)
-    expand = dit.generation.expand_text if expand_text is None else expand_text
-    texts = split_into_chunks(text, dit, seconds, normalize_text, expand)
+    total = int(seconds * rate + 1e-6) // patch * patch
+    sizes = None if block_frames is None else [block_frames]
+    plan_blocks(sizes or [total], total, patch)
+    texts = split_into_chunks(text, dit, seconds, normalize_text, expand_text)
     if len(texts) != 1:
         raise UsageError(
             f"text: expected at most what can be spoken in {seconds:.2f} s, with what {recording} "
             f"says, got enough for {len(texts)} times as long"
         )
-    total = int(seconds * rate + 1e-6) // patch * patch
     given = _latents_of(codec, recording, seconds, patch)
     if len(given) > total - patch:
         raise EchoError(
@@ -85,8 +80,7 @@ def continue_recording(
             f"its continuation together, got {len(given) / rate:.2f} s; see duration"
         )
     new = total - len(given)
-    size = block_frames or new
-    sizes = [size] * (new // size) + [new % size] * (new % size > 0)
+    sizes = plan_blocks(sizes or [new], new, patch)
     noise = jr.normal(jr.key(seed), (1, new, dit.config.latent_dim))
     (reference,) = read_speakers(dit, codec, [speaker])
     chunk = Chunk((0, 0), texts[0], reference, seed, total)
@@ -96,11 +90,11 @@ def continue_recording(
         block_sizes=sizes,
         continuation=given[None],
         noise=jnp.split(noise, list(accumulate(sizes))[:-1], axis=1),
-        settings=settings or dit.generation.sampler,
+        settings=settings,
         progress=progress,
     )
     latents = np.asarray(latents[0])
-    padding = padding_latent(dit, codec)
+    padding, silence = silence_latents(dit, codec)
     end = speech_end(latents, padding, rate) if trim else total
     if end <= len(given):
         raise EchoError(
@@ -111,7 +105,6 @@ def continue_recording(
         warn_of_missing_ends([chunk], seconds)
     # The recording is decoded too, so that its sound leads into the result.
     needed = min(total, round_up(end + codec.decoder_padding, FRAME_BUCKET))
-    silence = padding if dit.generation.padding == "silence" else None
     audio = decode_with_silence(codec, latents[:needed], message, silence)
     hop = codec.config.hop
     return fade_edges(audio[len(given) * hop : end * hop], codec.config.sample_rate)

@@ -13,10 +13,10 @@ from echo_eqx.data.text import check_text
 from echo_eqx.data.text_file import JSON_LINES, decode
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import expand
+from echo_eqx.speech.arguments import MAX_SEED
 from echo_eqx.speech.metadata import is_replaceable
 from echo_eqx.speech.voices import voice_file
 
-MAX_SEED = 2**32 - 1
 _FIELDS = {"text": str, "output": str, "speaker_ref": str, "voice": str, "seed": int}
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import get_args
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -14,7 +13,8 @@ from echo_eqx.compilation import use_compilation_cache
 from echo_eqx.errors import UsageError
 from echo_eqx.generation import Length, SamplerSettings
 from echo_eqx.model.dit import EchoDiT
-from echo_eqx.speech.batching import read_latents, start_blocks, start_chunk
+from echo_eqx.speech.arguments import check_arguments
+from echo_eqx.speech.batching import plan_blocks, read_latents, start_blocks, start_chunk
 from echo_eqx.speech.chunks import (
     Chunk,
     frames_for_text,
@@ -24,7 +24,7 @@ from echo_eqx.speech.chunks import (
     target_seconds,
     warn_of_missing_ends,
 )
-from echo_eqx.speech.codec import check_latent_dim, padding_latent
+from echo_eqx.speech.codec import silence_latents
 from echo_eqx.speech.joining import (
     CROSSFADE_SECONDS,
     FLAT_SECONDS,
@@ -84,25 +84,16 @@ def stream(
     **Raises**: `EchoError` naming the argument that cannot be used.
     """
     use_compilation_cache()
-    settings = settings or dit.generation.sampler
-    settings.check()
-    check_latent_dim(dit, codec)
-    codec.check_message(message)
-    length = length or dit.generation.length
-    if length not in get_args(Length):
-        raise UsageError(f"length: expected {' or '.join(get_args(Length))}, got {length!r}")
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed: expected 0 to 2^32 - 1, got {seed}")
+    settings, length = check_arguments(dit, codec, [seed], settings, message, length)
     if first_seconds is not None and not 0 < first_seconds < math.inf:
         raise UsageError(f"first_seconds: expected more than 0 or None, got {first_seconds}")
     if blocks is None:
         blocks = BLOCKS if dit.config.blockwise else ()
-    _check_blocks(dit, blocks)
-    (voice,) = read_speakers(dit, codec, [speaker])
     seconds = target_seconds(dit, codec, duration)
     num_frames = max(1, round(seconds * codec.config.frame_rate))
-    expand = dit.generation.expand_text if expand_text is None else expand_text
-    texts = split_into_chunks(text, dit, seconds, normalize_text, expand)
+    planned = _plan(dit, blocks, settings, num_frames)
+    (voice,) = read_speakers(dit, codec, [speaker])
+    texts = split_into_chunks(text, dit, seconds, normalize_text, expand_text)
     if first_seconds is not None and not blocks:
         texts[:1] = split_first(texts[0], dit, first_seconds)
     chunks = []
@@ -113,19 +104,23 @@ def stream(
             frames = frames_for_text(part, dit, codec, num_frames)
         chunks.append(Chunk((0, index), part, None, seed, frames))
     speaking = _Speaking(dit, codec, settings, message, trim, voice, seconds, num_frames)
-    return speaking.blocks(chunks, blocks) if blocks else speaking.chunks(chunks)
+    return speaking.blocks(chunks, *planned) if blocks else speaking.chunks(chunks)
 
 
-def _check_blocks(dit: EchoDiT, blocks: Blocks) -> None:
-    patch = dit.config.patch_size
-    if blocks and not dit.config.blockwise:
+def _plan(
+    dit: EchoDiT, blocks: Blocks, settings: SamplerSettings, num_frames: int
+) -> tuple[list[int], list[SamplerSettings]]:
+    """Frames and settings of the blocks of a chunk."""
+    if not blocks:
+        return [], []
+    if not dit.config.blockwise:
         raise UsageError("blocks: this model has no latent_encoder, so it cannot generate blocks")
-    for size, steps in blocks:
-        if size < 1 or size % patch or steps < 1:
-            raise UsageError(
-                f"blocks: expected positive multiples of {patch} frames and at least 1 step, got "
-                f"{size} frames and {steps} steps"
-            )
+    patch, frames = dit.config.patch_size, [size for size, _ in blocks]
+    sizes = plan_blocks(frames, max(num_frames // patch, 1) * patch, patch)
+    each = [dataclasses.replace(settings, steps=steps) for _, steps in blocks]
+    for one in each:
+        one.check()
+    return sizes, [each[min(i, len(each) - 1)] for i in range(len(sizes))]
 
 
 @dataclasses.dataclass
@@ -144,8 +139,7 @@ class _Speaking:
 
     def __post_init__(self) -> None:
         config = self.codec.config
-        self.padding = padding_latent(self.dit, self.codec)
-        self.silence = self.padding if self.dit.generation.padding == "silence" else None
+        self.padding, self.silence = silence_latents(self.dit, self.codec)
         self.fade_frames = math.ceil(CROSSFADE_SECONDS * config.frame_rate)
         self.joiner = Joiner(config.sample_rate)
 
@@ -183,9 +177,10 @@ class _Speaking:
             self._end_clip(frames)
         yield from self._finish()
 
-    def blocks(self, chunks: Sequence[Chunk], blocks: Blocks) -> Iterator[np.ndarray]:
+    def blocks(
+        self, chunks: Sequence[Chunk], sizes: list[int], settings: list[SamplerSettings]
+    ) -> Iterator[np.ndarray]:
         """Audio of chunks that are sampled block by block."""
-        sizes, settings = self._plan(blocks)
         flat = round(FLAT_SECONDS * self.codec.config.frame_rate)
         waiting = deque(chunks)
         sampling: Iterator[Array] = iter(())
@@ -229,17 +224,6 @@ class _Speaking:
     def _start(self, chunk: Chunk) -> Array:
         chunk = dataclasses.replace(chunk, speaker=self.voice)
         return start_chunk(self.dit, chunk, self.settings)
-
-    def _plan(self, blocks: Blocks) -> tuple[list[int], list[SamplerSettings]]:
-        """Sizes and settings of the blocks of a chunk; they are whole patches."""
-        patch, sizes, settings = self.dit.config.patch_size, [], []
-        left = max(self.num_frames // patch, 1) * patch
-        while left:
-            size, steps = blocks[min(len(sizes), len(blocks) - 1)]
-            sizes.append(min(size, left))
-            settings.append(dataclasses.replace(self.settings, steps=steps))
-            left -= sizes[-1]
-        return sizes, settings
 
     def _decoder(self) -> PieceDecoder:
         return PieceDecoder(self.codec, self.message, self.silence)

@@ -3,17 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from echo_eqx.codec.codec import Codec
 from echo_eqx.compilation import use_compilation_cache
-from echo_eqx.errors import UsageError
 from echo_eqx.flow.sampler import Progress
 from echo_eqx.generation import Length, SamplerSettings
 from echo_eqx.model.dit import EchoDiT
+from echo_eqx.speech.arguments import check_arguments
 from echo_eqx.speech.batching import BatchSampler
 from echo_eqx.speech.chunks import (
     Chunk,
@@ -23,7 +22,7 @@ from echo_eqx.speech.chunks import (
     target_seconds,
     warn_of_missing_ends,
 )
-from echo_eqx.speech.codec import check_latent_dim, padding_latent
+from echo_eqx.speech.codec import silence_latents
 from echo_eqx.speech.joining import Message, decode_and_join, speech_end
 from echo_eqx.speech.speaker import Speaker, read_speakers, trim_to_patches
 
@@ -127,25 +126,18 @@ def synthesize_all(
     **Raises**: `EchoError` naming the argument that cannot be used.
     """
     use_compilation_cache()
-    settings = settings or dit.generation.sampler
-    settings.check()
-    check_latent_dim(dit, codec)
-    codec.check_message(message)
-    length = length or dit.generation.length
-    if length not in get_args(Length):
-        raise UsageError(f"length: expected {' or '.join(get_args(Length))}, got {length!r}")
-    for utterance in utterances:
-        if not 0 <= utterance.seed < 2**32:
-            raise UsageError(f"seed: expected 0 to 2^32 - 1, got {utterance.seed}")
+    seeds = [utterance.seed for utterance in utterances]
+    settings, length = check_arguments(dit, codec, seeds, settings, message, length)
     speakers = read_speakers(dit, codec, [utterance.speaker for utterance in utterances])
     seconds = target_seconds(dit, codec, duration)
     num_frames = max(1, round(seconds * codec.config.frame_rate))
-    expand = dit.generation.expand_text if expand_text is None else expand_text
-    texts = [split_into_chunks(u.text, dit, seconds, normalize_text, expand) for u in utterances]
+    texts = [
+        split_into_chunks(utterance.text, dit, seconds, normalize_text, expand_text)
+        for utterance in utterances
+    ]
     sampler = BatchSampler(dit, block_frames, settings, batch_size, progress)
     sampler.block_sizes(num_frames)
-    padding = padding_latent(dit, codec)
-    silence = padding if dit.generation.padding == "silence" else None
+    padding, silence = silence_latents(dit, codec)
 
     def end_of(latents: np.ndarray) -> int:
         return speech_end(latents, padding, codec.config.frame_rate)

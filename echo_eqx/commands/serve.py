@@ -10,6 +10,7 @@ anything. SIGTERM and Ctrl-C finish what is being spoken, then end it.
 
 import dataclasses
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from echo_eqx.generation import Length
 from echo_eqx.layers.precision import MatmulPrecision, set_matmul_precision
 from echo_eqx.speech.chunks import target_seconds
 from echo_eqx.speech.codec import check_latent_dim, codec_mismatch, find_codec
+from echo_eqx.speech.stream import FIRST_SECONDS
 from echo_eqx.speech.voices import SUFFIX, list_voices, load_voice
 from echo_eqx.weights.load import load_model
 from echo_eqx.weights.native import array_dtype
@@ -73,6 +75,10 @@ class Args:
     """Generate the full duration for every chunk of text (full), or less for shorter texts (auto),
     as for infer. Requests may ask for either; with auto more lengths are compiled, so that short
     texts cost less."""
+    first_seconds: float | None = FIRST_SECONDS
+    """Of a streamed answer, about how long the first chunk of text may take to speak. It is
+    generated in as many frames as it needs, so that the first sound comes early. None: chunks as in
+    answers that are sent whole."""
     speaker_seconds: float | None = None
     """Seconds of a reference's speech to use, up to 120. By default the longest in training."""
     sampler: Annotated[SamplerSettings, tyro.conf.arg(name="", constructor=SAMPLER_FLAGS)] = field(
@@ -131,6 +137,9 @@ def main() -> None:
         frames += [len(load_voice(path).latents) for path in files]
     else:
         frames = [int(args.speaker_seconds * rate + 1e-6)]
+    first_frames = None
+    if args.first_seconds is not None:
+        first_frames = max(1, min(round(args.first_seconds * rate), dit.config.max_frames))
     programs = Programs(
         dit,
         codec,
@@ -139,6 +148,7 @@ def main() -> None:
         max_speaker_frames=max(frames),
         max_steps=args.max_steps,
         all_lengths=args.length == "auto",
+        first_frames=first_frames,
     )
     if programs.silence is not None:
         if warning := codec_mismatch(dit.generation, programs.silence):
@@ -158,6 +168,7 @@ def main() -> None:
         model=Path(args.checkpoint).name or "echo",
         duration=args.duration,
         length=args.length,
+        first_seconds=args.first_seconds,
         watermark=args.watermark and codec.watermark is not None,
         expand_text=args.expand_text,
         api_key=api_key,
@@ -185,6 +196,8 @@ def main() -> None:
 def check_usage(args: Args) -> None:
     """**Raises**: `UsageError` for flags that are wrong with any model."""
     args.sampler.check()
+    if args.first_seconds is not None and not 0 < args.first_seconds < math.inf:
+        raise UsageError(f"first_seconds: expected more than 0 or None, got {args.first_seconds}")
     for name in ("batch_size", "max_requests", "max_characters", "max_steps"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from echo_eqx.serve.errors import ApiError
-from echo_eqx.serve.formats import CONTENT_TYPES, WHOLE, Encoder, make_encoder
+from echo_eqx.serve.formats import CONTENT_TYPES, Encoder, make_encoder
 from echo_eqx.serve.requests import SpeechRequest
 from echo_eqx.serve.service import Service
 from echo_eqx.serve.speech import Audio, Done, Event, Failed, Progress, Speech, Task
@@ -66,18 +66,15 @@ class SpeechAnswer:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self._request
-        streamed = request.stream
-        if streamed is None:
-            streamed = request.is_sse or request.format not in WHOLE
         try:
-            encoder = make_encoder(request.format, self._rate, streamed)
+            encoder = make_encoder(request.format, self._rate, request.is_streamed)
         except ApiError as error:
             await _error(error)(scope, receive, send)
             return
         try:
             if request.is_sse:
                 await self._send_events(encoder, send)
-            elif streamed:
+            elif request.is_streamed:
                 await self._send_stream(encoder, scope, receive, send)
             else:
                 await self._send_whole(encoder, scope, receive, send)

@@ -95,13 +95,14 @@ class Engine:
             self._rows = [(s, row) for s, row in self._rows if s in self._speeches]
             for function, future in calls:
                 _answer(function, future)
+            # A first sound is wanted before anything else; other audio while the device computes.
+            silent = [speech for speech in self._speeches if speech.is_silent]
+            is_busy = _decode(silent)
             self._fill()
-            is_busy = bool(self._rows)
+            is_busy |= bool(self._rows)
             started = time.monotonic()
             self._advance()
-            for speech in self._speeches:
-                with _failing([speech]):
-                    is_busy |= speech.decode_next()
+            is_busy |= _decode([speech for speech in self._speeches if speech not in silent])
             # The device may be one step behind, so that it never waits for this thread.
             jax.block_until_ready(computing)
             computing = [row.state for _, row in self._rows]
@@ -144,6 +145,15 @@ def _answer(function: Callable[[], Any], future: "Future[Any]") -> None:
             future.set_result(function())
         except Exception as error:
             future.set_exception(error)
+
+
+def _decode(speeches: list[Speech]) -> bool:
+    """Decode the next piece of each; whether there was any."""
+    is_busy = False
+    for speech in speeches:
+        with _failing([speech]):
+            is_busy |= speech.decode_next()
+    return is_busy
 
 
 @contextlib.contextmanager

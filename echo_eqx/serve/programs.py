@@ -83,6 +83,8 @@ class Programs:
     - `max_speaker_frames`: the longest reference.
     - `max_steps`: most sampling steps.
     - `all_lengths`: compile all lengths of `padded_frames`, not only a few of them.
+    - `first_frames`: frames of the first chunk of a streamed answer, which is one of the few; None
+      without such a length.
     """
 
     def __init__(
@@ -95,12 +97,14 @@ class Programs:
         max_speaker_frames: int,
         max_steps: int,
         all_lengths: bool,
+        first_frames: int | None = None,
     ):
         self.dit, self.codec, self.batch_size = dit, codec, batch_size
         self.max_frames, self.max_steps = max_frames, max_steps
         self.max_speaker_frames = round_up(max_speaker_frames, dit.config.patch_size)
         self._text_length = round_up(dit.config.max_text_bytes, TEXT_MULTIPLE)
-        wanted = range(1, max_frames + 1) if all_lengths else [128, 256, 512, max_frames]
+        few = [first_frames or max_frames, 128, 256, 512, max_frames]
+        wanted = range(1, max_frames + 1) if all_lengths else few
         lengths = {padded_frames(frames, max_frames) for frames in wanted if frames <= max_frames}
         self._lengths = sorted(lengths)
         self.padding, self.silence = silence_latents(dit, codec)

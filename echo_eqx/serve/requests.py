@@ -5,6 +5,7 @@ import binascii
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from echo_eqx.errors import EchoError
 from echo_eqx.generation import Length, Range, SamplerSettings
 from echo_eqx.json_data import parse_json
 from echo_eqx.serve.errors import ApiError
-from echo_eqx.serve.formats import CONTENT_TYPES
+from echo_eqx.serve.formats import CONTENT_TYPES, WHOLE
 from echo_eqx.speech.arguments import MAX_SEED
 
 MIN_SPEED, MAX_SPEED = 0.25, 4.0
@@ -52,9 +53,16 @@ class SpeechRequest:
     normalize_text: bool
     expand_text: bool | None
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether audio is sent as it is ready."""
+        if self.stream is None:
+            return self.is_sse or self.format not in WHOLE
+        return self.stream
+
 
 def parse_speech(
-    body: bytes, defaults: SamplerSettings, models: typing.Collection[str], limits: Limits
+    body: bytes, defaults: SamplerSettings, models: Collection[str], limits: Limits
 ) -> SpeechRequest:
     """**Raises**: `ApiError` naming the first field that cannot be used."""
     try:

@@ -19,7 +19,12 @@ from echo_eqx.serve.programs import Programs, Reference
 from echo_eqx.serve.requests import Limits, SpeechRequest
 from echo_eqx.serve.speech import Task
 from echo_eqx.serve.voices import Voices
-from echo_eqx.speech.chunks import frames_for_text, split_into_chunks, target_seconds
+from echo_eqx.speech.chunks import (
+    frames_for_text,
+    split_first,
+    split_into_chunks,
+    target_seconds,
+)
 from echo_eqx.speech.make_voice import make_voice
 from echo_eqx.speech.speaker import encode_speech, trim_to_patches
 from echo_eqx.speech.voices import Voice, check_name, save_voice
@@ -44,6 +49,8 @@ class Service:
     watermark: bool = False
     expand_text: bool = False
     length: Length = "full"
+    first_seconds: float | None = None
+    """Seconds that the first chunk of a streamed answer takes to speak at most, as for `stream`."""
     api_key: str | None = None
     allow_uploads: bool = False
 
@@ -96,16 +103,22 @@ class Service:
             wanted = self.duration if request.duration is None else request.duration
             seconds = target_seconds(dit, codec, wanted)
             expand = self.expand_text if request.expand_text is None else request.expand_text
+            slower = min(1.0, speed)
             texts = split_into_chunks(
-                request.text, dit, seconds * min(1.0, speed), request.normalize_text, expand
+                request.text, dit, seconds * slower, request.normalize_text, expand
             )
         except EchoError as error:
             param = "duration" if str(error).startswith("duration") else "input"
             raise ApiError(400, str(error), param=param) from None
+        num_short = len(texts) if (request.length or self.length) == "auto" else 0
+        if self.first_seconds is not None and request.is_streamed:
+            texts[:1] = split_first(texts[0], dit, self.first_seconds * slower)
+            num_short = max(num_short and len(texts), 1)
         full = round(seconds * codec.config.frame_rate)
         lengths = [full] * len(texts)
-        if (request.length or self.length) == "auto":
-            lengths = [frames_for_text(text, dit, codec, full) for text in texts]
+        lengths[:num_short] = [
+            frames_for_text(text, dit, codec, full) for text in texts[:num_short]
+        ]
         lengths = [max(1, min(full, round(frames / speed))) for frames in lengths]
         return texts, lengths, max(1, round(full / max(1.0, speed)))
 

@@ -89,7 +89,8 @@ class Speech:
         self._latents: dict[tuple[int, ...], tuple[np.ndarray, int]] = {}
         self._joiner = Joiner(programs.codec.config.sample_rate)
         self._clip: Iterator[np.ndarray] | None = None
-        self._num_started = self._num_steps = self._frames = self._endless = 0
+        self._num_steps = self._frames = self._endless = 0
+        self._frames_begun = 0
         self._num_chunks = len(task.texts)
         self.arrived, self.is_cancelled, self.is_over = time.monotonic(), False, False
         self.unread = 0.0
@@ -97,7 +98,12 @@ class Speech:
     @property
     def due(self) -> float:
         """When a listener who began at the arrival of the request needs the next chunk."""
-        return self.arrived + self._num_started * self._seconds
+        return self.arrived + self._frames_begun / self._programs.codec.config.frame_rate
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no audio was decoded yet."""
+        return self._clip is None and not self._frames
 
     @property
     def num_waiting(self) -> int:
@@ -110,19 +116,14 @@ class Speech:
             self._voice is not None or len(self._waiting) == len(self._order)
         )
 
-    @property
-    def _seconds(self) -> float:
-        return self._task.most / self._programs.codec.config.frame_rate
-
     def cancel(self) -> None:
         self.is_cancelled = True
 
     def start_chunk(self) -> Row:
         """The row of the next chunk."""
-        self._num_started += 1
-        programs, task = self._programs, self._task
-        voice = self._voice or programs.no_reference
-        return programs.begin(self._waiting.popleft(), voice, task.settings)
+        chunk, voice = self._waiting.popleft(), self._voice or self._programs.no_reference
+        self._frames_begun += chunk.num_frames
+        return self._programs.begin(chunk, voice, self._task.settings)
 
     def count_step(self) -> None:
         self._num_steps += 1
@@ -137,6 +138,7 @@ class Speech:
         programs, chunk = self._programs, row.chunk
         latents = programs.latents(row)
         end = speech_end(latents, programs.padding, programs.codec.config.frame_rate)
+        self._frames_begun -= chunk.num_frames
         if end == len(latents) < self._task.most:
             self._waiting.appendleft(dataclasses.replace(chunk, num_frames=self._task.most))
             self._num_chunks += 1
@@ -145,8 +147,8 @@ class Speech:
             spoken = latents[: end or None][: programs.dit.config.max_speaker_frames]
             self._voice = programs.reference(trim_to_patches(spoken, programs.dit))
         if end == len(latents):
-            voice = self._voice.latents
-            halves = halve_chunk(chunk, voice, self._seconds) if self._task.trim else []
+            voice, seconds = self._voice.latents, end / programs.codec.config.frame_rate
+            halves = halve_chunk(chunk, voice, seconds) if self._task.trim else []
             if halves:
                 self._waiting.extendleft(reversed(halves))
                 at = self._order.index(chunk.index)
@@ -154,7 +156,9 @@ class Speech:
                 self._num_chunks += 2
                 return
             self._endless += 1
-        self._latents[chunk.index] = latents, (end if self._task.trim else 0) or len(latents)
+        end = (end if self._task.trim else 0) or len(latents)
+        self._frames_begun += end
+        self._latents[chunk.index] = latents, end
 
     def decode_next(self) -> bool:
         """Decode and emit the next piece of audio, if its latents are known."""

@@ -161,7 +161,8 @@ class _Endpoints:
     async def settings(self, request: Request) -> Response:
         service = self._service
         settings = settings_table(service.defaults, service.limits)
-        return JSONResponse({"settings": settings, "limits": dataclasses.asdict(service.limits)})
+        about = {"settings": settings, "limits": dataclasses.asdict(service.limits)}
+        return JSONResponse(about | {"allow_uploads": service.allow_uploads})
 
     async def audio_models(self, request: Request) -> Response:
         return JSONResponse({"models": [{"id": name} for name in self._service.models]})

@@ -61,12 +61,24 @@ async function reason(answer) {
 
 // The server speaks of the fields of a request.
 function sentence(message) {
-  const text = message.replace(/^input:/, "Text:").replace(/^speaker_ref/, "The recording");
+  const text = message
+    .replace(/^input:/, "Text:")
+    .replace(/^(speaker_ref|audio_sample)/, "The recording")
+    .replace(/^name of a voice/, "Name");
   return /[.!?]$/.test(text) ? text : `${text}.`;
 }
 
 export async function getJSON(path) {
   return (await request(path)).json();
+}
+
+// Add a voice, and return what the server says of it.
+export async function addVoice(name, recording, consent) {
+  const body = new FormData();
+  body.append("name", name);
+  if (consent) body.append("consent", consent);
+  body.append("audio_sample", recording, recording.name);
+  return (await request("v1/audio/voices", { method: "POST", body })).json();
 }
 
 // Speak: yields `{ step, total }` and Int16Array samples as they come.

@@ -2,11 +2,12 @@
 
 import { getJSON, hasKey, ServerError, setKey, speak } from "./api.js";
 import { Card } from "./card.js";
-import { element, make } from "./dom.js";
+import { element } from "./dom.js";
 import { fileName, History } from "./history.js";
 import { Reference } from "./reference.js";
 import { Settings } from "./settings.js";
 import { Player } from "./sound.js";
+import { saveOnDemand, showVoices } from "./voices.js";
 
 const MAX_SEED = 2 ** 32 - 1;
 const form = element("form");
@@ -45,16 +46,11 @@ async function load() {
   }
 }
 
-function showVoices(voices) {
-  const select = element("voice");
-  select.prepend(...voices.map(({ id, name }) => make("option", { value: id, textContent: name })));
-  select.selectedIndex = 0;
-}
-
 async function loadSettings() {
   try {
-    const { settings: table, limits } = await getJSON("v1/settings");
+    const { settings: table, limits, allow_uploads: isAllowed } = await getJSON("v1/settings");
     settings.show(table);
+    element("save").hidden = !isAllowed;
     // In a request, four characters are three bytes.
     const room = Math.floor(0.75 * limits.max_body_bytes) - limits.max_characters;
     reference.maxBytes = Math.min(limits.max_speaker_bytes, room);
@@ -189,5 +185,6 @@ player.addEventListener("change", showButtons);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   cards.forEach((card) => card.draw());
 });
+saveOnDemand(reference, showError, showStatus);
 history.open();
 load();

@@ -25,7 +25,7 @@ export class Reference {
       this.#take(element("file").files[0]);
       element("file").value = "";
     });
-    element("forget").addEventListener("click", () => this.#forget());
+    element("forget").addEventListener("click", () => this.forget());
     this.#listenForDrops();
   }
 
@@ -33,6 +33,10 @@ export class Reference {
   get name() {
     const { value } = element("voice");
     return value === CHOICE ? this.#file.name : value;
+  }
+
+  get file() {
+    return this.#file;
   }
 
   async field() {
@@ -84,7 +88,7 @@ export class Reference {
       this.#onError(`Expected a recording of at most ${most} MiB, got ${size} MiB.`);
       return;
     }
-    this.#forget();
+    this.forget();
     this.#file = file;
     const option = make("option", { value: CHOICE, textContent: `recording: ${file.name}` });
     element("voice").append(option);
@@ -95,7 +99,7 @@ export class Reference {
     this.#onError("");
   }
 
-  #forget() {
+  forget() {
     if (!this.#file) return;
     const audio = element("reference-audio");
     URL.revokeObjectURL(audio.src);

@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hub_server import Hub  # noqa: E402
 from processes import xla_flags  # noqa: E402
+from speech_server import Client, locked, shared_server  # noqa: E402
 
 import echo_eqx  # noqa: E402
 from echo_eqx.cli import log_to_stderr  # noqa: E402
@@ -106,6 +107,26 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     yield hub
     hub.stop()
+
+
+@pytest.fixture(scope="session")
+def speech_port(tmp_path_factory):
+    """The port of a speech server that all workers share."""
+    with shared_server(shared_folder(tmp_path_factory)) as port:
+        yield port
+
+
+@pytest.fixture
+def server(speech_port, tmp_path_factory):
+    """A client of the shared speech server, which serves one test at a time."""
+    with locked(shared_folder(tmp_path_factory) / "speech_server.turn"):
+        yield Client(speech_port)
+
+
+def shared_folder(tmp_path_factory):
+    """The temporary folder of this test run, which all workers see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @functools.cache

@@ -311,6 +311,6 @@ def test_references_can_be_encoded_once(golden_dit, dit_cases, conditions):
         for once, both in zip(
             jax.tree.leaves(cache.keys_values), jax.tree.leaves(batch.speaker), strict=True
         ):
-            assert max_difference(once[:, :patches], both[row, :, :patches]) < 1e-4
+            np.testing.assert_allclose(once[:, :patches], both[row, :, :patches], atol=1e-4)
     with pytest.raises(UsageError, match="at most 64 frames of 128 channels"):
         encode_speaker(golden_dit, np.zeros((65, 128), np.float32), 64)

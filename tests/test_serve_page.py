@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 from browser import start_chrome, wait
-from speech_server import KEY, SpeechServer
+from speech_server import KEY, Client
 
 from echo_eqx import voice
 
@@ -29,7 +29,7 @@ AudioBufferSourceNode.prototype.start = function (when) {
 window.asked = [];
 const ask = window.fetch;
 window.fetch = (path, options) => {
-  if (options.body) asked.push(JSON.parse(options.body));
+  if (typeof options.body == "string") asked.push(JSON.parse(options.body));
   return ask(path, options);
 };
 """
@@ -43,24 +43,13 @@ TALL = {"width": 1280, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[SpeechServer]:
-    server = SpeechServer(
-        "--steps", 2, "--batch_size", 2, "--max_characters", 400, "--max_requests", 3
-    )
-    yield server
-    assert server.metric("compilations_total") == 0
-    server.stop()
-    assert len(server.errors.splitlines()) == 2, server.errors  # nothing but its start
-
-
-@pytest.fixture(scope="module")
 def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("downloads")
 
 
 @pytest.fixture(scope="module")
 def chrome(
-    server: SpeechServer, downloads: Path, tmp_path_factory: pytest.TempPathFactory
+    speech_port: int, downloads: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
     """A browser that hears a voice by its microphone. All requests go to the server."""
     heard = tmp_path_factory.mktemp("microphone") / "david.wav"
@@ -74,8 +63,8 @@ def chrome(
     events = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
     sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
     urls = {params["request"]["url"] for params in sent}
-    assert f"http://127.0.0.1:{server.port}/v1/audio/speech" in urls
-    own = (f"http://127.0.0.1:{server.port}/", "blob:", "data:", "about:", "chrome:")
+    assert f"http://127.0.0.1:{speech_port}/v1/audio/speech" in urls
+    own = (f"http://127.0.0.1:{speech_port}/", "blob:", "data:", "about:", "chrome:")
     assert not [url for url in urls if not url.startswith(own)]
     chrome.quit()
 
@@ -93,7 +82,7 @@ def run(browser: Any, command: str, **parameters: Any) -> Any:
     return browser.execute_cdp_cmd(command, parameters)
 
 
-def show(browser: Any, server: SpeechServer) -> None:
+def show(browser: Any, server: Client) -> None:
     """Load the page, and give it the key if it asks."""
     browser.get(f"http://127.0.0.1:{server.port}/")
     wait(browser, "document.querySelector('.setting') || !document.getElementById('key').hidden")
@@ -122,7 +111,7 @@ def speak(browser: Any) -> None:
     wait(browser, "document.querySelector('.card a')")
 
 
-def answer(server: SpeechServer, **fields: Any) -> np.ndarray:
+def answer(server: Client, **fields: Any) -> np.ndarray:
     """The samples of a request made without the page."""
     plain = {"progress": False, "stream_format": "audio"}
     found = server.request("POST", "/v1/audio/speech", {**fields, **plain})
@@ -136,7 +125,7 @@ def played(browser: Any) -> np.ndarray:
 
 
 def test_the_page_plays_and_saves_the_samples_of_the_server(
-    browser: Any, server: SpeechServer, downloads: Path
+    browser: Any, server: Client, downloads: Path
 ):
     show(browser, server)
     type_into(browser, "text", LONG)
@@ -173,7 +162,7 @@ def test_the_page_plays_and_saves_the_samples_of_the_server(
         assert 0.02 < browser.execute_script(ink) < 0.6, kind
 
 
-def test_the_history_outlives_a_reload_and_can_be_cleared(browser: Any, server: SpeechServer):
+def test_the_history_outlives_a_reload_and_can_be_cleared(browser: Any, server: Client):
     show(browser, server)
     type_into(browser, "text", TEXT)
     type_into(browser, "seed", 5)
@@ -214,7 +203,7 @@ def test_the_history_outlives_a_reload_and_can_be_cleared(browser: Any, server: 
     assert "is kept here" in wait(browser, "document.getElementById('history-note').textContent")
 
 
-def test_pieces_follow_each_other_without_a_gap(browser: Any, server: SpeechServer):
+def test_pieces_follow_each_other_without_a_gap(browser: Any, server: Client):
     """As rendered by the browser: every sample is one of the sound, in order."""
     show(browser, server)
     script = """
@@ -234,7 +223,7 @@ def test_pieces_follow_each_other_without_a_gap(browser: Any, server: SpeechServ
     np.testing.assert_array_equal(heard, 1000 + np.arange(1 + 127 + 2048 + 5001 + 3))
 
 
-def test_stop_and_escape_end_the_request(browser: Any, server: SpeechServer):
+def test_stop_and_escape_end_the_request(browser: Any, server: Client):
     show(browser, server)
     click(browser, "settings")
     type_into(browser, "setting-steps", 200)
@@ -257,7 +246,7 @@ def test_stop_and_escape_end_the_request(browser: Any, server: SpeechServer):
         assert said(browser, "error") == ""
 
 
-def test_a_file_that_is_chosen_or_dropped_is_the_voice(browser: Any, server: SpeechServer):
+def test_a_file_that_is_chosen_or_dropped_is_the_voice(browser: Any, server: Client):
     show(browser, server)
     recording = voice.REFERENCES / "david.flac"
     fields = {"input": TEXT, "seed": 42, "response_format": "pcm"}
@@ -282,7 +271,7 @@ def test_a_file_that_is_chosen_or_dropped_is_the_voice(browser: Any, server: Spe
     assert "voice dropped.flac" in wait(browser, "document.querySelector('#history li').innerText")
 
 
-def test_a_recording_of_the_microphone_is_the_voice(browser: Any, server: SpeechServer):
+def test_a_recording_of_the_microphone_is_the_voice(browser: Any, server: Client):
     show(browser, server)
     type_into(browser, "text", TEXT)
     click(browser, "record")
@@ -298,7 +287,26 @@ def test_a_recording_of_the_microphone_is_the_voice(browser: Any, server: Speech
     np.testing.assert_array_equal(played(browser), answer(server, **body))
 
 
-def test_errors_are_one_sentence(browser: Any, server: SpeechServer):
+def test_a_recording_is_saved_as_a_voice(browser: Any, server: Client):
+    show(browser, server)
+    browser.find_element("id", "file").send_keys(str(voice.REFERENCES / "david.flac"))
+    type_into(browser, "voice-name", "anna\n")
+    wait(browser, "error.textContent.startsWith('Name: expected another one, anna is in')")
+    type_into(browser, "voice-name", "bob")
+    type_into(browser, "consent", "David, in person")
+    click(browser, "save-voice")
+    said = wait(browser, "/^Saved bob: .*/.exec(document.getElementById('status').textContent)")
+    names = browser.execute_script("return [...voice.options].map((option) => option.text)")
+    assert names == ["anna", "ben", "bob", "clara", "david", "the model's own"], said
+    assert browser.execute_script("return [voice.value, reference.hidden]") == ["bob", True]
+    type_into(browser, "text", TEXT)
+    speak(browser)
+    expected = answer(server, input=TEXT, voice="bob", response_format="pcm")
+    np.testing.assert_array_equal(played(browser), expected)
+    assert server.request("DELETE", "/v1/audio/voices/bob").status == 200
+
+
+def test_errors_are_one_sentence(browser: Any, server: Client):
     show(browser, server)
     click(browser, "speak")  # the browser says that a text is missing
     assert browser.execute_script("return document.activeElement.id") == "text"
@@ -324,11 +332,13 @@ def test_errors_are_one_sentence(browser: Any, server: SpeechServer):
     click(browser, "forget")
     large = file.replace("(9)", "(11 * 2 ** 20)")
     browser.execute_script(drop.replace(file, large))
-    assert said(browser, "error") == "Expected a recording of at most 10.0 MiB, got 11.0 MiB."
+    assert said(browser, "error") == "Expected a recording of at most 0.7 MiB, got 11.0 MiB."
     assert len(browser.execute_script("return asked")) == 2
 
 
-def test_a_busy_server_is_told_and_the_other_candidates_go_on(browser: Any, server: SpeechServer):
+def test_a_busy_server_is_told_and_the_other_candidates_go_on(browser: Any, server: Client):
+    body = {"input": LONG, "voice": "ben", "steps": 200, "response_format": "pcm"}
+    others = [server.send("POST", "/v1/audio/speech", body) for _ in range(3)]
     show(browser, server)
     click(browser, "settings")
     type_into(browser, "setting-steps", 200)
@@ -336,6 +346,8 @@ def test_a_busy_server_is_told_and_the_other_candidates_go_on(browser: Any, serv
     type_into(browser, "text", LONG)
     click(browser, "speak")
     wait(browser, "/^The server is busy; try again in [0-9]+ s.$/.test(error.textContent)")
+    for connection in others:
+        connection.close()
     notes = "[...document.querySelectorAll('.card h3 .note')].map((note) => note.textContent)"
     wait(browser, f"{notes}.some((note) => note.startsWith('step'))")
     assert browser.execute_script(f"return {notes}").count("failed") == 1
@@ -344,7 +356,7 @@ def test_a_busy_server_is_told_and_the_other_candidates_go_on(browser: Any, serv
     assert sorted(browser.execute_script(f"return {notes}")) == ["failed"] + ["stopped"] * 3
 
 
-def test_a_wrong_key_is_told_and_no_storage_is_no_problem(browser: Any, server: SpeechServer):
+def test_a_wrong_key_is_told_and_no_storage_is_no_problem(browser: Any, server: Client):
     refused = run(browser, "Page.addScriptToEvaluateOnNewDocument", source=NO_STORAGE)
     browser.get(f"http://127.0.0.1:{server.port}/")
     wait(browser, "!document.getElementById('key-row').hidden")
@@ -361,7 +373,7 @@ def test_a_wrong_key_is_told_and_no_storage_is_no_problem(browser: Any, server: 
     run(browser, "Page.removeScriptToEvaluateOnNewDocument", **refused)
 
 
-def test_keyboard_and_names_for_screen_readers(browser: Any, server: SpeechServer):
+def test_keyboard_and_names_for_screen_readers(browser: Any, server: Client):
     show(browser, server)
     focus = "return document.activeElement.id"
     outline = "return getComputedStyle(document.activeElement).outlineStyle"
@@ -382,7 +394,7 @@ def test_keyboard_and_names_for_screen_readers(browser: Any, server: SpeechServe
     assert described.startswith("Sway sampling: 0 spaces the timesteps evenly")
 
 
-def test_phone_width_and_both_color_schemes(browser: Any, server: SpeechServer):
+def test_phone_width_and_both_color_schemes(browser: Any, server: Client):
     phone = {"width": 320, "height": 640, "deviceScaleFactor": 2, "mobile": True}
     run(browser, "Emulation.setDeviceMetricsOverride", **phone)
     show(browser, server)
@@ -400,7 +412,7 @@ def test_phone_width_and_both_color_schemes(browser: Any, server: SpeechServer):
     run(browser, "Emulation.setEmulatedMedia", features=[])
 
 
-def test_the_page_can_run_no_script_of_others(server: SpeechServer):
+def test_the_page_can_run_no_script_of_others(server: Client):
     names = ("/", "/page/main.js", "/page/style.css", "/page/recorder.js")
     for answer in (server.request("GET", name, headers={}) for name in names):
         assert answer.status == 200

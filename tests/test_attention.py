@@ -8,6 +8,7 @@ import pytest
 
 from echo_eqx.model import attention
 from echo_eqx.model.attention import KeyMask
+from echo_eqx.model.pallas_attention import pallas_attention
 
 QUERIES, KEYS, HEADS, HEAD_DIM = 5, 7, 3, 4
 MASKS = {
@@ -90,3 +91,63 @@ def test_a_query_with_no_keys_gives_a_finite_result(attend):
     mask = KeyMask.of(jnp.zeros(KEYS, bool))
     result, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask), queries, keys, values)
     assert all(np.isfinite(x).all() for x in (result, *vjp(gradient)))
+
+
+# Two blocks of queries, and more keys than one lane has.
+LONG, LONG_KEYS = 130, 140
+LONG_MASKS = {
+    "all": np.ones(LONG_KEYS, bool),
+    "no text": np.abs(np.arange(LONG_KEYS) - 60) > 30,
+    "one key": np.arange(LONG_KEYS) == LONG_KEYS - 1,
+    "none": np.zeros(LONG_KEYS, bool),
+}
+
+
+def long_inputs(num_keys: int, dtype):
+    lengths = (LONG, num_keys, num_keys, LONG)
+    keys = jr.split(jr.key(1), 4)
+    shapes = [(length, HEADS, HEAD_DIM) for length in lengths]
+    return [jr.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def with_gradients(attend, operands, gradient):
+    result, vjp = jax.vjp(attend, *operands)
+    return [np.asarray(x, np.float32) for x in (result, *vjp(gradient))]
+
+
+def test_the_tpu_kernel_equals_plain_attention_and_its_gradients():
+    *operands, gradient = long_inputs(LONG_KEYS, jnp.float32)
+    masks = jnp.asarray(np.stack(list(LONG_MASKS.values())))
+
+    def kernel(*x):
+        return jax.vmap(lambda mask: pallas_attention(*x, mask, interpret=True))(masks)
+
+    def plain(*x):
+        return jax.vmap(lambda m: attention.dot_product_attention(*x, KeyMask.of(m)))(masks)
+
+    gradients = jnp.broadcast_to(gradient, (len(masks), *gradient.shape))
+    kept = gradients.at[-1].set(0.0)  # the result without keys is meaningless
+    for a, b in zip(
+        with_gradients(jax.jit(kernel), operands, kept),
+        with_gradients(jax.jit(plain), operands, kept),
+        strict=True,
+    ):
+        np.testing.assert_allclose(*((a[:-1], b[:-1]) if a.ndim == 4 else (a, b)), atol=2e-5)
+    for a in with_gradients(jax.jit(kernel), operands, gradients):
+        assert np.isfinite(a).all()
+
+
+def test_the_tpu_kernel_equals_plain_causal_attention_in_bfloat16():
+    *operands, gradient = long_inputs(LONG, jnp.bfloat16)
+
+    def kernel(*x):
+        return pallas_attention(*x, None, causal=True, interpret=True)
+
+    def plain(*x):
+        return attention.dot_product_attention(*x, None, causal=True)
+
+    ours = with_gradients(jax.jit(kernel), operands, gradient)
+    wide = [x.astype(jnp.float32) for x in operands]
+    exact = with_gradients(jax.jit(plain), wide, gradient.astype(jnp.float32))
+    for a, b in zip(ours, exact, strict=True):
+        assert np.abs(a - b).max() < 0.01 * np.abs(b).max()

@@ -14,13 +14,15 @@ import test_sharding
 from conftest import flow_loss, random_model
 from test_sharding import mesh_of
 
-from echo_eqx.config import DIT_PRESETS
+from echo_eqx.config import DIT_PRESETS, EncoderConfig
+from echo_eqx.errors import UsageError
 from echo_eqx.flow.objective import sample_noise, squared_errors
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.flops import recomputed_flops, step_flops
 from echo_eqx.train.state import sharded_abstract_state
 from echo_eqx.train.step import abstract_batch, make_train_step
+from echo_eqx.train.train_dit import _check_attention
 
 # Lengths are primes of which no width is a multiple, so that a shape identifies its array.
 FRAMES, TEXT, PATCHES = 13, 11, 7
@@ -34,14 +36,15 @@ MESHES = [(1, 1, 1), (1, 2, 2)]
 
 
 @functools.cache
-def lowered(shape: tuple[int, ...], **objective) -> str:
+def lowered(shape: tuple[int, ...], config=CONFIG, platform="cpu", **objective) -> str:
     """StableHLO of a step in bfloat16."""
     mesh, optimizer = mesh_of(shape), OptimizerConfig()
-    state = sharded_abstract_state(CONFIG, optimizer, mesh)
+    state = sharded_abstract_state(config, optimizer, mesh)
     settings = ObjectiveConfig(**{"dtype": "bfloat16", "grad_reduce_dtype": "auto", **objective})
     step = make_train_step(mesh, state, settings, optimizer, num_steps=10)
-    batch = abstract_batch(mesh, 4, CONFIG)
-    return step.lower(state, batch, jax.eval_shape(lambda: jr.key(0))).as_text()
+    batch = abstract_batch(mesh, 4, config)
+    traced = step.trace(state, batch, jax.eval_shape(lambda: jr.key(0)))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.fixture(params=MESHES, ids=str)
@@ -145,3 +148,25 @@ def test_flops_of_the_step_are_those_counted(remat, blockwise):
     # Inputs need no gradients, and the text's one-hot product is not counted: 0.2 % in all.
     expected = step_flops(config, 2) + 2 * recomputed_flops(config, remat)
     assert product_flops(traced.jaxpr.jaxpr) == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("dots", 2), ("full", 3)])
+def test_with_the_tpu_kernel_no_logits_are_kept_and_dots_saves_its_output(remat, runs):
+    config = dataclasses.replace(
+        CONFIG,
+        model_dim=256,
+        num_heads=2,
+        text=EncoderConfig(256, 1, 2, 24),
+        speaker=EncoderConfig(256, 1, 2, 24),
+    )
+    plain = lowered((1, 2, 2), grad_reduce_dtype="auto")
+    fused = lowered((1, 2, 2), config=config, platform="tpu", remat=remat, attention="pallas")
+    logits = f"x{FRAMES}x{FRAMES + TEXT + PATCHES}xf32>"
+    assert logits in plain and logits not in fused
+    stacks = 3
+    assert fused.count("tpu_custom_call") == runs * stacks
+
+
+def test_the_tpu_kernel_is_refused_elsewhere():
+    with pytest.raises(UsageError, match="expected auto on cpu in bfloat16, got pallas"):
+        _check_attention(ObjectiveConfig(attention="pallas", dtype="bfloat16"))

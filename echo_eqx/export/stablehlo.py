@@ -31,7 +31,7 @@ from echo_eqx.config import CodecConfig, DiTConfig
 from echo_eqx.errors import UsageError, optional
 from echo_eqx.export.models import Models, describe, warn_of_blockwise
 from echo_eqx.files import write_json
-from echo_eqx.model.attention import portable_attention
+from echo_eqx.model.attention import attention_kernel
 from echo_eqx.model.dit import ConditionCache, EchoDiT
 from echo_eqx.model.joint_attention import KVCache
 from echo_eqx.trees import cast, named_leaves
@@ -161,7 +161,7 @@ def export_program(
         return program.function(treedef.unflatten(filled.values()), *arguments[len(names) :])
 
     arguments = [*(types[name] for name in names), *inputs]
-    with portable_attention():
+    with attention_kernel("none"):
         exported = export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
     about = {
         "weights": [f"{kind}.{name}" for name in names],

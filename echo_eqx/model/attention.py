@@ -15,25 +15,31 @@ from echo_eqx.layers.linear import Linear
 from echo_eqx.layers.norm import RMSNorm
 from echo_eqx.layers.precision import matmul_precision
 from echo_eqx.layers.rotary import apply_rope
+from echo_eqx.model.pallas_attention import pallas_attention, supports
 
-_PORTABLE = ContextVar("portable attention", default=False)
+Kernel = Literal["auto", "pallas", "none"]
+"""How attention is computed. `auto`: by cuDNN's fused kernel on GPU, elsewhere by plain products.
+`pallas`: by a fused kernel for TPU. `none`: by plain products, which lower for every platform. So
+are sizes and dtypes that a kernel does not support."""
+
+_KERNEL: ContextVar[Kernel] = ContextVar("attention kernel", default="auto")
 
 
 @contextmanager
-def portable_attention() -> Iterator[None]:
-    """Attention traced inside uses no fused kernel, so it lowers for every platform."""
-    token = _PORTABLE.set(True)
+def attention_kernel(kernel: Kernel) -> Iterator[None]:
+    """Attention traced inside uses `kernel`."""
+    token = _KERNEL.set(kernel)
     try:
         yield
     finally:
-        _PORTABLE.reset(token)
+        _KERNEL.reset(token)
 
 
 class KeyOrder(eqx.Module):
     """An order that puts the unmasked keys first.
 
-    Fused attention kernels take a number of keys instead of a mask: of the keys at `indices`, the
-    first `count` are attended to. `inverse` undoes the order.
+    cuDNN's kernel takes a number of keys instead of a mask: of the keys at `indices`, the first
+    `count` are attended to. `inverse` undoes the order.
     """
 
     indices: Int[Array, "*b j"]
@@ -48,15 +54,15 @@ class KeyOrder(eqx.Module):
 
 
 class KeyMask(eqx.Module):
-    """A mask over keys, and the order of the keys for fused kernels."""
+    """A mask over keys, and the order of the keys for cuDNN's kernel."""
 
     mask: Bool[Array, "*b j"]
     order: KeyOrder | None
-    """None in `portable_attention`."""
+    """None unless the attention kernel is `auto`."""
 
     @classmethod
     def of(cls, mask: Bool[Array, " j"]) -> "KeyMask":
-        return cls(mask, None if _PORTABLE.get() else KeyOrder.of(mask))
+        return cls(mask, KeyOrder.of(mask) if _KERNEL.get() == "auto" else None)
 
 
 def dot_product_attention(
@@ -70,11 +76,15 @@ def dot_product_attention(
     """`softmax(q k^T / sqrt(k)) v` for each head, with the softmax in float32.
 
     Keys that `mask` excludes are ignored; `causal` also excludes keys after the query's position.
-    The result for a query with no key left is finite but meaningless. On a GPU it is a fused kernel
-    where there is one, except within `portable_attention`.
+    The result for a query with no key left is finite but meaningless. See `Kernel` for how it is
+    computed.
     """
-    if jax.default_backend() == "gpu" and _has_kernel(queries) and not _PORTABLE.get():
+    kernel = _KERNEL.get()
+    if kernel == "auto" and jax.default_backend() == "gpu" and _has_kernel(queries):
         return _flash_attention(queries, keys, values, mask, causal)
+    if kernel == "pallas" and supports(queries, keys):
+        allowed = None if mask is None else mask.mask
+        return pallas_attention(queries, keys, values, allowed, causal=causal)
     allowed = jnp.ones((1, 1), bool) if mask is None else mask.mask[None]
     if causal:
         allowed = allowed & jnp.tril(jnp.ones((queries.shape[0], keys.shape[0]), bool))

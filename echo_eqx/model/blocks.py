@@ -15,6 +15,7 @@ from echo_eqx.layers.norm import RMSNorm
 from echo_eqx.layers.parallel import all_gather_params
 from echo_eqx.model.attention import KeyMask, SelfAttention
 from echo_eqx.model.joint_attention import JointAttention, KVCache
+from echo_eqx.model.pallas_attention import ATTENTION
 
 Remat = Literal["full", "dots", "none"]
 """What the backward pass recomputes. `full`: everything except the input of each layer. `dots`:
@@ -22,9 +23,15 @@ elementwise operations; the outputs of linear layers and of fused attention are 
 the all-gather of FSDP shards."""
 
 
+_is_linear_or_named = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENTION),
+)
+
+
 def _is_linear_or_attention(primitive: Any, *args: Any, **params: Any) -> bool:
-    is_linear = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-    return bool(is_linear) or primitive.name.startswith("dot_product_attention_fwd")
+    is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return is_cudnn or bool(_is_linear_or_named(primitive, *args, **params))
 
 
 def _is_not_all_gather(primitive: Any, *_: Any, **__: Any) -> bool:

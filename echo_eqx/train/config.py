@@ -42,6 +42,10 @@ class ObjectiveConfig:
     """What the backward pass recomputes to save memory: full (one activation per layer is kept:
     least memory, a third more arithmetic), dots (the outputs of linear layers and attention are
     kept, elementwise operations are recomputed) or none (everything is kept)."""
+    attention: Literal["auto", "pallas"] = "auto"
+    """auto: cuDNN's fused kernel on GPU in bfloat16, plain products elsewhere. pallas: on TPU in
+    bfloat16, with heads of 128 channels, a fused kernel, so that logits need no memory. It was
+    compiled for TPUs and tested on CPU, but has not run on a TPU: first compare some losses."""
     grad_reduce_dtype: Literal["auto", "float32"] = "auto"
     """In which the gradients are summed over the devices of the mesh axis fsdp: auto is --dtype;
     float32 sends twice as much and rounds once, at the end."""

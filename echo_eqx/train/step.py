@@ -17,6 +17,7 @@ from echo_eqx.flow.objective import (
     squared_errors,
 )
 from echo_eqx.layers.parallel import DATA, FSDP
+from echo_eqx.model.attention import attention_kernel
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.mesh import BATCH_SPEC, batch_sharding
 from echo_eqx.sharding.specs import (
@@ -81,7 +82,8 @@ def loss_and_gradients(
                 timestep_logit_mean=objective.timestep_logit_mean,
             )
             model = mark_fsdp_shards(model, objective.dtype, objective.grad_reduce_dtype)
-            errors = squared_errors(model, batch, sample, objective.remat, bounds)
+            with attention_kernel(objective.attention):
+                errors = squared_errors(model, batch, sample, objective.remat, bounds)
             return jnp.sum(errors * weight) / total
 
         # Marking replicated parameters as varying delays the sum of their gradients to the end.

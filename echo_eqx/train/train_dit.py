@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from echo_eqx.data.loader import HostBatch
 from echo_eqx.data.pace import measure_frames_per_byte
+from echo_eqx.errors import UsageError
 from echo_eqx.flow.objective import Batch
 from echo_eqx.generation import GenerationConfig
 from echo_eqx.model.dit import EchoDiT
 from echo_eqx.sharding.hosts import Heartbeat
 from echo_eqx.sharding.mesh import check_batch, make_mesh, mesh_shape
 from echo_eqx.sharding.specs import check_mesh
-from echo_eqx.train.config import TrainConfig
+from echo_eqx.train.config import ObjectiveConfig, TrainConfig
 from echo_eqx.train.data import TrainData
 from echo_eqx.train.device_loader import DeviceLoader
 from echo_eqx.train.evaluate import evaluate, make_evaluate
@@ -41,6 +42,7 @@ def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         objective = dataclasses.replace(config.objective, dtype=dtype)
         config = dataclasses.replace(config, objective=objective)
+    _check_attention(config.objective)
     sizes = config.dit_config()
     axes = mesh_shape(config.mesh, jax.device_count())
     check_batch(config.batch_size, config.optimizer.grad_accum_steps, axes)
@@ -89,6 +91,15 @@ def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
             else None,
         )
         return train_loop(trainer, launch_id, heartbeat)
+
+
+def _check_attention(objective: ObjectiveConfig) -> None:
+    backend = jax.default_backend()
+    if objective.attention == "pallas" and (backend, objective.dtype) != ("tpu", "bfloat16"):
+        raise UsageError(
+            f"attention: expected auto on {backend} in {objective.dtype}, got pallas, which needs "
+            "a TPU and bfloat16"
+        )
 
 
 def _generation(config: TrainConfig, data: TrainData) -> GenerationConfig:

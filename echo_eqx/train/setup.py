@@ -18,7 +18,12 @@ from echo_eqx.train.restore import check_same_run, newest_restorable
 from echo_eqx.train.run_folder import RunFolder
 from echo_eqx.train.settings import RunConfig
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
-from echo_eqx.weights.checkpoint.writer import clean_checkpoints, make_missing_export
+from echo_eqx.weights.checkpoint.retention import Retention
+from echo_eqx.weights.checkpoint.writer import (
+    clean_checkpoints,
+    make_missing_export,
+    prune_checkpoints,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +57,11 @@ def open_run(
             check_same_run(checkpoint, sizes, config, data)
         if first:
             clean_checkpoints(config.run_dir, checkpoint)
-            if checkpoint is not None and config.export:
-                make_missing_export(checkpoint)
+            if checkpoint is not None:  # finish what a killed launch had left to do
+                if config.export:
+                    make_missing_export(checkpoint)
+                retention = Retention(config.keep_last, config.keep_every)
+                prune_checkpoints(config.run_dir, checkpoint.step, retention)
             folder.describe(config)
         multihost_utils.sync_global_devices("ready")
         yield launch_id, checkpoint

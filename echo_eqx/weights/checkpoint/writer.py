@@ -144,7 +144,7 @@ class CheckpointWriter:
                 self._complete(folder, shapes, manifest)
                 if self._export:
                     export_weights(TrainingCheckpoint(folder), folder.with_suffix(".safetensors"))
-                self._prune(manifest["step"])
+                prune_checkpoints(folder.parent.parent, manifest["step"], self._retention)
         except OSError as error:
             what = error.strerror or type(error).__name__
             self._error = EchoError(
@@ -191,16 +191,19 @@ class CheckpointWriter:
         whole |= {"cursor": cursors, "tensors": tensors}
         write_json(folder / MANIFEST, {**whole, "crc32": manifest_checksum(whole)}, indent=1)
 
-    def _prune(self, newest: int) -> None:
-        with open_checkpoints(self._folder.parent) as handle:
-            if handle is None:
-                return
-            # Later checkpoints are damaged ones from before the run was resumed.
-            complete = find_checkpoints(self._folder)
-            found = [s for s, path in complete if s <= newest and not path.is_symlink()]
-            for step in self._retention.drops(found):
-                name = step_folder(step)
-                _try_to_remove(self._folder / name, partial(remove_step, name, handle))
+
+def prune_checkpoints(run_dir: Path, newest: int, retention: Retention) -> None:
+    """Delete the complete checkpoints of a run up to step `newest` that `retention` drops."""
+    folder = run_dir / FOLDER
+    with open_checkpoints(run_dir) as handle:
+        if handle is None:
+            return
+        # Later checkpoints are damaged ones from before the run was resumed.
+        complete = find_checkpoints(folder)
+        found = [s for s, path in complete if s <= newest and not path.is_symlink()]
+        for step in retention.drops(found):
+            name = step_folder(step)
+            _try_to_remove(folder / name, partial(remove_step, name, handle))
 
 
 def _try_to_remove(path: Path, remove: Callable[[], object]) -> None:

@@ -27,7 +27,10 @@ FORKS.set_forkserver_preload(["echo_eqx", *(f"echo_eqx.commands.{name}" for name
 
 
 # Programs run only briefly in tests, so they are compiled quickly rather than well.
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def xla_flags(devices: int = 1) -> str:

@@ -38,8 +38,8 @@ from echo_eqx.weights.checkpoint.retention import Retention
 from echo_eqx.weights.checkpoint.writer import (
     CheckpointWriter,
     clean_checkpoints,
-    prune_checkpoints,
     make_missing_export,
+    prune_checkpoints,
     restore_state,
 )
 

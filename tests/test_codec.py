@@ -8,6 +8,7 @@ import pytest
 from conftest import max_difference, random_model
 
 import echo_eqx
+from echo_eqx.codec import codec as chunks
 from echo_eqx.codec import dacvae
 from echo_eqx.codec.residual import sine_squared
 from echo_eqx.codec.watermark import add_watermark
@@ -68,11 +69,17 @@ def test_any_length_is_reflected_to_whole_frames(golden_codec, samples):
     assert np.array_equal(mean, golden_codec.encode(mirrored)[0])
 
 
-# Lengths around one chunk and around several: 256 frames, plus 8 on each side.
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Chunks of 64 frames, so that signals of several chunks are short."""
+    monkeypatch.setattr(chunks, "CHUNK_FRAMES", 64)
+
+
+# Lengths around one chunk and around several: 64 frames, plus 8 on each side.
 @pytest.mark.parametrize(
-    "frames", [*(pytest.param(n, marks=pytest.mark.slow) for n in (272, 273)), 520]
+    "frames", [*(pytest.param(n, marks=pytest.mark.slow) for n in (80, 81)), 136]
 )
-def test_joined_chunks_equal_a_single_pass(golden_codec, frames):
+def test_joined_chunks_equal_a_single_pass(golden_codec, frames, short_chunks):
     rng = np.random.default_rng(frames)
     latents = rng.standard_normal((frames, 12)).astype(np.float32)
     bits = rng.integers(0, 2, 16).astype(np.int32)
@@ -90,18 +97,18 @@ def test_joined_chunks_equal_a_single_pass(golden_codec, frames):
     assert max_difference(chunked_stdev, stdev) < 1e-5
 
 
-def test_all_long_signals_share_a_compiled_program(golden_codec):
-    golden_codec.decode(jnp.zeros((300, 12)), np.zeros(16, np.int32))
+def test_all_long_signals_share_a_compiled_program(golden_codec, short_chunks):
+    golden_codec.decode(jnp.zeros((100, 12)), np.zeros(16, np.int32))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **kwargs: compiled.append((event, kwargs.get("fun_name")))
     )
-    golden_codec.decode(jnp.ones((700, 12)), np.ones(16, np.int32))
+    golden_codec.decode(jnp.ones((200, 12)), np.ones(16, np.int32))
     names = [str(name) for event, name in compiled if "backend_compile" in event]
     assert not [name for name in names if "_decode" in name or "add_watermark" in name]
 
 
-def test_odd_and_even_rates_give_whole_frames():
+def test_odd_and_even_rates_give_whole_frames(short_chunks):
     config = CodecConfig(
         encoder_dim=2,
         encoder_rates=(4, 6, 5, 8),
@@ -113,11 +120,11 @@ def test_odd_and_even_rates_give_whole_frames():
         watermark=None,
     )
     codec = random_model(echo_eqx.DACVAE, config, 0.15)
-    mean, _ = codec.encode(jr.normal(jr.key(1), (290 * 960,)))
-    assert mean.shape == (290, 5)
+    mean, _ = codec.encode(jr.normal(jr.key(1), (90 * 960,)))
+    assert mean.shape == (90, 5)
     latents = jr.normal(jr.key(2), mean.shape)
     audio = codec.decode(latents)
-    assert audio.shape == (290 * 960,) and jnp.std(audio) > 0.01
+    assert audio.shape == (90 * 960,) and jnp.std(audio) > 0.01
     assert max_difference(audio, dacvae._decode(codec, latents)) < 1e-5
 
 

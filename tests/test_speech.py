@@ -42,20 +42,20 @@ def dit():
 
 
 def speak(dit, codec, text="Hello.", **kwargs):
-    return echo_eqx.synthesize(dit, codec, text, **{"duration": 1.0, "settings": QUICK, **kwargs})
+    return echo_eqx.synthesize(dit, codec, text, **{"duration": 2.0, "settings": QUICK, **kwargs})
 
 
 def test_audio_has_the_target_length_and_repeats_with_its_seed(dit, codec):
     audio = speak(dit, codec, trim=False)
     assert isinstance(audio, np.ndarray) and audio.dtype == np.float32
-    assert audio.shape == (25 * HOP,)
+    assert audio.shape == (50 * HOP,)
     assert np.array_equal(audio, speak(dit, codec, trim=False))
     assert not np.array_equal(audio, speak(dit, codec, trim=False, seed=43))
 
 
 @pytest.mark.parametrize("text", ["Grüß Gott, Köln!", "吾輩は猫である。", "Nice 🎉😀"])
 def test_texts_of_any_script_are_spoken(dit, codec, text):
-    assert np.isfinite(speak(dit, codec, text, duration=2.0)).all()
+    assert np.isfinite(speak(dit, codec, text)).all()
 
 
 def test_a_message_is_added_and_changes_little_else(dit, codec):
@@ -167,7 +167,7 @@ def test_the_silence_latent_is_the_same_everywhere(codec):
 @pytest.mark.parametrize("text", ["Hello.", LONG])
 def test_audio_begins_and_ends_in_silence(dit, codec, trim, text):
     """Also if speech reaches the last frame, as with these random models."""
-    audio = speak(dit, codec, text, duration=2.0, trim=trim, message=[0, 1] * 8)
+    audio = speak(dit, codec, text, trim=trim, message=[0, 1] * 8)
     assert np.abs(audio[[0, -1]]).max() < 1e-3 < np.abs(audio).max()
 
 
@@ -205,7 +205,7 @@ def test_long_texts_are_spoken_whole_in_chunks(dit, codec):
         "And a third one follows.",
     ]
     speaker = DATA / "speech.mp3"
-    options = {"duration": 2.0, "trim": False, "speaker": speaker}
+    options = {"trim": False, "speaker": speaker}
     audio = speak(dit, codec, LONG, **options)
     assert len(audio) == 3 * 50 * HOP
     # The first chunk is what its text alone gives with the same seed.
@@ -223,7 +223,7 @@ def test_without_a_reference_all_chunks_use_the_voice_of_the_first(dit, codec, m
         return out
 
     monkeypatch.setattr(batching, "sample", listening)
-    speak(dit, codec, LONG, duration=2.0, trim=False)
+    speak(dit, codec, LONG, trim=False)
     (none, _, first), (voice, mask, _) = given
     assert none is None and mask.sum() == 2 * 48  # two chunks, 50 frames in whole patches
     assert np.array_equal(voice[0, :48], first[0, :48])
@@ -248,7 +248,7 @@ def test_speech_that_does_not_end_is_spoken_again_in_halves(dit, codec, caplog):
     "text, options", [("Hello.", {}), ("Hello everybody out there.", {"trim": False})]
 )
 def test_one_warning_names_chunks_that_are_not_spoken_again(dit, codec, caplog, text, options):
-    audio = speak(dit, codec, text, duration=2.0, **options)
+    audio = speak(dit, codec, text, **options)
     assert len(audio) == 50 * HOP
     assert [record.name for record in caplog.records] == ["echo_eqx.speech"]
     assert f"[S1] {text}" in caplog.text
@@ -264,7 +264,7 @@ def test_speech_that_ends_in_silence_is_kept_without_a_warning(dit, codec, caplo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batching, "sample", ending)
-        audio = speak(dit, codec, "Hello everybody out there.", duration=2.0)
+        audio = speak(dit, codec, "Hello everybody out there.")
     assert len(audio) == 30 * HOP and len(calls) == 1 and not caplog.records
 
 
@@ -310,7 +310,7 @@ def test_batched_utterances_equal_single_ones(dit, codec):
         Utterance("Good bye.", voice, 3),
         Utterance("Yes.", None, 4),
     ]
-    options = {"duration": 3.0, "settings": QUICK, "trim": False}
+    options = {"duration": 2.0, "settings": QUICK, "trim": False}
     calls = []
     together = echo_eqx.synthesize_all(
         dit, codec, utterances, **options, progress=lambda *step: calls.append(step)

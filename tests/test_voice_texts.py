@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
 from zlib import crc32
 
@@ -16,6 +17,7 @@ from echo_eqx.data.text import normalize_text
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.voice import espeak, similarity
+from echo_eqx.voice.corpus import MANIFEST, record_corpus
 from echo_eqx.voice.evaluate import Originals, word_error_rates
 from echo_eqx.voice.grammar import (
     MAX_BYTES,
@@ -197,21 +199,26 @@ def test_an_interrupted_corpus_is_continued_identically(tmp_path, texts):
     def files(folder):
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
+    def record(texts, folder, count, max_seconds=2.5):
+        lines, pool = espeak.corpus_lines(texts), ThreadPoolExecutor(2)
+        limits = {"count": count, "max_seconds": max_seconds}
+        return record_corpus(lines, espeak.speak_as, folder, pool=pool, **limits).rows
+
     once, twice = tmp_path / "once", tmp_path / "twice"
-    rows = espeak.speak_corpus(texts, once, count=12, max_seconds=2.5)
-    espeak.speak_corpus(texts, twice, count=5, max_seconds=2.5)
+    rows = record(texts, once, 12)
+    record(texts, twice, 5)
     made = (twice / rows[0]["audio"]).stat().st_mtime_ns
-    espeak.speak_corpus(texts, twice, count=12, max_seconds=2.5)
+    record(texts, twice, 12)
     assert files(once) == files(twice)
     assert (twice / rows[0]["audio"]).stat().st_mtime_ns == made
     # With other texts in the same folder, earlier clips are not kept.
-    espeak.speak_corpus(texts[100:], twice, count=3)
-    first = json.loads((twice / espeak.MANIFEST).read_text().splitlines()[0])
+    record(texts[100:], twice, 3, max_seconds=5.0)
+    first = json.loads((twice / MANIFEST).read_text().splitlines()[0])
     assert first["text"] == f"[S1] {texts[100]}"
 
     assert len(rows) == 12 and all(row["duration"] <= 2.5 for row in rows)
     assert {row["speaker"] for row in rows} == {voice.name for voice in espeak.VOICES}
-    clips, refused = list_clips(str(once / espeak.MANIFEST), max_seconds=5.0, cache=tmp_path)
+    clips, refused = list_clips(str(once / MANIFEST), max_seconds=5.0, cache=tmp_path)
     assert not refused
     assert [(c.text, c.speaker) for c in clips] == [(r["text"], r["speaker"]) for r in rows]
     assert sf.info(once / rows[0]["audio"]).subtype == "PCM_16"

@@ -24,7 +24,8 @@ from echo_eqx.data.audio import save_audio
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.train.codec.standardize import standardize
-from echo_eqx.voice.espeak import MANIFEST, REFERENCE_TEXT, VOICES, speak
+from echo_eqx.voice.corpus import MANIFEST
+from echo_eqx.voice.espeak import REFERENCE_TEXT, VOICES, speak
 from echo_eqx.voice.evaluate import generation_config, reference_files
 
 SIZES = ("max_frames", "max_text_bytes", "max_speaker_frames")

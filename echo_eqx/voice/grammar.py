@@ -12,7 +12,7 @@ import re
 from collections.abc import Container, Iterator
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, get_args
 from zlib import crc32
 
 from num2words import num2words
@@ -21,6 +21,7 @@ MAX_BYTES = 63
 MIN_CHARACTERS, MAX_CHARACTERS = 8, MAX_BYTES - len("[S1] ")
 SMALL_SHARE = 0.2
 Kind = Literal["small", "seen", "unseen"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _TABLES = ("irregular_verbs", "irregular_plurals", "doubled")
 _VERBS = ("do_thing", "do_person", "do_idea", "act", "say", "want")
 _COUNTED = ("thing", "person", "animal", "place", "idea")
@@ -39,7 +40,7 @@ def training_texts(seed: int, small_share: float = SMALL_SHARE) -> Iterator[str]
     written: set[str] = set()
     while True:
         text = writer.write("small" if rng.random() < small_share else "open")
-        if text in written or _is_held_out(text) or held_out_words(text):
+        if text in written or is_held_out(text) or held_out_words(text):
             writer.put_back(keep=_held_out_forms())
         else:
             written.add(text)
@@ -65,7 +66,7 @@ def held_out_texts(kind: Kind, count: int = 50, seed: int = 0) -> list[str]:
     while len(texts) < count:
         text = writer.write("small" if kind == "small" else "open")
         unseen = len(held_out_words(text))
-        if unseen >= 2 if kind == "unseen" else _is_held_out(text) and not unseen:
+        if unseen >= 2 if kind == "unseen" else is_held_out(text) and not unseen:
             texts[text] = None
     return list(texts)
 
@@ -198,7 +199,8 @@ def _article(match: re.Match) -> str:
     return f"{match[1]}{'n' if is_vowel else ''} "
 
 
-def _is_held_out(text: str) -> bool:
+def is_held_out(text: str) -> bool:
+    """Whether the hash of `text` holds it out."""
     return crc32(text.encode()) % 20 == 0
 
 

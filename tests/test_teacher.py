@@ -4,11 +4,13 @@ import functools
 import http.server
 import io
 import json
+import multiprocessing
+import os
 import shutil
 import tarfile
 import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from hashlib import sha256
 from importlib.util import find_spec
 from itertools import islice
@@ -243,6 +245,17 @@ def test_what_is_left_out_is_listed_and_held_out_clips_are_apart(tmp_path):
     assert again == files and 0 < continued.new_seconds < corpus.new_seconds
     longer, _ = record("twice", 30, max_seconds=5.0)
     assert longer.reasons == {"silent": len(longer.left_out)}
+
+
+def die(text: str, speaker: str) -> tuple[np.ndarray, int]:
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_dies_is_reported(tmp_path):
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with pytest.raises(EchoError, match=r"a process of the teacher died.*fewer --workers"):
+        record_corpus([Line("Hello.", "ann")] * 3, die, tmp_path, count=2, pool=pool, workers=1)
 
 
 @pytest.mark.slow

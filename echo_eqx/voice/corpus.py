@@ -111,7 +111,7 @@ def record_corpus(
             found[file][row["audio"]] = row
             if file != LEFT_OUT:
                 kept += 1
-                new_seconds += 0.0 if speech is None else row["duration"]
+                new_seconds += 0.0 if speech is None else float(row["duration"])
             bar.update(kept - bar.n)
             if time.monotonic() > saved + SAVE_SECONDS:
                 _write_rows(folder, {file: known[file] | found[file] for file in FILES})
@@ -122,8 +122,14 @@ def record_corpus(
 
 @contextlib.contextmanager
 def _ended(pool: Executor) -> Iterator[None]:
+    """Shut `pool` down at the end. **Raises**: `EchoError` if one of its processes died."""
     try:
         yield
+    except BrokenExecutor:
+        raise EchoError(
+            "a process of the teacher died, perhaps for lack of memory; run the same command "
+            "again to continue, with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -136,11 +142,6 @@ def _write_clip(
         audio, rate = speech.result()
     except BrokenClip as broken:
         return {"reason": str(broken)}
-    except BrokenExecutor:
-        raise EchoError(
-            "a process of the teacher died, perhaps for lack of memory; run the same command "
-            "again to continue, with fewer --workers"
-        ) from None
     if len(audio) <= max_seconds * rate:
         write_whole(path, lambda file: sf.write(file, audio, rate, "PCM_16", format="WAV"))
     return {"duration": round(len(audio) / rate, 4)}

@@ -194,12 +194,8 @@ def test_nonfinite_losses_are_skipped_and_then_stop_the_run(home):
 
 def test_held_out_loss_and_samples(home, tmp_path):
     codec = GOLDEN / "dacvae_tiny" / "weights.pth"
-    # The tiny codec has another latent width than the data, which is reported before training.
     flags = ["--sample_every", "4", "--codec", str(codec), "--sample_count", "2"]
     flags += ["--sampler.steps", "2"]
-    said = finish(start(home, "mute", *flags), code=1)
-    assert "expected a codec with 128 channels, as in the data, got 12" in said
-
     make_dataset(tmp_path / "data", shards=2, per_shard=8, latent_dim=12, reference=(8, 20))
     flags += ["--data", str(tmp_path / "data"), "--eval_data", str(tmp_path / "data")]
     flags += ["--silence", "zeros", "--latent_dim", "12", "--eval_every", "2"]

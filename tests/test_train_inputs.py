@@ -8,7 +8,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import pytest
-from conftest import random_model
+from conftest import GOLDEN, random_model
 from processes import call
 from shards import make_dataset
 from test_sharding import CONFIG as SMALL
@@ -307,6 +307,12 @@ def test_an_ema_is_not_dropped(saved_run):
         EchoError, match=r"--ema_decay is 0; continue with --ema_decay 0.9, or start another"
     ):
         resume(saved_run, optimizer=optimizer)
+
+
+def test_a_codec_of_another_latent_width_is_rejected(config):
+    codec = str(GOLDEN / "dacvae_tiny" / "weights.pth")
+    said = refusal(config, codec=codec, sample_every=4)
+    assert "expected a codec with 128 channels, as in the data, got 12" in said
 
 
 def test_another_latent_width_names_the_models_that_fit(config, tmp_path):

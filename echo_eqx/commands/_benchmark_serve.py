@@ -25,7 +25,8 @@ class Serve:
     clients: int = 100
     seconds: float = 120.0
     """How long the clients ask; one client alone asks for a quarter of it before."""
-    steps: int = 32
+    steps: int | None = None
+    """Sampling steps; by default what the model recommends."""
     batch_size: int | None = None
 
 
@@ -41,7 +42,9 @@ class _Results:
 
 
 def serve(args: Serve) -> None:
-    command = [sys.executable, "-m", "echo_eqx", "serve", "--port", "0", "--steps", str(args.steps)]
+    command = [sys.executable, "-m", "echo_eqx", "serve", "--port", "0"]
+    if args.steps is not None:
+        command += ["--steps", str(args.steps)]
     if args.batch_size is not None:
         command += ["--batch_size", str(args.batch_size)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -54,12 +57,10 @@ def serve(args: Serve) -> None:
             raise EchoError("the server did not start")
         port = int(match[1])
         _speak(port, 0, _Results())
-        memory = _memory(port)
         alone = _measure(port, 1, args.seconds / 4)
         together = _measure(port, args.clients, args.seconds)
         ratio = together / alone
         print(f"throughput of {args.clients} clients against one: {ratio:.2f}")
-        print(f"memory of the server: {memory:.0f} MiB before, {_memory(port):.0f} MiB after")
         server.send_signal(signal.SIGTERM)
         print(f"SIGTERM: exit code {server.wait(60)}")
     finally:
@@ -81,7 +82,11 @@ def _measure(port: int, clients: int, seconds: float) -> float:
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
-    time.sleep(seconds)
+    early = min(30.0, seconds / 2)
+    time.sleep(early)
+    memory = [_memory(port)]
+    time.sleep(max(0.0, started + seconds - time.monotonic()))
+    memory.append(_memory(port))
     speed = results.audio_bytes / 48_000 / (time.monotonic() - started)
     with results.lock:  # answers that are not complete do not count
         results.is_over = True
@@ -94,7 +99,8 @@ def _measure(port: int, clients: int, seconds: float) -> float:
     print(
         f"{clients} clients, {seconds:.0f} s: {len(results.wholes)} answers, {speed:.2f} s of "
         f"audio per second; first byte {_percentiles(results.first_bytes)}, whole answer "
-        f"{_percentiles(results.wholes)}; errors: {errors or 'none'}"
+        f"{_percentiles(results.wholes)}; errors: {errors or 'none'}; memory of "
+        f"the server {memory[0]:.0f} MiB after {early:.0f} s, {memory[1]:.0f} MiB at the end"
     )
     return speed
 

@@ -105,6 +105,7 @@ def main() -> None:
     for module in ("starlette", "uvicorn"):
         optional(module, "serve")
     from echo_eqx.serve.engine import Engine
+    from echo_eqx.serve.memory import use_one_arena
     from echo_eqx.serve.metrics import Metrics
     from echo_eqx.serve.programs import Programs
     from echo_eqx.serve.requests import Limits
@@ -113,6 +114,7 @@ def main() -> None:
     from echo_eqx.serve.voices import Voices
 
     check_usage(args)
+    use_one_arena()
     api_key = args.api_key or os.environ.get("ECHO_API_KEY") or None
     listener = bind(args.host, args.port, api_key)
     use_compilation_cache()

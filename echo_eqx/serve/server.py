@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.serve.app import make_app
+from echo_eqx.serve.memory import collect_often, keep_trimming
 from echo_eqx.serve.service import Service
 
 REQUEST_SECONDS = 30.0
@@ -97,4 +98,7 @@ async def _serve(service: Service, listener: socket.socket, ready: str) -> None:
         loop.add_signal_handler(number, stop)
     listener.listen(1024)
     logging.getLogger("echo_eqx.serve").info(ready)
+    collect_often()
+    trimming = asyncio.create_task(keep_trimming())
     await server.serve(sockets=[listener])
+    trimming.cancel()

@@ -28,6 +28,8 @@ class Serve:
     steps: int | None = None
     """Sampling steps; by default what the model recommends."""
     batch_size: int | None = None
+    pace: bool = False
+    """Instead: how many words per second are spoken at several values of speed."""
 
 
 @dataclass
@@ -57,10 +59,13 @@ def serve(args: Serve) -> None:
             raise EchoError("the server did not start")
         port = int(match[1])
         _speak(port, 0, _Results())
-        alone = _measure(port, 1, args.seconds / 4)
-        together = _measure(port, args.clients, args.seconds)
-        ratio = together / alone
-        print(f"throughput of {args.clients} clients against one: {ratio:.2f}")
+        if args.pace:
+            _measure_pace(port)
+        else:
+            alone = _measure(port, 1, args.seconds / 4)
+            together = _measure(port, args.clients, args.seconds)
+            ratio = together / alone
+            print(f"throughput of {args.clients} clients against one: {ratio:.2f}")
         server.send_signal(signal.SIGTERM)
         print(f"SIGTERM: exit code {server.wait(60)}")
     finally:
@@ -105,6 +110,16 @@ def _measure(port: int, clients: int, seconds: float) -> float:
     return speed
 
 
+def _measure_pace(port: int) -> None:
+    """Print words per second of the same 16 answers at each speed."""
+    for speed in (0.5, 0.7, 1.0, 1.3, 2.0):
+        results = _Results()
+        for seed in range(16):
+            _speak(port, seed, results, speed)
+        seconds, words = results.audio_bytes / 48_000, len(results.wholes) * len(TEXT.split())
+        print(f"speed {speed}: {words / seconds:.2f} words per second of audio")
+
+
 def _percentiles(seconds: list[float]) -> str:
     if len(seconds) < 2:
         return "unknown"
@@ -112,9 +127,10 @@ def _percentiles(seconds: list[float]) -> str:
     return f"p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s"
 
 
-def _speak(port: int, seed: int, results: _Results) -> float:
+def _speak(port: int, seed: int, results: _Results, speed: float = 1.0) -> float:
     """Ask once, and return how long to wait before the next time."""
     body = {"input": TEXT, "voice": "ben", "response_format": "pcm", "seed": seed}
+    body |= {"speed": speed}
     started, first, wait, error, size = time.monotonic(), 0.0, 0.0, None, 0
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     with results.lock:

@@ -1,7 +1,7 @@
 """Memory of a process that runs for months: what requests needed goes back to the system.
 
-Arrays and Python objects do not grow with requests, but glibc keeps what was freed: in two minutes
-of load the process grew by a sixth. It stays flat with one arena that is trimmed now and then.
+Arrays and Python objects do not grow with requests, but glibc keeps what was freed: in a minute
+of load the process grew by a seventh. It stays flat with one arena that is trimmed now and then.
 """
 
 import asyncio

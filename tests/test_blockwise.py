@@ -30,7 +30,7 @@ from echo_eqx.train.step import loss_and_gradients
 from echo_eqx.trees import named_leaves
 
 CONFIG = dataclasses.replace(test_sharding.CONFIG, blockwise=True)
-ROWS, FRAMES, CHANNELS = 8, 14, 8
+ROWS, FRAMES, CHANNELS = 4, 14, 8
 OBJECTIVE = ObjectiveConfig(dtype="float32", prefix_probability=0.7, loss_frames="valid")
 
 

@@ -6,18 +6,13 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import pytest
 import test_sharding
-from conftest import flow_loss, random_model
 from test_sharding import mesh_of
 
 from echo_eqx.config import DIT_PRESETS, EncoderConfig
 from echo_eqx.errors import UsageError
-from echo_eqx.flow.objective import sample_noise, squared_errors
-from echo_eqx.model.dit import EchoDiT
 from echo_eqx.train.config import ObjectiveConfig, OptimizerConfig
 from echo_eqx.train.flops import recomputed_flops, step_flops
 from echo_eqx.train.state import sharded_abstract_state
@@ -86,28 +81,6 @@ def test_the_step_has_no_scatters(program):
     assert not operands(program, "scatter")
 
 
-def test_remat_changes_neither_loss_nor_gradients():
-    model = random_model(EchoDiT, CONFIG)
-    rng = np.random.default_rng(0)
-    shapes = abstract_batch(mesh_of((1, 1, 1)), 2, CONFIG)
-    batch = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.integers(0, 2, leaf.shape), leaf.dtype), shapes
-    )
-    noise = sample_noise(
-        jr.key(0), jnp.arange(2), 2, (FRAMES, 8), text_dropout=0.0, speaker_dropout=0.0
-    )
-    expected, gradient = jax.jit(jax.value_and_grad(flow_loss))(model, batch, noise)
-    for remat in ("full", "dots", "none"):
-
-        def loss(model, remat=remat):
-            return jnp.mean(squared_errors(model, batch, noise, remat))
-
-        value, ours = jax.jit(jax.value_and_grad(loss))(model)
-        np.testing.assert_allclose(value, expected, rtol=1e-6)
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6)
-
-
 def product_flops(jaxpr, times: int = 1) -> int:
     """FLOPs of the matrix products in a program, in loops as often as they run."""
     total = 0
@@ -127,9 +100,7 @@ def is_jaxpr(x) -> bool:
     return hasattr(getattr(x, "jaxpr", x), "eqns")
 
 
-@pytest.mark.parametrize(
-    ("remat", "blockwise"), [("none", True), ("dots", True), ("full", True), ("none", False)]
-)
+@pytest.mark.parametrize(("remat", "blockwise"), [("none", True), ("dots", True), ("full", False)])
 def test_flops_of_the_step_are_those_counted(remat, blockwise):
     config = dataclasses.replace(
         DIT_PRESETS["tiny"],

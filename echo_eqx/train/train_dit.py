@@ -54,12 +54,12 @@ def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
     eval_digest = held_out.shard_index.digest() if held_out else ""
     generation = _generation(config, data)
     with open_run(config, sizes, data_id, eval_digest) as (launch_id, checkpoint):
+        writer = _sample_writer(config, held_out or data, generation, mesh)
+        eval_batches = _eval_batches(config, held_out, mesh)
         state, samples_seen, cursor = init_or_restore(config, checkpoint, mesh)
+        compiled = compile_step(lambda: lower_step(config, mesh))
         broken_log = config.run_dir / f"broken-{jax.process_index()}.jsonl"
         loader = data.loader(config.batch_size, cursor=cursor, broken_log=broken_log)
-        eval_batches = _eval_batches(config, held_out, mesh)
-        writer = _sample_writer(config, held_out or data, generation, mesh)
-        compiled = compile_step(lambda: lower_step(config, mesh))
         sums = make_evaluate(mesh, config.objective)
         sums_after_prefix = make_evaluate(mesh, config.objective, after_prefix=True)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import random_model
 from processes import Process, flags, xla_flags
 from shards import make_dataset
 
 import echo_eqx
+from echo_eqx.config import CodecConfig, WatermarkConfig
 
 TRAIN = Path(__file__).parent / "small_train.py"
 STEPS = 12
@@ -143,7 +144,8 @@ def test_two_processes_resume_a_run_of_one_and_stop_together(home, uninterrupted
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_others_report_it_and_stop(home, victim):
     run = f"widowed{victim}"
-    both = start_two(home, run, "fsdp=2", "--num_steps", "100000", "--log_every", "1")
+    # On the mesh of the test above, whose compiled step it finds.
+    both = start_two(home, run, "data=2,fsdp=2,tensor=2", "--log_every", "1")
     try:
         wait_for((home / run / "metrics.jsonl").is_file, both[0])
         wait_for(lambda: len(lines_of(home, run)) >= 2, both[0])
@@ -193,18 +195,27 @@ def test_nonfinite_losses_are_skipped_and_then_stop_the_run(home):
 
 
 def test_held_out_loss_and_samples(home, tmp_path):
-    codec = GOLDEN / "dacvae_tiny" / "weights.pth"
-    flags = ["--sample_every", "4", "--codec", str(codec), "--sample_count", "2"]
-    flags += ["--sampler.steps", "2"]
-    make_dataset(tmp_path / "data", shards=2, per_shard=8, latent_dim=12, reference=(8, 20))
+    watermark = WatermarkConfig(dim=2, bottleneck_dim=8)
+    sizes = CodecConfig(encoder_dim=2, hidden_dim=12, decoder_dim=32, watermark=watermark)
+    echo_eqx.save(random_model(echo_eqx.DACVAE, sizes, 0.12), tmp_path / "codec")
+    make_dataset(tmp_path / "data", shards=2, per_shard=8, latent_dim=128, reference=(8, 20))
+    np.save(tmp_path / "data" / "silence.npy", np.full((20, 128), 0.25, np.float16))
+    flags = [
+        "--sample_every",
+        str(STEPS),
+        "--codec",
+        str(tmp_path / "codec"),
+        "--sample_count",
+        "2",
+    ]
     flags += ["--data", str(tmp_path / "data"), "--eval_data", str(tmp_path / "data")]
-    flags += ["--silence", "zeros", "--latent_dim", "12", "--eval_every", "2"]
-    finish(start(home, "heard", *flags, "--eval_batches", "2", "--num_steps", "4"))
+    flags += ["--eval_every", "6", "--eval_batches", "2", "--sampler.steps", "2"]
+    finish(start(home, "heard", *flags))
     lines = lines_of(home, "heard")
     evaluated = [line for line in lines if "eval_loss" in line]
-    assert [line["step"] for line in evaluated] == [2, 4]
+    assert [line["step"] for line in evaluated] == [6, 12]
     assert len(evaluated[0]["eval_loss_by_time"]) == 4
-    samples = home / "heard" / "samples" / "step_000000004"
+    samples = home / "heard" / "samples" / "step_000000012"
     names = sorted(path.name for path in samples.iterdir())
     assert names == [
         f"{i}.{end}" for i in (0, 1) for end in ("original.wav", "ref.wav", "txt", "wav")

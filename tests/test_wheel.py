@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import soundfile as sf
+from processes import xla_flags
 
 from echo_eqx.commands import COMMANDS
 
@@ -70,13 +71,21 @@ def test_the_wheel_contains_every_file_of_the_package(wheel: Path):
     assert {"echo_eqx/ops/page/index.html", "echo_eqx/voice/grammar.txt"} <= held
 
 
-def test_the_installed_command_works(installed: Path, tmp_path: Path):
-    flags = ("--text", "Hello from a tiny model.", "--output", "hello.wav")
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    said = run(installed / "echo-eqx", "infer", *flags, cwd=tmp_path, **cache)
-    assert "hello.wav: " in said
-    audio, rate = sf.read(tmp_path / "hello.wav")
-    assert rate == 24_000 and 0.5 < len(audio) / rate < 3.3 and abs(audio).max() > 0.05
+def test_the_first_commands_of_the_readme_work(installed: Path, tmp_path: Path):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    install, *lines = blocks[0].splitlines() + blocks[1].splitlines()[:1]
+    assert install == "pip install -e ."
+    (tmp_path / "echo_eqx").symlink_to(ROOT / "echo_eqx")  # for files of the source tree
+    environment = {
+        "PATH": f"{installed}:{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "XLA_FLAGS": xla_flags(),
+    }
+    said = run("bash", "-euc", "\n".join(lines), cwd=tmp_path, **environment)
+    assert "next: choose a voice with --voice ben" in said
+    for name in ("hello.wav", "output.wav"):
+        audio, rate = sf.read(tmp_path / name)
+        assert rate == 24_000 and 0.5 < len(audio) / rate < 3.3 and abs(audio).max() > 0.05
 
 
 def test_commands_and_scripts_have_the_same_help(installed: Path, tmp_path: Path):

@@ -52,7 +52,7 @@ def decode_with_silence(
 
 def decode_and_join(
     codec: Codec,
-    chunks: Sequence[Float[np.ndarray, "t c"]],
+    chunks: Sequence[Float[np.ndarray, "_ c"]],
     message: Message,
     trim: bool,
     padding: Float[np.ndarray, " c"],

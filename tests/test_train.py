@@ -225,7 +225,10 @@ def test_held_out_loss_and_samples(home, tmp_path):
 
 def test_a_finished_run_and_a_run_with_other_shards(home, uninterrupted):
     shutil.copytree(home / "whole", home / "again")
-    finish(start(home, "again", "--num_steps", "9"))
+    finish(start(home, "again", "--num_steps", "9", "--keep_last", "1"))
+    # As a launch would have done that was killed before it deleted them.
+    left = [path.name for path in (home / "again" / "checkpoints").iterdir() if path.is_dir()]
+    assert left == ["step_000000012"]
     shutil.copytree(home / "data", home / "renamed")
     (home / "renamed" / "00003.tar").rename(home / "renamed" / "00099.tar")
     said = finish(start(home, "again", "--data", str(home / "renamed")), code=1)

@@ -46,8 +46,8 @@ class Args:
     seed: int = 0
     """Seed of the texts."""
     small_share: float = SMALL_SHARE
-    """espeak: share of texts of the small domain: numbers, dates, times, prices, household
-    commands."""
+    """Of the grammar's texts, the share of the small domain: numbers, dates, times, prices,
+    household commands."""
     max_seconds: float | None = None
     """Longer recordings are left out and replaced by the next text; 5 for espeak, 12 for kokoro."""
     max_words: int | None = None

@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_runs
 import soundfile as sf
 from conftest import GOLDEN
-from processes import SCRIPTS, Process, flags, xla_flags
-from shards import make_dataset
-
-TRAIN = Path(__file__).parent / "small_train.py"
-STEPS = 12
+from processes import SCRIPTS, Process, flags
+from small_runs import STEPS
 
 
 def start(command: list[object]) -> Process:
-    return Process(*command, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags())
+    return Process(*command, **small_runs.ENVIRONMENT)
 
 
 def finished(process: Process) -> bool:
@@ -38,8 +36,7 @@ def finished(process: Process) -> bool:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kills")
-    make_dataset(folder / "data", shards=4, per_shard=8, latent_dim=128, frames=(3, 24))
-    np.save(folder / "data" / "silence.npy", np.full((20, 128), 0.25, np.float16))
+    (folder / "shared").symlink_to(small_runs.shared_home(tmp_path_factory))
     for i in range(6):
         path = folder / "recordings" / f"voice{i % 2}" / f"{i}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,20 +52,7 @@ def seed() -> int:
 
 
 def train(home: Path, run: Path) -> list[object]:
-    settings = flags(
-        model="nano",
-        data=home / "data",
-        run_dir=run,
-        max_frames=24,
-        max_text_bytes=32,
-        max_speaker_frames=16,
-        batch_size=4,
-        num_steps=STEPS,
-        checkpoint_every=2,
-        log_every=1,
-        ema_decay=0.9,
-    )
-    return [TRAIN, *settings]
+    return [small_runs.TRAIN, *small_runs.settings((home / "shared").resolve(), run)]
 
 
 def trained(run: Path) -> dict[str, Any]:
@@ -104,7 +88,26 @@ def prepared(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.iterdir() if path.suffix != ".html"}
 
 
-JOBS = {"train": (train, trained), "prepare": (prepare, prepared)}
+def prepared_whole(home: Path) -> Path:
+    output = home / "prepared"
+    if not output.exists():
+        assert finished(start(prepare(home, output)))
+    return output
+
+
+def trained_whole(home: Path) -> Path:
+    return small_runs.whole_run((home / "shared").resolve())
+
+
+JOBS = {
+    "train": (train, trained_whole, trained),
+    "prepare": (prepare, prepared_whole, prepared),
+}
+
+
+def seconds_of_writing(folder: Path) -> float:
+    times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+    return max(times) - min(times)
 
 
 def traces(folder: Path) -> int:
@@ -126,14 +129,10 @@ def wait_for_traces(folder: Path, before: int, process: Process) -> None:
 
 def killed(job: str, count: int, home: Path, seed: int) -> list[str]:
     """Kill a job `count` times and compare each result; returns when the kills came."""
-    command, result = JOBS[job]
+    command, make_whole, result = JOBS[job]
     rng = random.Random(f"{seed} {job}")
-    whole = home / f"{job}-{count}-whole"
-    process = start(command(home, whole))
-    wait_for_traces(whole, 0, process)
-    begun = time.monotonic()
-    assert finished(process)
-    seconds = time.monotonic() - begun
+    whole = make_whole(home)
+    seconds = seconds_of_writing(whole)
     expected, moments, number = result(whole), [], 0
     while len(moments) < count:
         folder = home / f"{job}-{count}-{number}"

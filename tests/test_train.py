@@ -7,46 +7,30 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs
 from conftest import random_model
-from processes import Process, flags, xla_flags
+from processes import Process, xla_flags
 from shards import make_dataset
+from small_runs import STEPS
 
 import echo_eqx
 from echo_eqx.config import CodecConfig, WatermarkConfig
 
-TRAIN = Path(__file__).parent / "small_train.py"
-STEPS = 12
-
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with shards."""
-    folder = tmp_path_factory.mktemp("train")
-    make_dataset(folder / "data", shards=8, per_shard=8, latent_dim=128, frames=(3, 40))
-    np.save(folder / "data" / "silence.npy", np.full((20, 128), 0.25, np.float16))
-    return folder
+def home(tmp_path_factory) -> Path:
+    return small_runs.shared_home(tmp_path_factory)
 
 
 def start(home: Path, run: str, *more: object, devices: int = 1, folder=None) -> Process:
-    settings = flags(
-        model="nano",
-        data=home / "data",
-        max_frames=24,
-        max_text_bytes=32,
-        max_speaker_frames=16,
-        batch_size=8,
-        run_dir=home / run,
-        cache_dir=home / "shards",
-        num_steps=STEPS,
-        checkpoint_every=3,
-        learning_rate=3e-4,
-    )
+    settings = small_runs.settings(home, home / run)
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
-    return Process(TRAIN, *settings, *more, cwd=folder, **environment)
+    return Process(small_runs.TRAIN, *settings, *more, cwd=folder, **environment)
 
 
 def finish(process: Process, code: int = 0, timeout: float = 300) -> str:
@@ -76,8 +60,7 @@ def wait_for(condition, process: Process, seconds: float = 240) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(home):
-    finish(start(home, "whole"))
-    return losses_of(home, "whole")
+    return losses_of(home, small_runs.whole_run(home).name)
 
 
 def test_a_run_writes_its_description(home, uninterrupted):
@@ -126,7 +109,7 @@ def assert_close(losses: dict[int, float], expected: dict[int, float]) -> None:
 
 
 def test_two_processes_resume_a_run_of_one_and_stop_together(home, uninterrupted):
-    # From step 6 in two processes until SIGTERM, then in one on another mesh.
+    # From step 6 in two processes until SIGTERM, then in one again.
     shutil.copytree(home / "whole", home / "spread")
     for path in (home / "spread" / "checkpoints").iterdir():
         if path.name.startswith(("step_000000009", "step_000000012")):
@@ -137,18 +120,13 @@ def test_two_processes_resume_a_run_of_one_and_stop_together(home, uninterrupted
     said = [finish(process, code=76) for process in both]
     step = int(re.search(r"saved step (\d+)", said[0])[1])
     assert 6 < step < STEPS
-    finish(start(home, "spread", "--mesh", "tensor=4", devices=4))
+    finish(start(home, "spread"))
     assert_close(losses_of(home, "spread"), uninterrupted)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_when_a_process_dies_the_others_report_it_and_stop(home, victim):
-    run = f"widowed{victim}"
-    # On the mesh of the test above, whose compiled step it finds.
-    both = start_two(home, run, "data=2,fsdp=2,tensor=2", "--log_every", "1")
+def assert_death_is_reported(victim: int, both: list[Process], begun: Callable[[], bool]) -> None:
     try:
-        wait_for((home / run / "metrics.jsonl").is_file, both[0])
-        wait_for(lambda: len(lines_of(home, run)) >= 2, both[0])
+        wait_for(begun, both[0])
         both[victim].kill()
         died = time.monotonic()
         said = finish(both[1 - victim], code=75, timeout=30)
@@ -158,6 +136,45 @@ def test_when_a_process_dies_the_others_report_it_and_stop(home, victim):
         for process in both:
             process.kill()
             process.communicate()
+
+
+COLLECTIVES = """
+import dataclasses, sys
+from pathlib import Path
+from jax.experimental import multihost_utils
+from echo_eqx.train.config import TRAIN_PRESETS
+from echo_eqx.train.distributed import run_training
+
+def train(config, heartbeat):
+    for step in range(1_000_000):
+        multihost_utils.sync_global_devices(str(step))
+        Path(f"step_{step}").touch()
+
+settings = {"data": "none", "coordinator": sys.argv[1], "num_processes": 2}
+settings["process_id"] = int(sys.argv[2])
+run_training(dataclasses.replace(TRAIN_PRESETS["tiny"], **settings), train)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_dies_the_others_report_it_and_stop(victim, tmp_path):
+    script, port = tmp_path / "collectives.py", f"127.0.0.1:{free_port()}"
+    script.write_text(COLLECTIVES)
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
+    both = [Process(script, port, i, cwd=tmp_path, **environment) for i in range(2)]
+    assert_death_is_reported(victim, both, (tmp_path / "step_3").is_file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_of_a_run_dies_the_others_report_it_and_stop(home, victim):
+    run = f"widowed{victim}"
+    both = start_two(home, run, "fsdp=2", "--log_every", "1")
+
+    def begun() -> bool:
+        return (home / run / "metrics.jsonl").is_file() and len(lines_of(home, run)) >= 2
+
+    assert_death_is_reported(victim, both, begun)
 
 
 def test_hosts_that_differ_are_reported(home):
@@ -182,11 +199,12 @@ def test_a_run_folder_in_use_is_rejected(home, uninterrupted):
     first.communicate()
 
 
-def test_nonfinite_losses_are_skipped_and_then_stop_the_run(home):
+def test_a_run_from_the_weights_of_another_stops_after_nonfinite_losses(home, uninterrupted):
     flags = ["--learning_rate", "1e30", "--max_nonfinite", "3", "--log_every", "2"]
-    said = finish(start(home, "wild", *flags), code=1)
+    said = finish(start(home, "wild", "--init_from", home / "whole", *flags), code=1)
     assert "loss or gradient was not finite in 3 consecutive steps" in said
     lines = lines_of(home, "wild")
+    assert lines[0]["loss"] != uninterrupted[1]
     assert [line["updated"] for line in lines][-3:] == [False] * 3
     assert lines[-3]["param_norm"] == lines[-1]["param_norm"]
     noted = [json.loads(x) for x in (home / "wild" / "nonfinite-0.jsonl").read_text().splitlines()]
@@ -225,7 +243,9 @@ def test_held_out_loss_and_samples(home, tmp_path):
 
 def test_a_finished_run_and_a_run_with_other_shards(home, uninterrupted):
     shutil.copytree(home / "whole", home / "again")
-    finish(start(home, "again", "--num_steps", "9", "--keep_last", "1"))
+    said = finish(start(home, "again", "--keep_last", "1"))
+    assert "nothing to do" in said and "compil" not in said
+    assert losses_of(home, "again") == uninterrupted
     # As a launch would have done that was killed before it deleted them.
     left = [path.name for path in (home / "again" / "checkpoints").iterdir() if path.is_dir()]
     assert left == ["step_000000012"]
@@ -246,9 +266,3 @@ def test_a_run_folder_that_hosts_do_not_share_is_rejected(home, tmp_path):
     said = "".join(out for process in both for out in process.communicate(timeout=120))
     assert "expected the folder that process 0 writes to, got another" in said
     assert all(process.returncode == 1 for process in both)
-
-
-def test_a_run_can_start_from_the_weights_of_another(home, uninterrupted):
-    finish(start(home, "heir", "--init_from", str(home / "whole")))
-    lines = lines_of(home, "heir")
-    assert lines[-1]["samples_seen"] == STEPS * 8 and lines[0]["loss"] != uninterrupted[1]

@@ -47,6 +47,7 @@ def test_held_out_sentences_are_intelligible():
         assert np.argmin(dtw_distances(cepstra, originals)) == i
 
 
+@pytest.mark.slow
 def test_training_on_the_packaged_shards_lowers_the_loss_and_speaks(tmp_path):
     settings = flags(
         num_steps=12,

@@ -26,6 +26,10 @@ def run_training(config: Config, train: Callable[[Config, Heartbeat], int]) -> N
     )
     heartbeat = Heartbeat(config.coordinator)
     try:
+        if jax.process_count() > 1 and jax.default_backend() == "cpu":
+            # Process 0 alone finds its programs in the cache. On CPU their collectives may then run
+            # in another order than in the programs that the others compile, and all wait forever.
+            jax.config.update("jax_enable_compilation_cache", False)
         code = train(config, heartbeat)
     except OSError as error:
         place = error.filename or config.run_dir

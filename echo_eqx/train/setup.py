@@ -15,7 +15,7 @@ from echo_eqx.json_data import to_json
 from echo_eqx.sharding.hosts import check_agreement, code_digest
 from echo_eqx.train.plan import step_memory_warning
 from echo_eqx.train.restore import check_same_run, newest_restorable
-from echo_eqx.train.run_folder import RunFolder
+from echo_eqx.train.run_folder import RunFolder, note_end
 from echo_eqx.train.settings import RunConfig
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.checkpoint.retention import Retention
@@ -65,6 +65,16 @@ def open_run(
             folder.describe(config)
         multihost_utils.sync_global_devices("ready")
         yield launch_id, checkpoint
+
+
+def is_done(config: RunConfig, checkpoint: TrainingCheckpoint | None) -> bool:
+    """Whether the run has done all its steps, so that nothing has to be compiled or read."""
+    if checkpoint is None or checkpoint.step < config.num_steps:
+        return False
+    if jax.process_index() == 0:
+        note_end(config.run_dir, checkpoint.step)
+        logger.info(f"step {checkpoint.step} of {config.run_dir} is saved: nothing to do")
+    return True
 
 
 def compile_step(lower: Callable[[], jax.stages.Lowered]) -> Any:

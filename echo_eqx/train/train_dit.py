@@ -27,7 +27,7 @@ from echo_eqx.train.loop import Trainer, train_loop
 from echo_eqx.train.plan import lower_step
 from echo_eqx.train.restore import init_or_restore, pinned_source
 from echo_eqx.train.samples import SampleWriter
-from echo_eqx.train.setup import compile_step, open_run
+from echo_eqx.train.setup import compile_step, is_done, open_run
 from echo_eqx.train.state import TrainState, abstract_state
 from echo_eqx.weights.find import SHIPPED
 
@@ -54,6 +54,9 @@ def train(config: TrainConfig, heartbeat: Heartbeat) -> int:
     eval_digest = held_out.shard_index.digest() if held_out else ""
     generation = _generation(config, data)
     with open_run(config, sizes, data_id, eval_digest) as (launch_id, checkpoint):
+        if is_done(config, checkpoint):
+            heartbeat.close()
+            return 0
         writer = _sample_writer(config, held_out or data, generation, mesh)
         eval_batches = _eval_batches(config, held_out, mesh)
         state, samples_seen, cursor = init_or_restore(config, checkpoint, mesh)

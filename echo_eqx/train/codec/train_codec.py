@@ -27,7 +27,7 @@ from echo_eqx.train.codec.losses import WINDOWS
 from echo_eqx.train.codec.step import AudioBatch, CodecState, abstract_batch, abstract_state
 from echo_eqx.train.device_loader import DeviceLoader, owned_rows
 from echo_eqx.train.loop import Trainer, train_loop
-from echo_eqx.train.setup import compile_step, open_run
+from echo_eqx.train.setup import compile_step, is_done, open_run
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.checkpoint.writer import restore_state
 from echo_eqx.weights.load import load_codec
@@ -57,6 +57,9 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
     listing = "\n".join(f"{clip.key} {clip.start:.6f} {clip.seconds:.6f}" for clip in clips)
     data_id = {"digest": hashlib.sha256(listing.encode()).hexdigest(), "revision": None}
     with open_run(config, sizes, data_id) as (launch_id, checkpoint):
+        if is_done(config, checkpoint):
+            heartbeat.close()
+            return 0
         state = _init_or_restore(config, sizes, pretrained, checkpoint, mesh)
         step = codec_step.make_step(mesh, sizes, config, state)
         batch = abstract_batch(mesh, config.batch_size, samples)

@@ -217,6 +217,41 @@ def test_short_recordings_are_padded_and_long_ones_sampled_more_often(recordings
     assert met["3"] and all(np.any(a[700:800]) and not np.any(a[800:]) for a in met["3"])
 
 
+def test_pauses_are_crops_too(tmp_path):
+    tone = 0.3 * np.sin(np.arange(800))
+    sf.write(tmp_path / "pause.wav", np.concatenate([tone, np.zeros(8000), tone]), 8000)
+    (tmp_path / "pause.txt").write_text("Wait.")
+    clips, _ = list_clips(str(tmp_path), max_seconds=1e6, cache=tmp_path)
+    stream = CropStream(clips, sample_rate=8000, samples=400, rows=range(20), seed=0)
+    sounds = next(stream).batch.audio.any(axis=1)
+    stream.close()
+    assert sounds.any() and not sounds.all() and not stream.broken
+
+
+def test_varied_crops_have_other_pitches_and_levels_and_are_the_same_from_any_step(tmp_path):
+    sf.write(tmp_path / "tone.wav", 0.5 * np.sin(2 * np.pi * 200 / 8000 * np.arange(80_000)), 8000)
+    (tmp_path / "tone.txt").write_text("A tone.")
+    clips, _ = list_clips(str(tmp_path), max_seconds=1e6, cache=tmp_path)
+    sizes = dict(sample_rate=8000, samples=4000, rows=range(100), seed=0, augment=True)
+    stream, later = CropStream(clips, **sizes), CropStream(clips, step=1, **sizes)
+    crops, second = next(stream).batch.audio, next(stream).batch.audio
+    np.testing.assert_array_equal(next(later).batch.audio, second)
+    stream.close()
+    later.close()
+    assert crops.shape == (100, 4000) and crops.dtype == np.float32
+    peaks = 20 * np.log10(np.abs(crops).max(axis=1))
+    assert peaks.max() <= 1e-5 and peaks.min() > -30.1 and peaks.std() > 5
+    pitches = 2 * np.argmax(np.abs(np.fft.rfft(crops)), axis=1)  # bins of 2 Hz
+    assert 155 <= pitches.min() < 170 and 235 < pitches.max() <= 255
+
+    def purity(audio):
+        power = np.abs(np.fft.rfft(audio * np.hanning(4000), axis=1)) ** 2
+        return np.sort(power, axis=1)[:, -6:].sum(axis=1) / power.sum(axis=1)
+
+    # Noise or echoes in about half of them.
+    assert 0.2 < (purity(crops) < 0.9999).mean() < 0.8
+
+
 def test_a_damaged_recording_is_replaced_and_many_are_an_error(recordings, tmp_path):
     for path in recordings.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

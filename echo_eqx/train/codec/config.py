@@ -64,6 +64,10 @@ class CodecTrainConfig(RunConfig):
     """Channels of a latent frame; by default the preset's."""
     decoder_dim: int | None = None
     """Channels at the rate of latents; each upsampling halves them. By default the preset's."""
+    augment: bool = False
+    """Vary each crop: up to a quarter faster or slower, with the pitch, and up to 30 dB quieter;
+    some with another tone, echoes of a room, or noise. Use it if the recordings are alike, such as
+    synthetic speech, and others should be coded well too."""
     freeze_encoder: bool = False
     """Train the decoder only, so that existing latents stay valid."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from echo_eqx.data.audio import SilentAudioError
 from echo_eqx.data.loader import LoadedBatch
 from echo_eqx.errors import EchoError
 from echo_eqx.prepare.clips import Clip
+from echo_eqx.train.codec.augment import change_length, draw_speed, vary
 
 _PREFETCH = 8
 """Batches that are decoded in advance."""
@@ -30,6 +32,7 @@ class CropStream:
 
     Crops are uniform over all audio, so longer recordings come up more often. Recordings shorter
     than a crop are padded with silence. A crop that cannot be decoded is replaced by another one.
+    With `augment` each is varied, see `vary`.
     Cursors are empty: the step is enough to resume.
 
     **Raises**: `EchoError`, from `next`, if more than `max_broken` of the crops cannot be decoded.
@@ -45,11 +48,13 @@ class CropStream:
         seed: int,
         step: int = 0,
         max_broken: float = 0.01,
+        augment: bool = False,
     ):
         self._clips = clips
         self._ends = list(itertools.accumulate(clip.seconds for clip in clips))
         self._sample_rate, self._samples = sample_rate, samples
         self._rows, self._seed, self._max_broken = rows, seed, max_broken
+        self._augment = augment
         self.broken: dict[str, int] = {}
         self._crops = 0
         self._step = step
@@ -84,26 +89,34 @@ class CropStream:
         rng = np.random.default_rng((self._seed, step, row))
         problems: list[str] = []
         while len(problems) < 10:
-            clip, start = self._sample_crop(rng)
+            speed = draw_speed(rng) if self._augment else 1.0
+            samples = round(self._samples * speed)
+            clip, start = self._sample_crop(rng, samples)
             try:
-                return self._load(clip, start), clip.key, problems
+                audio = self._load(clip, start, samples)
+                if self._augment:
+                    audio = vary(change_length(audio, self._samples), self._sample_rate, rng)
+                return audio, clip.key, problems
             except EchoError as error:
                 problems.append(str(error))
         raise EchoError(f"ten crops in a row could not be read; the last: {problems[-1]}")
 
-    def _sample_crop(self, rng: np.random.Generator) -> tuple[Clip, float]:
-        """A clip, and the start of a crop in it, in seconds."""
+    def _sample_crop(self, rng: np.random.Generator, samples: int) -> tuple[Clip, float]:
+        """A clip, and the start of `samples` in it, in seconds."""
         place = rng.uniform(0, self._ends[-1])
         clip = self._clips[min(bisect.bisect(self._ends, place), len(self._clips) - 1)]
-        length = self._samples / self._sample_rate
+        length = samples / self._sample_rate
         return clip, rng.uniform(0, max(0.0, clip.seconds - length))
 
-    def _load(self, clip: Clip, start: float) -> np.ndarray:
+    def _load(self, clip: Clip, start: float, samples: int) -> np.ndarray:
         begin = clip.start + start
-        length = (self._samples + 1) / self._sample_rate
+        length = (samples + 1) / self._sample_rate
         end = begin + length if clip.stop is None else min(begin + length, clip.stop)
-        audio = replace(clip, start=begin, stop=end).load(self._sample_rate)[: self._samples]
-        return np.pad(audio, (0, self._samples - len(audio)))
+        try:
+            audio = replace(clip, start=begin, stop=end).load(self._sample_rate)[:samples]
+        except SilentAudioError:  # a pause
+            audio = np.zeros(0, np.float32)
+        return np.pad(audio, (0, samples - len(audio)))
 
     def _count(self, crops: list[tuple[np.ndarray, str, list[str]]]) -> None:
         self._crops += len(crops)

@@ -72,6 +72,7 @@ def train_codec(config: CodecTrainConfig, heartbeat: Heartbeat) -> int:
             seed=config.seed,
             step=int(state.step),
             max_broken=config.max_broken,
+            augment=config.augment,
         )
         held_out = find_recordings(config.eval_data) if config.eval_data else clips
         eval_crops = _eval_crops(held_out, sizes, samples, config)

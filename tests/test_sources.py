@@ -556,3 +556,15 @@ def test_spoken_clips_are_listed_and_load(tmp_path):
     clips, skipped = listed(tmp_path)
     assert not skipped and [clip.speaker for clip in clips] == ["de", "en", "fr"]
     assert all(0.05 < np.abs(clip.load(RATE)).max() <= 1.0 for clip in clips)
+
+
+def test_without_transcripts_recordings_are_listed_where_no_text_is_needed(tmp_path):
+    options = {"max_seconds": 30.0, "cache": Path("/nonexistent")}
+    sf.write(tmp_path / "alone.wav", tone(0.5), RATE)
+    with tarfile.open(tmp_path.parent / "alone.tar", "w") as tar:
+        tar.add(tmp_path / "alone.wav", "alone.wav")
+    for source in (tmp_path, tmp_path.parent / "alone.tar"):
+        clips, skipped = list_clips(str(source), need_text=False, **options)
+        assert [(clip.key, clip.text, clip.seconds) for clip in clips] == [("alone", "", 0.5)]
+        assert not skipped and len(clips[0].load(RATE)) == RATE // 2
+        assert kinds(list_clips(str(source), **options)[1]) == {"orphan": 1}

@@ -20,6 +20,7 @@ import echo_eqx
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.codec.residual import sine_squared
 from echo_eqx.config import CodecConfig
+from echo_eqx.data.quality import signal_to_distortion
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.sharding.mesh import batch_sharding, make_mesh, mesh_shape, replicated
@@ -43,7 +44,6 @@ from echo_eqx.train.codec.step import (
     init_train_state,
     make_step,
     reconstruct,
-    signal_to_distortion,
 )
 
 SIZES = CodecConfig(

@@ -22,6 +22,7 @@ COMMANDS = (
     "benchmark",
     "export",
     "make_corpus",
+    "eval_codec",
     "eval_voice",
     "build_voice",
 )

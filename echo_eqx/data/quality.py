@@ -1,6 +1,7 @@
-"""How good recordings of a voice are: noise, and changes of the voice. They are estimates."""
+"""How good recordings of a voice are: noise, changes of the voice, distortion."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,3 +117,12 @@ class _Gaussian:
         apart = self.count * self.log_determinant + other.count * other.log_determinant
         per_frame = both.log_determinant - apart / both.count
         return per_frame * min(self.count, other.count)
+
+
+def signal_to_distortion(decoded: np.ndarray, audio: np.ndarray) -> float:
+    """SI-SDR in dB (Le Roux et al., 2019, arXiv:1811.02508): the part of `decoded` that is a
+    multiple of `audio`, relative to the rest."""
+    decoded, audio = decoded - decoded.mean(), audio - audio.mean()
+    target = audio * (decoded @ audio) / (audio @ audio + 1e-12)
+    rest = decoded - target
+    return 10 * math.log10((target @ target + 1e-12) / (rest @ rest + 1e-12))

@@ -25,6 +25,7 @@ from echo_eqx.prepare.records import (
     parse_object,
     pop,
     stem,
+    without_transcript,
 )
 
 Files = Sequence[tuple[str, Path]]
@@ -77,7 +78,8 @@ def _read_sample(
         return
     place = f"{full_name}{PurePosixPath(audio.name).suffix}"
     if len(members) == 1:
-        yield SkippedInput("orphan", place, "audio without a transcript")
+        audio_range = FileRange(path, audio.offset, audio.size)
+        yield without_transcript(full_name, name, place, audio_range)
         return
     fields: dict[str, Any] = {}
     for kind in (".txt", ".json"):

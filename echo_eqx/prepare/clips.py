@@ -74,6 +74,7 @@ def list_clips(
     normalize_text: bool = False,
     output: Path | None = None,
     keep_long: bool = False,
+    need_text: bool = True,
 ) -> tuple[list[Clip], list[SkippedInput]]:
     """All clips of `source`, sorted by key, and the inputs that were skipped.
 
@@ -83,7 +84,8 @@ def list_clips(
 
     Recordings longer than `max_seconds` are cut between their `segments`, if they have any. Clips
     that are still longer are skipped, or kept whole with `keep_long`. `normalize_text` normalizes
-    texts as for a model. Files in the folder `output` are ignored. Audio is only measured here;
+    texts as for a model. Recordings without a transcript are skipped unless `need_text` is False.
+    Files in the folder `output` are ignored. Audio is only measured here;
     errors found while decoding it are raised by `Clip.load`.
 
     **Raises**: `EchoError` if the kind of source is unknown, or it cannot be read at all.
@@ -93,10 +95,12 @@ def list_clips(
     try:
         for found in find_recordings(source, cache, output):
             if isinstance(found, SkippedInput):
-                skipped.append(found)
-                continue
+                if need_text or found.recording is None:
+                    skipped.append(found)
+                    continue
+                found = found.recording
             clips: list[Clip] = []
-            for clip in _clips_of(found, max_seconds, keep_long):
+            for clip in _clips_of(found, max_seconds, keep_long, need_text):
                 if normalize_text and isinstance(clip, Clip):
                     clip = _normalized(clip)
                 if isinstance(clip, SkippedInput):
@@ -117,7 +121,7 @@ def list_clips(
 
 
 def _clips_of(
-    recording: Recording, max_seconds: float, keep_long: bool
+    recording: Recording, max_seconds: float, keep_long: bool, need_text: bool
 ) -> Iterator[Clip | SkippedInput]:
     """The clips of a recording, with keys not checked yet, and the inputs that are skipped."""
     fields, source = dict(recording.fields), recording.source
@@ -156,7 +160,7 @@ def _clips_of(
     for number, part in enumerate(parts):
         name = f"{source}[{number}]" if is_cut else source
         seconds = part.end - part.start
-        if problem := _text_problem(part.text):
+        if need_text and (problem := _text_problem(part.text)):
             yield SkippedInput(problem[0], name, problem[1])
         elif seconds < MIN_SECONDS:
             detail = f"expected at least {MIN_SECONDS} s, got {seconds:.3f} s"

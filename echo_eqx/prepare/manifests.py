@@ -24,6 +24,7 @@ from echo_eqx.prepare.records import (
     parse_object,
     pop,
     stem,
+    without_transcript,
 )
 from echo_eqx.prepare.tables import read_table
 
@@ -42,7 +43,7 @@ def read_folder(folder: Path, names: Sequence[str]) -> Recordings:
         yield SkippedInput("audio", texts[key], "transcript without audio")
     for name, found in choices.items():
         if not found:
-            yield SkippedInput("orphan", name, "audio without a transcript")
+            yield without_transcript(stem(name), stem(name), name, folder / name)
             continue
         text = texts[found[0]]
         try:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -90,17 +90,6 @@ def open_audio(audio: AudioLocation) -> Iterator[AudioSource]:
 
 
 @dataclass(frozen=True)
-class SkippedInput:
-    """An input that is not used, and why."""
-
-    kind: str
-    """Category by which skipped inputs are counted."""
-    name: str
-    """Path relative to the source, with the line, member or row."""
-    detail: str
-
-
-@dataclass(frozen=True)
 class Recording:
     """A recording and its fields as the source lists them; nothing has been checked yet."""
 
@@ -113,6 +102,25 @@ class Recording:
     audio: AudioLocation
     fields: dict[str, Any]
     """`text` and all other fields that the source gives."""
+
+
+@dataclass(frozen=True)
+class SkippedInput:
+    """An input that is not used, and why."""
+
+    kind: str
+    """Category by which skipped inputs are counted."""
+    name: str
+    """Path relative to the source, with the line, member or row."""
+    detail: str
+    recording: Recording | None = field(default=None, repr=False)
+    """What can be used where no text is needed."""
+
+
+def without_transcript(name: str, key: str, source: str, audio: AudioLocation) -> SkippedInput:
+    """A recording of which only the audio is there."""
+    recording = Recording(name, key, source, audio, {})
+    return SkippedInput("orphan", source, "audio without a transcript", recording)
 
 
 Recordings = Iterator[Recording | SkippedInput]

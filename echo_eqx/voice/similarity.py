@@ -42,34 +42,48 @@ def dtw_distances(a: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def median_pitch(audio: np.ndarray, rate: int) -> float:
-    """Median pitch in hertz of the voiced frames of (samples,) `audio`; NaN if there are none.
+    """Median pitch in hertz of the voiced frames of (samples,) `audio`; NaN if there are none."""
+    pitches, _ = pitch_track(audio, rate)
+    voiced = pitches[~np.isnan(pitches)]
+    return float(np.median(voiced)) if len(voiced) else math.nan
 
-    A frame is voiced if it is loud and correlates with the signal 1/500 to 1/60 s later (normalized
-    cross-correlation).
+
+def pitch_track(audio: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pitch in hertz, NaN if unvoiced, and periodicity of each frame, (f,), of (samples,) `audio`.
+
+    Periodicity is the highest normalized cross-correlation of a frame of 40 ms with the signal
+    1/500 to 1/60 s later. A frame is voiced if it is loud and its periodicity at least 0.6.
     """
     audio = resampled(audio, rate)
     shortest, longest = (round(RATE / hertz) for hertz in reversed(PITCH_RANGE))
     size = RATE // 25
     frames = frames_of(audio, size + longest + 1)
     loud = np.sqrt((frames[:, :size] ** 2).mean(1))
-    frames = frames[loud > 0.1 * loud.max(initial=1e-9)]
     length = 1 << (2 * size + longest).bit_length()
     first = np.fft.rfft(frames[:, :size], length)
     products = np.fft.irfft(first.conj() * np.fft.rfft(frames, length), length)[:, : longest + 1]
     energy = np.cumsum(np.pad(frames**2, ((0, 0), (1, 0))), 1)
     energy = energy[:, size : size + longest + 1] - energy[:, : longest + 1]
     correlation = products / np.sqrt(energy[:, :1] * energy + 1e-12)
-    pitches = []
-    for row in correlation:
-        peak = row[shortest:].max()
-        if peak < 0.6:
-            continue
+    periodicity = correlation[:, shortest:].max(1)
+    pitches = np.full(len(correlation), np.nan)
+    for i in np.flatnonzero((loud > 0.1 * loud.max(initial=1e-9)) & (periodicity >= 0.6)):
+        row = correlation[i]
         # The first of the nearly highest peaks: later ones are multiples of the period.
-        lag = shortest + int(np.argmax(row[shortest:] > 0.92 * peak))
+        lag = shortest + int(np.argmax(row[shortest:] > 0.92 * periodicity[i]))
         while lag < longest and row[lag + 1] > row[lag]:
             lag += 1
-        pitches.append(RATE / lag)
-    return float(np.median(pitches)) if pitches else math.nan
+        pitches[i] = RATE / (lag + _vertex(row[lag - 1 : lag + 2]))
+    return pitches, periodicity
+
+
+def _vertex(values: np.ndarray) -> float:
+    """Where the parabola through a peak and its neighbors is highest, in -1/2 ... 1/2."""
+    if len(values) < 3:
+        return 0.0
+    left, middle, right = values
+    curve = left - 2 * middle + right
+    return float(np.clip((left - right) / (2 * curve), -0.5, 0.5)) if curve < 0 else 0.0
 
 
 def mean_mel_spectrum(audio: np.ndarray, rate: int) -> np.ndarray:

@@ -41,7 +41,8 @@ class CodecTrainConfig(RunConfig):
     """Preset of the sizes: 24khz, 48khz, tiny. The watermark is not trained: without --init_from
     there is none."""
     data: str | None = None
-    """Recordings, as for prepare: a folder, a manifest, tars, Parquet. Transcripts are not used."""
+    """Recordings, as for prepare: a folder, a manifest, tars, Parquet. They need no
+    transcripts."""
     run_dir: Path = Path("runs/codec")
     """Where the run writes its files. Repeat the command to resume the run."""
     num_steps: int = 400_000

@@ -1,13 +1,11 @@
 """One step of codec training: state, losses and update."""
 
-import math
 from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -160,14 +158,3 @@ def _discriminator_loss(nets: Discriminators, decoded: Array, audio: Array) -> A
 def abstract_batch(mesh: Mesh, batch_size: int, samples: int) -> AudioBatch:
     shape = jax.ShapeDtypeStruct((batch_size, samples), jnp.float32, sharding=batch_sharding(mesh))
     return jax.tree.map(lambda _: shape, jax.eval_shape(lambda: AudioBatch(jnp.zeros((1, 1)))))
-
-
-def signal_to_distortion(
-    decoded: Float[np.ndarray, " samples"], audio: Float[np.ndarray, " samples"]
-) -> float:
-    """SI-SDR in dB (Le Roux et al., 2019, arXiv:1811.02508): the part of `decoded` that is a
-    multiple of `audio`, relative to the rest."""
-    decoded, audio = decoded - decoded.mean(), audio - audio.mean()
-    target = audio * (decoded @ audio) / (audio @ audio + 1e-12)
-    rest = decoded - target
-    return 10 * math.log10((target @ target + 1e-12) / (rest @ rest + 1e-12))

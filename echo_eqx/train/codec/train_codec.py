@@ -16,6 +16,7 @@ import echo_eqx.train.codec.step as codec_step
 from echo_eqx.codec.dacvae import DACVAE
 from echo_eqx.config import CodecConfig
 from echo_eqx.data.audio import save_audio
+from echo_eqx.data.quality import signal_to_distortion
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.files import expand
 from echo_eqx.prepare.clips import Clip, list_clips
@@ -104,16 +105,16 @@ def _pretrained(source: str | Path) -> DACVAE:
 
 
 def find_recordings(source: str) -> list[Clip]:
-    """The recordings of `source`, in any layout that `prepare` accepts.
+    """The recordings of `source`, in any layout that `prepare` accepts, also without transcripts.
 
     **Raises**: `EchoError` if there are none.
     """
     cache = expand(Path("~/.cache/echo_eqx/recordings"))
-    clips, skipped = list_clips(source, max_seconds=MAX_SECONDS, cache=cache)
+    clips, skipped = list_clips(source, max_seconds=MAX_SECONDS, cache=cache, need_text=False)
     if not clips:
         raise EchoError(
-            f"no usable recordings in {source} ({len(skipped)} skipped); expected recordings with "
-            "transcripts, as for prepare"
+            f"no usable recordings in {source} ({len(skipped)} skipped); expected recordings as "
+            "for prepare, with or without transcripts"
         )
     return clips
 
@@ -183,7 +184,7 @@ def _make_evaluate(
             for name, value in _distances(decoded, audio, sizes.sample_rate).items():
                 totals[name] = totals.get(name, 0.0) + float(value) / len(crops)
             pairs = zip(np.asarray(decoded.audio), np.asarray(audio), strict=True)
-            ratios += [codec_step.signal_to_distortion(a, b) for a, b in pairs if np.any(b)]
+            ratios += [signal_to_distortion(a, b) for a, b in pairs if np.any(b)]
         loss = sum(getattr(config.loss, name) * value for name, value in totals.items())
         terms = {f"eval_{name}": value for name, value in totals.items()}
         return {"eval_loss": loss, **terms, "eval_si_sdr": float(np.median(ratios))}

@@ -1,7 +1,6 @@
 """Variations of recordings: speed, tone, room, noise and level."""
 
 import numpy as np
-import scipy.signal
 import soxr
 
 MAX_SPEED = 1.25
@@ -61,7 +60,9 @@ def _room(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.n
     echoes = rng.standard_normal(len(time)) * 10 ** (-3 * time / seconds)
     echoes *= 10 ** (rng.uniform(*DECIBELS_OF_ECHOES) / 20) / np.linalg.norm(echoes)
     echoes[0] = 1
-    return scipy.signal.fftconvolve(audio, echoes)[: len(audio)]
+    length = len(audio) + len(echoes)
+    spectrum = np.fft.rfft(audio, length) * np.fft.rfft(echoes, length)
+    return np.fft.irfft(spectrum, length)[: len(audio)]
 
 
 def _noise(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:

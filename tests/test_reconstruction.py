@@ -1,6 +1,7 @@
 """What a codec keeps of recordings is measured as it says."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,12 +77,25 @@ def test_the_command_prints_a_table_and_draws_spectrograms(tmp_path):
     assert list(report["recordings"]) == ["0"] and report["median"] == report["recordings"]["0"]
 
 
+def test_what_is_unknown_is_null(tmp_path):
+    noise = 0.1 * np.random.default_rng(0).standard_normal(RATE // 3)
+    sf.write(tmp_path / "noise.wav", noise, RATE)
+    (tmp_path / "cut.wav").write_bytes(b"RIFF")
+    codec = ["--codec", GOLDEN / "dacvae_tiny" / "weights.pth"]
+    done = call("eval_codec", *codec, "--data", tmp_path, "--json", "--max_seconds", 0.25)
+    report = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert report["median"]["f0_cents"] is None and report["median"]["mel_db"] > 0
+    (said,) = done.stderr.splitlines()  # and no warning of NumPy's
+    assert said.startswith("warning: left out 1 inputs of ") and "cut.wav" in said
+
+
 def test_bad_input_gives_one_line_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     cases = {
         "expected recordings": ["--data", tmp_path / "empty"],
         "expected a count of 1 or more": ["--data", tmp_path, "--count", "0"],
         "nowhere does not exist": ["--data", tmp_path / "nowhere"],
+        "cannot write": ["--data", tmp_path, "--output", Path(__file__)],
     }
     for said, words in cases.items():
         done = call("eval_codec", *words)

@@ -141,11 +141,13 @@ def assert_death_is_reported(victim: int, both: list[Process], begun: Callable[[
 COLLECTIVES = """
 import dataclasses, sys
 from pathlib import Path
+import jax
 from jax.experimental import multihost_utils
 from echo_eqx.train.config import TRAIN_PRESETS
 from echo_eqx.train.distributed import run_training
 
 def train(config, heartbeat):
+    assert not jax.config.jax_enable_compilation_cache  # only process 0 would find its programs
     for step in range(1_000_000):
         multihost_utils.sync_global_devices(str(step))
         Path(f"step_{step}").touch()

@@ -24,6 +24,7 @@ from echo_eqx.data.quality import signal_to_distortion
 from echo_eqx.errors import EchoError, UsageError
 from echo_eqx.prepare.clips import list_clips
 from echo_eqx.sharding.mesh import batch_sharding, make_mesh, mesh_shape, replicated
+from echo_eqx.train.codec.augment import vary
 from echo_eqx.train.codec.config import CodecLossConfig, CodecTrainConfig
 from echo_eqx.train.codec.crops import CropStream
 from echo_eqx.train.codec.discriminators import discriminator_loss, generator_losses
@@ -229,7 +230,9 @@ def test_pauses_are_crops_too(tmp_path):
 
 
 def test_varied_crops_have_other_pitches_and_levels_and_are_the_same_from_any_step(tmp_path):
-    sf.write(tmp_path / "tone.wav", 0.5 * np.sin(2 * np.pi * 200 / 8000 * np.arange(80_000)), 8000)
+    sf.write(
+        tmp_path / "tone.wav", 0.999 * np.sin(2 * np.pi * 200 / 8000 * np.arange(80_000)), 8000
+    )
     (tmp_path / "tone.txt").write_text("A tone.")
     clips, _ = list_clips(str(tmp_path), max_seconds=1e6, cache=tmp_path)
     sizes = dict(sample_rate=8000, samples=4000, rows=range(100), seed=0, augment=True)
@@ -250,6 +253,13 @@ def test_varied_crops_have_other_pitches_and_levels_and_are_the_same_from_any_st
 
     # Noise or echoes in about half of them.
     assert 0.2 < (purity(crops) < 0.9999).mean() < 0.8
+
+
+def test_quiet_crops_are_not_made_louder():
+    hiss = 1e-3 * np.random.default_rng(0).standard_normal(4000).astype(np.float32)
+    for seed in range(40):
+        varied = vary(hiss, 8000, np.random.default_rng(seed))
+        assert np.abs(varied).max() < 4 * np.abs(hiss).max()
 
 
 def test_a_damaged_recording_is_replaced_and_many_are_an_error(recordings, tmp_path):

@@ -11,6 +11,7 @@ mcd_db are spectral distances; f0_cents is the error of the pitch; voiced and pe
 import dataclasses
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,16 @@ class Args:
 
 def main() -> None:
     args = parse(Args, __doc__)
-    if args.count < 1 or not args.max_seconds > 0:
+    if args.count < 1 or not 0 < args.max_seconds < math.inf:
         raise UsageError(
-            "expected a count of 1 or more and max_seconds above 0, got "
+            "expected a count of 1 or more and finite max_seconds above 0, got "
             f"{args.count} and {args.max_seconds}"
         )
+    if args.output is not None:
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EchoError(f"cannot write {args.output}: {error.strerror}") from None
     use_compilation_cache()
     codec = echo_eqx.load_codec(args.codec)
     rate = codec.config.sample_rate
@@ -66,7 +72,8 @@ def main() -> None:
     for i in tqdm(chosen.tolist(), disable=not on_terminal(), unit="recording"):
         clip = clips[i]
         try:
-            audio = clip.load(rate)[: round(args.max_seconds * rate)]
+            stop = clip.start + min(clip.seconds, args.max_seconds)
+            audio = dataclasses.replace(clip, stop=stop).load(rate)
         except EchoError as error:
             logger.warning(f"left out: {error}")
             continue
@@ -75,20 +82,27 @@ def main() -> None:
         if len(pairs) < PLOTTED:
             pairs.append((clip.key, audio, decoded))
         if args.output is not None:
-            args.output.mkdir(parents=True, exist_ok=True)
             save_audio(args.output / f"{clip.key}.wav", audio, rate)
             save_audio(args.output / f"{clip.key}.decoded.wav", decoded, rate)
     if not rows:
         raise EchoError(f"no usable recordings in {args.data}: expected speech")
     table = {name: np.array([row[name] for row in rows.values()]) for name in NAMES}
-    medians = {name: float(np.nanmedian(values)) for name, values in table.items()}
     if args.json:
-        print(json.dumps({"codec": args.codec, "median": medians, "recordings": rows}, indent=2))
+        medians = {name: percentile(values, 50) for name, values in table.items()}
+        report = {"codec": args.codec, "median": medians, "recordings": rows}
+        report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN is not JSON
+        print(json.dumps(report, indent=2, allow_nan=False))
     else:
         print("| | " + " | ".join(NAMES) + " |\n|---" + "|---" * len(NAMES) + "|")
         for name, share in (("median", 50), ("10 %", 10), ("90 %", 90)):
-            cells = [f"{np.nanpercentile(values, share):.2f}" for values in table.values()]
+            cells = [f"{percentile(values, share):.2f}" for values in table.values()]
             print(f"| {name} | " + " | ".join(cells) + " |")
         print(f"{len(rows)} recordings of {args.data}, codec {args.codec}")
     if args.plot is not None:
         plot_spectrograms(pairs, rate, args.plot)
+
+
+def percentile(values: np.ndarray, share: int) -> float:
+    """Of the numbers that are known; NaN if none is."""
+    known = values[~np.isnan(values)]
+    return float(np.percentile(known, share)) if len(known) else math.nan

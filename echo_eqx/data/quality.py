@@ -1,4 +1,4 @@
-"""How good recordings of a voice are: noise, changes of the voice, distortion."""
+"""How good recordings of a voice are: noise and changes of the voice (estimates), distortion."""
 
 import itertools
 import math

@@ -68,12 +68,12 @@ def open_run(
 
 
 def is_done(config: RunConfig, checkpoint: TrainingCheckpoint | None) -> bool:
-    """Whether the run has done all its steps, so that nothing has to be compiled or read."""
+    """Whether the run has done all its steps, so that nothing has to be compiled or read;
+    `check_same_run` has said so."""
     if checkpoint is None or checkpoint.step < config.num_steps:
         return False
     if jax.process_index() == 0:
         note_end(config.run_dir, checkpoint.step)
-        logger.info(f"step {checkpoint.step} of {config.run_dir} is saved: nothing to do")
     return True
 
 

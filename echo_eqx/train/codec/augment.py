@@ -28,9 +28,9 @@ def change_length(audio: np.ndarray, samples: int) -> np.ndarray:
 
 
 def vary(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
-    """(samples,) with another level, and some with another tone, a room, or noise.
+    """(samples,) quieter, and some with another tone, a room, or noise.
 
-    Silence stays silent, and no sample exceeds 1.
+    Silence stays silent, pauses are not made louder, and no sample exceeds 1.
     """
     if not np.any(audio):
         return audio
@@ -40,7 +40,7 @@ def vary(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.nd
         audio = _room(audio, sample_rate, rng)
     if rng.random() < SHARE:
         audio = _noise(audio, rng)
-    gain = 10 ** (rng.uniform(*DECIBELS_OF_LEVEL) / 20) / np.abs(audio).max()
+    gain = 10 ** (rng.uniform(*DECIBELS_OF_LEVEL) / 20) / max(1.0, np.abs(audio).max())
     return (gain * audio).astype(np.float32)
 
 

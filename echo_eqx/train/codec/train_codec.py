@@ -1,6 +1,7 @@
 """Trains a codec: from the settings to the training loop."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from echo_eqx.train.setup import compile_step, is_done, open_run
 from echo_eqx.weights.checkpoint.reader import TrainingCheckpoint
 from echo_eqx.weights.checkpoint.writer import restore_state
 from echo_eqx.weights.load import load_codec
+
+logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 1e6
 """No limit in practice: only crops of a recording are read."""
@@ -116,6 +119,9 @@ def find_recordings(source: str) -> list[Clip]:
             f"no usable recordings in {source} ({len(skipped)} skipped); expected recordings as "
             "for prepare, with or without transcripts"
         )
+    if skipped and jax.process_index() == 0:
+        first = f"{skipped[0].name}: {skipped[0].detail}"
+        logger.warning(f"left out {len(skipped)} inputs of {source}; the first: {first}")
     return clips
 
 
